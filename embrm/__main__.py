@@ -1,0 +1,5 @@
+"""`python -m embrm` is `embrm`."""
+
+from embrm.cli import main
+
+main()
