@@ -1,0 +1,71 @@
+"""Calibration: how honest is sigmoid(Δ) as the probability that the chosen response is better.
+
+Everywhere Δ = reward(chosen) - reward(rejected), float64 [pairs]. `weights` are float64 [pairs],
+default 1. A soft label q is two weighted rows: Δ with weight q and -Δ with weight 1 - q.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+
+Floats = NDArray[np.float64]
+
+_SEARCH_FACTOR = 1e3
+"""The temperature lies within this factor of the root mean square margin, either way."""
+
+
+def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
+    """The T > 0 that minimises mean -logsigmoid(Δ/T) (Guo et al. 2017, arXiv 1706.04599, eq. 9).
+
+    The loss is convex in 1/T, so the root of its derivative, sought on a log scale by Brent's
+    method, is the one minimum. T scales with the margins: fit(cΔ) = c·fit(Δ).
+
+    Degenerate cases have no finite minimum and stop at the edge of the search, a factor 1,000
+    from the root mean square margin: every pair right gives the smallest T (more confidence is
+    always better), no better than chance the largest. All margins zero, or no pairs, give 1.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
+    peak = float(np.abs(margins).max(initial=0.0))
+    if peak == 0 or not weights.any():
+        return 1.0
+    scaled = margins / peak  # squares of tiny margins would underflow
+    scale = float(np.sqrt(np.average(np.square(scaled), weights=weights)))
+    if scale == 0:  # every pair with a margin has weight zero
+        return 1.0
+    scaled /= scale
+
+    def slope(log_temperature: float) -> float:
+        """-d loss / d(1/T), up to a positive factor: its sign says which way T must move."""
+        return float(weights @ (scaled * expit(-scaled * np.exp(-log_temperature))))
+
+    edge = float(np.log(_SEARCH_FACTOR))
+    if slope(-edge) >= 0:
+        log_temperature = -edge
+    elif slope(edge) <= 0:
+        log_temperature = edge
+    else:
+        log_temperature = float(brentq(slope, -edge, edge, xtol=1e-10))
+    return float(np.exp(log_temperature) * scale * peak)
+
+
+def expected_calibration_error(
+    margins: Floats, temperature: float = 1.0, bins: int = 15, weights: Floats | None = None
+) -> float:
+    """Weighted mean over bins of |accuracy - mean confidence| (Guo et al. 2017, eq. 3).
+
+    Confidence is max(p, 1 - p) with p = sigmoid(Δ/temperature), in `bins` equal widths of
+    [0.5, 1]. A pair is correct when Δ > 0; a tie has confidence ½ and counts as half correct,
+    what a coin toss would earn, so it lies on the diagonal. NaN without pairs.
+    """
+    margins = np.asarray(margins, dtype=np.float64)
+    weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
+    total = float(weights.sum())
+    if total == 0:
+        return float("nan")
+    confidence = expit(np.abs(margins) / temperature)
+    correct = np.where(margins == 0, 0.5, margins > 0)
+    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(which, weights=weights * (correct - confidence), minlength=bins)
+    return float(np.abs(gaps).sum() / total)
