@@ -1,17 +1,9 @@
 """What a shard holds, and its one translation to and from Parquet."""
 
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-
-from embrm.errors import UserError
-from embrm.specs import Spec
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -19,8 +11,6 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 """Storage types of the states; a vector is its values' little-endian bytes, one after another."""
-
-_VIEW = re.compile(r"last|mean|prenorm|layer:\d+")
 
 
 @dataclass(frozen=True)
