@@ -76,9 +76,7 @@ def extract(
     out: Annotated[
         Path | None, typer.Option(help="Cache folder to write, such as cache/NAME.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Causal LM: local folder or hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Causal LM: local folder or hub id.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
     data: Annotated[
         list[str] | None,

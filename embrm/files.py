@@ -14,6 +14,10 @@ from embrm.errors import UserError
 TEMPORARY = ".tmp-"
 """Prefix of files being written. A file that carries it is rubbish left by a kill."""
 
+_REFUSED = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+}  # fmt: skip
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
@@ -26,7 +30,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"disk full while writing {path}: finished work is kept; "
                 "free some space and run the same command again"
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in _REFUSED:
             raise UserError(
                 f"cannot write {path}: {os.strerror(error.errno).lower()}; choose another folder"
             ) from None
