@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """A count of finished units, reported as it advances. Create it with `progress`."""
 
-    def __init__(self, title: str, total: float, unit: str, done: float) -> None:
+    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self._title, self._total, self._unit = title, total, unit
         self._done = self._start_done = done
         self._start = self._last_line = time.monotonic()
@@ -33,7 +33,7 @@ class Progress:
             self._task = self._bar.add_task(title, total=total, completed=done, note="")
             self._bar.start()
 
-    def advance(self, amount: float = 1) -> None:
+    def advance(self, amount: int = 1) -> None:
         """Count `amount` more units as finished."""
         self._done += amount
         now = time.monotonic()
@@ -59,7 +59,7 @@ class Progress:
 
 
 @contextmanager
-def progress(title: str, total: float, unit: str, done: float = 0) -> Iterator[Progress]:
+def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
     """Report work of `total` units, `done` of them finished before (a resumed command)."""
     bar = Progress(title, total, unit, done)
     try:
