@@ -1,7 +1,5 @@
 """Rank agreement inside groups: all responses of one prompt, each with a gold score."""
 
-import itertools
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,7 +27,7 @@ def kendall_taus(rewards: Floats, gold: Floats, groups: NDArray[np.int64], count
     order = np.argsort(groups, kind="stable")
     ends = np.cumsum(np.bincount(groups, minlength=count))
     taus = np.full(count, np.nan)
-    for group, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        members = order[start:end]
+    for group in np.unique(groups):
+        members = order[ends[group - 1] if group else 0 : ends[group]]
         taus[group] = kendall_tau(rewards[members], gold[members])
     return taus

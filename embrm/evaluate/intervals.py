@@ -1,0 +1,238 @@
+"""Intervals: bootstrap over prompts, jointly with seeds, and differences to a baseline.
+
+The pairs of one prompt are not independent, so prompts are resampled, never pairs. Replicate b
+gives prompt p the count c[b,p] ~ Poisson(1) (the Poisson bootstrap; for ratios it has the same
+variance as drawing prompts with replacement). The counts depend on nothing but the prompt's id,
+so all runs and all splits that contain the prompt share them: differences between runs are
+paired, and a mean over splits knows which splits overlap. A metric is a ratio of sums, recomputed
+in every replicate: accuracy = Σ c·wins / Σ c·(pairs - ties).
+
+Seeds are a second, crossed source of variance. With k seeds the statistic is the mean over them,
+and every replicate adds the mean of k draws, with replacement, from the observed deviations of
+the seeds from their mean. Such draws have variance (k-1)/k · s²/k, with s² the unbiased variance
+between seeds, so the deviations are inflated by √(k/(k-1)) to make it s²/k. With one seed there
+is nothing to draw and the interval covers prompts only. What a seed and a prompt do together is
+counted in both terms, so intervals err on the wide side (95 to 98 % where that dominates); with
+two or three seeds and large seed variance they err on the narrow side, as any bootstrap of three
+values does.
+
+Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps; Chamandy et al. 2012 on the
+Poisson bootstrap; Holm 1979 on the adjusted p.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import polars.selectors as cs
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+Floats = NDArray[np.float64]
+
+REPLICATES = 2000
+
+_RATIOS: dict[str, tuple[pl.Expr, pl.Expr]] = {
+    "accuracy": (pl.col("wins"), pl.col("pairs") - pl.col("ties")),
+    "nll": (pl.col("nll"), pl.col("pairs")),
+    "brier": (pl.col("brier"), pl.col("pairs")),
+    "margin": (pl.col("margin"), pl.col("pairs")),
+    "length_accuracy": (pl.col("length_wins"), pl.col("pairs") - pl.col("length_ties")),
+    "tau": (pl.col("tau").fill_null(0.0), pl.col("tau").is_not_null().cast(pl.Float64)),
+}
+
+_COMPARISON: dict[str, pl.DataType] = {
+    "name": pl.String(),
+    "seeds": pl.Int64(),
+    "estimate": pl.Float64(),
+    "low": pl.Float64(),
+    "high": pl.Float64(),
+    "common_seeds": pl.Int64(),
+    "difference": pl.Float64(),
+    "difference_low": pl.Float64(),
+    "difference_high": pl.Float64(),
+    "p": pl.Float64(),
+}
+
+_FIXED_POINT = 2.0**26
+"""Sums of multiples of 2^-26 are exact up to 2^27, so their bits depend on no thread count."""
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """A metric of every run, observed and resampled over prompts.
+
+    estimates: float64 [runs]; draws: float64 [replicates, runs]; prompts: how many were
+    resampled. NaN where a denominator is zero.
+    """
+
+    estimates: Floats
+    draws: Floats
+    prompts: int
+
+
+def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> NDArray[np.uint8]:
+    """Poisson(1) counts, uint8 [replicates, prompts]; a column depends on its prompt id alone."""
+    counts = np.empty((replicates, len(prompt_ids)), dtype=np.uint8)
+    for column, prompt_id in enumerate(prompt_ids):
+        key = hashlib.blake2b(
+            prompt_id.encode(), digest_size=16, person=b"embrm-bootstrap"
+        ).digest()
+        stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        counts[:, column] = stream.poisson(1.0, replicates)
+    return counts
+
+
+def replicate(
+    prompts: pl.DataFrame, run_ids: Sequence[str], metric: str, replicates: int = REPLICATES
+) -> Replicates:
+    """Resample one metric on one split for all runs at once.
+
+    prompts: the per-prompt sums (`accuracy.PROMPT_SCHEMA`) of the split, with run_id; rows of the
+    same prompt (its subsets) are added up. Columns of the result follow `run_ids`.
+    metric: accuracy, nll, brier, margin, length_accuracy or tau.
+    """
+    numerator, denominator = _RATIOS[metric]
+    rows = prompts.select("run_id", "prompt_id", above=numerator, below=denominator)
+    prompt_ids = rows["prompt_id"].unique().sort()
+    shape = (len(prompt_ids), len(run_ids))
+    cell = _position(rows["prompt_id"], prompt_ids) * shape[1] + _position(
+        rows["run_id"], pl.Series(run_ids, dtype=pl.String)
+    )
+
+    def dense(column: str) -> Floats:
+        sums = np.bincount(cell, rows[column].to_numpy(), minlength=shape[0] * shape[1])
+        return sums.astype(np.float64).reshape(shape)
+
+    above, below = dense("above"), dense("below")
+    useful = below.any(axis=1)  # a prompt with nothing to count cannot inform an interval
+    above, below = above[useful], below[useful]
+    counts = prompt_counts(prompt_ids.filter(pl.Series(useful)).to_list(), replicates)
+    weights = counts.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Replicates(
+            estimates=above.sum(axis=0) / below.sum(axis=0),
+            draws=(weights @ _fixed_point(above)) / (weights @ _fixed_point(below)),
+            prompts=len(above),
+        )
+
+
+def mean(parts: Iterable[Replicates]) -> Replicates:
+    """The unweighted mean of metrics, for instance of the accuracy over several splits."""
+    parts = list(parts)
+    return Replicates(
+        estimates=np.mean([part.estimates for part in parts], axis=0),
+        draws=np.mean([part.draws for part in parts], axis=0),
+        prompts=min(part.prompts for part in parts),
+    )
+
+
+def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
+    """Estimates with 95 % intervals, and paired differences to the configuration `baseline`.
+
+    runs: name (of the configuration) and seed, one row per column of `replicates`.
+
+    Returns one row per configuration, sorted by name:
+        name, seeds, estimate, low, high: the mean over the seeds and its interval;
+        difference, difference_low, difference_high: configuration minus baseline, over the
+            seeds both have (common_seeds of them);
+        p: two-sided, from the difference over the standard deviation of its replicates (counting
+            replicates cannot resolve below 1/2000, and the adjustment for hundreds of
+            configurations needs that);
+        p_holm: adjusted so that the chance of any false claim in the table stays below 5 %.
+    Null where undefined: intervals with fewer than two prompts, differences of the baseline
+    itself, without common seeds, or without a baseline.
+    """
+    seeds_of: dict[str, dict[int, int]] = {}
+    for column, (name, seed) in enumerate(runs.select("name", "seed").iter_rows()):
+        seeds_of.setdefault(name, {})[seed] = column
+    reference = seeds_of.get(baseline, {}) if baseline is not None else {}
+    rows = []
+    for name, columns in sorted(seeds_of.items()):
+        own = list(columns.values())
+        estimate, low, high, _ = _interval(
+            replicates.estimates[own], replicates.draws[:, own], replicates.prompts
+        )
+        common = sorted(columns.keys() & reference.keys()) if name != baseline else []
+        ours = [columns[seed] for seed in common]
+        theirs = [reference[seed] for seed in common]
+        difference, difference_low, difference_high, deviation = _interval(
+            replicates.estimates[ours] - replicates.estimates[theirs],
+            replicates.draws[:, ours] - replicates.draws[:, theirs],
+            replicates.prompts,
+        )
+        rows.append(
+            {
+                "name": name,
+                "seeds": len(own),
+                "estimate": estimate,
+                "low": low,
+                "high": high,
+                "common_seeds": len(common),
+                "difference": difference,
+                "difference_low": difference_low,
+                "difference_high": difference_high,
+                "p": _p_value(difference, deviation),
+            }
+        )
+    table = pl.DataFrame(rows, schema=_COMPARISON).with_columns(cs.float().fill_nan(None))
+    return table.with_columns(p_holm=holm(table["p"]))
+
+
+def holm(p: pl.Series) -> pl.Series:
+    """Holm's step-down adjusted p values; nulls stay null and are not counted as tests."""
+    tests = p.drop_nulls().to_numpy()
+    order = np.argsort(tests, kind="stable")
+    steps = np.minimum(tests[order] * np.arange(len(tests), 0, -1), 1.0)
+    adjusted = np.empty_like(tests)
+    adjusted[order] = np.maximum.accumulate(steps)
+    spread = np.full(len(p), np.nan)
+    spread[p.is_not_null().to_numpy()] = adjusted
+    return pl.Series(p.name, spread).fill_nan(None)
+
+
+def _interval(estimates: Floats, draws: Floats, prompts: int) -> tuple[float, float, float, float]:
+    """Mean over seeds [k], its 2.5 and 97.5 percentiles, and the deviation of its replicates."""
+    k = len(estimates)
+    nan = float("nan")
+    if k == 0 or np.isnan(estimates).any():
+        return nan, nan, nan, nan
+    estimate = float(estimates.mean())
+    if prompts < 2:
+        return estimate, nan, nan, nan
+    # Not draws.mean(axis=1): that sums in an order that depends on the memory layout.
+    values = np.add.reduce([draws[:, seed] for seed in range(k)]) / k
+    if k > 1:
+        deviations = (estimates - estimate) * np.sqrt(k / (k - 1))
+        values = values + _seed_draws(k, len(draws)) @ deviations
+    values = values[~np.isnan(values)]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return estimate, float(low), float(high), float(values.std())
+
+
+def _seed_draws(k: int, replicates: int) -> Floats:
+    """Share of each of k seeds among k draws with replacement, float64 [replicates, k]."""
+    stream = np.random.Generator(np.random.Philox(key=k))
+    return stream.multinomial(k, np.full(k, 1 / k), replicates) / k
+
+
+def _p_value(difference: float, deviation: float) -> float:
+    if difference == 0:
+        return 1.0
+    # A deviation of zero (every prompt alike) carries no information about other prompts.
+    return float(2 * ndtr(-abs(difference) / deviation)) if deviation > 0 else float("nan")
+
+
+def _fixed_point(sums: Floats) -> Floats:
+    return np.rint(sums * _FIXED_POINT) / _FIXED_POINT
+
+
+def _position(values: pl.Series, among: pl.Series) -> NDArray[np.int64]:
+    """Row of each value in `among`, whose values are distinct."""
+    places = pl.DataFrame({"value": among}).with_row_index("place")
+    joined = pl.DataFrame({"value": values}).join(
+        places, on="value", how="left", maintain_order="left"
+    )
+    return joined["place"].cast(pl.Int64).to_numpy()
