@@ -1,0 +1,69 @@
+"""What lies in a folder of caches, complete or not."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from embrm.cache.manifest import NAME, read_manifest
+from embrm.errors import UserError
+
+_COLUMNS = {
+    "name": pl.String,
+    "cache_id": pl.String,
+    "model": pl.String,
+    "dtype": pl.String,
+    "views": pl.String,
+    "responses": pl.Int64,
+    "pairs": pl.Int64,
+    "bytes": pl.Int64,
+    "state": pl.String,
+}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The manifest of the cache at `folder` in words, for a finished cache or a started one.
+
+    Raises: UserError when there is no cache, or its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    layout, files = manifest.layout, manifest.files()
+    tokens = [shard.tokens.rows for shard in manifest.shards if shard and shard.tokens]
+    finished = f"{len(manifest.done)} of {len(manifest.shards)} shards"
+    return {
+        "name": folder.name,
+        "cache_id": manifest.cache_id,
+        "model": str(manifest.extraction.get("model", "")),
+        "dtype": layout.dtype if layout else "",
+        "width": layout.width if layout else None,
+        "views": list(layout.views) if layout else [],
+        "responses": manifest.n_responses,
+        **{name: entry.rows for name, entry in manifest.tables.items()},
+        "token_rows": sum(tokens),
+        "top_k": layout.top_k if layout else None,
+        "bytes": sum(entry.bytes for entry in files.values()),
+        "files": len(files),
+        "state": "complete" if manifest.complete else finished,
+        "identity": manifest.identity,
+        "environments": list(manifest.environments),
+        "extraction": manifest.extraction,
+        "data": manifest.data,
+    }
+
+
+def list_caches(root: Path) -> pl.DataFrame:
+    """One row a cache in the folders directly below `root`, by name.
+
+    `state` is "complete", "K of N shards", or why the manifest cannot be read.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: name the folder that holds the caches")
+    rows = []
+    for path in sorted(root.glob(f"*/{NAME}")):
+        try:
+            described = describe(path.parent)
+            described["views"] = ", ".join(described["views"])
+        except UserError as error:
+            described = {"name": path.parent.name, "state": str(error)}
+        rows.append({name: described.get(name) for name in _COLUMNS})
+    return pl.DataFrame(rows, schema=_COLUMNS)

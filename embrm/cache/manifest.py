@@ -1,0 +1,154 @@
+"""The manifest: what a cache is, which of its files are finished, and what their bytes must be."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from embrm.cache.schema import Layout
+from embrm.errors import UserError
+from embrm.files import write_bytes
+from embrm.specs import Spec, canonical_json, content_id
+
+VERSION: Final = 1
+NAME = "manifest.json"
+LM_HEAD = "lm_head.safetensors"
+TABLES = ("pairs", "members", "exclusions", "leaks")
+
+
+class FileEntry(Spec):
+    """A finished file."""
+
+    rows: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ShardEntry(Spec):
+    """A finished shard; `tokens` is None in a cache without sampled positions."""
+
+    responses: FileEntry
+    tokens: FileEntry | None
+
+
+class Manifest(Spec):
+    """Content of manifest.json, without its digest. File names follow from `files`."""
+
+    format: Literal["embrm-cache"] = "embrm-cache"
+    version: Literal[1] = VERSION
+    cache_id: str
+    """`content_id` of `identity`."""
+    identity: dict[str, Any]
+    """Everything that defines the content."""
+    environments: tuple[dict[str, Any], ...]
+    """Where it was made, in the order in which differing environments took part."""
+    extraction: dict[str, Any]
+    """The spec to extract it with again."""
+    data: dict[str, Any]
+    """Counts of the dataset: splits and exclusions."""
+    n_responses: PositiveInt
+    shard_rows: PositiveInt
+    """Responses in every shard but the last, which may have fewer."""
+    layout: Layout | None = None
+    """Known from the first finished shard on."""
+    tables: dict[str, FileEntry] = Field(default_factory=dict)
+    lm_head: FileEntry | None = None
+    """`rows` counts its tensors."""
+    shards: tuple[ShardEntry | None, ...]
+    """None where not finished."""
+    complete: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.cache_id != content_id(self.identity):
+            raise ValueError("cache_id is not the digest of identity")
+        if len(self.shards) != -(-self.n_responses // self.shard_rows):
+            raise ValueError("shards do not cover the responses")
+        if any(self.shards) and self.layout is None:
+            raise ValueError("a finished shard without a layout")
+        if self.complete and not (
+            all(self.shards) and self.lm_head and self.tables.keys() == {*TABLES}
+        ):
+            raise ValueError("complete, but files are missing")
+        return self
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Indices of the finished shards."""
+        return frozenset(index for index, entry in enumerate(self.shards) if entry)
+
+    def rows_of(self, index: int) -> range:
+        """The responses that shard `index` holds."""
+        first = index * self.shard_rows
+        return range(first, min(first + self.shard_rows, self.n_responses))
+
+    def files(self) -> dict[str, FileEntry]:
+        """Every finished file: path below the cache folder → its entry."""
+        found = {table_file(name): entry for name, entry in self.tables.items()}
+        if self.lm_head:
+            found[LM_HEAD] = self.lm_head
+        for index, shard in enumerate(self.shards):
+            if shard:
+                found[responses_file(index)] = shard.responses
+                if shard.tokens:
+                    found[tokens_file(index)] = shard.tokens
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The one spelling of this manifest: canonical JSON with its own digest, and a newline."""
+        body = self.model_dump(mode="json")
+        body["digest"] = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+        return (canonical_json(body) + "\n").encode()
+
+
+def table_file(name: str) -> str:
+    """Path of a table below the cache folder."""
+    return f"{name}.parquet"
+
+
+def responses_file(index: int) -> str:
+    """Path of a shard's responses below the cache folder."""
+    return f"responses/part-{index:05d}.parquet"
+
+
+def tokens_file(index: int) -> str:
+    """Path of a shard's sampled positions below the cache folder."""
+    return f"tokens/part-{index:05d}.parquet"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest of `folder` atomically."""
+    write_bytes(folder / NAME, manifest.to_bytes())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the cache at `folder`, proven to be byte for byte as written.
+
+    Raises: UserError when there is none, when it is damaged, or when a newer embrm wrote it.
+    """
+    path = folder / NAME
+    try:
+        raw = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no cache at {folder} (no {NAME}): check the path, or make it with embrm extract"
+        ) from None
+    try:
+        body = json.loads(raw)
+        if body["format"] == "embrm-cache" and body["version"] > VERSION:
+            raise UserError(
+                f"{folder} has cache format version {body['version']}, this embrm reads up to "
+                f"{VERSION}: upgrade embrm"
+            )
+        del body["digest"]
+        manifest = Manifest.model_validate(body)
+        if manifest.to_bytes() == raw:
+            return manifest
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise UserError(
+        f"{path} is damaged: restore it from a copy or extract into a new folder; "
+        "without it the finished shards cannot be trusted"
+    )

@@ -1,0 +1,209 @@
+"""Reading a finished cache. What is read is proven first: sizes, checksums, row counts."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+
+from embrm.cache.manifest import (
+    LM_HEAD,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    responses_file,
+    table_file,
+    tokens_file,
+)
+from embrm.cache.schema import (
+    RESPONSE_SCALARS,
+    TOKEN_SCALARS,
+    Layout,
+    TokenRows,
+    damaged,
+    decode,
+    from_parquet,
+)
+from embrm.errors import UserError, nearest
+from embrm.files import sha256
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A complete cache. Open it with `open_cache`.
+
+    Every read raises UserError when a file is missing or damaged.
+    """
+
+    folder: Path
+    manifest: Manifest
+    layout: Layout
+
+    @property
+    def cache_id(self) -> str:
+        """Digest of everything that defines the content."""
+        return self.manifest.cache_id
+
+    @property
+    def dtype(self) -> str:
+        """Storage type of the states: float32, bfloat16 or float16."""
+        return self.layout.dtype
+
+    @property
+    def width(self) -> int:
+        """Values in a state."""
+        return self.layout.width
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names that `states` takes, sorted."""
+        return self.layout.views
+
+    @cached_property
+    def pairs(self) -> pl.DataFrame:
+        """Preference pairs; `chosen` and `rejected` are rows of `responses` and `states`."""
+        return self._table("pairs")
+
+    @cached_property
+    def members(self) -> pl.DataFrame:
+        """Responses of groups with their gold scores; `response` is a row of `responses`."""
+        return self._table("members")
+
+    @cached_property
+    def exclusions(self) -> pl.DataFrame:
+        """Source rows left out, with the reason."""
+        return self._table("exclusions")
+
+    @cached_property
+    def leaks(self) -> pl.DataFrame:
+        """Evaluation prompts that occur in training."""
+        return self._table("leaks")
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that have pairs or members, sorted."""
+        return sorted({*self.pairs["split"], *self.members["split"]})
+
+    @cached_property
+    def responses(self) -> pl.DataFrame:
+        """One row a response: ids, token counts, final token, S, and `norm.<view>` of each view."""
+        columns = [*RESPONSE_SCALARS, *(f"norm.{view}" for view in self.views)]
+        frame = pl.from_arrow(pa.concat_tables(self._read_responses(columns)))
+        assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
+        return frame
+
+    def states(self, view: str) -> torch.Tensor:
+        """The states of one view, [responses, width] in the cache's dtype.
+
+        Raises: UserError for a view that is not stored, or a state that is not finite.
+        """
+        out = torch.empty(self.manifest.n_responses, self.width, dtype=self.layout.torch_dtype)
+        first = 0
+        for part in self.state_shards(view):
+            out[first : first + len(part)] = part
+            first += len(part)
+        return out
+
+    def state_shards(self, view: str) -> Iterator[torch.Tensor]:
+        """`states`, one shard at a time: for a cache larger than memory."""
+        if view not in self.views:
+            raise UserError(f"view {view!r} is not in {self.folder}: {nearest(view, self.views)}")
+        for index, table in enumerate(self._read_responses([f"state.{view}"])):
+            yield self._decode_states(table.column(0), responses_file(index))
+
+    def token_rows(self) -> TokenRows:
+        """All sampled response positions. Raises: UserError when none were sampled."""
+        shards = [*self.token_shards()]
+        columns = {
+            name: np.concatenate([getattr(shard, name) for shard in shards])
+            for name in (*TOKEN_SCALARS, "top_ids", "top_logits")
+        }
+        return TokenRows(states=torch.cat([shard.states for shard in shards]), **columns)
+
+    def token_shards(self) -> Iterator[TokenRows]:
+        """`token_rows`, one shard at a time."""
+        k, schema = self.layout.top_k, self.layout.tokens()
+        if k is None:
+            raise UserError(
+                f"{self.folder} has no sampled token positions: extract with some, "
+                "into another folder"
+            )
+        for index, shard in enumerate(self.manifest.shards):
+            assert shard is not None  # open_cache refuses an incomplete cache
+            assert shard.tokens is not None  # the layout has tokens, so every shard has
+            table = self._read(tokens_file(index), shard.tokens, schema.names, schema)
+            rows = table.num_rows
+            yield TokenRows(
+                **{name: table[name].to_numpy() for name in TOKEN_SCALARS},
+                states=self._decode_states(table["state"], tokens_file(index)),
+                top_ids=decode(table["top_ids"], torch.int32, k).numpy()
+                if k
+                else np.empty((rows, 0), np.int32),
+                top_logits=decode(table["top_logits"], torch.float32, k).numpy()
+                if k
+                else np.empty((rows, 0), np.float32),
+            )
+
+    def lm_head(self) -> dict[str, torch.Tensor]:
+        """The language model's head, as extract stored it."""
+        path = self.folder / LM_HEAD
+        entry = self.manifest.lm_head
+        assert entry is not None  # open_cache refuses an incomplete cache
+        if sha256(path) != entry.sha256:
+            raise damaged(path, "its SHA-256 is not the recorded one")
+        return safetensors.torch.load_file(path)
+
+    def _table(self, name: str) -> pl.DataFrame:
+        path = self.folder / table_file(name)
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest.tables[name].sha256:
+            raise damaged(path, "its SHA-256 is not the recorded one")
+        frame = pl.from_arrow(pq.read_table(pa.BufferReader(content)))
+        assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
+        return frame
+
+    def _read_responses(self, columns: list[str]) -> Iterator[pa.Table]:
+        schema = self.layout.responses()
+        for index, shard in enumerate(self.manifest.shards):
+            assert shard is not None  # open_cache refuses an incomplete cache
+            yield self._read(responses_file(index), shard.responses, columns, schema)
+
+    def _read(self, name: str, entry: FileEntry, columns: list[str], schema: pa.Schema) -> pa.Table:
+        table = from_parquet(self.folder / name, columns, schema)
+        if table.num_rows != entry.rows:
+            raise damaged(self.folder / name, f"{table.num_rows} rows instead of {entry.rows}")
+        return table
+
+    def _decode_states(self, column: pa.ChunkedArray, name: str) -> torch.Tensor:
+        states = decode(column, self.layout.torch_dtype, self.width)
+        if not torch.isfinite(states).all():
+            raise damaged(self.folder / name, "it holds a state that is NaN or infinite")
+        return states
+
+
+def open_cache(folder: Path) -> Cache:
+    """Open a complete cache; sizes are checked now, content as it is read.
+
+    Raises: UserError when there is none, or it is incomplete, damaged or from a newer version.
+    """
+    manifest = read_manifest(folder)
+    if not manifest.complete or manifest.layout is None:
+        raise UserError(
+            f"{folder} is incomplete ({len(manifest.done)} of {len(manifest.shards)} shards are "
+            "finished): run the same extract command again"
+        )
+    for name, entry in manifest.files().items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: run the same extract command again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise damaged(path, f"{size} bytes instead of {entry.bytes}")
+    return Cache(folder, manifest, manifest.layout)

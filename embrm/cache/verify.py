@@ -1,0 +1,89 @@
+"""Full proof of a cache: every byte of every file, and what the numbers point at."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from embrm.cache.manifest import NAME, Manifest, read_manifest, tokens_file
+from embrm.cache.reader import Cache, open_cache
+from embrm.errors import UserError
+from embrm.files import TEMPORARY, sha256
+
+
+def verify(folder: Path) -> list[str]:
+    """Problems of the cache at `folder`, one line each; empty when it is sound."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
+    problems = [*_listing(folder, manifest)]
+    damaged = [*_bytes(folder, manifest)]
+    if manifest.complete and not damaged:
+        # The content can only be wrong if the writer was: its bytes are the recorded ones.
+        try:
+            problems += _content(open_cache(folder))
+        except UserError as error:
+            problems.append(str(error))
+    return problems + damaged
+
+
+def _listing(folder: Path, manifest: Manifest) -> Iterator[str]:
+    missing = len(manifest.shards) - len(manifest.done)
+    if not manifest.complete:
+        yield (
+            f"{folder} is incomplete ({missing} of {len(manifest.shards)} shards are missing): "
+            "run the same extract command again"
+        )
+    expected = {*manifest.files(), NAME, ".lock"}
+    for path in sorted(folder.rglob("*")):
+        if path.name.startswith(TEMPORARY):
+            yield f"{path} was left by a killed run: harmless, the next extract removes it"
+        elif not path.is_dir() and path.relative_to(folder).as_posix() not in expected:
+            yield f"{path} is not part of this cache: remove it"
+
+
+def _bytes(folder: Path, manifest: Manifest) -> Iterator[str]:
+    remedy = "delete it and run the same extract command again"
+    for name, entry in manifest.files().items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing: run the same extract command again"
+        elif path.stat().st_size != entry.bytes:
+            yield f"{path} has {path.stat().st_size} bytes instead of {entry.bytes}: {remedy}"
+        elif sha256(path) != entry.sha256:
+            yield f"{path} is damaged (its SHA-256 is not the recorded one): {remedy}"
+
+
+def _content(cache: Cache) -> Iterator[str]:
+    n = cache.manifest.n_responses
+    for name, entry in cache.manifest.tables.items():
+        rows = getattr(cache, name).height
+        if rows != entry.rows:
+            yield f"{cache.folder}: {name} has {rows} rows instead of {entry.rows}"
+    indices = {
+        "pairs.chosen": cache.pairs["chosen"],
+        "pairs.rejected": cache.pairs["rejected"],
+        "members.response": cache.members["response"],
+    }
+    for name, column in indices.items():
+        wrong = column.is_null() | (column < 0) | (column >= n)
+        if wrong.any():
+            yield (
+                f"{cache.folder}: {name} = {column.filter(wrong)[0]} in {wrong.sum()} rows, "
+                f"must be 0 to {n - 1}: extract into a new folder"
+            )
+    if cache.responses.height != n:
+        yield f"{cache.folder}: {cache.responses.height} responses instead of {n}"
+    for view in cache.views:
+        for _ in cache.state_shards(view):  # reading proves shape and finiteness
+            pass
+    if cache.layout.top_k is not None:
+        for index, tokens in enumerate(cache.token_shards()):
+            owners = cache.manifest.rows_of(index)
+            wrong_rows = (tokens.response < owners.start) | (tokens.response >= owners.stop)
+            if wrong_rows.any():
+                yield (
+                    f"{cache.folder / tokens_file(index)}: response = "
+                    f"{tokens.response[wrong_rows][0]}, must be {owners.start} to "
+                    f"{owners.stop - 1}: extract into a new folder"
+                )
+    cache.lm_head()

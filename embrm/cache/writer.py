@@ -1,0 +1,298 @@
+"""Writing a cache shard by shard; what is finished stays finished, however the process ends."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import safetensors.torch
+import torch
+
+from embrm.cache.manifest import (
+    LM_HEAD,
+    NAME,
+    TABLES,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    read_manifest,
+    responses_file,
+    table_file,
+    tokens_file,
+    write_manifest,
+)
+from embrm.cache.schema import (
+    Layout,
+    ShardRows,
+    TokenRows,
+    responses_table,
+    to_parquet,
+    tokens_table,
+)
+from embrm.errors import UserError
+from embrm.files import TEMPORARY, disk_errors, exclusive, remove_temporaries, write_bytes
+from embrm.specs import canonical_json, content_id
+
+
+class CacheWriter:
+    """Adds finished shards to a cache. Create it with `open_writer`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, environment: dict[str, Any]) -> None:
+        self._folder, self._manifest, self._environment = folder, manifest, environment
+
+    @property
+    def done(self) -> frozenset[int]:
+        """Indices of the finished shards."""
+        return self._manifest.done
+
+    @property
+    def n_shards(self) -> int:
+        """Shards the cache will have."""
+        return len(self._manifest.shards)
+
+    def write_shard(self, index: int, rows: ShardRows, tokens: TokenRows | None) -> None:
+        """Store shard `index`: file, fsync, rename, and only then its manifest entry.
+
+        Pass `tokens` for every shard or for none; a shard without a sampled position passes zero
+        rows.
+        Raises: UserError when a number is not finite or the shard's layout is not the cache's.
+        """
+        expected = self._manifest.rows_of(index)
+        given = range(rows.first, rows.first + len(rows.response_id))
+        if given != expected or index in self.done:
+            raise ValueError(f"shard {index} holds {expected}, got {given}, done: {self.done}")
+        if tokens and not np.isin(tokens.response, expected).all():
+            raise ValueError(f"token rows of shard {index} name responses outside {expected}")
+        layout = Layout.of(rows, tokens)
+        known = self._manifest.layout or layout
+        if layout != known:
+            raise UserError(
+                f"shard {index} has {_first_difference(_flat(known), _flat(layout))}: "
+                "extract into a new folder"
+            )
+        _refuse_non_finite(rows, tokens)
+        stored = ShardEntry(
+            responses=self._store(
+                responses_file(index), to_parquet(responses_table(rows, layout)), len(given)
+            ),
+            tokens=self._store(
+                tokens_file(index), to_parquet(tokens_table(tokens, layout)), len(tokens.response)
+            )
+            if tokens
+            else None,
+        )
+        shards = list(self._manifest.shards)
+        shards[index] = stored
+        self._update(layout=layout, shards=tuple(shards))
+
+    def finish(self) -> None:
+        """Mark the cache complete. Raises: ValueError while a shard is missing."""
+        if len(self.done) < self.n_shards:
+            raise ValueError(f"{len(self.done)} of {self.n_shards} shards are finished")
+        if not self._manifest.complete:
+            self._update(complete=True)
+
+    def store_tables(
+        self,
+        tables: Mapping[str, pl.DataFrame],
+        lm_head: Callable[[], dict[str, torch.Tensor]],
+    ) -> None:
+        """Store what is not sharded, unless it is there; `lm_head` is called only when needed."""
+        have = self._manifest
+        entries = {
+            name: have.tables.get(name)
+            or self._store(table_file(name), _table_bytes(tables[name]), tables[name].height)
+            for name in TABLES
+        }
+        head = have.lm_head
+        if head is None:
+            tensors = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in lm_head().items()
+            }
+            head = self._store(LM_HEAD, safetensors.torch.save(tensors), len(tensors))
+        if (entries, head) != (have.tables, have.lm_head):
+            self._update(tables=entries, lm_head=head)
+
+    def _store(self, name: str, content: Any, rows: int) -> FileEntry:
+        # The digest is of the bytes meant to be written, so a bad disk is found later too.
+        write_bytes(self._folder / name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        return FileEntry(rows=rows, bytes=memoryview(content).nbytes, sha256=digest)
+
+    def _update(self, **changes: Any) -> None:
+        environments = self._manifest.environments
+        if self._environment not in environments:
+            environments = (*environments, self._environment)
+        manifest = self._manifest.model_copy(update={**changes, "environments": environments})
+        write_manifest(self._folder, manifest)
+        self._manifest = manifest
+
+
+@contextmanager
+def open_writer(
+    folder: Path,
+    *,
+    identity: dict[str, Any],
+    environment: dict[str, Any],
+    extraction: dict[str, Any],
+    data: dict[str, Any],
+    tables: Mapping[str, pl.DataFrame],
+    n_responses: int,
+    shard_rows: int,
+    lm_head: Callable[[], dict[str, torch.Tensor]],
+) -> Iterator[CacheWriter]:
+    """Begin the cache at `folder`, or resume it; this process alone may write it meanwhile.
+
+    `identity` defines the content and gives the cache id. `tables` are the dataset's pairs,
+    members, exclusions and leaks. `environment`, `extraction` and `data` are recorded.
+
+    Raises: UserError when the folder holds something else, another identity or a damaged
+    manifest, when another process writes it, or when the disk is full.
+    """
+    _refuse_foreign(folder)
+    with exclusive(folder):
+        with disk_errors(folder):
+            remove_temporaries(folder)
+        manifest = Manifest(
+            cache_id=content_id(identity),
+            identity=_plain(identity),
+            environments=(_plain(environment),),
+            extraction=_plain(extraction),
+            data=_plain(data),
+            n_responses=n_responses,
+            shard_rows=shard_rows,
+            shards=(None,) * -(-n_responses // shard_rows),
+        )
+        if (folder / NAME).exists():
+            manifest = _resumed(folder, manifest)
+        else:
+            write_manifest(folder, manifest)
+        writer = CacheWriter(folder, manifest, _plain(environment))
+        writer.store_tables(tables, lm_head)
+        yield writer
+
+
+def _resumed(folder: Path, fresh: Manifest) -> Manifest:
+    """The stored manifest, rewritten without the entries whose files are not there any more."""
+    stored = read_manifest(folder)
+    difference = _first_difference(_defining(stored), _defining(fresh))
+    if difference:
+        raise UserError(
+            f"{folder} was extracted with {difference}: use the same settings or another --out"
+        )
+    lost = {
+        name for name, entry in stored.files().items() if not _has_size(folder / name, entry.bytes)
+    }
+    if not lost:
+        return stored
+    for name in sorted(lost):
+        print(
+            f"warning: {folder / name} is missing or has the wrong size: it is written again",
+            file=sys.stderr,
+        )
+    kept = stored.model_copy(
+        update={
+            "complete": False,
+            "tables": {n: e for n, e in stored.tables.items() if table_file(n) not in lost},
+            "lm_head": None if LM_HEAD in lost else stored.lm_head,
+            "shards": tuple(
+                None if lost & {responses_file(index), tokens_file(index)} else shard
+                for index, shard in enumerate(stored.shards)
+            ),
+        }
+    )
+    write_manifest(folder, kept)
+    return kept
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: name a folder for the cache")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(n for n in names if n != ".lock" and not n.startswith(TEMPORARY))
+    if foreign and NAME not in names:
+        raise UserError(
+            f"{folder} holds {foreign[0]!r} and no {NAME}: it is not a cache; choose another --out"
+        )
+
+
+def _refuse_non_finite(rows: ShardRows, tokens: TokenRows | None) -> None:
+    numbers: dict[str, torch.Tensor | np.ndarray] = {"S": rows.S}
+    numbers |= {f"state {view!r}": states for view, states in rows.states.items()}
+    numbers |= {f"norm {view!r}": norms for view, norms in rows.norms.items()}
+    _refuse_rows(numbers, rows.response_id)
+    if tokens:
+        owners = [rows.response_id[index - rows.first] for index in tokens.response]
+        names = ("states", "target_logit", "logsumexp", "top_logits")
+        _refuse_rows({f"token {name}": getattr(tokens, name) for name in names}, owners)
+
+
+def _refuse_rows(numbers: Mapping[str, torch.Tensor | np.ndarray], owners: Sequence[str]) -> None:
+    for name, values in numbers.items():
+        finite = torch.isfinite(torch.as_tensor(values))
+        if not finite.all():
+            row = int(finite.logical_not().nonzero()[0, 0])
+            raise UserError(
+                f"{name} of response {owners[row]} is NaN or infinite: "
+                "extract in float32 or bfloat16, and check the model's weights"
+            )
+
+
+def _table_bytes(table: pl.DataFrame) -> Any:
+    return to_parquet(table.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()))
+
+
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: comparable with what a manifest holds."""
+    plain: dict[str, Any] = json.loads(canonical_json(value))
+    return plain
+
+
+def _defining(manifest: Manifest) -> dict[str, Any]:
+    return _flat(
+        {
+            **manifest.identity,
+            "n_responses": manifest.n_responses,
+            "shard_rows": manifest.shard_rows,
+        }
+    )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keyed by dotted path."""
+    if isinstance(value, Layout):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{name}.{key}" if name else key)
+    return flat
+
+
+def _first_difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
+    """The first field that differs with both values, and the names of the others; "" if equal."""
+    names = [
+        name
+        for name in sorted(stored.keys() | given.keys())
+        if name not in stored or name not in given or stored[name] != given[name]
+    ]
+    if not names:
+        return ""
+    first, *others = names
+    also = f" (also: {', '.join(others[:5])})" if others else ""
+    return f"{first} = {_short(stored.get(first))}, not {_short(given.get(first))}{also}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
