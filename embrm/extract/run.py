@@ -1,0 +1,399 @@
+"""Extraction: a spec in, a verified cache folder out, resumable at any moment."""
+
+import hashlib
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from pydantic import Field, field_validator
+
+from embrm.cache.schema import ShardRows, TokenRows
+from embrm.cache.writer import open_writer
+from embrm.data.dataset import Dataset, load
+from embrm.data.leaks import leaks
+from embrm.data.sources import SourceSpec
+from embrm.errors import UserError
+from embrm.extract.engine import (
+    Batch,
+    Engine,
+    Request,
+    predicting_positions,
+    read,
+    token_positions,
+)
+from embrm.extract.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
+from embrm.extract.transformers_engine import (
+    TransformersEngine,
+    digest,
+    load_config,
+    load_engine,
+    model_folder,
+)
+from embrm.progress import progress
+from embrm.provenance import provenance
+from embrm.specs import Spec
+
+SHARD_ROWS = 2048
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
+_VIEW = re.compile(r"last|mean|prenorm|layer:\d+")
+
+
+class ExtractSpec(Spec):
+    """What defines an extraction. Settings that must not change its result are arguments of
+    `extract`, not fields: device, token budget of a batch."""
+
+    model: str
+    """A folder saved by save_pretrained, or a hub id."""
+    revision: str | None = None
+    data: tuple[SourceSpec, ...] = Field(min_length=1)
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """See `embrm.extract.tokens`."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens of prompt and response together."""
+    truncation: Literal["drop", "left"] = "drop"
+    """A longer text is dropped, or loses the left of its prompt."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the model and storage of the states."""
+    states: tuple[str, ...] = ("last",)
+    """Views to store: last, mean, prenorm, layer:K."""
+    token_rows: int = Field(default=0, ge=0)
+    """Sampled positions a response."""
+    top_k: int = Field(default=32, ge=0)
+    """Largest logits kept at a sampled position."""
+    seed: int = 0
+    """Of the sampled positions."""
+    pad_token: str | None = None
+    """A vocabulary token that serves as pad token."""
+    allow_pad_eos: bool = False
+    trust_remote_code: bool = False
+    limit: int | None = Field(default=None, ge=1)
+    """For every source that sets no limit of its own."""
+
+    @field_validator("states")
+    @classmethod
+    def _known_views(cls, states: tuple[str, ...]) -> tuple[str, ...]:
+        for view in states:
+            if not _VIEW.fullmatch(view):
+                raise ValueError(f"unknown view {view!r}: valid: last, mean, prenorm, layer:K")
+        if not states or len(set(states)) < len(states):
+            raise ValueError("name at least one view, and each once")
+        return states
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything known before the model runs; `encoded` has one entry a row of the dataset."""
+
+    spec: ExtractSpec
+    folder: Path
+    dataset: Dataset
+    encoded: list[Encoded]
+    leaks: pl.DataFrame
+    identity: dict[str, Any]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of every response, prompt included."""
+        return np.array([len(entry.ids) for entry in self.encoded], dtype=np.int64)
+
+    def requests(self, rows: range | list[int]) -> list[Request]:
+        """What an engine is asked for these rows of the dataset."""
+        ids = self.dataset.responses["response_id"]
+        return [
+            Request(
+                entry.ids,
+                entry.n_prompt,
+                entry.final_position,
+                token_positions(
+                    ids[row], entry.n_prompt, len(entry.ids), self.spec.token_rows, self.spec.seed
+                ),
+            )
+            for row, entry in ((row, self.encoded[row]) for row in rows)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction would do."""
+
+    responses: int
+    prompts: int
+    splits: dict[str, dict[str, int]]
+    """Split → pairs, prompts, responses."""
+    tokens: int
+    cache_bytes: int
+    exclusions: dict[str, int]
+    """Reason → source rows left out."""
+    leaks: pl.DataFrame
+    tokens_per_second: float
+    """Measured on a sample of the data."""
+    seconds: float
+
+
+def prepare(spec: ExtractSpec) -> Prepared:
+    """Load the data, tokenise it, exclude what cannot be read, and name the result's identity.
+
+    Raises: UserError for anything wrong with the model's folder, its tokenizer or the data.
+    """
+    remote = spec.trust_remote_code
+    folder = model_folder(spec.model, spec.revision, trust_remote_code=remote)
+    config = load_config(folder, max_length=spec.max_length, trust_remote_code=remote)
+    tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+    policy = token_policy(
+        tokenizer,
+        template=spec.template,
+        max_length=spec.max_length,
+        truncation=spec.truncation,
+        pad_token=spec.pad_token,
+        allow_pad_eos=spec.allow_pad_eos,
+    )
+    dataset = load([_limited(source, spec.limit) for source in spec.data])
+    encoded, drops = encode(dataset.responses, tokenizer, policy)
+    dataset, kept = _exclude(dataset, encoded, drops)
+    largest = max(int(entry.ids.max()) for entry in kept)
+    vocabulary = config.get_text_config().vocab_size
+    if largest >= vocabulary:
+        raise UserError(
+            f"model {spec.model}: its tokenizer gives token id {largest}, the model knows "
+            f"{vocabulary} ids: use the tokenizer the model was trained with"
+        )
+    identity = _identity(spec, folder, policy, dataset, kept)
+    return Prepared(spec, folder, dataset, kept, leaks(dataset), identity)
+
+
+def _limited(source: SourceSpec, limit: int | None) -> SourceSpec:
+    return source if source.limit else source.model_copy(update={"limit": limit})
+
+
+def _exclude(
+    dataset: Dataset, encoded: list[Encoded | None], drops: pl.DataFrame
+) -> tuple[Dataset, list[Encoded]]:
+    """Leave out the dropped responses, and the pairs whose two sides became the same tokens."""
+    identical = []
+    for pair, chosen, rejected in (
+        dataset.pairs.select("chosen", "rejected").with_row_index().rows()
+    ):
+        left, right = encoded[chosen], encoded[rejected]
+        if left and right and np.array_equal(left.ids, right.ids):
+            cut = left.truncated or right.truncated
+            reason = "truncated_to_identical" if cut else "identical"
+            identical.append((pair, reason, f"both are the same {len(left.ids)} tokens"))
+    if drops.height or identical:
+        schema = {"pair": pl.Int32, "reason": pl.String, "detail": pl.String}
+        by_id = dict(zip(dataset.responses["response_id"], encoded, strict=True))
+        dataset = dataset.without(drops, pl.DataFrame(identical, schema=schema, orient="row"))
+        encoded = [by_id[response_id] for response_id in dataset.responses["response_id"]]
+    return dataset, [entry for entry in encoded if entry]
+
+
+def _identity(
+    spec: ExtractSpec,
+    folder: Path,
+    policy: TokenPolicy,
+    dataset: Dataset,
+    encoded: list[Encoded],
+) -> dict[str, Any]:
+    """Everything that defines the content of the cache, and nothing else: no path, no device."""
+    tokens = hashlib.sha256()
+    for entry in encoded:
+        tokens.update(f"{len(entry.ids)} {entry.n_prompt} {entry.final_position}\n".encode())
+        tokens.update(entry.ids.tobytes())
+    return {
+        "model": {
+            "weights": digest(folder, "*.safetensors"),
+            "config": digest(folder, "config.json"),
+            "dtype": spec.dtype,
+        },
+        "tokenizer": {
+            "files": digest(folder, *_TOKENIZER_FILES),
+            "template": policy.template,
+            "chat_template": policy.chat_template
+            and hashlib.sha256(policy.chat_template.encode()).hexdigest(),
+            "bos": policy.bos if policy.add_bos else None,
+            "eos": policy.eos if policy.template == "plain" else "as the template ends",
+            "pad": policy.pad,
+            "max_length": policy.max_length,
+            "truncation": policy.truncation,
+        },
+        "states": {
+            "views": sorted(spec.states),
+            "norm": "post final norm, except prenorm and layer:K",
+            "position": "rightmost token that is not the pad token; mean: all response tokens",
+        },
+        "token_rows": {
+            "rule": "Philox keyed by SHA-256 of seed:response_id, without replacement",
+            "rows": spec.token_rows,
+            "top_k": spec.top_k,
+            "seed": spec.seed,
+        }
+        if spec.token_rows
+        else None,
+        "data": {"dataset": dataset.digest(), "token_ids": tokens.hexdigest()},
+    }
+
+
+def plan(spec: ExtractSpec, *, device: str = "auto", batch_tokens: int | None = None) -> Plan:
+    """What `extract` would do, with its speed measured on one sample batch. Writes nothing."""
+    prepared = prepare(spec)
+    engine = _engine(prepared, device)
+    budget = batch_tokens or engine.batch_tokens
+    lengths = prepared.lengths
+    # Every n-th response by length, one batch budget in all, stands for the whole.
+    share = max(1, int(lengths.sum() // budget))
+    sample = [int(row) for row in np.argsort(lengths, kind="stable")[share // 2 :: share]]
+    read(engine, prepared.requests(sample[:1]), budget)  # the first call also allocates
+    start = time.perf_counter()
+    read(engine, prepared.requests(sample), budget)
+    speed = float(lengths[sample].sum()) / (time.perf_counter() - start)
+    return Plan(
+        responses=len(lengths),
+        prompts=prepared.dataset.responses["prompt_id"].n_unique(),
+        splits=_splits(prepared.dataset),
+        tokens=int(lengths.sum()),
+        cache_bytes=_cache_bytes(prepared, engine),
+        exclusions=_reasons(prepared.dataset),
+        leaks=prepared.leaks,
+        tokens_per_second=speed,
+        seconds=float(lengths.sum()) / speed,
+    )
+
+
+def _cache_bytes(prepared: Prepared, engine: Engine) -> int:
+    """Size of the vectors and scalars, which is the cache up to Parquet's headers and tables."""
+    spec, rows = prepared.spec, len(prepared.encoded)
+    width = engine.width * engine.head.weight.element_size()
+    sampled = sum(
+        min(spec.token_rows, len(predicting_positions(entry.n_prompt, len(entry.ids))))
+        for entry in prepared.encoded
+    )
+    head = engine.head.weight.numel() * engine.head.weight.element_size()
+    a_response = len(spec.states) * (width + 4) + 61
+    return rows * a_response + sampled * (width + 20 + 8 * spec.top_k) + head
+
+
+def _splits(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Split → pairs, prompts, responses."""
+    ends = pl.concat(
+        [
+            dataset.pairs.select("split", "prompt_id", response="chosen"),
+            dataset.pairs.select("split", "prompt_id", response="rejected"),
+            dataset.members.select("split", "prompt_id", "response"),
+        ]
+    )
+    used = ends.group_by("split").agg(
+        prompts=pl.col("prompt_id").n_unique(), responses=pl.col("response").n_unique()
+    )
+    pairs = dict(dataset.pairs.group_by("split").len().rows())
+    return {
+        split: {"pairs": pairs.get(split, 0), "prompts": prompts, "responses": responses}
+        for split, prompts, responses in used.sort("split").rows()
+    }
+
+
+def _reasons(dataset: Dataset) -> dict[str, int]:
+    return dict(dataset.exclusions.group_by("reason").len().sort("reason").rows())
+
+
+def extract(
+    spec: ExtractSpec,
+    out: Path,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    shard_rows: int = SHARD_ROWS,
+) -> Path:
+    """Make the cache of `spec` at `out`, or finish it; returns `out`.
+
+    Stopped at any moment and run again, it keeps the finished shards and ends with the same bytes
+    (on the same machine, with the same `batch_tokens`; otherwise within the dtype's tolerance).
+
+    Raises: UserError for anything the user can put right.
+    """
+    prepared = prepare(spec)
+    engine = _engine(prepared, device)
+    budget = batch_tokens or engine.batch_tokens
+    lengths = prepared.lengths
+    shards = [
+        range(first, min(first + shard_rows, len(lengths)))
+        for first in range(0, len(lengths), shard_rows)
+    ]
+    with open_writer(
+        out,
+        identity=prepared.identity,
+        environment=provenance() | engine.environment | {"batch_tokens": budget},
+        extraction=spec.model_dump(mode="json"),
+        data={
+            "splits": _splits(prepared.dataset),
+            "exclusions": _reasons(prepared.dataset),
+            "rules": prepared.dataset.rules,
+        },
+        tables={
+            "pairs": prepared.dataset.pairs,
+            "members": prepared.dataset.members,
+            "exclusions": prepared.dataset.exclusions,
+            "leaks": prepared.leaks,
+        },
+        n_responses=len(lengths),
+        shard_rows=shard_rows,
+        lm_head=engine.head.tensors,
+    ) as writer:
+        done = sum(int(lengths[shards[index]].sum()) for index in writer.done)
+        with progress("extract", int(lengths.sum()), "tokens", done) as bar:
+            for index, rows in enumerate(shards):
+                if index not in writer.done:
+                    requests = prepared.requests(rows)
+                    batch = read(engine, requests, budget, bar.advance)
+                    writer.write_shard(index, *_shard(prepared, rows, requests, batch))
+        writer.finish()
+    return out
+
+
+def _engine(prepared: Prepared, device: str) -> TransformersEngine:
+    spec = prepared.spec
+    return load_engine(
+        prepared.folder,
+        dtype=spec.dtype,
+        device=device,
+        views=spec.states,
+        top_k=spec.top_k,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def _shard(
+    prepared: Prepared, rows: range, requests: list[Request], batch: Batch
+) -> tuple[ShardRows, TokenRows | None]:
+    encoded = [prepared.encoded[row] for row in rows]
+    responses = prepared.dataset.responses[rows.start : rows.stop]
+    shard = ShardRows(
+        first=rows.start,
+        response_id=responses["response_id"].to_list(),
+        prompt_id=responses["prompt_id"].to_list(),
+        n_prompt=np.array([entry.n_prompt for entry in encoded], dtype=np.int32),
+        n_response=np.array([entry.n_response for entry in encoded], dtype=np.int32),
+        truncated=np.array([entry.truncated for entry in encoded], dtype=np.bool_),
+        final_position=np.array([entry.final_position for entry in encoded], dtype=np.int32),
+        final_token=np.array([entry.final_token for entry in encoded], dtype=np.int32),
+        S=batch.S,
+        states=batch.states,
+        norms=batch.norms,
+    )
+    if not prepared.spec.token_rows:
+        return shard, None
+    counts = [len(request.positions) for request in requests]
+    return shard, TokenRows(
+        response=np.repeat(np.array(rows, dtype=np.int32), counts),
+        position=np.concatenate([request.positions for request in requests]),
+        target=batch.targets.numpy(),
+        target_logit=batch.tokens.target_logit.numpy(),
+        logsumexp=batch.tokens.logsumexp.numpy(),
+        states=batch.token_states,
+        top_ids=batch.tokens.top_ids.numpy(),
+        top_logits=batch.tokens.top_logits.numpy(),
+    )

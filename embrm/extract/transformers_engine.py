@@ -1,0 +1,358 @@
+"""The transformers engine: the reference implementation, on CPU, CUDA or MPS."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from embrm.errors import UserError
+from embrm.extract.engine import (
+    Batch,
+    LmHead,
+    Request,
+    predicting_positions,
+    statistics,
+)
+from embrm.extract.tokens import reason_of
+from embrm.files import sha256
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest relative difference that the order of arithmetic alone may cause, per dtype."""
+
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
+
+
+def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model: `model` itself, or where the hub's files are kept.
+
+    Raises: UserError when it is neither, or holds no safetensors weights.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if model.count("/") > 1 or model.startswith((".", "/", "~")):
+            raise UserError(f"model = {model!r}: no such folder: check the path")
+        code = ["*.py"] if trust_remote_code else []
+        try:
+            folder = Path(
+                snapshot_download(
+                    model,
+                    revision=revision,
+                    allow_patterns=_HUB_FILES + code,
+                    ignore_patterns=_HUB_IGNORED,
+                )
+            )
+        except Exception as error:  # offline, unknown id, gated: each has its own exception
+            raise UserError(
+                f"model = {model!r}: no such folder, and the hub gave {reason_of(error)}: "
+                "check the name and the connection, or name a local folder"
+            ) from None
+    if not list(folder.glob("*.safetensors")):
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        raise UserError(
+            f"model {model}: pickled weights ({pickled[0].name}) are refused: save the model with "
+            "safe_serialization=True (safetensors)"
+            if pickled
+            else f"model {model}: the folder holds no *.safetensors weights: check the path"
+        )
+    return folder
+
+
+def digest(folder: Path, *patterns: str) -> str:
+    """Hex SHA-256 over names and contents of the files in `folder` that match."""
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    lines = [f"{path.name} {sha256(path)}\n" for path in paths]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_config(folder: Path, *, max_length: int, trust_remote_code: bool = False) -> Any:
+    """The configuration of a causal LM.
+
+    Raises: UserError when there is none, when its architecture has no LM head, or when the model
+    cannot read `max_length` tokens.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, **_remote(trust_remote_code)
+        )
+    except Exception as error:  # whatever a broken config makes transformers say
+        raise UserError(
+            f"model {folder}: its config.json cannot be read ({reason_of(error)}): "
+            "name a folder saved by save_pretrained, or a hub id"
+        ) from None
+    names = getattr(config, "architectures", None) or []
+    if names and not trust_remote_code and not _causal_names().intersection(names):
+        raise UserError(
+            f"model {folder}: architecture {', '.join(names)} has no LM head, and S and token rows "
+            "need one: use a causal LM (…ForCausalLM)"
+        )
+    _check_length(config.get_text_config(), max_length)
+    return config
+
+
+def load_engine(
+    folder: Path,
+    *,
+    dtype: str,
+    device: str = "auto",
+    views: Sequence[str] = ("last",),
+    top_k: int = 0,
+    trust_remote_code: bool = False,
+) -> "TransformersEngine":
+    """Load a causal LM. dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, mps.
+
+    Raises: UserError when the device is absent or too small, weights are missing or damaged, or
+    the engine refuses the model (see `TransformersEngine`).
+    """
+    chosen = _device(device)
+    remote = _remote(trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote)
+    # The SDPA kernels ignore soft-capped attention scores (Gemma-2); eager attention applies them.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **({"attn_implementation": "eager"} if capped else {}),
+            **remote,
+        )
+        model = model.to(chosen).eval()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"model {folder} does not fit on {chosen}: use --dtype bfloat16 or a smaller model"
+        ) from None
+    except Exception as error:  # unknown architectures, damaged or mismatched weight files
+        raise UserError(
+            f"model {folder} cannot be loaded as a causal LM ({reason_of(error)}): "
+            "check its files, or use a model with an LM head"
+        ) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model {folder}: the weights lack {missing[0]!r} ({len(missing)} tensors in all), "
+            "which would be random: use a complete causal LM, LM head included"
+        )
+    return TransformersEngine(model, views, top_k)
+
+
+def _remote(trust_remote_code: bool) -> dict[str, bool]:
+    return {"trust_remote_code": True} if trust_remote_code else {}
+
+
+def _device(name: str) -> torch.device:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name.partition(":")[0], False):
+        raise UserError(
+            f"device = {name!r} is not available here: use auto, "
+            f"{' or '.join(kind for kind, there in available.items() if there)}"
+        )
+    return torch.device(name)
+
+
+def _causal_names() -> set[str]:
+    names: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update([value] if isinstance(value, str) else value)
+    return names
+
+
+def _check_length(config: Any, max_length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"max_length = {max_length} exceeds the model's {limit} positions: "
+            f"set max_length to {limit} or less"
+        )
+    # These rotary embeddings change with the longest sequence of a batch, so a response's state
+    # would depend on its neighbours; below the original length they do not.
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or limit
+    if rope.get("rope_type") in ("dynamic", "longrope") and original and max_length > original:
+        raise UserError(
+            f"max_length = {max_length}: beyond {original} tokens this model's "
+            f"{rope['rope_type']} positions depend on the batch: "
+            f"set max_length to {original} or less"
+        )
+
+
+class TransformersEngine:
+    """A causal LM in memory. Create it with `load_engine`."""
+
+    def __init__(self, model: Any, views: Sequence[str], top_k: int) -> None:
+        """Wrap a model that is in evaluation mode.
+
+        Raises: UserError when its logits are computed in a way embrm does not know, when its
+        states depend on what follows them, or when it lacks one of the views.
+        """
+        self.head = LmHead.from_model(model)
+        self.width: int = self.head.weight.shape[1]
+        self.batch_tokens = _BATCH_TOKENS[model.device.type]
+        self.environment: dict[str, Any] = {
+            "engine": "transformers",
+            "attention": model.config._attn_implementation,
+            "device": _device_name(model.device),
+        }
+        self._model = model
+        self._views = tuple(views)
+        self._top_k = top_k
+        self._layers = [int(view.removeprefix("layer:")) for view in views if ":" in view]
+        self._before_norm: Tensor | None = None
+        with torch.inference_mode():
+            self._check_layers()
+            if "prenorm" in views:
+                self._hook_final_norm()
+            self._check_logits()
+            self._check_causality()
+
+    @torch.inference_mode()
+    def forward(self, requests: Sequence[Request]) -> Batch:
+        """Read requests as one right-padded batch.
+
+        No attention mask is passed: under causal attention no token sees the padding to its
+        right, positions count from the left, and without a mask the fast causal kernels run.
+        `_check_causality` tests the premise on the model at hand.
+        """
+        lengths = [len(request.ids) for request in requests]
+        padded = np.zeros((len(requests), max(lengths)), dtype=np.int64)
+        for row, request in zip(padded, requests, strict=True):
+            row[: len(request.ids)] = request.ids
+        ids = torch.from_numpy(padded).to(self._model.device)
+        hidden = self._hidden(ids)
+        post = hidden["last"]
+        final = torch.tensor([request.final_position for request in requests], device=ids.device)
+        rows = torch.arange(len(requests), device=ids.device)
+        hidden_mean = [
+            post[row, request.n_prompt : length].float().mean(0)
+            for row, (request, length) in enumerate(zip(requests, lengths, strict=True))
+            if "mean" in self._views
+        ]
+        states = {
+            view: torch.stack(hidden_mean) if view == "mean" else hidden[view][rows, final]
+            for view in self._views
+        }
+        spans = [predicting_positions(request.n_prompt, len(request.ids)) for request in requests]
+        response = statistics(
+            self.head, *_gather(post, ids, [np.arange(s.start, s.stop) for s in spans])
+        )
+        terms = (response.target_logit - response.logsumexp).cpu().double()
+        token_states, targets = _gather(post, ids, [request.positions for request in requests])
+        dtype = self.head.weight.dtype
+        return Batch(
+            states={view: state.to(dtype).cpu() for view, state in states.items()},
+            norms={view: state.float().norm(dim=1).cpu() for view, state in states.items()},
+            S=np.array([float(part.sum()) for part in terms.split([len(s) for s in spans])]),
+            token_states=token_states.cpu(),
+            targets=targets.int().cpu(),
+            tokens=statistics(self.head, token_states, targets, self._top_k).cpu(),
+        )
+
+    def _hidden(self, ids: Tensor) -> dict[str, Tensor]:
+        """View → states [n, length, d] of right-padded ids int64 [n, length]; "last" always."""
+        try:
+            output = self._model.base_model(
+                input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers)
+            )
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {ids.device} with a batch of {ids.shape[0]} x {ids.shape[1]} "
+                "tokens: lower --batch-tokens; finished shards are kept"
+            ) from None
+        hidden = {"last": output.last_hidden_state}
+        if self._before_norm is not None:
+            hidden["prenorm"] = self._before_norm
+        for layer in self._layers:
+            hidden[f"layer:{layer}"] = output.hidden_states[layer]
+        return hidden
+
+    def _check_layers(self) -> None:
+        layers = self._model.config.get_text_config().num_hidden_layers
+        for layer in self._layers:
+            if layer >= layers:
+                raise UserError(
+                    f"states: view 'layer:{layer}' is not in this model: valid: layer:0 "
+                    f"(embeddings) to layer:{layers - 1}; the output of the last layer is 'prenorm'"
+                )
+
+    def _hook_final_norm(self) -> None:
+        """Keep what enters the final norm, the module whose output is the base model's output."""
+        produced: list[tuple[torch.nn.Module, Tensor]] = []
+
+        def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and "norm" in type(module).__name__.lower():
+                produced.append((module, output))
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._before_norm = inputs[0]
+
+        base = self._model.base_model
+        handles = [module.register_forward_hook(note) for module in base.modules()]
+        last = self._hidden(self._probe_ids()[None])["last"]
+        for handle in handles:
+            handle.remove()
+        norms = [module for module, output in produced if output.data_ptr() == last.data_ptr()]
+        if not norms:
+            raise UserError(
+                "states: view 'prenorm' is not in this model, whose last step is no norm: "
+                "leave it out"
+            )
+        norms[-1].register_forward_pre_hook(keep)
+
+    def _probe_ids(self) -> Tensor:
+        """A short sequence, int64 [16], spread over the vocabulary."""
+        vocabulary = self.head.weight.shape[0]
+        return torch.arange(16, device=self._model.device) * (vocabulary // 16)
+
+    def _check_logits(self) -> None:
+        ids = self._probe_ids()[None]
+        expected = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        if not self._close(self.head.logits(self._hidden(ids)["last"][0]), expected):
+            raise UserError(
+                f"{type(self._model).__name__} computes its logits in a way embrm does not know: "
+                "S and token rows would be wrong; use another architecture"
+            )
+
+    def _check_causality(self) -> None:
+        ids = self._probe_ids()
+        padded = torch.stack([ids, torch.where(torch.arange(16, device=ids.device) < 6, ids, 0)])
+        alone = self._hidden(ids[None, :6])["last"][0]
+        if not self._close(self._hidden(padded)["last"][1, :6], alone):
+            raise UserError(
+                f"{type(self._model).__name__} is not causal: a token's state depends on what "
+                "follows it; use a causal LM"
+            )
+
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
+        limit = TOLERANCE[str(self.head.weight.dtype).removeprefix("torch.")]
+        error = (found.float() - expected.float()).abs().max()
+        return bool(error <= limit * expected.float().abs().max())
+
+
+def _gather(
+    post: Tensor, ids: Tensor, positions: Sequence[npt.NDArray[Any]]
+) -> tuple[Tensor, Tensor]:
+    """States [rows, d] at each sequence's positions, and the ids int64 [rows] that follow them."""
+    length = ids.shape[1]
+    rows = [row * length + part.astype(np.int64) for row, part in enumerate(positions)]
+    flat = torch.from_numpy(np.concatenate(rows)).to(ids.device)
+    return post.flatten(0, 1)[flat], ids.flatten()[flat + 1]
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
