@@ -1,0 +1,312 @@
+"""Forms: from the columns of any supported dataset to canonical prompts and responses.
+
+Three shapes are told apart by their columns: pairs (chosen, rejected), groups (prompt, response,
+gold) and best_of_n (best, losers). Their texts come in one of three formats:
+
+- text: strings. The prompt is a column; or it is a column and also begins every completion
+  (repeated); or it is the part that the completions share (implicit);
+- chat: lists of {"role", "content"} messages, with the same three kinds of prompt;
+- transcript: strings of "Human:" and "Assistant:" turns, which become chat.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from embrm.data.sources import Table, listed, quoted
+from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
+from embrm.errors import UserError
+
+Messages = tuple[Message, ...]
+
+_MAJORITY = 0.9
+"""A form holds for a dataset when this share of its rows fit it; the others are excluded, listed.
+Forms are decided for a whole dataset: one row that happens to look like another form stays text."""
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class RowError(Exception):
+    """A row that cannot be used. Arguments: reason, detail."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What was detected about a source; recorded with the dataset."""
+
+    shape: str
+    """ "pairs", "groups" or "best_of_n"."""
+    format: str
+    """ "text", "chat" or "transcript"."""
+    prompt: str
+    """ "explicit", "implicit" or "repeated"."""
+    whole: bool
+    """Transcripts only: the completions hold the dialogue from its beginning."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row in canonical text: kind "text" has plain strings, kind "chat" JSON message lists."""
+
+    kind: str
+    prompt: str
+    responses: tuple[str, ...]
+    """chosen and rejected; or the response; or best and losers."""
+    lengths: tuple[int, ...]
+    """Characters of each response, without the JSON around messages."""
+
+
+def detect(table: Table) -> Form:
+    """The form of a source. Raises: UserError when its columns fit none, with the remedy."""
+    shape = _shape(table)
+    columns = table.columns
+    samples = _completion_columns(table, shape)
+    flat = [text for cells in samples for text in cells if isinstance(text, str) and text.strip()]
+    prompts = columns.get("prompt")
+    whole = _mostly(map(is_dialogue, flat))
+    if whole or _mostly(
+        begins_transcript(text) for text in prompts or () if isinstance(text, str) and text.strip()
+    ):
+        format = "transcript"
+    else:
+        lists = (isinstance(cell, list) for cells in samples for cell in cells if cell is not None)
+        format = "chat" if _mostly(lists, share=0.5) else "text"
+    form = Form(shape, format, "implicit" if prompts is None else "explicit", whole)
+    if prompts is None:
+        return form
+    rows = zip(prompts, *samples, strict=True)
+    fits = (
+        all(_repeats(form, prompt, completion) for completion in completions)
+        for prompt, *completions in rows
+        if prompt and all(completions)
+    )
+    return Form(shape, format, "repeated", whole) if _mostly(fits) else form
+
+
+def canonical(form: Form, prompt: object, completions: Sequence[object]) -> Record:
+    """One row as canonical text.
+
+    Raises: RowError with missing_value, empty_prompt, empty_response or wrong_form.
+    """
+    if form.prompt != "implicit" and prompt is None:
+        raise RowError("missing_value", "prompt is null")
+    if any(completion is None for completion in completions):
+        raise RowError("missing_value", "a response is null")
+    record = _text(form, prompt, completions) if form.format == "text" else None
+    record = record or _chat(form, prompt, completions)
+    try:
+        "".join((record.prompt, *record.responses)).encode()
+    except UnicodeEncodeError:
+        raise RowError("wrong_form", "text with half a surrogate pair is not Unicode") from None
+    return record
+
+
+def _shape(table: Table) -> str:
+    fields = table.columns
+    for shape, needed in (
+        ("pairs", ("chosen", "rejected")),
+        ("best_of_n", ("best", "losers")),
+        ("groups", ("prompt", "response", "gold")),
+    ):
+        if all(field in fields for field in needed):
+            return shape
+        present = [field for field in needed if field in fields and field != "prompt"]
+        if present:
+            missing = [field for field in needed if field not in fields]
+            raise UserError(
+                f"{table.name}: has {' and '.join(present)} but no column {missing[0]!r}: "
+                f"found {listed(table.found)}; map it: {_remedy(missing)}"
+            )
+    raise UserError(
+        f"{table.name}: no columns of pairs (chosen, rejected), groups (prompt, response, gold) "
+        f"or best_of_n (best, losers): found {listed(table.found)}; "
+        f"map them: {_remedy(['chosen', 'rejected'])}"
+    )
+
+
+def _remedy(fields: Iterable[str]) -> str:
+    return "columns = { " + ", ".join(f'{field} = "..."' for field in fields) + " }"
+
+
+def _completion_columns(table: Table, shape: str) -> list[list[Any]]:
+    """Columns of completions, one entry a row; of losers, the first."""
+    columns = table.columns
+    if shape == "pairs":
+        return [columns["chosen"], columns["rejected"]]
+    if shape == "groups":
+        return [columns["response"]]
+    losers = [cell[0] if isinstance(cell, list) and cell else None for cell in columns["losers"]]
+    return [columns["best"], losers]
+
+
+def _repeats(form: Form, prompt: object, completion: object) -> bool:
+    """Whether a completion holds its prompt: text begins with it, a dialogue with a user."""
+    if isinstance(completion, list):
+        first = completion[0]
+        return isinstance(first, dict) and first.get("role") != "assistant"
+    if form.format == "text":
+        return isinstance(completion, str) and completion.startswith(str(prompt))
+    return form.whole
+
+
+def _mostly(fits: Iterable[bool], share: float = _MAJORITY) -> bool:
+    answers = list(fits)
+    return bool(answers) and sum(answers) >= share * len(answers)
+
+
+# Text.
+
+
+def _text(form: Form, prompt: object, completions: Sequence[object]) -> Record | None:
+    """A row of strings; None for a row of messages, which decides for itself."""
+    if any(isinstance(value, list) for value in (prompt, *completions)):
+        return None
+    texts = [_string(completion, "a response") for completion in completions]
+    implicit = form.prompt == "implicit"
+    head = _shared_text(texts) if implicit else _string(prompt, "prompt")
+    if not head.strip():
+        detail = "the responses share no beginning" if implicit else quoted(head)
+        raise RowError("empty_prompt", detail)
+    if form.prompt != "explicit":
+        if not all(text.startswith(head) for text in texts):
+            raise RowError("wrong_form", f"a response does not begin with {quoted(head)}")
+        texts = [text[len(head) :] for text in texts]
+    _refuse_blank(texts)
+    return Record("text", head, tuple(texts), tuple(map(len, texts)))
+
+
+def _shared_text(texts: Sequence[str]) -> str:
+    """What all texts begin with, cut back to the last whitespace: no word is split."""
+    first, last = min(texts), max(texts)  # what these two share, all between them share
+    space = 0
+    for length, (one, other) in enumerate(zip(first, last, strict=False), start=1):
+        if one != other:
+            break
+        if one.isspace():
+            space = length
+    return first[:space]
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError("wrong_form", f"{name} is {quoted(value)}, not text or messages")
+    return value
+
+
+def _refuse_blank(texts: Iterable[str]) -> None:
+    for text in texts:
+        if not text.strip():
+            raise RowError("empty_response", quoted(text))
+
+
+# Chat.
+
+
+def _chat(form: Form, prompt: object, completions: Sequence[object]) -> Record:
+    """A row of messages, of transcripts, or of a mixture with strings for single turns."""
+    bodies = [_completion_messages(form, completion) for completion in completions]
+    if any(not body for body in bodies):
+        raise RowError("empty_response", "no message")
+    heads = {body[0][0] == "assistant" for body in bodies}
+    if len(heads) > 1:
+        raise RowError("wrong_form", "only some responses begin with an assistant message")
+    begins_with_answer = heads.pop()
+    if form.prompt == "implicit" or (isinstance(prompt, str) and not begins_with_answer):
+        head = _shared_messages(bodies)
+        if form.prompt != "implicit":
+            _refuse_other_prompt(form, prompt, head)
+    else:
+        head = _prompt_messages(form, prompt)
+    if not any(content.strip() for role, content in head if role != "system"):
+        detail = "the responses share no beginning" if form.prompt == "implicit" else quoted(prompt)
+        raise RowError("empty_prompt", detail)
+    if head[-1][0] == "assistant":
+        raise RowError("wrong_form", "the prompt ends with an assistant message")
+    if not begins_with_answer:
+        if not all(body[: len(head)] == head for body in bodies):
+            raise RowError("wrong_form", "a response begins with other messages than the prompt")
+        bodies = [body[len(head) :] for body in bodies]
+    for body in bodies:
+        if not body:
+            raise RowError("empty_response", "no message after the prompt")
+        if body[-1][0] != "assistant":
+            raise RowError("wrong_form", f"a response ends with a {body[-1][0]} message")
+        _refuse_blank([body[-1][1]])
+    lengths = tuple(sum(len(content) for _, content in body) for body in bodies)
+    return Record("chat", _as_json(head), tuple(map(_as_json, bodies)), lengths)
+
+
+def _prompt_messages(form: Form, prompt: object) -> Messages:
+    if isinstance(prompt, list):
+        return _messages(prompt, "prompt")
+    text = _string(prompt, "prompt")
+    if form.format == "transcript" and begins_transcript(text):
+        return _asked(text)
+    if form.format == "transcript" and not form.whole and text.strip():
+        raise RowError("wrong_form", f'prompt {quoted(text)} does not begin with "Human:"')
+    return (("user", text),)
+
+
+def _asked(text: str) -> Messages:
+    """A prompt's transcript, without the empty assistant turn where the response goes."""
+    messages = parse_transcript(text)
+    return messages[:-1] if messages[-1] == ("assistant", "") else messages
+
+
+def _completion_messages(form: Form, completion: object) -> Messages:
+    if isinstance(completion, list):
+        return _messages(completion, "a response")
+    text = _string(completion, "a response")
+    if form.whole:
+        if text.strip() and not begins_transcript(text):
+            raise RowError("wrong_form", f'response {quoted(text)} does not begin with "Human:"')
+        return parse_transcript(text)
+    return (("assistant", text.strip() if form.format == "transcript" else text),)
+
+
+def _messages(value: list[Any], name: str) -> Messages:
+    messages = []
+    for message in value:
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        if role not in _ROLES or not isinstance(content, str):
+            raise RowError(
+                "wrong_form", f'{name} has {quoted(message)}, not {{"role": ..., "content": text}}'
+            )
+        messages.append((role, content))
+    return tuple(messages)
+
+
+def _shared_messages(bodies: Sequence[Messages]) -> Messages:
+    """The messages all bodies begin with, up to the last after which each one answers.
+
+    Identical bodies share everything: their prompt is what comes before the last answer.
+    """
+    shared = 0
+    while all(len(body) > shared and body[shared] == bodies[0][shared] for body in bodies):
+        shared += 1
+    while shared and not all(
+        len(body) > shared and body[shared][0] == "assistant" for body in bodies
+    ):
+        shared -= 1
+    return bodies[0][:shared]
+
+
+def _refuse_other_prompt(form: Form, prompt: object, head: Messages) -> None:
+    """A prompt column beside whole conversations must be one they all go through."""
+    text = _string(prompt, "prompt")
+    if form.format == "transcript" and begins_transcript(text):
+        asked = _asked(text)
+        if head[: len(asked)] != asked:
+            raise RowError("wrong_form", f"a response does not begin with prompt {quoted(text)}")
+    elif not any(role == "user" and content.strip() == text.strip() for role, content in head):
+        raise RowError("wrong_form", f"no user message of the responses is prompt {quoted(text)}")
+
+
+def _as_json(messages: Messages) -> str:
+    return json.dumps(
+        [{"role": role, "content": content} for role, content in messages],
+        ensure_ascii=False,
+        separators=(",", ":"),
+    )

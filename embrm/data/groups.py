@@ -1,0 +1,51 @@
+"""Pairs derived from a group: all responses of one prompt, each with a gold score."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from embrm.specs import Spec
+
+
+class PairRule(Spec):
+    """How pairs are drawn from a group. The default takes every pair whose gold scores differ."""
+
+    gap: float = Field(default=0.0, ge=0)
+    """Two responses are paired only when their gold scores differ by more than this."""
+    per_prompt: int | None = Field(default=None, ge=0)
+    """At most this many pairs a prompt, drawn at random; none of them when 0."""
+    length_balanced: bool = False
+    """The longer response (in characters) is chosen in exactly half of a prompt's pairs."""
+    seed: int = 0
+
+
+def derive_pairs(
+    gold: Sequence[float], lengths: Sequence[int], rule: PairRule, prompt_id: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions (chosen, rejected), int64 [pairs], in a group with `gold` scores and `lengths`.
+
+    Random numbers come from Philox keyed on (seed, prompt_id): a group's pairs depend on that
+    group and the rule alone. Under `length_balanced` the side with more candidates gives up its
+    surplus, and pairs of equal length, which are on neither side, are left out.
+    """
+    scores, sizes = np.asarray(gold, dtype=np.float64), np.asarray(lengths, dtype=np.int64)
+    difference = scores[:, None] - scores[None, :]
+    chosen, rejected = np.nonzero(difference > rule.gap)
+    key = hashlib.blake2b(f"pairs:{rule.seed}:{prompt_id}".encode(), digest_size=16).digest()
+    # Raw Philox words are stable between numpy versions; Generator.permutation is not.
+    draws = np.random.Philox(key=int.from_bytes(key, "big")).random_raw(len(chosen))
+    order = np.argsort(draws, kind="stable")
+    if rule.length_balanced:
+        surplus = sizes[chosen[order]] - sizes[rejected[order]]
+        longer, shorter = order[surplus > 0], order[surplus < 0]
+        half = min(len(longer), len(shorter))
+        if rule.per_prompt is not None:
+            half = min(half, rule.per_prompt // 2)
+        kept = np.concatenate([longer[:half], shorter[:half]])
+    else:
+        kept = order[: rule.per_prompt]
+    kept = np.sort(kept)
+    return chosen[kept], rejected[kept]

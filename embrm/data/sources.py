@@ -1,0 +1,347 @@
+"""Sources: preference data as the user names it, read into columns with canonical names."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import Field, field_validator, model_validator
+
+from embrm.data.groups import PairRule
+from embrm.data.splits import Holdout
+from embrm.errors import UserError, nearest
+from embrm.specs import Spec
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt",),
+    "chosen": ("chosen", "chosen_conversation"),
+    "rejected": ("rejected", "rejected_conversation"),
+    "chosen_model": ("chosen_model", "chosen_gen"),
+    "rejected_model": ("rejected_model", "rejected_gen"),
+    "margin": ("margin",),
+    "label": ("label",),
+    "weight": ("weight",),
+    "response": ("response", "completion", "output"),
+    "model": ("model", "generator", "source"),
+    "gold": ("gold", "score", "reward"),
+    "best": ("best",),
+    "best_model": ("best_model", "best_gen"),
+    "losers": ("losers",),
+    "loser_models": ("loser_models", "loser_gens"),
+    "subset": ("subset", "domain"),
+    "split": ("split",),
+}
+"""Canonical fields and the column names under which they are found without a mapping, first wins.
+
+`label` is the probability that chosen is the better one, in [0, 1]; `weight` is at least 0.
+"""
+
+Columns = dict[str, list[Any]]
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""From the names of all columns to the names of those worth reading."""
+
+
+class SourceSpec(Spec):
+    """One dataset: a local file (`path`) or a hub dataset (`hub`), and how to read it."""
+
+    path: str | None = None
+    """A .jsonl, .json, .csv or .parquet file."""
+    hub: str | None = None
+    """A dataset id "owner/name" on the Hugging Face hub; needs the extra `extract`."""
+    config: str | None = None
+    revision: str | None = None
+    hub_split: str | None = None
+    """One split of the hub dataset; all of them when not given."""
+    split: str | None = Field(default=None, min_length=1)
+    """The split its rows go to; else the file's split column, else hub split or file stem."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Canonical field -> column of the file, for other names than those in `FIELDS`."""
+    where: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Keep only the rows whose columns (names of the file) have these values."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many rows of each split; for groups, prompts of each split."""
+    holdout: Holdout | None = None
+    pairs: PairRule = PairRule()
+    """How pairs are derived from groups; `pairs = { per_prompt = 0 }` for none."""
+
+    @field_validator("columns")
+    @classmethod
+    def _fields_exist(cls, columns: dict[str, str]) -> dict[str, str]:
+        for field in columns:
+            if field not in FIELDS:
+                raise ValueError(f"no field {quoted(field)}: {nearest(field, FIELDS)}")
+        return columns
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceSpec":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a dataset has either path or hub: name exactly one")
+        if self.hub is None:
+            for key in ("config", "revision", "hub_split"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} belongs to a hub dataset: leave it out beside path")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How errors and exclusions call it: the hub id, or the file with its folder."""
+        return self.hub if self.hub else "/".join(Path(self.path or "").parts[-2:])
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one source, before their form is known."""
+
+    name: str
+    found: tuple[str, ...]
+    """Names of all columns of the file."""
+    columns: Columns
+    """Canonical field -> values, one list entry a row. A missing value is None."""
+    rows: list[int]
+    """Position of each row in the file, from 0."""
+    split: str
+    """The split of its rows where there is no split column: the file's stem."""
+
+
+def parse_source(text: str) -> SourceSpec:
+    """`[SPLIT=]PATH_OR_HUB_ID`, as on the command line. An existing file wins over a hub id."""
+    split, place = None, text
+    if "=" in text and not Path(text).exists():
+        split, _, place = text.partition("=")
+    if split == "" or not place:
+        raise UserError(f"--data {quoted(text)}: write [SPLIT=]PATH_OR_HUB_ID")
+    is_file = Path(place).exists() or Path(place).suffix in _READERS
+    is_hub = not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
+    return SourceSpec.parse({"hub" if is_hub else "path": place, "split": split}, "command line")
+
+
+def read_rows(spec: SourceSpec) -> Table:
+    """Read a source, apply its column mapping and `where`.
+
+    Raises: UserError for a missing or unreadable file, a missing column, no rows.
+    """
+    found: list[str] = []
+    used: dict[str, str] = {}
+
+    def choose(names: Sequence[str]) -> list[str]:
+        if not names:
+            return []
+        found.extend(names)
+        used.update(_used_columns(spec, names))
+        return sorted({*used.values(), *spec.where})
+
+    if spec.hub is not None:
+        raw, rows = _read_hub(spec, choose)
+    else:
+        raw, rows = _read_file(Path(spec.path or ""), choose)
+    if not rows:
+        raise UserError(f"{spec.name}: no rows: name a file that has some")
+    kept: Sequence[int] = range(len(rows))
+    for column, value in spec.where.items():
+        cells = raw[column]
+        matching = [index for index in kept if _matches(cells[index], value)]
+        if not matching:
+            values = sorted({quoted(cells[index]) for index in kept})[:8]
+            raise UserError(
+                f"{spec.name}: where {column} = {value!r} keeps no row: "
+                f"the column has {', '.join(values)}"
+            )
+        kept = matching
+    columns = {
+        field: raw[column] if len(kept) == len(rows) else [raw[column][index] for index in kept]
+        for field, column in used.items()
+    }
+    return Table(
+        name=spec.name,
+        found=tuple(found),
+        columns=columns,
+        rows=[rows[index] for index in kept],
+        split=Path(spec.path or spec.name).stem,
+    )
+
+
+def quoted(value: object) -> str:
+    """`value` as text from data is shown in errors and exclusions: its repr, at most 60 long."""
+    text = repr(value if not isinstance(value, str) else value[:80])
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Column names for an error, at most 20 of them."""
+    shown = [quoted(name) for name in names[:20]]
+    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
+    """Canonical field -> column, by the mapping first, then by known names."""
+    for column in [*spec.columns.values(), *spec.where]:
+        if column not in found:
+            key = "where" if column in spec.where else "columns"
+            raise UserError(
+                f"{spec.name}: {key} names {quoted(column)}, which is not a column: "
+                f"{nearest(column, found)}"
+            )
+    used = dict(spec.columns)
+    for field, names in FIELDS.items():
+        if field not in used:
+            known = next((name for name in names if name in found), None)
+            if known is not None and known not in spec.columns.values():
+                used[field] = known
+    return used
+
+
+def _matches(cell: object, value: str | int | float | bool) -> bool:
+    if isinstance(cell, str) and not isinstance(value, str):  # CSV cells are text
+        return cell.strip().lower() == str(value).lower()
+    return cell == value and isinstance(cell, bool) == isinstance(value, bool)
+
+
+def _read_file(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    if not path.exists():
+        raise UserError(f"no dataset at {path}: check the path")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name one file in it ({', '.join(_READERS)})")
+    reader = _READERS.get(path.suffix)
+    if reader is None:
+        raise UserError(
+            f"{path}: unknown kind of file {quoted(path.suffix)}: "
+            f"one of {', '.join(_READERS)} can be read"
+        )
+    try:
+        return reader(path, choose)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: convert it, or check its suffix") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read: check its permissions") from None
+
+
+def _read_parquet(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        frame = pl.read_parquet(path, columns=list(choose(list(pl.read_parquet_schema(path)))))
+        height = frame.height if frame.width else pl.scan_parquet(path).select(pl.len()).collect()
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is not a whole Parquet file: {_first(error)}") from None
+    count = height if isinstance(height, int) else int(height.item())
+    return frame.to_dict(as_series=False), list(range(count))
+
+
+def _read_csv(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        # All cells are read as text: guessed types would turn the response "007" into 7.
+        frame = pl.read_csv(path, infer_schema=False).fill_null("")
+    except pl.exceptions.NoDataError:
+        return {}, []
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is not a whole CSV file: {_first(error)}") from None
+    names = choose(frame.columns)
+    columns = {name: _decoded_cells(frame[name].to_list()) for name in names}
+    return columns, list(range(frame.height))
+
+
+def _decoded_cells(cells: list[Any]) -> list[Any]:
+    """Lists (messages, losers) that a CSV file can only hold as JSON text: all cells or none."""
+    if not all(cell.startswith("[") for cell in cells):
+        return cells
+    try:
+        return [json.loads(cell) for cell in cells]
+    except json.JSONDecodeError:
+        return cells
+
+
+def _read_jsonl(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    records, rows = [], []
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream):
+            if line.isspace():
+                continue
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}: line {number + 1} is not JSON ({error.msg}): fix or remove it"
+                ) from None
+            rows.append(number)
+    return _columns_of(path, records, choose), rows
+
+
+def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON ({error.msg} in line {error.lineno}): "
+            "if it holds one object a line, name it .jsonl"
+        ) from None
+    if isinstance(content, list):
+        return _columns_of(path, content, choose), list(range(len(content)))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {quoted(content)}: write a list of objects")
+    lengths = {len(cells) if isinstance(cells, list) else -1 for cells in content.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        raise UserError(
+            f"{path} is one object, but its values are not lists of one length: "
+            "write a list of objects, or an object of columns"
+        )
+    names = choose(list(content))
+    return {name: content[name] for name in names}, list(range(max(lengths, default=0)))
+
+
+def _columns_of(path: Path, records: list[Any], choose: Choose) -> Columns:
+    for position, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}: record {position + 1} is {quoted(record)}, not an object: "
+                'write {"prompt": ..., "chosen": ..., "rejected": ...}'
+            )
+    names = choose(list(dict.fromkeys(name for record in records for name in record)))
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{spec.name}: reading from the hub needs the package datasets: "
+            "pip install 'embrm[extract]'"
+        ) from None
+    try:
+        loaded = datasets.load_dataset(
+            spec.hub, name=spec.config, revision=spec.revision, split=spec.hub_split
+        )
+    except Exception as error:  # the hub client raises from many libraries
+        raise UserError(
+            f"{spec.name}: not a file here, and the hub did not give it ({_first(error)}): "
+            "check the id, config, revision, hub_split and network, or download it and name a file"
+        ) from None
+    parts = {spec.hub_split: loaded} if spec.hub_split else dict(loaded)
+    names = list(dict.fromkeys(name for part in parts.values() for name in part.column_names))
+    split_column = spec.columns.get("split", "split")
+    chosen = choose(names if split_column in names else [*names, split_column])
+    columns: Columns = {name: [] for name in chosen}
+    rows: list[int] = []
+    for split, part in parts.items():
+        present = [name for name in chosen if name in part.column_names]
+        cells = part.select_columns(present).to_dict() if present else {}
+        for name in chosen:
+            missing = split if name == split_column and name not in names else None
+            columns[name].extend(cells.get(name, [missing] * part.num_rows))
+        rows.extend(range(part.num_rows))
+    return columns, rows
+
+
+def _first(error: Exception) -> str:
+    """The first line of another library's message, cut short."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+_READERS: dict[str, Callable[[Path, Choose], tuple[Columns, list[int]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
