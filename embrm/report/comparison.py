@@ -1,0 +1,246 @@
+"""A finished sweep as numbers: who ranks where, by how much, how surely."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from embrm.errors import UserError, nearest
+from embrm.evaluate.intervals import Replicates, compare, mean, replicate
+
+MEASURES = (
+    *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
+    *("ece_calibrated", "margin", "reward_mean", "reward_sd", "tau", "length_accuracy"),
+)
+"""Metrics of the ledger (`metric@split`) that the report averages over seeds."""
+
+MEAN = "mean"
+"""The `rank_by` that averages over the evaluation splits."""
+
+_DETAILED = 4
+"""Configurations, besides the baseline, whose accuracy is broken down by subset."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the report says about a sweep. Shares and rewards are plain floats.
+
+    ranked_by: a split, or "mean"; ranked_splits: the splits it covers; metric: accuracy, or tau
+    where only groups exist.
+    ranking: rank and the columns of `intervals.compare`, best first.
+    scores: split, metric, prompts and the columns of `intervals.compare`.
+    measures: split, name and `MEASURES`, means over seeds.
+    subsets: split, subset, prompts and the columns of `intervals.compare`, top configurations.
+    lengths: split, pairs, prompts, and accuracy of "longer is better" (estimate, low, high).
+    leak_free: split, removed, prompts and the columns of `intervals.compare`, without the prompts
+    that occur in training.
+    validation: name and accuracy on the training prompts held out for validation, mean over seeds.
+    unfinished: name, status and runs, of the runs that have no result.
+    """
+
+    title: str
+    baseline: str | None
+    splits: tuple[str, ...]
+    ranked_by: str
+    ranked_splits: tuple[str, ...]
+    metric: str
+    ranking: pl.DataFrame
+    scores: pl.DataFrame
+    measures: pl.DataFrame
+    subsets: pl.DataFrame
+    lengths: pl.DataFrame
+    leak_free: pl.DataFrame
+    validation: pl.DataFrame
+    unfinished: pl.DataFrame
+
+
+def compare_runs(
+    title: str,
+    ledger: pl.DataFrame,
+    prompts: pl.DataFrame,
+    splits: Sequence[str],
+    baseline: str | None,
+    rank_by: str | None = None,
+    leaked: Mapping[str, Collection[str]] | None = None,
+) -> Comparison:
+    """Compare the configurations of a sweep.
+
+    ledger: one row a run: run_id, config, seed, status, validation_accuracy, `metric@split`.
+    prompts: per-prompt sums: run_id, split and the columns of `accuracy.PROMPT_SCHEMA`.
+    splits: evaluation splits in the order to show; those without results are left out.
+    rank_by: a split, or None for the mean over the splits whose names do not start with "train".
+    leaked: per split, the ids of its prompts that occur in training.
+
+    Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing.
+    """
+    ledger = ledger.rename({"config": "name"})
+    runs = (
+        ledger.join(prompts.select("run_id").unique(), on="run_id", how="semi")
+        .select("run_id", "name", "seed")
+        .sort("name", "seed", "run_id")
+    )
+    if runs.is_empty():
+        raise UserError(f"{title} has no finished runs: run the sweep first")
+    if baseline is not None and baseline not in runs["name"]:
+        raise UserError(
+            f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
+        )
+    run_ids = runs["run_id"].to_list()
+    parts = {
+        split: prompts.filter(pl.col("split") == split)
+        for split in splits
+        if split in prompts["split"]
+    }
+    resampled = {
+        (split, metric): replicate(part, run_ids, metric)
+        for split, part in parts.items()
+        for metric in _metrics(part)
+    }
+    ranked_splits, metric = _ranked(rank_by, list(parts), resampled)
+    ranking = compare(mean(resampled[split, metric] for split in ranked_splits), runs, baseline)
+    ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
+    ranking = ranking.select(
+        pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"), pl.all()
+    )
+    top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
+    detailed = runs.filter(pl.col("name").is_in([*top, *([baseline] if baseline else [])]))
+
+    leaked = leaked or {}
+    leak_free = []
+    for split, part in parts.items():
+        touched = part.filter(pl.col("prompt_id").is_in(list(leaked.get(split, ()))))
+        if "accuracy" in _metrics(part) and not touched.is_empty():
+            rest = part.join(touched.select("prompt_id").unique(), on="prompt_id", how="anti")
+            leak_free.append(
+                _tagged(replicate(rest, run_ids, "accuracy"), runs, baseline, split=split).select(
+                    "split",
+                    pl.lit(touched["prompt_id"].n_unique()).alias("removed"),
+                    pl.exclude("split"),
+                )
+            )
+
+    scores = [
+        _tagged(result, runs, baseline, split=split, metric=name)
+        for (split, name), result in resampled.items()
+    ]
+    subsets = [
+        _tagged(
+            replicate(rows, detailed["run_id"].to_list(), "accuracy"),
+            detailed,
+            baseline,
+            split=split,
+            subset=subset,
+        )
+        for split, part in parts.items()
+        if "accuracy" in _metrics(part) and part["subset"].n_unique() > 1
+        for (subset,), rows in _by_subset(part, detailed)
+    ]
+    return Comparison(
+        title=title,
+        baseline=baseline,
+        splits=tuple(parts),
+        ranked_by=rank_by or MEAN,
+        ranked_splits=ranked_splits,
+        metric=metric,
+        ranking=ranking,
+        scores=pl.concat(scores),
+        measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
+        subsets=_stack(subsets),
+        lengths=_stack([_length(split, part, run_ids) for split, part in parts.items()]),
+        leak_free=_stack(leak_free),
+        validation=ledger.join(runs, on="run_id", how="semi")
+        .group_by("name")
+        .agg(pl.col("validation_accuracy").mean().alias("accuracy"))
+        .sort("name"),
+        unfinished=ledger.join(runs, on="run_id", how="anti")
+        .group_by("name", "status")
+        .agg(pl.len().alias("runs"))
+        .sort("name", "status"),
+    )
+
+
+def _metrics(part: pl.DataFrame) -> list[str]:
+    """What a split can show: accuracy where it has pairs, tau where it has groups."""
+    return [
+        metric
+        for metric, present in (
+            ("accuracy", (part["pairs"] > 0).any()),
+            ("tau", part["tau"].is_not_null().any()),
+        )
+        if present
+    ]
+
+
+def _ranked(
+    rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
+) -> tuple[tuple[str, ...], str]:
+    """The splits that the ranking averages over, and their metric."""
+    if rank_by is not None and rank_by not in splits:
+        raise UserError(f"rank_by = {rank_by!r} is no evaluated split: {nearest(rank_by, splits)}")
+    wanted = [rank_by] if rank_by is not None else splits
+    if rank_by is None and any(not split.startswith("train") for split in splits):
+        wanted = [split for split in splits if not split.startswith("train")]
+    for metric in ("accuracy", "tau"):
+        having = tuple(split for split in wanted if (split, metric) in resampled)
+        if having:
+            return having, metric
+    raise UserError(f"nothing to rank by in {', '.join(wanted)}: neither pairs nor groups there")
+
+
+def _tagged(
+    result: Replicates, runs: pl.DataFrame, baseline: str | None, **tags: str | None
+) -> pl.DataFrame:
+    """The comparison of one result, with what it is of in front."""
+    return compare(result, runs, baseline).select(
+        *(pl.lit(value, dtype=pl.String).alias(tag) for tag, value in tags.items()),
+        pl.lit(result.prompts).alias("prompts"),
+        pl.all(),
+    )
+
+
+def _by_subset(
+    part: pl.DataFrame, runs: pl.DataFrame
+) -> list[tuple[tuple[str | None], pl.DataFrame]]:
+    rows = part.join(runs, on="run_id", how="semi")
+    return [
+        ((subset,), group)
+        for subset in rows["subset"].unique().sort(nulls_last=True)
+        if not (group := rows.filter(pl.col("subset").eq_missing(pl.lit(subset)))).is_empty()
+    ]
+
+
+def _length(split: str, part: pl.DataFrame, run_ids: list[str]) -> pl.DataFrame:
+    """ "Longer is better" on one split: the same for every run, so one run tells it."""
+    if "accuracy" not in _metrics(part):
+        return pl.DataFrame()
+    first = part.filter(pl.col("run_id") == run_ids[0])
+    result = replicate(first, run_ids[:1], "length_accuracy")
+    alone = pl.DataFrame({"name": ["length"], "seed": [0]})
+    return compare(result, alone, None).select(
+        pl.lit(split).alias("split"),
+        pl.lit(first["pairs"].sum()).alias("pairs"),
+        pl.lit(first["prompt_id"].n_unique()).alias("prompts"),
+        "estimate",
+        "low",
+        "high",
+    )
+
+
+def _measures(ledger: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
+    return pl.concat(
+        ledger.group_by("name")
+        .agg(
+            pl.col(f"{metric}@{split}").mean().alias(metric)
+            if f"{metric}@{split}" in ledger.columns
+            else pl.lit(None, dtype=pl.Float64).alias(metric)
+            for metric in MEASURES
+        )
+        .sort("name")
+        .select(pl.lit(split).alias("split"), pl.all())
+        for split in splits
+    )
+
+
+def _stack(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    filled = [frame for frame in frames if not frame.is_empty()]
+    return pl.concat(filled) if filled else pl.DataFrame()

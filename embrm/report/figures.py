@@ -1,0 +1,351 @@
+"""The report's figures, as PNG and SVG bytes: the same numbers give the same bytes."""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from embrm.report.comparison import Comparison
+from embrm.report.tables import printable
+
+# Okabe and Ito's palette: distinct under the common colour-vision deficiencies.
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+_BLACK = "#222222"
+_CURVES = (_BLUE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#444444",
+    "axes.linewidth": 0.8,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "text.parse_math": False,  # names from data may hold $ and _
+    "svg.hashsalt": "embrm",
+}
+
+_WIDTH = 7.2
+"""Inches: the text width of a two-column paper."""
+
+
+def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str, bytes]:
+    """File name to content, for every figure the sweep has data for.
+
+    ranked: estimates and differences to the baseline of the `top` configurations.
+    id_vs_ood: accuracy in and out of distribution, where there are splits of both kinds.
+    curves: validation NLL and accuracy over epochs. curves: name, run_id, epoch,
+    validation_nll, validation_accuracy.
+    """
+    made = {"ranked": _ranked(comparison, top)}
+    sides = _sides(comparison)
+    if sides:
+        made["id_vs_ood"] = _id_vs_ood(comparison, *sides)
+    names = _with_baseline(comparison, len(_CURVES) - 1)
+    curves = curves.filter(pl.col("name").is_in(names)).drop_nulls("validation_nll")
+    if curves["epoch"].n_unique() > 1:
+        made["curves"] = _learning_curves(comparison, curves, names)
+    files = {}
+    for name, draw in made.items():
+        with _drawing():
+            figure = draw()
+            for suffix in ("png", "svg"):
+                files[f"{name}.{suffix}"] = _render(figure, suffix)
+    return files
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # A name in a script the font lacks is drawn as boxes; that is no reason to fail.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def _render(figure: Figure, suffix: str) -> bytes:
+    stream = io.BytesIO()
+    metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
+    figure.savefig(stream, format=suffix, dpi=200, metadata=metadata, bbox_inches="tight")
+    return stream.getvalue()
+
+
+def _figure(height: float, columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def _with_baseline(comparison: Comparison, top: int) -> list[str]:
+    names = comparison.ranking["name"].to_list()[:top]
+    baseline = comparison.baseline
+    return names if baseline is None or baseline in names else [*names, baseline]
+
+
+def _label(comparison: Comparison) -> str:
+    what = "accuracy (%)" if comparison.metric == "accuracy" else "Kendall τ-b"
+    return f"Mean {what}" if len(comparison.ranked_splits) > 1 else what[0].upper() + what[1:]
+
+
+def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
+    def draw() -> Figure:
+        names = _with_baseline(comparison, top)
+        rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
+        paired = comparison.baseline is not None and len(rows) > 1
+        figure, axes = _figure(1.1 + 0.2 * len(names), 2 if paired else 1)
+        scale = 100 if comparison.metric == "accuracy" else 1
+        places = np.arange(len(names))[::-1]
+        for axis, keys in zip(
+            axes,
+            (("estimate", "low", "high"), ("difference", "difference_low", "difference_high")),
+            strict=False,
+        ):
+            for place, name in zip(places, names, strict=True):
+                value, low, high = (rows[name][key] for key in keys)
+                if value is None:
+                    continue
+                color = _interval_color(rows[name], name == comparison.baseline)
+                if low is not None:
+                    axis.plot(
+                        [scale * low, scale * high],
+                        [place, place],
+                        color=color,
+                        linewidth=1.6,
+                        solid_capstyle="butt",
+                        zorder=2,
+                    )
+                axis.plot(
+                    scale * value,
+                    place,
+                    "o",
+                    color=color,
+                    markersize=4.5,
+                    markerfacecolor="white" if name == comparison.baseline else color,
+                    zorder=3,
+                )
+            axis.set_yticks(places, [_short_name(name) for name in names])
+            axis.set_ylim(-0.7, len(names) - 0.3)
+            axis.tick_params(axis="y", length=0)
+            axis.grid(axis="x")
+            axis.set_axisbelow(True)
+            axis.spines["left"].set_visible(False)
+            axis.xaxis.set_major_locator(MaxNLocator(6))
+        axes[0].set_xlabel(_label(comparison))
+        if comparison.baseline is not None:
+            reference = rows[comparison.baseline]["estimate"]
+            if reference is not None:
+                axes[0].axvline(
+                    scale * reference, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3))
+                )
+        if paired:
+            axes[1].axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes[1].set_yticklabels([])
+            unit = "points" if comparison.metric == "accuracy" else "Δτ"
+            axes[1].set_xlabel(f"Minus {_short_name(comparison.baseline or '')} ({unit})")
+            kinds = {"above the baseline": _BLUE, "not told apart": _GREY, "below": _ORANGE}
+            marks = [Line2D([], [], color=color, marker="o", label=k) for k, color in kinds.items()]
+            open_dot = Line2D([], [], color=_BLACK, marker="o", markerfacecolor="white")
+            open_dot.set_label("baseline")
+            figure.legend(handles=[*marks, open_dot], loc="outside lower center", ncols=4)
+        return figure
+
+    return draw
+
+
+def _interval_color(row: dict[str, float | None], is_baseline: bool) -> str:
+    low, high = row["difference_low"], row["difference_high"]
+    if is_baseline or low is None or high is None:
+        return _BLACK
+    return _BLUE if low > 0 else _ORANGE if high < 0 else _GREY
+
+
+@dataclass(frozen=True)
+class _Side:
+    """An axis of the scatter: accuracy in percent by configuration, and of what."""
+
+    label: str
+    accuracy: dict[str, float]
+
+
+def _sides(comparison: Comparison) -> tuple[_Side, _Side] | None:
+    """In distribution against out of it; None where one side is missing.
+
+    Splits named "ood..." are out of distribution and the others in. Where no name says so, all of
+    them are set against the training prompts held out for validation; also where all say so.
+    """
+    scored = comparison.scores.filter(pl.col("metric") == "accuracy")
+    splits = [split for split in comparison.splits if split in scored["split"]]
+    outside = [split for split in splits if split.startswith("ood")]
+    inside = [split for split in splits if split not in outside] if outside else []
+    outside = outside or splits
+
+    def side(names: list[str]) -> _Side:
+        means = (
+            scored.filter(pl.col("split").is_in(names))
+            .group_by("name")
+            .agg(pl.col("estimate").mean())
+            .drop_nulls()
+        )
+        return _Side(f"Accuracy, {_listed(names)} (%)", _percent(means))
+
+    held_out = _Side(
+        "Accuracy, held-out training prompts (%)", _percent(comparison.validation.drop_nulls())
+    )
+    x, y = side(inside) if inside else held_out, side(outside)
+    return (x, y) if x.accuracy.keys() & y.accuracy.keys() else None
+
+
+def _percent(means: pl.DataFrame) -> dict[str, float]:
+    return {name: 100 * share for name, share in means.iter_rows()}
+
+
+def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callable[[], Figure]:
+    def draw() -> Figure:
+        x, y = inside.accuracy, outside.accuracy
+        names = sorted(x.keys() & y.keys())
+        front = [
+            name
+            for name in names
+            if not any(
+                x[other] >= x[name]
+                and y[other] >= y[name]
+                and (x[other], y[other]) != (x[name], y[name])
+                for other in names
+            )
+        ]
+        front.sort(key=lambda name: x[name])
+        figure, (axis,) = _figure(4.4, 1)
+        rest = [name for name in names if name not in front and name != comparison.baseline]
+        axis.plot(
+            [x[name] for name in rest],
+            [y[name] for name in rest],
+            "o",
+            color="#B5B5B5",
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.5,
+            label="other configurations",
+        )
+        axis.plot(
+            [x[name] for name in front],
+            [y[name] for name in front],
+            "o-",
+            color=_BLUE,
+            markersize=5.5,
+            linewidth=1.0,
+            label="front: nothing better on both",
+        )
+        labelled = list(front)
+        if comparison.baseline in names:
+            name = comparison.baseline
+            axis.plot(
+                x[name],
+                y[name],
+                "D",
+                color=_ORANGE,
+                markersize=6,
+                markeredgecolor="white",
+                label="baseline",
+            )
+            labelled += [name] if name not in front else []
+        for number, name in enumerate(labelled, start=1):
+            axis.annotate(
+                str(number),
+                (x[name], y[name]),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+        listing = [f"{number}  {_short_name(name, 30)}" for number, name in enumerate(labelled, 1)]
+        axis.text(1.03, 0.97, "\n".join(listing), transform=axis.transAxes, va="top", fontsize=8)
+        axis.margins(0.08)
+        axis.grid()
+        axis.set_axisbelow(True)
+        axis.set_xlabel(inside.label)
+        axis.set_ylabel(outside.label)
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=3, columnspacing=1.2)
+        return figure
+
+    return draw
+
+
+def _learning_curves(
+    comparison: Comparison, curves: pl.DataFrame, names: list[str]
+) -> Callable[[], Figure]:
+    def draw() -> Figure:
+        figure, axes = _figure(2.9, 2)
+        colors = iter(_CURVES)
+        for name in names:
+            own = curves.filter(pl.col("name") == name)
+            is_baseline = name == comparison.baseline
+            color = _BLACK if is_baseline else next(colors)
+            for axis, column, scale in (
+                (axes[0], "validation_nll", 1),
+                (axes[1], "validation_accuracy", 100),
+            ):
+                band = (
+                    own.group_by("epoch")
+                    .agg(
+                        pl.col(column).median().alias("median"),
+                        pl.col(column).min().alias("low"),
+                        pl.col(column).max().alias("high"),
+                    )
+                    .sort("epoch")
+                )
+                epochs = band["epoch"].to_numpy()
+                axis.fill_between(
+                    epochs,
+                    scale * band["low"].to_numpy(),
+                    scale * band["high"].to_numpy(),
+                    color=color,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+                axis.plot(
+                    epochs,
+                    scale * band["median"].to_numpy(),
+                    color=color,
+                    linewidth=1.5,
+                    linestyle=(0, (4, 2)) if is_baseline else "-",
+                    label=_short_name(name),
+                )
+        for axis, title in zip(axes, ("Validation NLL", "Validation accuracy (%)"), strict=True):
+            axis.set_title(title)
+            axis.set_xlabel("Epoch")
+            axis.grid()
+            axis.set_axisbelow(True)
+            axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+        return figure
+
+    return draw
+
+
+def _listed(splits: list[str]) -> str:
+    if len(splits) == 1:
+        return printable(splits[0])
+    listed = ", ".join(printable(split) for split in splits)
+    return f"mean of {listed if len(listed) <= 40 else f'{len(splits)} splits'}"
+
+
+def _short_name(name: str, limit: int = 44) -> str:
+    name = printable(name)
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"

@@ -1,0 +1,114 @@
+"""The report of a sweep folder: computed, written next to the results, handed to the caller."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from embrm.files import write_bytes
+from embrm.report.comparison import Comparison, compare_runs
+from embrm.report.figures import figures
+from embrm.report.tables import Table, escape, further_tables, main_tables, markdown
+from embrm.sweep.ledger import open_results
+
+_CAPTIONS = {
+    "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
+    "id_vs_ood": "Accuracy in distribution against out of distribution",
+    "curves": "Learning curves: median over seeds, band from the lowest to the highest seed",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found and where it was written. `tables` are those the terminal shows."""
+
+    comparison: Comparison
+    tables: tuple[Table, ...]
+    files: tuple[Path, ...]
+
+    def json(self) -> str:
+        """Every number of the report, to 12 significant digits."""
+        return _json(self.comparison)
+
+
+def report(
+    folder: Path,
+    *,
+    rank_by: str | None = None,
+    top: int = 20,
+    out: Path | None = None,
+    leaked: Mapping[str, Collection[str]] | None = None,
+) -> Report:
+    """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
+
+    rank_by: an evaluation split, or None for the mean over those not named "train...".
+    top: configurations to show; the JSON always holds all of them.
+    out: where to write; the sweep folder unless given.
+    leaked: per split, ids of its prompts that also occur in training.
+    The same results give the same bytes.
+
+    Raises: UserError where the sweep has no finished runs or a name is wrong.
+    """
+    results = open_results(folder)
+    comparison = compare_runs(
+        folder.name,
+        results.ledger,
+        results.prompts,
+        results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
+        results.spec.baseline,
+        rank_by,
+        leaked,
+    )
+    names = results.ledger.select("run_id", name="config")
+    curves = results.curves.join(names, on="run_id", maintain_order="left")
+    images = figures(comparison, curves, top)
+    shown = main_tables(comparison, top)
+    out = out or folder
+    contents = {
+        "report.md": _markdown(comparison, [*shown, *further_tables(comparison, top)], images),
+        "report.json": _json(comparison),
+    }
+    written = {
+        **{out / name: text.encode() for name, text in contents.items()},
+        **{out / "figures" / name: image for name, image in images.items()},
+    }
+    for path, content in written.items():
+        write_bytes(path, content)
+    return Report(comparison, tuple(shown), tuple(written))
+
+
+def _markdown(comparison: Comparison, tables: list[Table], images: Mapping[str, bytes]) -> str:
+    runs = int(comparison.ranking["seeds"].sum())
+    parts = [
+        f"# {escape(comparison.title)}\n",
+        f"{comparison.ranking.height} configurations, {runs} runs.\n",
+        *(
+            f"![{caption}](figures/{name}.png)\n"
+            for name, caption in _CAPTIONS.items()
+            if f"{name}.png" in images
+        ),
+        *(markdown(table) for table in tables),
+    ]
+    return "\n".join(parts)
+
+
+def _json(comparison: Comparison) -> str:
+    content = {
+        name: value.to_dicts() if isinstance(value, pl.DataFrame) else value
+        for name, value in vars(comparison).items()
+    }
+    return json.dumps(_rounded(content), indent=1, allow_nan=False) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 12 digits: the last ones depend on the machine's order of summation."""
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

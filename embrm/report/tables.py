@@ -1,0 +1,379 @@
+"""The report's tables: built once, shown on a terminal or as Markdown."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+from rich.console import Group
+from rich.table import Table as TerminalTable
+from rich.text import Text
+
+from embrm.report.comparison import MEAN, Comparison
+
+_ACROSS = 8
+"""Splits side by side in one table: what fits 100 terminal columns beside the names."""
+
+_MISSING = "n/a"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Plain text cells; the renderers escape them. The first `left` columns are left-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    left: int = 1
+
+
+def main_tables(comparison: Comparison, top: int) -> list[Table]:
+    """What the terminal shows: ranking, splits, accuracy and difference per split, calibration.
+
+    top: configurations to show; the baseline is always among them.
+    """
+    shown = _shown(comparison, top)
+    return [
+        _ranking(comparison, shown),
+        _splits(comparison),
+        *_by_split(comparison, shown, "accuracy"),
+        *_by_split(comparison, shown, "tau"),
+        *_leak_free(comparison, shown),
+        _calibration(comparison, shown, comparison.ranked_splits),
+    ]
+
+
+def further_tables(comparison: Comparison, top: int) -> list[Table]:
+    """What only the Markdown adds: subsets, and calibration on every split by itself."""
+    shown = _shown(comparison, top)
+    return [
+        *_subsets(comparison),
+        *(_calibration(comparison, shown, (split,)) for split in comparison.splits),
+    ]
+
+
+def terminal(table: Table) -> Group:
+    """For `rich.print`; nothing in a cell is read as markup or as a terminal escape."""
+    view = TerminalTable(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    for index, column in enumerate(table.columns):
+        view.add_column(
+            Text(_broken(printable(column))),
+            justify="left" if index < table.left else "right",
+            vertical="bottom",
+            overflow="fold",
+        )
+    for row in table.rows:
+        view.add_row(*(Text(printable(cell)) for cell in row))
+    note = [Text(printable(table.note), style="dim")] if table.note else []
+    return Group(Text(printable(table.title), style="bold underline"), view, *note)
+
+
+def markdown(table: Table) -> str:
+    """A pipe table under a heading, every cell escaped."""
+    rule = [":--" if index < table.left else "--:" for index in range(len(table.columns))]
+    lines = [
+        f"## {escape(table.title)}",
+        "",
+        *(
+            "| " + " | ".join(cells) + " |"
+            for cells in (
+                [escape(column) for column in table.columns],
+                rule,
+                *([escape(cell) for cell in row] for row in table.rows),
+            )
+        ),
+        *(["", escape(table.note)] if table.note else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, control characters (terminal escapes, newlines) replaced."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def escape(text: str) -> str:
+    """`text` as Markdown that shows exactly it, also inside a pipe table."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", printable(text))
+
+
+def _shown(comparison: Comparison, top: int) -> list[str]:
+    names = comparison.ranking["name"].to_list()
+    shown = names[: max(top, 1)]
+    if comparison.baseline is not None and comparison.baseline not in shown:
+        shown.append(comparison.baseline)
+    return shown
+
+
+def _ranking(comparison: Comparison, shown: list[str]) -> Table:
+    rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
+    metric = comparison.metric
+    cells = [
+        (
+            str(row["rank"] or ""),
+            name,
+            f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
+            f"{_value(row['estimate'], metric)} {_range(row['low'], row['high'], metric)}",
+            "baseline" if name == comparison.baseline else _difference(row, metric),
+            _p(row["p_holm"]),
+        )
+        for name, row in ((name, rows[name]) for name in shown)
+    ]
+    if metric == "accuracy":
+        lengths = comparison.lengths.filter(pl.col("split").is_in(comparison.ranked_splits))
+        length = _mean(lengths["estimate"])
+        cells += [
+            ("", "(longer is better)", "", _value(length, metric), "", ""),
+            ("", "(chance)", "", _value(0.5, metric), "", ""),
+        ]
+    over = (
+        f"mean over {', '.join(comparison.ranked_splits)}"
+        if comparison.ranked_by == MEAN
+        else comparison.ranked_by
+    )
+    hidden = comparison.ranking.height - len(shown)
+    notes = [
+        "Square brackets: 95 % intervals, bootstrap over prompts and seeds.",
+        "Up or down triangle: the interval of the paired difference excludes 0.",
+        "Holm p: adjusted for all configurations compared; trust it before the triangles.",
+        "The best of many is partly lucky: confirm it on prompts not used to choose it.",
+    ]
+    if (comparison.ranking["seeds"] == 1).any():
+        notes.append("* one seed: the interval covers prompts only.")
+    if hidden:
+        notes.append(f"{hidden} more configurations in report.json.")
+    notes += [
+        f"{row['name']}: {row['runs']} runs {row['status']}, left out."
+        for row in comparison.unfinished.iter_rows(named=True)
+    ]
+    label = "accuracy %" if metric == "accuracy" else "Kendall tau-b"
+    versus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
+    return Table(
+        title=f"Ranking by {label}: {over}",
+        columns=("#", "configuration", "seeds", label, versus, "Holm p"),
+        rows=tuple(cells),
+        note=" ".join(notes),
+        left=2,
+    )
+
+
+def _splits(comparison: Comparison) -> Table:
+    lengths = {row["split"]: row for row in comparison.lengths.iter_rows(named=True)}
+    removed = (
+        dict(comparison.leak_free.select("split", "removed").unique().iter_rows())
+        if not comparison.leak_free.is_empty()
+        else {}
+    )
+    rows = []
+    for split in comparison.splits:
+        scores = comparison.scores.filter(pl.col("split") == split)
+        length = lengths.get(split)
+        rows.append(
+            (
+                split,
+                f"{length['pairs']:,.0f}" if length else "0",
+                str(length["prompts"] if length else scores["prompts"].max()),
+                f"{_value(length['estimate'], 'accuracy')} "
+                f"{_range(length['low'], length['high'], 'accuracy')}"
+                if length
+                else _MISSING,
+                str(removed.get(split, 0)),
+            )
+        )
+    return Table(
+        title="Evaluation splits",
+        columns=("split", "pairs", "prompts", "longer is better %", "prompts seen in training"),
+        rows=tuple(rows),
+    )
+
+
+def _by_split(comparison: Comparison, shown: list[str], metric: str) -> list[Table]:
+    """Estimates, then differences to the baseline, a column per split."""
+    scores = comparison.scores.filter(pl.col("metric") == metric)
+    splits = [split for split in comparison.splits if split in scores["split"]]
+    what = "Accuracy %" if metric == "accuracy" else "Kendall tau-b"
+    half = "Plus or minus: half the width of the 95 % interval."
+    tables = []
+    for across in _chunks(splits):
+        found = {(row["split"], row["name"]): row for row in scores.iter_rows(named=True)}
+        rows = [(name, *(_short(found[split, name], metric) for split in across)) for name in shown]
+        if metric == "accuracy":
+            lengths = {row["split"]: row for row in comparison.lengths.iter_rows(named=True)}
+            rows.append(
+                ("(longer is better)", *(_short(lengths[split], metric) for split in across))
+            )
+        tables.append(Table(f"{what} by split", ("configuration", *across), tuple(rows), half))
+        others = [name for name in shown if name != comparison.baseline]
+        if comparison.baseline is None or not others:
+            continue
+        tables.append(
+            Table(
+                f"{what} minus {comparison.baseline} by split",
+                ("configuration", *across),
+                tuple(
+                    (name, *(_short_difference(found[split, name], metric) for split in across))
+                    for name in others
+                ),
+                f"{half} Triangle: the interval excludes 0 (not adjusted for the many cells).",
+            )
+        )
+    return tables
+
+
+def _leak_free(comparison: Comparison, shown: list[str]) -> list[Table]:
+    if comparison.leak_free.is_empty():
+        return []
+    found = {(row["split"], row["name"]): row for row in comparison.leak_free.iter_rows(named=True)}
+    splits = [split for split in comparison.splits if (split, shown[0]) in found]
+    left = "; ".join(
+        f"{split}: {found[split, shown[0]]['removed']} removed, "
+        f"{found[split, shown[0]]['prompts']} left"
+        for split in splits
+    )
+    return [
+        Table(
+            "Accuracy % without prompts seen in training",
+            ("configuration", *across),
+            tuple(
+                (name, *(_short(found[split, name], "accuracy") for split in across))
+                for name in shown
+            ),
+            f"Prompts: {left}.",
+        )
+        for across in _chunks(splits)
+    ]
+
+
+def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]) -> Table:
+    measures = comparison.measures.filter(pl.col("split").is_in(splits))
+    columns = {
+        "NLL": "nll",
+        "NLL at T": "nll_calibrated",
+        "Brier": "brier",
+        "Brier at T": "brier_calibrated",
+        "ECE": "ece",
+        "ECE at T": "ece_calibrated",
+        "margin": "margin",
+        "reward sd": "reward_sd",
+        "ties %": "ties",
+    }
+    rows = []
+    for name in shown:
+        own = measures.filter(pl.col("name") == name)
+        values = {metric: _mean(own[metric]) for metric in columns.values()}
+        rows.append(
+            (
+                name,
+                *(
+                    _value(value, "accuracy") if metric == "ties" else _number(value)
+                    for metric, value in values.items()
+                ),
+            )
+        )
+    where = splits[0] if len(splits) == 1 else f"mean over {', '.join(splits)}"
+    return Table(
+        f"Calibration: {where}",
+        ("configuration", *columns),
+        tuple(rows),
+        "at T: margins divided by the temperature fitted on the validation pairs.",
+    )
+
+
+def _subsets(comparison: Comparison) -> list[Table]:
+    if comparison.subsets.is_empty():
+        return []
+    order = [name for name in comparison.ranking["name"] if name in comparison.subsets["name"]]
+    found = {
+        (row["split"], row["subset"], row["name"]): row
+        for row in comparison.subsets.iter_rows(named=True)
+    }
+    cells = comparison.subsets.select("split", "subset").unique(maintain_order=True).rows()
+    return [
+        Table(
+            "Accuracy % by subset",
+            ("split", "subset", "prompts", *order),
+            tuple(
+                (
+                    split,
+                    subset if subset is not None else "(none)",
+                    str(found[split, subset, order[0]]["prompts"]),
+                    *(_short(found[split, subset, name], "accuracy") for name in order),
+                )
+                for split, subset in cells
+            ),
+            left=2,
+        )
+    ]
+
+
+def _chunks(splits: list[str]) -> Iterable[list[str]]:
+    """Even runs of at most `_ACROSS` splits."""
+    if not splits:
+        return []
+    count = -(-len(splits) // _ACROSS)
+    size = -(-len(splits) // count)
+    return [splits[start : start + size] for start in range(0, len(splits), size)]
+
+
+def _broken(header: str, width: int = 9) -> str:
+    """A long split name on several lines, broken after its punctuation."""
+    lines = [""]
+    for piece in re.findall(r"[^/_. -]*[/_. -]?", header):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
+
+
+def _value(value: float | None, metric: str, sign: str = "") -> str:
+    if value is None:
+        return _MISSING
+    return f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
+
+
+def _range(low: float | None, high: float | None, metric: str, sign: str = "") -> str:
+    return "" if low is None else f"[{_value(low, metric, sign)}, {_value(high, metric, sign)}]"
+
+
+def _difference(row: dict[str, float | None], metric: str) -> str:
+    value = _value(row["difference"], metric, "+")
+    interval = _range(row["difference_low"], row["difference_high"], metric, "+")
+    return " ".join(part for part in (value, interval, _mark(row)) if part)
+
+
+def _short(row: dict[str, float | None], metric: str) -> str:
+    return _value(row["estimate"], metric) + _half(row["low"], row["high"], metric)
+
+
+def _short_difference(row: dict[str, float | None], metric: str) -> str:
+    half = _half(row["difference_low"], row["difference_high"], metric)
+    return _value(row["difference"], metric, "+") + half + _mark(row)
+
+
+def _half(low: float | None, high: float | None, metric: str) -> str:
+    return "" if low is None or high is None else f"±{_value((high - low) / 2, metric)}"
+
+
+def _mark(row: dict[str, float | None]) -> str:
+    low, high = row["difference_low"], row["difference_high"]
+    if low is None or high is None:
+        return ""
+    return "▲" if low > 0 else "▼" if high < 0 else ""
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _number(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def _mean(values: pl.Series) -> float | None:
+    mean = values.mean()
+    return float(mean) if isinstance(mean, float) else None
