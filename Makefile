@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(RUN)/embrm demo --out runs/demo
@@ -18,6 +18,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN)/embrm bench cache
+
+docs: $(VENV)/.installed
+	$(RUN)/python tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

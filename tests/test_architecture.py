@@ -93,7 +93,7 @@ def test_help_loads_no_heavy_library() -> None:
     code = (
         "import sys\nfrom embrm.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'polars', 'pyarrow', 'transformers', 'matplotlib', 'scipy', 'pydantic'}\n"
+        "heavy = {'torch', 'polars', 'pyarrow', 'transformers', 'matplotlib', 'pydantic'}\n"
         "print(heavy & set(sys.modules), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,0 +1,76 @@
+"""Documentation that cannot drift: the command reference is the help, and blocks are run.
+
+A fenced block's info string says what its commands need:
+    ```bash            run by this suite, in the folder of a finished (shrunken) demo
+    ```bash network    needs a hub or a GPU: only its options are checked
+    ```bash setup      make targets and installation, run by hand and by CI
+`python tests/test_docs.py` (make docs) rewrites docs/commands.md.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from embrm.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = [
+    ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
+    ["sweep"], ["report"], ["scores"], ["demo"], ["bench", "cache"],
+]  # fmt: skip
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _help(command: list[str]) -> str:
+    result = CliRunner().invoke(
+        app, [*command, "--help"], prog_name="embrm", terminal_width=100, env={"COLUMNS": "100"}
+    )
+    assert result.exit_code == 0, result.output
+    return "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+
+
+def reference() -> str:
+    """The text of docs/commands.md."""
+    parts = ["# Commands\nWritten by `make docs` from the commands' own help.\n"]
+    parts += [f"## embrm {' '.join(name)}\n```text\n{_help(name)}\n```\n" for name in COMMANDS]
+    return "\n".join(parts)
+
+
+def test_the_command_reference_is_the_help() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text() == reference(), "run `make docs`"
+
+
+def test_the_reference_covers_every_command() -> None:
+    listed = {name[0] for name in COMMANDS}
+    in_help = set(re.findall(r"^  (\w+) ", _help([]).split("Commands:")[1], re.MULTILINE))
+    assert listed == in_help
+
+
+def _commands(needs: str) -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for info, body in re.findall(r"```bash ?(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
+            if info == needs:
+                joined = body.replace("\\\n", " ")
+                lines = [line.split(" #")[0].strip() for line in joined.splitlines()]
+                found += [(page.name, line) for line in lines if line.startswith("embrm ")]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), _commands("network"))
+def test_options_of_commands_that_need_a_network_exist(page: str, command: str) -> None:
+    words = shlex.split(command)[1:]
+    name = next(known for known in COMMANDS if words[: len(known)] == known)
+    text = _help(name)
+    for word in words:
+        if word.startswith("--"):
+            assert re.search(rf"{word}\b", text), f"{page}: {word} is not an option of {name}"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "commands.md").write_text(reference())
+    sys.exit(0)
