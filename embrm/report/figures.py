@@ -303,10 +303,12 @@ def _learning_curves(
                 band = (
                     own.group_by("epoch")
                     .agg(
+                        pl.len().alias("seeds"),
                         pl.col(column).median().alias("median"),
                         pl.col(column).min().alias("low"),
                         pl.col(column).max().alias("high"),
                     )
+                    .filter(pl.col("seeds") == pl.col("seeds").max())  # a seed may stop early
                     .sort("epoch")
                 )
                 epochs = band["epoch"].to_numpy()
