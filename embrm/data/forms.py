@@ -11,10 +11,11 @@ gold) and best_of_n (best, losers). Their texts come in one of three formats:
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from embrm.data.sources import Table, listed, quoted
+from embrm.data.sources import Table
+from embrm.data.tables import listed, quoted
 from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
 from embrm.errors import UserError
 
@@ -56,6 +57,14 @@ class Record:
     lengths: tuple[int, ...]
     """Characters of each response, without the JSON around messages."""
 
+    def pick(self, *positions: int) -> "Record":
+        """The same prompt with some of the responses."""
+        return replace(
+            self,
+            responses=tuple(self.responses[position] for position in positions),
+            lengths=tuple(self.lengths[position] for position in positions),
+        )
+
 
 def detect(table: Table) -> Form:
     """The form of a source. Raises: UserError when its columns fit none, with the remedy."""
@@ -81,7 +90,7 @@ def detect(table: Table) -> Form:
         for prompt, *completions in rows
         if prompt and all(completions)
     )
-    return Form(shape, format, "repeated", whole) if _mostly(fits) else form
+    return replace(form, prompt="repeated") if _mostly(fits) else form
 
 
 def canonical(form: Form, prompt: object, completions: Sequence[object]) -> Record:

@@ -1,17 +1,15 @@
 """Sources: preference data as the user names it, read into columns with canonical names."""
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
+from embrm.data.tables import READERS, Choose, Columns, first_line, quoted, read_file
 from embrm.errors import UserError, nearest
 from embrm.specs import Spec
 
@@ -38,10 +36,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 `label` is the probability that chosen is the better one, in [0, 1]; `weight` is at least 0.
 """
-
-Columns = dict[str, list[Any]]
-Choose = Callable[[Sequence[str]], Sequence[str]]
-"""From the names of all columns to the names of those worth reading."""
 
 
 class SourceSpec(Spec):
@@ -113,7 +107,7 @@ def parse_source(text: str) -> SourceSpec:
         split, _, place = text.partition("=")
     if split == "" or not place:
         raise UserError(f"--data {quoted(text)}: write [SPLIT=]PATH_OR_HUB_ID")
-    is_file = Path(place).exists() or Path(place).suffix in _READERS
+    is_file = Path(place).exists() or Path(place).suffix in READERS
     is_hub = not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
     return SourceSpec.parse({"hub" if is_hub else "path": place, "split": split}, "command line")
 
@@ -136,7 +130,7 @@ def read_rows(spec: SourceSpec) -> Table:
     if spec.hub is not None:
         raw, rows = _read_hub(spec, choose)
     else:
-        raw, rows = _read_file(Path(spec.path or ""), choose)
+        raw, rows = read_file(Path(spec.path or ""), choose)
     if not rows:
         raise UserError(f"{spec.name}: no rows: name a file that has some")
     kept: Sequence[int] = range(len(rows))
@@ -163,18 +157,6 @@ def read_rows(spec: SourceSpec) -> Table:
     )
 
 
-def quoted(value: object) -> str:
-    """`value` as text from data is shown in errors and exclusions: its repr, at most 60 long."""
-    text = repr(value if not isinstance(value, str) else value[:80])
-    return text if len(text) <= 60 else text[:59] + "…"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Column names for an error, at most 20 of them."""
-    shown = [quoted(name) for name in names[:20]]
-    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
 def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
     """Canonical field -> column, by the mapping first, then by known names."""
     for column in [*spec.columns.values(), *spec.where]:
@@ -199,107 +181,6 @@ def _matches(cell: object, value: str | int | float | bool) -> bool:
     return cell == value and isinstance(cell, bool) == isinstance(value, bool)
 
 
-def _read_file(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    if not path.exists():
-        raise UserError(f"no dataset at {path}: check the path")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name one file in it ({', '.join(_READERS)})")
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise UserError(
-            f"{path}: unknown kind of file {quoted(path.suffix)}: "
-            f"one of {', '.join(_READERS)} can be read"
-        )
-    try:
-        return reader(path, choose)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: convert it, or check its suffix") from None
-    except PermissionError:
-        raise UserError(f"{path} may not be read: check its permissions") from None
-
-
-def _read_parquet(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    try:
-        frame = pl.read_parquet(path, columns=list(choose(list(pl.read_parquet_schema(path)))))
-        height = frame.height if frame.width else pl.scan_parquet(path).select(pl.len()).collect()
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a whole Parquet file: {_first(error)}") from None
-    count = height if isinstance(height, int) else int(height.item())
-    return frame.to_dict(as_series=False), list(range(count))
-
-
-def _read_csv(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    try:
-        # All cells are read as text: guessed types would turn the response "007" into 7.
-        frame = pl.read_csv(path, infer_schema=False).fill_null("")
-    except pl.exceptions.NoDataError:
-        return {}, []
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a whole CSV file: {_first(error)}") from None
-    names = choose(frame.columns)
-    columns = {name: _decoded_cells(frame[name].to_list()) for name in names}
-    return columns, list(range(frame.height))
-
-
-def _decoded_cells(cells: list[Any]) -> list[Any]:
-    """Lists (messages, losers) that a CSV file can only hold as JSON text: all cells or none."""
-    if not all(cell.startswith("[") for cell in cells):
-        return cells
-    try:
-        return [json.loads(cell) for cell in cells]
-    except json.JSONDecodeError:
-        return cells
-
-
-def _read_jsonl(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    records, rows = [], []
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream):
-            if line.isspace():
-                continue
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}: line {number + 1} is not JSON ({error.msg}): fix or remove it"
-                ) from None
-            rows.append(number)
-    return _columns_of(path, records, choose), rows
-
-
-def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} is not JSON ({error.msg} in line {error.lineno}): "
-            "if it holds one object a line, name it .jsonl"
-        ) from None
-    if isinstance(content, list):
-        return _columns_of(path, content, choose), list(range(len(content)))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {quoted(content)}: write a list of objects")
-    lengths = {len(cells) if isinstance(cells, list) else -1 for cells in content.values()}
-    if len(lengths) > 1 or -1 in lengths:
-        raise UserError(
-            f"{path} is one object, but its values are not lists of one length: "
-            "write a list of objects, or an object of columns"
-        )
-    names = choose(list(content))
-    return {name: content[name] for name in names}, list(range(max(lengths, default=0)))
-
-
-def _columns_of(path: Path, records: list[Any], choose: Choose) -> Columns:
-    for position, record in enumerate(records):
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{path}: record {position + 1} is {quoted(record)}, not an object: "
-                'write {"prompt": ..., "chosen": ..., "rejected": ...}'
-            )
-    names = choose(list(dict.fromkeys(name for record in records for name in record)))
-    return {name: [record.get(name) for record in records] for name in names}
-
-
 def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
     try:
         import datasets
@@ -314,7 +195,7 @@ def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
         )
     except Exception as error:  # the hub client raises from many libraries
         raise UserError(
-            f"{spec.name}: not a file here, and the hub did not give it ({_first(error)}): "
+            f"{spec.name}: not a file here, and the hub did not give it ({first_line(error)}): "
             "check the id, config, revision, hub_split and network, or download it and name a file"
         ) from None
     parts = {spec.hub_split: loaded} if spec.hub_split else dict(loaded)
@@ -331,17 +212,3 @@ def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
             columns[name].extend(cells.get(name, [missing] * part.num_rows))
         rows.extend(range(part.num_rows))
     return columns, rows
-
-
-def _first(error: Exception) -> str:
-    """The first line of another library's message, cut short."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:160]
-
-
-_READERS: dict[str, Callable[[Path, Choose], tuple[Columns, list[int]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}

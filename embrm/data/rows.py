@@ -1,0 +1,238 @@
+"""Rows: one source's rows, read, checked and handed to the collector."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from embrm.data.collector import Collector, Place
+from embrm.data.forms import Form, Record, RowError, canonical, detect
+from embrm.data.groups import derive_pairs
+from embrm.data.labels import number, pair_numbers
+from embrm.data.sources import SourceSpec, Table, read_rows
+from embrm.data.splits import holdout
+from embrm.data.tables import listed, quoted
+from embrm.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A response in a group; `length` in characters."""
+
+    response: int
+    gold: float
+    length: int
+    model: str | None
+    place: Place
+
+
+_Group = list[_Member]
+
+
+def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
+    """Add a source's rows; returns its rules, as they are recorded.
+
+    Raises: UserError for what `read_rows` and `detect` refuse, for a split that is given twice,
+    and when no row is left, with the reasons counted.
+    """
+    table = read_rows(spec)
+    source = _Source(collector, spec, table, detect(table))
+    splits = _splits(table, spec)
+    before = [len(part["row"]) for part in (collector.pairs, collector.members)]
+    excluded = len(collector.exclusions["row"])
+    for index in _limited(table, source.form, splits, spec.limit):
+        source.add(index, splits[index])
+    source.pair_groups()
+    if before == [len(part["row"]) for part in (collector.pairs, collector.members)]:
+        reasons = counts(collector.exclusions["reason"][excluded:])
+        raise UserError(f"{spec.name}: every row was excluded: {reasons}; check columns and where")
+    return _rules(spec, source.form, len(table.rows))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source whose rows are being added."""
+
+    collector: Collector
+    spec: SourceSpec
+    table: Table
+    form: Form
+    groups: dict[tuple[str, str], _Group] = field(default_factory=dict)
+    """(split, prompt_id) -> members, when the shape is groups."""
+
+    def add(self, index: int, split: str | None) -> None:
+        """Add row `index` of the table, or list why it is left out."""
+        place = Place(
+            self.table.name, self.table.rows[index], split or "", _name(self.cell("subset", index))
+        )
+        add = {"pairs": self._pair, "groups": self._member, "best_of_n": self._best}
+        try:
+            if split is None:
+                raise RowError("missing_value", "split is null")
+            add[self.form.shape](index, place)
+        except RowError as error:
+            self.collector.exclude(place, *error.args)
+
+    def cell(self, field: str, index: int) -> Any:
+        """A value of the table; None where there is no such column."""
+        column = self.table.columns.get(field)
+        return None if column is None else column[index]
+
+    def _pair(self, index: int, place: Place) -> None:
+        chosen, rejected = self.cell("chosen", index), self.cell("rejected", index)
+        if chosen and chosen == rejected:
+            raise RowError("identical", quoted(chosen))
+        record = canonical(self.form, self.cell("prompt", index), (chosen, rejected))
+        models = self.cell("chosen_model", index), self.cell("rejected_model", index)
+        self._store(place, record, pair_numbers(self.table.columns, index), models)
+
+    def _best(self, index: int, place: Place) -> None:
+        best, losers = self.cell("best", index), self.cell("losers", index)
+        if losers is None:
+            raise RowError("missing_value", "losers is null")
+        if not isinstance(losers, list) or not losers:
+            raise RowError("wrong_form", f"losers is {quoted(losers)}, not a list of responses")
+        models = self.cell("loser_models", index) or [None] * len(losers)
+        if not isinstance(models, list) or len(models) != len(losers):
+            raise RowError(
+                "wrong_form", f"{len(losers)} losers, but loser_models is {quoted(models)}"
+            )
+        prompt = self.cell("prompt", index)
+        if self.form.prompt == "implicit":
+            # The prompt is what all completions share, not what each pair of them does.
+            together = canonical(self.form, None, (best, *losers))
+        for position, (loser, model) in enumerate(zip(losers, models, strict=True)):
+            try:
+                if self.form.prompt == "implicit":
+                    record = together.pick(0, position + 1)
+                else:
+                    record = canonical(self.form, prompt, (best, loser))
+                models_of_pair = self.cell("best_model", index), model
+                self._store(place, record, (None, 1.0, 1.0), models_of_pair)
+            except RowError as error:
+                reason, detail = error.args
+                self.collector.exclude(place, reason, f"loser {position}: {detail}")
+
+    def _store(
+        self,
+        place: Place,
+        record: Record,
+        numbers: tuple[float | None, float, float],
+        models: tuple[object, object],
+    ) -> None:
+        if record.responses[0] == record.responses[1]:
+            raise RowError("identical", quoted(record.responses[0]))
+        ends = self.collector.response(record, 0), self.collector.response(record, 1)
+        names = _name(models[0]), _name(models[1])
+        prompt_id = self.collector.prompt_id(record)
+        self.collector.pair(self._side(place, prompt_id), prompt_id, ends, numbers, names)
+
+    def _member(self, index: int, place: Place) -> None:
+        record = canonical(self.form, self.cell("prompt", index), (self.cell("response", index),))
+        gold = number(self.cell("gold", index), "gold", "nan_gold")
+        if gold is None:
+            raise RowError("missing_value", "gold is null")
+        prompt_id, response = self.collector.prompt_id(record), self.collector.response(record, 0)
+        place = self._side(place, prompt_id)
+        model = _name(self.cell("model", index))
+        if self.collector.member(place, prompt_id, response, model, gold):
+            member = _Member(response, gold, record.lengths[0], model, place)
+            self.groups.setdefault((place.split, prompt_id), []).append(member)
+
+    def _side(self, place: Place, prompt_id: str) -> Place:
+        """The place after holdout."""
+        rule = self.spec.holdout
+        if rule and holdout([prompt_id], rule.fraction, rule.seed, "holdout")[0]:
+            return replace(place, split=rule.split)
+        return place
+
+    def pair_groups(self) -> None:
+        """Derive the pairs of each group from its distinct responses.
+
+        A response given by several models counts once, with its mean gold score. Sorting by
+        content makes the pairs independent of the order of rows.
+        """
+        ids = self.collector.responses["response_id"]
+        for (_, prompt_id), group in self.groups.items():
+            distinct: dict[int, _Group] = {}
+            for member in sorted(
+                group, key=lambda one: (ids[one.response], one.model or "", one.gold)
+            ):
+                distinct.setdefault(member.response, []).append(member)
+            firsts = [same[0] for same in distinct.values()]
+            gold = [math.fsum(one.gold for one in same) / len(same) for same in distinct.values()]
+            lengths = [one.length for one in firsts]
+            pairs = derive_pairs(gold, lengths, self.spec.pairs, prompt_id)
+            for better, worse in zip(*(ends.tolist() for ends in pairs), strict=True):
+                chosen, rejected = firsts[better], firsts[worse]
+                self.collector.pair(
+                    chosen.place,
+                    prompt_id,
+                    (chosen.response, rejected.response),
+                    (gold[better] - gold[worse], 1.0, 1.0),
+                    (chosen.model, rejected.model),
+                )
+
+
+def _splits(table: Table, spec: SourceSpec) -> list[str | None]:
+    """The split of each row, before holdout. Raises: UserError when the spec and file disagree."""
+    cells = [_name(cell) or None for cell in table.columns.get("split") or []]
+    if spec.split is not None:
+        names = sorted({name for name in cells if name is not None})
+        if len(names) > 1:
+            column = spec.columns.get("split", "split")
+            raise UserError(
+                f"{spec.name}: split {spec.split!r} was given, but its split column has "
+                f"{listed(names)}: leave the split out, or select with "
+                f"where = {{ {column} = {json.dumps(names[0])} }}"
+            )
+        return [spec.split] * len(table.rows)
+    if cells:
+        return cells
+    return [table.split] * len(table.rows)
+
+
+def _limited(
+    table: Table, form: Form, splits: list[str | None], limit: int | None
+) -> Iterable[int]:
+    """Positions of the rows to use."""
+    if limit is None:
+        return range(len(table.rows))
+    kept = []
+    units: dict[str | None, set[object]] = {}
+    for index, split in enumerate(splits):
+        unit = repr(table.columns["prompt"][index]) if form.shape == "groups" else index
+        seen = units.setdefault(split, set())
+        if unit in seen or len(seen) < limit:
+            seen.add(unit)
+            kept.append(index)
+    return kept
+
+
+def _name(value: object) -> str | None:
+    """The name of a split, subset or model as text that can be stored."""
+    return None if value is None else str(value).encode(errors="replace").decode()
+
+
+def _rules(spec: SourceSpec, form: Form, rows: int) -> dict[str, Any]:
+    rules: dict[str, Any] = {
+        "source": spec.name,
+        "rows": rows,
+        "shape": form.shape,
+        "format": form.format,
+        "prompt": form.prompt,
+        "columns": spec.columns,
+        "where": spec.where,
+        "limit": spec.limit,
+        "holdout": spec.holdout.model_dump() if spec.holdout else None,
+    }
+    if form.shape == "groups":
+        rules["pairs"] = spec.pairs.model_dump()
+    return rules
+
+
+def counts(reasons: Iterable[str]) -> str:
+    """ "3 identical, 2 empty_response", most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())

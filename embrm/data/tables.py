@@ -1,0 +1,145 @@
+"""Tables: local JSONL, JSON, CSV and Parquet files as columns of Python values."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from embrm.errors import UserError
+
+Columns = dict[str, list[Any]]
+Choose = Callable[[Sequence[str]], Sequence[str]]
+"""From the names of all columns to the names of those worth reading."""
+
+
+def read_file(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    """The chosen columns of a file, and the position of each row in it, from 0.
+
+    Raises: UserError for a file that is missing, of an unknown kind, or damaged.
+    """
+    if not path.exists():
+        raise UserError(f"no dataset at {path}: check the path")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name one file in it ({', '.join(READERS)})")
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise UserError(
+            f"{path}: unknown kind of file {quoted(path.suffix)}: "
+            f"one of {', '.join(READERS)} can be read"
+        )
+    try:
+        return reader(path, choose)
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: convert it, or check its suffix") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read: check its permissions") from None
+
+
+def _read_parquet(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        frame = pl.read_parquet(path, columns=list(choose(list(pl.read_parquet_schema(path)))))
+        height = frame.height if frame.width else pl.scan_parquet(path).select(pl.len()).collect()
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is not a whole Parquet file: {first_line(error)}") from None
+    count = height if isinstance(height, int) else int(height.item())
+    return frame.to_dict(as_series=False), list(range(count))
+
+
+def _read_csv(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        # All cells are read as text: guessed types would turn the response "007" into 7.
+        frame = pl.read_csv(path, infer_schema=False).fill_null("")
+    except pl.exceptions.NoDataError:
+        return {}, []
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{path} is not a whole CSV file: {first_line(error)}") from None
+    names = choose(frame.columns)
+    columns = {name: _decoded_cells(frame[name].to_list()) for name in names}
+    return columns, list(range(frame.height))
+
+
+def _decoded_cells(cells: list[Any]) -> list[Any]:
+    """Lists (messages, losers) that a CSV file can only hold as JSON text: all cells or none."""
+    if not all(cell.startswith("[") for cell in cells):
+        return cells
+    try:
+        return [json.loads(cell) for cell in cells]
+    except json.JSONDecodeError:
+        return cells
+
+
+def _read_jsonl(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    records, rows = [], []
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream):
+            if line.isspace():
+                continue
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}: line {number + 1} is not JSON ({error.msg}): fix or remove it"
+                ) from None
+            rows.append(number)
+    return _columns_of(path, records, choose), rows
+
+
+def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not JSON ({error.msg} in line {error.lineno}): "
+            "if it holds one object a line, name it .jsonl"
+        ) from None
+    if isinstance(content, list):
+        return _columns_of(path, content, choose), list(range(len(content)))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {quoted(content)}: write a list of objects")
+    lengths = {len(cells) if isinstance(cells, list) else -1 for cells in content.values()}
+    if len(lengths) > 1 or -1 in lengths:
+        raise UserError(
+            f"{path} is one object, but its values are not lists of one length: "
+            "write a list of objects, or an object of columns"
+        )
+    names = choose(list(content))
+    return {name: content[name] for name in names}, list(range(max(lengths, default=0)))
+
+
+def _columns_of(path: Path, records: list[Any], choose: Choose) -> Columns:
+    for position, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise UserError(
+                f"{path}: record {position + 1} is {quoted(record)}, not an object: "
+                'write {"prompt": ..., "chosen": ..., "rejected": ...}'
+            )
+    names = choose(list(dict.fromkeys(name for record in records for name in record)))
+    return {name: [record.get(name) for record in records] for name in names}
+
+
+def quoted(value: object) -> str:
+    """`value` as text from data is shown in errors and exclusions: its repr, at most 60 long."""
+    text = repr(value if not isinstance(value, str) else value[:80])
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Column names for an error, at most 20 of them."""
+    shown = [quoted(name) for name in names[:20]]
+    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, cut short."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:160]
+
+
+READERS: dict[str, Callable[[Path, Choose], tuple[Columns, list[int]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
