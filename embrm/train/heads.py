@@ -94,12 +94,12 @@ def rewards(parameters: Parameters, X: Tensor, kept: Sequence[Tensor] = ()) -> T
     if not hidden:
         return _linear(parameters["output.weight"], X)
     # The copies give every slot's matrices the alignment of a fresh tensor: bits may depend on it.
-    slots = [[tensor.clone() for tensor in bank.unbind()] for bank in parameters.values()]
+    slots = {name: [t.clone() for t in bank.unbind()] for name, bank in parameters.items()}
     outputs = []
-    for *layers, last in zip(*slots, strict=True):
+    for slot, last in enumerate(slots["output.weight"]):
         activations = X
         for layer in range(hidden):
-            weight, bias = layers[2 * layer : 2 * layer + 2]
+            weight, bias = (slots[f"hidden.{layer}.{name}"][slot] for name in ("weight", "bias"))
             activations = torch.relu(F.linear(activations, weight, bias))
             if kept:
                 activations = activations * kept[layer]

@@ -1,0 +1,356 @@
+"""Running a sweep: packs of runs over worker processes, resumable at any moment.
+
+Workers compute and return bytes; this process alone writes, under the results folder's lock. A
+worker has one thread and fixed numerics, and a run's bits depend on the run alone, so neither the
+number of workers nor the runs it shared a pack with can be seen in the results.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.errors import UserError, nearest
+from embrm.evaluate.accuracy import evaluate_split
+from embrm.files import exclusive, remove_temporaries, write_bytes
+from embrm.progress import Progress, progress
+from embrm.provenance import provenance
+from embrm.specs import read_toml
+from embrm.sweep.grid import Run, Selection, SweepSpec, configurations, runs
+from embrm.sweep.ledger import finished, write_results
+from embrm.sweep.pack import Pack, evaluation_splits, run_pack, select, states_once, to_pairs
+from embrm.train.bank import TrainingData, train
+from embrm.train.heads import SLOTS, HeadSpec, Preprocess, initialise, score
+
+_TIMED_STEPS = 8
+_START_SECONDS = 5.0
+"""What a worker needs to start: imports and opening the cache."""
+
+_MLP_SLOTS = 8
+"""Runs in a pack of MLPs: they gain less from company than linear heads do."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A sweep checked against its cache."""
+
+    spec: SweepSpec
+    cache: Cache
+    selection: Selection
+    runs: list[Run]
+    evaluate: list[str]
+
+
+def sweep(
+    spec_path: Path, cache: Path | None = None, *, jobs: int | None = None, out: Path | None = None
+) -> Path:
+    """Train and evaluate every run of the spec that `out` does not hold yet; returns `out`.
+
+    cache: folder, instead of the spec's own. jobs: worker processes, default one a core.
+    out: results folder, default the spec's path without `.toml`.
+    Raises: UserError for anything wrong in the spec or cache, and at the end for failed runs;
+    whatever has finished by then is kept and compacted.
+    """
+    prepared = _prepare(spec_path, cache)
+    jobs = _jobs(jobs)
+    out = out or spec_path.with_suffix("")
+    with exclusive(out):
+        remove_temporaries(out)
+        done = finished(out)
+        todo = [run for run in prepared.runs if run.run_id not in done]
+        failures: dict[str, str] = {}
+        interrupted = False
+        with progress(
+            "training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)
+        ) as bar:
+            try:
+                _execute(prepared, _packs(todo), jobs, out, bar, failures)
+            except KeyboardInterrupt:
+                interrupted = True
+        header = {
+            "cache": str(prepared.cache.folder),
+            "cache_id": prepared.cache.cache_id,
+            "environment": {**provenance(), "numerics": _worker_environment()},
+        }
+        write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header)
+    if interrupted:
+        raise UserError(
+            f"interrupted: {len(finished(out))} finished runs are kept in {out}; "
+            "run the same command again for the rest"
+        )
+    if failures:
+        listed = "; ".join(f"{run}: {why}" for run, why in [*failures.items()][:5])
+        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+        raise UserError(
+            f"{len(failures)} of {len(prepared.runs)} runs failed, the others are kept: "
+            f"{listed}{more}"
+        )
+    return out
+
+
+def plan(
+    spec_path: Path, cache: Path | None = None, *, jobs: int | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """What `sweep` would do, and about how long it would take. Writes nothing.
+
+    The estimate times a few minibatches of one pack of each kind, and one evaluation.
+    """
+    prepared = _prepare(spec_path, cache)
+    jobs = _jobs(jobs)
+    done = finished(out or spec_path.with_suffix(""))
+    todo = [run for run in prepared.runs if run.run_id not in done]
+    packs = _packs(todo)
+    return {
+        "cache": str(prepared.cache.folder),
+        "cache_id": prepared.cache.cache_id,
+        "configurations": len({run.config_id for run in prepared.runs}),
+        "seeds": len(prepared.spec.seeds),
+        "runs": len(prepared.runs),
+        "finished": len(prepared.runs) - len(todo),
+        "packs": len(packs),
+        "jobs": jobs,
+        "evaluate": prepared.evaluate,
+        "estimated_seconds": round(_estimate(prepared, packs, jobs), 1),
+    }
+
+
+def _prepare(spec_path: Path, cache_folder: Path | None) -> _Prepared:
+    where = str(spec_path)
+    spec = SweepSpec.parse(read_toml(spec_path), where)
+    found = configurations(spec, where)
+    folder = cache_folder or (Path(spec.cache) if spec.cache else None)
+    if folder is None:
+        raise UserError(f"{where}: cache is missing: add cache = 'cache/NAME', or pass --cache")
+    cache = open_cache(folder)
+    for field, names in (("train", spec.train), ("evaluate", spec.evaluate or ())):
+        for name in names:
+            if name not in cache.splits:
+                raise UserError(
+                    f"{where}: {field} split {name!r} is not in {folder}: "
+                    f"{nearest(name, cache.splits)}"
+                )
+    selection = Selection(cache.cache_id, spec.train, spec.validation)
+    training, validation = select(cache, selection)
+    if not len(training):
+        raise UserError(
+            f"{where}: no training pairs in {', '.join(spec.train)}: choose other train splits"
+        )
+    if spec.validation and not len(validation):
+        raise UserError(
+            f"{where}: validation = {spec.validation:g} keeps no prompt of "
+            f"{training['prompt_id'].n_unique()}: raise it, or set validation = 0"
+        )
+    no_margin = training["margin"].null_count()
+    for configuration in found:
+        run = f"{where}: run {configuration.name!r}"
+        asked = configuration.spec
+        if asked.state not in cache.views:
+            raise UserError(
+                f"{run}: state {asked.state!r} is not in {folder}: "
+                f"{nearest(asked.state, cache.views)}"
+            )
+        if asked.pairs_limit and asked.pairs_limit > len(training):
+            raise UserError(
+                f"{run}: pairs_limit = {asked.pairs_limit}, but there are {len(training)} "
+                "training pairs: lower or remove it"
+            )
+        if asked.margin_scale is not None and no_margin:
+            raise UserError(
+                f"{run}: margin_scale = {asked.margin_scale:g}, but {no_margin} of "
+                f"{len(training)} training pairs have no margin: use margin instead"
+            )
+    others = [split for split in cache.splits if split not in spec.train]
+    return _Prepared(
+        spec=spec,
+        cache=cache,
+        selection=selection,
+        runs=runs(found, spec.seeds, selection),
+        evaluate=list(spec.evaluate) if spec.evaluate is not None else others,
+    )
+
+
+def _jobs(jobs: int | None) -> int:
+    if jobs is None:
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    if jobs < 1:
+        raise UserError(f"jobs = {jobs}: at least one worker is needed")
+    return jobs
+
+
+def _packs(todo: Sequence[Run]) -> list[Pack]:
+    """Runs that can share a pack, largest packs of one state first."""
+    groups: dict[Any, list[Run]] = {}
+    for run in todo:
+        spec = run.spec
+        groups.setdefault((spec.state, spec.pairs_limit, spec.pack_key()), []).append(run)
+    packs = []
+    for group in groups.values():
+        width = SLOTS if group[0].spec.head.kind == "linear" else _MLP_SLOTS
+        packs += [Pack(tuple(group[i : i + width])) for i in range(0, len(group), width)]
+    # A worker keeps one state in memory, so packs of a state come together.
+    return sorted(packs, key=lambda pack: (pack.runs[0].spec.state, -_cost(pack)))
+
+
+def _cost(pack: Pack) -> float:
+    """Rough share of the work, to start large packs first."""
+    first = pack.runs[0].spec
+    return max(run.spec.epochs for run in pack.runs) * (1 + sum(first.head.widths) * len(pack.runs))
+
+
+def _estimate(prepared: _Prepared, packs: Sequence[Pack], jobs: int) -> float:
+    """Seconds: a few timed minibatches of a pack of every kind, and one timed evaluation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    total = 0.0
+    rates: dict[Any, float] = {}
+    evaluation: dict[str, float] = {}
+    try:
+        for pack in packs:
+            first = pack.runs[0].spec
+            arguments = prepared.cache.folder, prepared.cache.cache_id, first.state
+            training, validation = select(prepared.cache, prepared.selection, first.pairs_limit)
+            steps = -(-len(training) // first.batch_pairs)
+            key = first.state, first.head, first.batch_pairs, len(pack.runs)
+            if key not in rates:
+                sample = training.head(_TIMED_STEPS * first.batch_pairs)
+                data = TrainingData(
+                    states_once(*arguments), to_pairs(sample), to_pairs(validation.head(0))
+                )
+                specs = [
+                    run.spec.model_copy(update={"epochs": 1, "patience": None}) for run in pack.runs
+                ]
+                start = time.perf_counter()
+                train(specs, data)
+                rates[key] = (time.perf_counter() - start) / -(-len(sample) // first.batch_pairs)
+            if first.state not in evaluation:
+                states = states_once(*arguments)
+                start = time.perf_counter()
+                bank = initialise(HeadSpec(), states.shape[1], 0)
+                own = score(bank, Preprocess(None, None), states)[0].numpy()
+                for pairs, members in evaluation_splits(
+                    prepared.cache.folder, prepared.selection
+                ).values():
+                    n_response = prepared.cache.responses["n_response"].to_numpy()
+                    evaluate_split(pairs, members, n_response, own, 1.0)
+                evaluation[first.state] = time.perf_counter() - start
+            epochs = max(run.spec.epochs for run in pack.runs)
+            total += epochs * steps * rates[key] + len(pack.runs) * evaluation[first.state]
+    finally:
+        torch.set_num_threads(threads)
+    return total / min(jobs, max(1, len(packs))) + (_START_SECONDS if packs else 0.0)
+
+
+def _execute(
+    prepared: _Prepared,
+    packs: Sequence[Pack],
+    jobs: int,
+    out: Path,
+    bar: Progress,
+    failures: dict[str, str],
+) -> None:
+    """Run `packs`, writing each as it finishes. A pack that fails is tried again run by run."""
+    if not packs:
+        return
+    context = multiprocessing.get_context("spawn")
+    # The workers watch the other end: it closes when this process lets go of it or dies.
+    watched, lifeline = context.Pipe(duplex=False)
+    waiting: dict[Future[dict[str, bytes]], Pack] = {}
+    with (
+        _environment(_worker_environment()),
+        ProcessPoolExecutor(min(jobs, len(packs)), context, _start_worker, (watched,)) as pool,
+    ):
+
+        def submit(pack: Pack) -> None:
+            future = pool.submit(run_pack, prepared.cache.folder, prepared.selection, pack)
+            waiting[future] = pack
+
+        try:
+            for pack in packs:
+                submit(pack)
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    pack = waiting.pop(future)
+                    try:
+                        files = future.result()
+                    except BrokenProcessPool:
+                        raise UserError(
+                            "a worker process was killed, perhaps for lack of memory: finished "
+                            "runs are kept; run the same command again with fewer --jobs"
+                        ) from None
+                    except Exception as error:
+                        if len(pack.runs) > 1:
+                            for run in pack.runs:
+                                submit(Pack((run,)))
+                            continue
+                        run = pack.runs[0]
+                        failures[f"{run.name} seed {run.spec.seed}"] = _one_line(error)
+                    else:
+                        for name, content in files.items():
+                            write_bytes(out / name, content)
+                    bar.advance(len(pack.runs))
+        except BaseException:
+            lifeline.close()
+            raise
+    lifeline.close()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _worker_environment() -> dict[str, str]:
+    """Numerics of the workers, set before torch loads.
+
+    One thread, and MKL's strict reproducible mode at this machine's instruction set; a value that
+    the user has set for MKL_CBWR wins.
+    """
+    widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
+    return {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "POLARS_MAX_THREADS": "1",
+        "MKL_CBWR": os.environ.get("MKL_CBWR", f"{widest},STRICT"),
+    }
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Environment variables that child processes start with."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start_worker(lifeline: multiprocessing.connection.Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

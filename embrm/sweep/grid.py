@@ -1,0 +1,192 @@
+"""What a sweep asks for: a TOML spec, expanded into configurations and runs with content ids."""
+
+import itertools
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from embrm.errors import UserError, nearest
+from embrm.specs import Spec, content_id
+from embrm.train.bank import TrainSpec
+
+
+class RunSpec(TrainSpec):
+    """One run: what it reads of the cache, and how it is trained."""
+
+    state: str = "last"
+    """View of the cache: "last", "mean", "prenorm" or "layer:K"."""
+    pairs_limit: int | None = Field(default=None, gt=0)
+    """Train on this many pairs, the first by pair id (a hash); smaller limits nest in larger."""
+
+
+class SweepSpec(Spec):
+    """A sweep as its TOML file says it.
+
+    `defaults` and every entry of `runs` hold fields of `RunSpec` but the seed. An entry adds a
+    `name` and may add `grid`, a table of field = list of values whose product is taken; a dotted
+    field such as "head.widths" reaches into a table. A table given in an entry replaces the one
+    in `defaults`.
+    """
+
+    cache: str | None = None
+    train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
+    evaluate: tuple[str, ...] | None = None
+    """Splits the ledger reports; None: all that are not trained on."""
+    validation: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of the training prompts kept out for early stopping and the temperature."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    baseline: str
+    """Configuration that the report compares all others with."""
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    runs: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _lists_name_things_once(self) -> Self:
+        for field in ("train", "evaluate", "seeds"):
+            values = getattr(self, field) or ()
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{field} names {value!r} twice: remove one")
+        for split in self.evaluate or ():
+            if split in self.train:
+                raise ValueError(f"split {split!r} is trained on: remove it from evaluate")
+        return self
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A named point of the sweep; with a seed it is a run."""
+
+    name: str
+    spec: RunSpec
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs of the cache are trained on and which validate. Part of every run's identity."""
+
+    cache_id: str
+    train: tuple[str, ...]
+    validation: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration with one seed. `run_id` and `config_id` hash its content, not its name."""
+
+    name: str
+    run_id: str
+    config_id: str
+    spec: RunSpec
+
+
+def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
+    """Every configuration of `sweep`, read from `where`, in its order.
+
+    Raises: UserError for a wrong field (naming the entry), two configurations of one name or of
+    one content, or a baseline that none of them is.
+    """
+    found: dict[str, Configuration] = {}
+    contents: dict[RunSpec, str] = {}
+    for index, entry in enumerate(sweep.runs):
+        for name, fields in _expand(entry, sweep.defaults, f"{where}: runs[{index}]"):
+            if "seed" in fields:
+                raise UserError(
+                    f"{where}: run {name!r}: seed = {fields['seed']!r}: "
+                    "seeds belong to the whole sweep, write seeds = [...] at the top"
+                )
+            spec = RunSpec.parse(fields, f"{where}: run {name!r}")
+            if name in found:
+                raise UserError(f"{where}: two runs are named {name!r}: rename one")
+            if spec in contents:
+                raise UserError(
+                    f"{where}: runs {contents[spec]!r} and {name!r} are the same configuration: "
+                    "remove one"
+                )
+            _check_patience(sweep, spec, f"{where}: run {name!r}")
+            contents[spec] = name
+            found[name] = Configuration(name, spec)
+    if sweep.baseline not in found:
+        raise UserError(
+            f"{where}: baseline = {sweep.baseline!r} is no run of this sweep: "
+            f"{nearest(sweep.baseline, found)}"
+        )
+    return [*found.values()]
+
+
+def runs(found: Sequence[Configuration], seeds: Sequence[int], selection: Selection) -> list[Run]:
+    """Every configuration with every seed. A run's ids depend on nothing but its own content."""
+    read = {
+        "cache_id": selection.cache_id,
+        "train": sorted(selection.train),
+        "validation": selection.validation,
+    }
+    out = []
+    for configuration in found:
+        content = configuration.spec.model_dump(mode="json", exclude={"seed"})
+        for seed in seeds:
+            out.append(
+                Run(
+                    name=configuration.name,
+                    run_id=content_id({**read, "run": {**content, "seed": seed}}),
+                    config_id=content_id({**read, "run": content}),
+                    spec=configuration.spec.model_copy(update={"seed": seed}),
+                )
+            )
+    return out
+
+
+def _check_patience(sweep: SweepSpec, spec: RunSpec, where: str) -> None:
+    if spec.patience is not None and not sweep.validation:
+        raise UserError(
+            f"{where}: patience = {spec.patience} with validation = 0: early stopping needs "
+            "validation pairs, raise validation or remove patience"
+        )
+
+
+def _expand(
+    entry: dict[str, Any], defaults: dict[str, Any], where: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """The (name, fields) of an entry: one, or one for each point of its grid."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: name = {name!r}: a run needs a name, such as name = 'bt'")
+    grid = entry.get("grid", {})
+    if not isinstance(grid, dict):
+        raise UserError(f"{where}: grid = {grid!r}: write a table, such as grid.lr = [1e-3, 1e-4]")
+    for field, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"{where}: grid.{field} = {values!r}: write a list of values, "
+                "and quote a dotted field"
+            )
+    base = {**defaults, **{key: entry[key] for key in entry if key not in ("name", "grid")}}
+    points = []
+    for values in itertools.product(*grid.values()):
+        fields = deepcopy(base)
+        for field, value in zip(grid, values, strict=True):
+            _set(fields, field, value, where)
+        label = ",".join(f"{key}={_short(v)}" for key, v in zip(grid, values, strict=True))
+        points.append((f"{name}[{label}]" if label else name, fields))
+    return points
+
+
+def _set(fields: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        fields = fields.setdefault(key, {})
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: grid field {dotted!r}: {key} is not a table: remove the dot")
+    fields[last] = value
+
+
+def _short(value: Any) -> str:
+    """A grid value in a configuration's name: 0.001, mlp, 64-32."""
+    if isinstance(value, list):
+        return "-".join(map(_short, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,219 @@
+"""Results of a sweep on disk: part files as packs finish, tables compacted from them at the end.
+
+    sweep.json                   spec, cache, environment
+    parts/<id>/*.parquet         tables of one finished pack; ledger.parquet is written last, and
+                                 a folder without it counts for nothing
+    ledger.parquet               one row a run of the current spec, sorted by run_id
+    curves.parquet               one row a run and epoch
+    prompts.parquet              per-prompt sums of every run and evaluation split
+    timings.parquet              the only file that differs between two executions
+    weights/<run_id>.safetensors
+
+Ledger columns: run_id, config_id, config, seed, cache_id, status ("ok" or "diverged"),
+diverged_epoch, state, head, loss, spec (canonical JSON), bsr_effective (λ·B_ref), train_pairs,
+validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validation_accuracy,
+temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
+`accuracy@ood/hhh`. Undefined numbers are null, never NaN.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import safetensors
+import safetensors.torch
+
+from embrm.errors import UserError, nearest
+from embrm.files import write_bytes
+from embrm.specs import canonical_json
+from embrm.sweep.grid import Run, RunSpec, SweepSpec
+from embrm.train.heads import Parameters, Preprocess
+
+FORMAT = "embrm-head 1"
+TABLES = ("curves", "prompts", "timings", "ledger")
+"""Tables of a part, in the order they are written."""
+
+_SORT = {
+    "ledger": ["run_id"],
+    "curves": ["run_id", "epoch"],
+    "prompts": ["run_id", "split", "subset", "prompt_id"],
+    "timings": ["run_id"],
+}
+_PREPROCESS = "preprocess."
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a sweep has found. Tables as this module's documentation says."""
+
+    folder: Path
+    spec: SweepSpec
+    cache_id: str
+    cache: str
+    """Where the cache was when the sweep ran."""
+    environment: dict[str, Any]
+    ledger: pl.DataFrame
+    curves: pl.DataFrame
+    prompts: pl.DataFrame
+    timings: pl.DataFrame
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        """The ledger row of a run. Raises: UserError when this sweep has no such run."""
+        row = self.ledger.filter(pl.col("run_id") == run_id)
+        if row.is_empty():
+            raise UserError(
+                f"no run {run_id!r} in {self.folder}: {_nearest_run(run_id, self.ledger)}"
+            )
+        return row.row(0, named=True)
+
+
+def open_results(folder: Path) -> Results:
+    """Read a sweep's results. Raises: UserError when there are none, or a file is damaged."""
+    try:
+        header = json.loads((folder / "sweep.json").read_bytes())
+        spec = SweepSpec.parse(header["spec"], str(folder / "sweep.json"))
+        return Results(
+            folder=folder,
+            spec=spec,
+            cache_id=header["cache_id"],
+            cache=header["cache"],
+            environment=header["environment"],
+            **{name: _read(folder / f"{name}.parquet") for name in TABLES},
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no sweep results in {folder}: run embrm sweep first") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder / 'sweep.json'} is damaged: run the sweep again, finished runs are kept"
+        ) from None
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A stored head: score states with `embrm.train.heads.score`."""
+
+    run_id: str
+    spec: RunSpec
+    cache_id: str
+    parameters: Parameters
+    preprocess: Preprocess
+
+
+def load_run(folder: Path, run_id: str) -> SavedRun:
+    """Read a run's weights. Raises: UserError when they are missing, damaged or diverged."""
+    path = folder / "weights" / f"{run_id}.safetensors"
+    if not path.is_file():
+        row = open_results(folder).run(run_id)
+        raise UserError(
+            f"run {run_id!r} ({row['status']}) has no weights in {folder}: take another"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["embrm"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged: delete it and its sweep's parts folder, and run the sweep again"
+        ) from None
+    if header["format"] != FORMAT:
+        raise UserError(f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}")
+    mean, scale = (tensors.pop(_PREPROCESS + name, None) for name in ("mean", "scale"))
+    return SavedRun(
+        run_id=run_id,
+        spec=RunSpec.parse(header["run"], str(path)),
+        cache_id=header["cache_id"],
+        parameters=tensors,
+        preprocess=Preprocess(mean, scale),
+    )
+
+
+def weights_file(
+    run: Run, cache_id: str, parameters: Parameters, preprocess: Preprocess
+) -> tuple[bytes, str]:
+    """The bytes of a run's safetensors file, and the SHA-256 of its tensors.
+
+    The digest covers names, shapes and values in the order of names, not the file's header.
+    """
+    tensors = dict(parameters)
+    if preprocess.mean is not None and preprocess.scale is not None:
+        tensors[_PREPROCESS + "mean"] = preprocess.mean
+        tensors[_PREPROCESS + "scale"] = preprocess.scale
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].contiguous().numpy()
+        digest.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    header = {"format": FORMAT, "cache_id": cache_id, "run": run.spec.model_dump(mode="json")}
+    # One key: the library writes metadata in no fixed order.
+    content = safetensors.torch.save(tensors, metadata={"embrm": canonical_json(header)})
+    return content, digest.hexdigest()
+
+
+def parquet(table: pl.DataFrame) -> bytes:
+    """`table` as Parquet; equal tables give equal bytes."""
+    stream = io.BytesIO()
+    table.rechunk().write_parquet(stream, compression="zstd", row_group_size=1 << 18)
+    return stream.getvalue()
+
+
+def finished(folder: Path) -> dict[str, Path]:
+    """Every finished run, whatever spec it was made for: run_id → its part folder."""
+    return {
+        run_id: path.parent
+        for path in sorted(folder.glob("parts/*/ledger.parquet"))
+        for run_id in _read(path)["run_id"]
+    }
+
+
+def write_results(
+    folder: Path,
+    spec: SweepSpec,
+    found: Sequence[Run],
+    evaluate: Sequence[str],
+    header: dict[str, Any],
+) -> None:
+    """Compact the parts into the tables of the runs `found`, and write sweep.json.
+
+    Runs that are not finished are left out; so are finished runs the spec no longer has, whose
+    parts stay on disk.
+    """
+    parts = finished(folder)
+    done = {run.run_id: run.name for run in found if run.run_id in parts}
+    by_part: dict[Path, list[str]] = {}
+    for run_id in done:
+        by_part.setdefault(parts[run_id], []).append(run_id)
+    for name in TABLES:
+        tables = [
+            _read(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
+            for part, own in by_part.items()
+        ]
+        table = pl.concat(tables, how="diagonal") if tables else pl.DataFrame({"run_id": []})
+        table = table.sort(_SORT[name][: table.width])
+        if name == "prompts" and tables:
+            table = table.filter(pl.col("split").is_in(evaluate))
+        if name == "ledger" and tables:
+            fixed = [column for column in table.columns if "@" not in column]
+            metrics = sorted(c for c in table.columns if c.partition("@")[2] in evaluate)
+            names = pl.col("run_id").replace_strict(done, return_dtype=pl.String)
+            table = table.select(*fixed, *metrics).with_columns(config=names)
+        write_bytes(folder / f"{name}.parquet", parquet(table))
+    content = canonical_json({**header, "spec": spec.model_dump(mode="json")})
+    write_bytes(folder / "sweep.json", content.encode())
+
+
+def _read(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError:
+        raise UserError(f"{path} is damaged: delete it and run the sweep again") from None
+
+
+def _nearest_run(run_id: str, ledger: pl.DataFrame) -> str:
+    known: Iterable[str] = ledger["run_id"]
+    starts = [known_id for known_id in known if run_id and known_id.startswith(run_id)]
+    return nearest(run_id, starts or [*known][:8])

@@ -1,0 +1,90 @@
+"""A tiny cache through the real writer: random states whose first direction carries the gold."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+
+from embrm.cache.schema import ShardRows
+from embrm.cache.writer import open_writer
+from embrm.specs import content_id
+
+_EMPTY = pl.DataFrame({"row": []}, schema={"row": pl.Int64})
+
+
+def toy_cache(
+    folder: Path, *, prompts: int = 60, width: int = 12, seed: int = 0, margins: bool = True
+) -> Path:
+    """Four responses a prompt; splits train, id and ood/far (its members are groups of four)."""
+    random = np.random.default_rng(seed)
+    n = prompts * 4
+    states = random.standard_normal((n, width)).astype(np.float32)
+    gold = states @ (random.standard_normal(width) / width**0.5)
+    prompt_id = [content_id(["prompt", seed, row // 4]) for row in range(n)]
+    split = [("train", "train", "train", "id", "ood/far")[row // 4 % 5] for row in range(n)]
+    pairs = []
+    for row in range(0, n, 2):
+        noisy = gold[row] - gold[row + 1] + 0.3 * random.standard_normal()
+        chosen, rejected = (row, row + 1) if noisy > 0 else (row + 1, row)
+        pairs.append(
+            {
+                "pair_id": content_id([split[row], chosen, rejected, seed]),
+                "split": split[row],
+                "subset": "even" if row % 8 else None,
+                "prompt_id": prompt_id[row],
+                "chosen": chosen,
+                "rejected": rejected,
+                "margin": abs(float(noisy)) if margins or row % 3 else None,
+                "label": 1.0,
+                "weight": 1.0,
+            }
+        )
+    types = {"chosen": pl.Int32, "rejected": pl.Int32, "margin": pl.Float64, "subset": pl.String}
+    far = [row for row in range(n) if split[row] == "ood/far"]
+    members = pl.DataFrame(
+        {
+            "split": ["ood/far"] * len(far),
+            "subset": pl.Series([None] * len(far), dtype=pl.String),
+            "prompt_id": [prompt_id[row] for row in far],
+            "response": pl.Series(far, dtype=pl.Int32),
+            "model": ["m"] * len(far),
+            "gold": [float(gold[row]) for row in far],
+        }
+    )
+    stored = torch.from_numpy(states).to(torch.bfloat16)
+    views = {"last": stored, "mean": stored.flip(1).contiguous()}
+    tables = {
+        "pairs": pl.DataFrame(pairs, schema_overrides=types),
+        "members": members,
+        "exclusions": _EMPTY,
+        "leaks": _EMPTY,
+    }
+    with open_writer(
+        folder,
+        identity={"toy": seed, "prompts": prompts, "width": width, "margins": margins},
+        environment={},
+        extraction={},
+        data={},
+        tables=tables,
+        n_responses=n,
+        shard_rows=n,
+        lm_head=lambda: {"weight": torch.zeros(1, width)},
+    ) as writer:
+        rows = ShardRows(
+            first=0,
+            response_id=[content_id(["response", row]) for row in range(n)],
+            prompt_id=prompt_id,
+            n_prompt=np.full(n, 5, np.int32),
+            n_response=random.integers(1, 50, n).astype(np.int32),
+            truncated=np.zeros(n, bool),
+            final_position=np.full(n, 9, np.int32),
+            final_token=np.zeros(n, np.int32),
+            S=-random.random(n),
+            states=views,
+            norms={name: view.float().norm(dim=1) for name, view in views.items()},
+        )
+        if 0 not in writer.done:
+            writer.write_shard(0, rows, None)
+        writer.finish()
+    return folder
