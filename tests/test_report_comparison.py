@@ -1,0 +1,177 @@
+"""Who ranks where: against sums taken by hand from the same tables."""
+
+import dataclasses
+
+import polars as pl
+import pytest
+from small_sweep import SKILL, SPLITS, small_sweep
+
+from embrm.errors import UserError
+from embrm.report.comparison import MEASURES, Comparison, compare_runs
+
+SWEEP = small_sweep()
+
+
+def compared(**changes: object) -> Comparison:
+    arguments = {
+        "title": "small",
+        "ledger": SWEEP.ledger,
+        "prompts": SWEEP.prompts,
+        "splits": SPLITS,
+        "baseline": "bt",
+    }
+    return compare_runs(**(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return compared()
+
+
+def accuracy(name: str, split: str) -> float:
+    """Mean over seeds of wins / pairs."""
+    runs = SWEEP.ledger.filter(config=name)["run_id"]
+    sums = (
+        SWEEP.prompts.filter(pl.col("run_id").is_in(runs.to_list()), pl.col("split") == split)
+        .group_by("run_id")
+        .agg(share=pl.col("wins").sum() / pl.col("pairs").sum())
+    )
+    return sums["share"].mean()
+
+
+def test_ranks_by_the_mean_over_the_splits_with_pairs(comparison: Comparison) -> None:
+    assert comparison.ranked_by == "mean"
+    assert comparison.ranked_splits == ("id", "ood/chat_hard", "ood/maths")
+    assert comparison.metric == "accuracy"
+    for row in comparison.ranking.iter_rows(named=True):
+        expected = sum(accuracy(row["name"], split) for split in comparison.ranked_splits) / 3
+        assert row["estimate"] == pytest.approx(expected)
+        assert row["low"] < row["estimate"] < row["high"]
+    assert comparison.ranking["name"][0] == "bsr[lr=0.01]"
+    assert comparison.ranking["name"][-1] == "bad"
+
+
+def test_a_copy_of_the_baseline_shares_its_rank(comparison: Comparison) -> None:
+    ranks = dict(comparison.ranking.select("name", "rank").iter_rows())
+    assert ranks["bt"] == ranks["hinge|$x_1$ [red]*"] == 2
+    assert ranks["bad"] == 4
+
+
+def test_real_differences_are_told_apart_and_copies_are_not(comparison: Comparison) -> None:
+    rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
+    assert rows["bsr[lr=0.01]"]["difference_low"] > 0
+    assert rows["bad"]["difference_high"] < 0
+    assert rows["hinge|$x_1$ [red]*"]["difference"] == 0
+    assert rows["hinge|$x_1$ [red]*"]["p_holm"] == 1
+    assert rows["bt"]["difference"] is None
+    assert rows["bad"]["seeds"] == rows["bad"]["common_seeds"] == 2
+
+
+def test_diverged_runs_are_listed(comparison: Comparison) -> None:
+    assert comparison.unfinished.rows() == [("bad", "diverged", 1)]
+
+
+def test_rank_by_one_split() -> None:
+    comparison = compared(rank_by="ood/maths")
+    assert comparison.ranked_splits == ("ood/maths",)
+    for row in comparison.ranking.iter_rows(named=True):
+        assert row["estimate"] == pytest.approx(accuracy(row["name"], "ood/maths"))
+    same = comparison.scores.filter(split="ood/maths", metric="accuracy").drop("split", "metric")
+    assert same.drop("prompts").sort("name").equals(comparison.ranking.drop("rank").sort("name"))
+
+
+def test_rank_by_groups_uses_tau() -> None:
+    comparison = compared(rank_by="groups")
+    assert comparison.metric == "tau"
+    estimates = dict(comparison.ranking.select("name", "estimate").iter_rows())
+    for name, skill in SKILL.items():
+        assert estimates[name] == pytest.approx(skill - 0.5 + 0.1)  # prompts 1 to 19, not the null
+    assert comparison.scores.filter(split="groups")["prompts"].unique().to_list() == [19]
+
+
+def test_splits_named_train_do_not_rank() -> None:
+    renamed = SWEEP.prompts.with_columns(pl.col("split").replace("id", "train/seen"))
+    comparison = compared(prompts=renamed, splits=("train/seen", *SPLITS[1:]))
+    assert comparison.ranked_splits == ("ood/chat_hard", "ood/maths")
+    assert "train/seen" in comparison.splits
+    only = compared(prompts=renamed, splits=("train/seen",))
+    assert only.ranked_splits == ("train/seen",)
+
+
+def test_splits_without_results_are_left_out(comparison: Comparison) -> None:
+    assert comparison.splits == SPLITS[:4]
+
+
+def test_subsets_of_the_best_and_the_baseline(comparison: Comparison) -> None:
+    assert set(comparison.subsets["split"]) == {"ood/chat_hard", "ood/maths"}
+    assert set(comparison.subsets["subset"]) == {"easy", "hard|er\x1b[31m"}
+    assert comparison.subsets["prompts"].unique().to_list() == [30]
+    for split in ("ood/chat_hard", "ood/maths"):
+        halves = comparison.subsets.filter(split=split, name="bt")["estimate"]
+        assert halves.mean() == pytest.approx(accuracy("bt", split))
+
+
+def test_length_baseline(comparison: Comparison) -> None:
+    assert comparison.lengths["split"].to_list() == list(SPLITS[:3])
+    assert comparison.lengths["estimate"].to_list() == [0.625] * 3
+    assert comparison.lengths["pairs"].to_list() == [480.0] * 3
+    assert comparison.lengths["low"].to_list() == [0.625] * 3
+
+
+def test_measures_are_means_over_the_seeds_that_finished() -> None:
+    ledger = SWEEP.ledger.with_columns(
+        pl.when(pl.col("config") == "bad").then(pl.col("seed") * 1.0).otherwise(0.5).alias("nll@id")
+    )
+    measures = compared(ledger=ledger).measures
+    assert measures.columns == ["split", "name", *MEASURES]
+    assert measures.filter(split="id", name="bad")["nll"].item() == 0.5  # seeds 0 and 1 of 0, 1, 2
+    assert measures.filter(split="groups")["nll"].is_null().all()
+
+
+def test_leak_free_accuracy_leaves_the_leaked_prompts_out() -> None:
+    leaked = {"id": [f"id {prompt}" for prompt in range(15)], "ood/maths": {"elsewhere"}}
+    comparison = compared(leaked=leaked)
+    assert comparison.leak_free["split"].unique().to_list() == ["id"]
+    assert comparison.leak_free["removed"].unique().to_list() == [15]
+    assert comparison.leak_free["prompts"].unique().to_list() == [45]
+    kept = SWEEP.prompts.filter(~pl.col("prompt_id").is_in(leaked["id"]))
+    clean = compared(prompts=kept, rank_by="id").ranking
+    found = comparison.leak_free.sort("name")
+    assert found["estimate"].equals(clean.sort("name")["estimate"])
+    assert found["low"].equals(clean.sort("name")["low"])
+
+
+def test_every_prompt_leaked_leaves_no_number() -> None:
+    leaked = {"id": [f"id {prompt}" for prompt in range(60)]}
+    comparison = compared(leaked=leaked)
+    assert comparison.leak_free["prompts"].unique().to_list() == [0]
+    assert comparison.leak_free["estimate"].is_null().all()
+
+
+def test_no_baseline_gives_a_ranking_without_differences() -> None:
+    comparison = compared(baseline=None)
+    assert comparison.ranking["estimate"].null_count() == 0
+    assert comparison.ranking["difference"].is_null().all()
+
+
+def test_order_of_rows_does_not_matter(comparison: Comparison) -> None:
+    shuffled = compared(
+        ledger=SWEEP.ledger.sample(fraction=1, shuffle=True, seed=1),
+        prompts=SWEEP.prompts.sample(fraction=1, shuffle=True, seed=2),
+    )
+    for field in dataclasses.fields(Comparison):
+        left, right = getattr(comparison, field.name), getattr(shuffled, field.name)
+        assert left.equals(right) if isinstance(left, pl.DataFrame) else left == right
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_by": "ood/math"}, "rank_by = 'ood/math' .* did you mean 'ood/maths'"),
+        ({"baseline": "btt"}, "baseline = 'btt' .* did you mean 'bt'"),
+        ({"prompts": SWEEP.prompts.head(0)}, "small has no finished runs"),
+    ],
+)
+def test_wrong_names_are_one_line(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compared(**changes)

@@ -1,0 +1,72 @@
+"""Figures exist where there is something to draw, and equal numbers give equal bytes."""
+
+import dataclasses
+
+import polars as pl
+import pytest
+from small_sweep import SPLITS, small_sweep
+
+from embrm.report.comparison import compare_runs
+from embrm.report.figures import figures
+
+SWEEP = small_sweep()
+COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt")
+CURVES = SWEEP.curves.join(SWEEP.ledger.select("run_id", name="config"), on="run_id")
+NO_CURVES = CURVES.head(0)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, bytes]:
+    return figures(COMPARISON, CURVES, 20)
+
+
+def test_all_three_as_png_and_svg(drawn: dict[str, bytes]) -> None:
+    assert sorted(drawn) == sorted(
+        f"{name}.{suffix}"
+        for name in ("ranked", "id_vs_ood", "curves")
+        for suffix in ("png", "svg")
+    )
+    for name, content in drawn.items():
+        start = b"\x89PNG" if name.endswith("png") else b"<?xml"
+        assert content.startswith(start)
+
+
+def test_same_bytes_again_and_from_shuffled_tables(drawn: dict[str, bytes]) -> None:
+    assert figures(COMPARISON, CURVES.sample(fraction=1, shuffle=True, seed=3), 20) == drawn
+
+
+def test_no_date_in_the_file(drawn: dict[str, bytes]) -> None:
+    assert b"dc:date" not in drawn["ranked.svg"]
+    assert b"tEXt" not in drawn["ranked.png"]
+
+
+def test_names_are_not_read_as_mathematics(drawn: dict[str, bytes]) -> None:
+    # the svg names each drawn text in a comment
+    assert b"hinge|$x_1$ [red]*" in drawn["ranked.svg"]
+
+
+def test_names_no_font_can_draw_or_mathtext_parse_do_no_harm() -> None:
+    ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", "奖励 $\\frac{ \x1b"))
+    comparison = compare_runs("odd", ledger, SWEEP.prompts, SPLITS, "bt")
+    assert "ranked.png" in figures(comparison, NO_CURVES, 20)
+
+
+def test_scatter_falls_back_on_held_out_training_prompts() -> None:
+    ood = compare_runs("ood", SWEEP.ledger, SWEEP.prompts, ("ood/maths", "ood/chat_hard"), "bt")
+    assert b"held-out training prompts" in figures(ood, NO_CURVES, 20)["id_vs_ood.svg"]
+    blind = dataclasses.replace(ood, validation=ood.validation.with_columns(accuracy=pl.lit(None)))
+    assert "id_vs_ood.svg" not in figures(blind, NO_CURVES, 20)
+
+
+def test_no_curves_no_figure() -> None:
+    assert "curves.png" not in figures(COMPARISON, NO_CURVES, 20)
+
+
+def test_groups_alone_draw_the_ranking() -> None:
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, ("groups",), "bt")
+    assert sorted(figures(groups, NO_CURVES, 20)) == ["ranked.png", "ranked.svg"]
+
+
+def test_without_a_baseline() -> None:
+    comparison = compare_runs("free", SWEEP.ledger, SWEEP.prompts, SPLITS, None)
+    assert len(figures(comparison, CURVES, 2)) == 6

@@ -1,0 +1,81 @@
+"""The report of a sweep folder, from files to files."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_sweep import SKILL, SPLITS, small_sweep
+
+from embrm.errors import UserError
+from embrm.report.run import report
+from embrm.specs import canonical_json
+from embrm.sweep.grid import SweepSpec
+from embrm.sweep.ledger import parquet
+
+FILES = {
+    *("report.md", "report.json"),
+    *(f"{name}.{kind}" for name in ("ranked", "id_vs_ood", "curves") for kind in ("png", "svg")),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sweep's results as `embrm sweep` leaves them."""
+    sweep = small_sweep()
+    folder = tmp_path / "small"
+    folder.mkdir()
+    spec = SweepSpec(evaluate=SPLITS, baseline="bt", runs=tuple({"name": name} for name in SKILL))
+    header = {"spec": spec.model_dump(mode="json"), "cache_id": "0", "cache": "cache/x"}
+    (folder / "sweep.json").write_text(canonical_json(header | {"environment": {}}))
+    for name in ("ledger", "curves", "prompts"):
+        (folder / f"{name}.parquet").write_bytes(parquet(getattr(sweep, name)))
+    (folder / "timings.parquet").write_bytes(parquet(sweep.ledger.select("run_id")))
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writes_beside_the_results(folder: Path) -> None:
+    found = report(folder)
+    assert {path.name for path in found.files} == FILES
+    assert all(path.is_file() for path in found.files)
+    text = (folder / "report.md").read_text()
+    assert text.startswith("# small\n\n4 configurations, 11 runs.\n")
+    assert "(figures/ranked.png)" in text
+    assert found.tables[0].title.startswith("Ranking by accuracy %")
+
+
+def test_json_holds_every_configuration_whatever_is_shown(folder: Path) -> None:
+    found = report(folder, top=1)
+    content = json.loads((folder / "report.json").read_text())
+    assert found.json() == (folder / "report.json").read_text()
+    assert len(content["ranking"]) == 4
+    assert content["baseline"] == "bt"
+    assert content["ranking"][0]["estimate"] == pytest.approx(
+        found.comparison.ranking["estimate"][0], rel=1e-11
+    )
+
+
+def test_same_bytes_again_and_elsewhere(folder: Path, tmp_path: Path) -> None:
+    report(folder)
+    first = {name: content for name, content in contents(folder).items() if name in FILES}
+    report(folder, out=tmp_path / "elsewhere")
+    assert contents(tmp_path / "elsewhere") == first
+
+
+def test_rank_by_reaches_the_table(folder: Path) -> None:
+    assert report(folder, rank_by="ood/maths").tables[0].title == "Ranking by accuracy %: ood/maths"
+    with pytest.raises(UserError, match="rank_by = 'nowhere'"):
+        report(folder, rank_by="nowhere")
+
+
+def test_leaked_prompts_reach_the_table(folder: Path) -> None:
+    titles = [table.title for table in report(folder, leaked={"id": ["id 3"]}).tables]
+    assert "Accuracy % without prompts seen in training" in titles
+
+
+def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no sweep results in"):
+        report(tmp_path)

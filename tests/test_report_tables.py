@@ -1,0 +1,139 @@
+"""Tables as a reader sees them: complete, escaped, inside 100 columns."""
+
+import io
+import re
+
+import polars as pl
+import pytest
+from rich.console import Console
+from small_sweep import SPLITS, small_sweep
+
+from embrm.report.comparison import compare_runs
+from embrm.report.tables import Table, escape, further_tables, main_tables, markdown, terminal
+
+SWEEP = small_sweep()
+COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt")
+
+
+def shown(table: Table, width: int = 100) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=False).print(terminal(table))
+    return stream.getvalue()
+
+
+def cells(text: str) -> list[str]:
+    """A Markdown row's cells: split at pipes that are not escaped."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
+
+
+def test_ranking_rows() -> None:
+    ranking = main_tables(COMPARISON, top=10)[0]
+    assert [row[1] for row in ranking.rows] == [
+        *COMPARISON.ranking["name"],
+        "(longer is better)",
+        "(chance)",
+    ]
+    best = COMPARISON.ranking.row(0, named=True)
+    assert ranking.rows[0][3] == (
+        f"{100 * best['estimate']:.1f} [{100 * best['low']:.1f}, {100 * best['high']:.1f}]"
+    )
+    assert ranking.rows[0][4].startswith(f"+{100 * best['difference']:.1f} [+")
+    assert ranking.rows[0][4].endswith("▲")
+    by_name = {row[1]: row for row in ranking.rows}
+    assert by_name["bad"][4].endswith("▼")
+    assert by_name["bt"][4] == "baseline"
+    assert by_name["hinge|$x_1$ [red]*"][4] == "+0.0 [+0.0, +0.0]"
+    assert by_name["(longer is better)"][3] == "62.5"
+    assert "bad: 1 runs diverged" in ranking.note
+
+
+def test_top_keeps_the_baseline() -> None:
+    for table in main_tables(COMPARISON, top=1):
+        if table.columns[0] == "configuration" and "minus" not in table.title:
+            assert [row[0] for row in table.rows][:2] == ["bsr[lr=0.01]", "bt"]
+    assert "2 more configurations" in main_tables(COMPARISON, top=1)[0].note
+
+
+def test_one_seed_is_marked() -> None:
+    sweep = small_sweep(seeds=1)
+    comparison = compare_runs("one", sweep.ledger, sweep.prompts, SPLITS, "bt")
+    ranking = main_tables(comparison, top=4)[0]
+    assert ranking.rows[0][2] == "1*"
+    assert "* one seed" in ranking.note
+    assert "* one seed" not in main_tables(COMPARISON, top=4)[0].note
+
+
+def test_differences_agree_with_the_comparison() -> None:
+    table = next(t for t in main_tables(COMPARISON, 9) if t.title == "Accuracy % minus bt by split")
+    row = next(row for row in table.rows if row[0] == "bad")
+    for split, cell in zip(table.columns[1:], row[1:], strict=True):
+        score = COMPARISON.scores.filter(split=split, name="bad", metric="accuracy")
+        half = 50 * (score["difference_high"].item() - score["difference_low"].item())
+        assert cell == f"{100 * score['difference'].item():+.1f}±{half:.1f}▼"
+
+
+@pytest.mark.parametrize("table", main_tables(COMPARISON, 9), ids=lambda table: table.title[:30])
+def test_terminal_shows_every_cell_without_reading_markup(table: Table) -> None:
+    text = shown(table, width=200)
+    for row in table.rows:
+        for cell in row:
+            assert cell in text
+    assert "\x1b" not in shown(table)
+
+
+def test_eight_long_splits_fit_a_hundred_columns() -> None:
+    long = [f"ood/benchmark_number_{number}" for number in range(11)]
+    prompts = pl.concat(
+        SWEEP.prompts.filter(pl.col("split") == "ood/maths").with_columns(split=pl.lit(split))
+        for split in long
+    )
+    comparison = compare_runs("wide", SWEEP.ledger, prompts, long[:8], "bt")
+    tables = main_tables(comparison, 9)
+    for table in tables:
+        assert max(map(len, shown(table).splitlines())) <= 100
+    matrix = next(table for table in tables if table.title == "Accuracy % by split")
+    assert matrix.columns[1:] == tuple(long[:8])
+    for row in matrix.rows:
+        assert all(cell in shown(matrix) for cell in row[1:])  # no number is broken in two
+    more = compare_runs("wider", SWEEP.ledger, prompts, long, "bt")
+    widths = [len(t.columns) for t in main_tables(more, 9) if t.title == "Accuracy % by split"]
+    assert widths == [7, 6]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [*main_tables(COMPARISON, 9), *further_tables(COMPARISON, 9)],
+    ids=lambda table: table.title[:30],
+)
+def test_markdown_is_a_rectangle_of_escaped_cells(table: Table) -> None:
+    lines = [line for line in markdown(table).splitlines() if line.startswith("|")]
+    assert len(lines) == len(table.rows) + 2
+    for line, row in zip(lines[2:], table.rows, strict=True):
+        assert cells(line) == [escape(cell) for cell in row]
+        assert len(row) == len(table.columns)
+
+
+def test_escaping() -> None:
+    assert escape("a|b_c$ <b> `x` [y](z)") == r"a\|b\_c\$ \<b\> \`x\` \[y\](z)"
+    assert escape("two\nlines\x1b[31m").count("\N{REPLACEMENT CHARACTER}") == 2
+    assert "\n" not in escape("two\nlines")
+    backslash = escape("\\|")
+    assert backslash == r"\\\|"
+
+
+def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
+    titles = [table.title for table in further_tables(COMPARISON, 9)]
+    assert titles[0] == "Accuracy % by subset"
+    assert "Calibration: ood/maths" in titles
+    subsets = further_tables(COMPARISON, 9)[0]
+    assert {row[1] for row in subsets.rows} == {"easy", "hard|er\x1b[31m"}
+    assert "\x1b" not in markdown(subsets) + shown(subsets)
+
+
+def test_leaks_are_counted() -> None:
+    leaked = {"id": ["id 1", "id 2"]}
+    comparison = compare_runs("leaky", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt", leaked=leaked)
+    tables = {table.title: table for table in main_tables(comparison, 9)}
+    without = tables["Accuracy % without prompts seen in training"]
+    assert without.note == "Prompts: id: 2 removed, 58 left."
+    assert tables["Evaluation splits"].rows[0][-1] == "2"
