@@ -4,6 +4,7 @@ Stage modules are imported inside the commands, so `embrm --help` stays fast and
 loads transformers.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -152,7 +153,9 @@ def extract(
     values |= {name: value for name, value in given.items() if value is not None}
     parsed = ExtractSpec.parse(values, str(spec) if spec else "command line")
     if dry_run:
-        _show(plan(parsed, device=device, batch_tokens=batch_tokens), as_json)
+        planned = dataclasses.asdict(plan(parsed, device=device, batch_tokens=batch_tokens))
+        planned["leaks"] = planned["leaks"].to_dicts()
+        _show(planned, as_json)
         return
     if folder is None:
         raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
@@ -166,16 +169,36 @@ def cache_ls(
     as_json: Json = False,
 ) -> None:
     """List the caches below a folder."""
+    from embrm.cache.listing import list_caches
+
+    rows = list_caches(root).to_dicts()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        _table(rows)
+    else:
+        print(f"no caches in {root}")
 
 
 @cache_app.command("show")
 def cache_show(folder: CacheFolder, as_json: Json = False) -> None:
     """Show a cache's identity, splits, exclusions, leaks and size."""
+    from embrm.cache.listing import describe
+
+    _show(describe(folder), as_json)
 
 
 @cache_app.command("verify")
 def cache_verify(folder: CacheFolder) -> None:
     """Check every byte of a cache against its manifest."""
+    from embrm.cache.verify import verify
+
+    problems = verify(folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise UserError(f"{folder} has {len(problems)} problems: see the lines above")
+    print(f"{folder} is sound: every byte is as it was written")
 
 
 @cache_app.command("probe")
@@ -186,28 +209,158 @@ def cache_probe(
     as_json: Json = False,
 ) -> None:
     """Extract a sample again at other batch sizes; report errors and changed pair orders."""
+    from embrm.extract.probe import probe
+
+    result = probe(folder, sample=sample, device=device)
+    _show(dataclasses.asdict(result), as_json)
+    if not result.within_tolerance:
+        raise UserError(f"{folder}: states or S differ by more than the tolerance: see above")
 
 
 @app.command()
-def sweep() -> None:
-    """Train the reward heads of a sweep on a cache."""
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="TOML spec, such as sweeps/NAME.toml.")],
+    cache: Annotated[Path | None, typer.Option(help="Cache, instead of the spec's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print how many runs and how long; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the reward heads of a sweep on a cache; finished runs are skipped."""
+    from embrm.sweep.execute import plan
+    from embrm.sweep.execute import sweep as run_sweep
 
-
-@app.command()
-def report() -> None:
-    """Rank a sweep's heads, with intervals over prompts and seeds."""
-
-
-@app.command()
-def scores() -> None:
-    """Write every pair's rewards under one run, in reward-bench's field names."""
-
-
-@app.command()
-def demo() -> None:
-    """Run the whole lab offline on a synthetic preference world with known gold reward."""
-
-
-def _show(result: Any, as_json: bool) -> None:
+    if dry_run:
+        _show(plan(spec, cache, jobs=jobs, out=out), as_json)
+        return
+    folder = run_sweep(spec, cache, jobs=jobs, out=out)
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps({"results": str(folder)}))
+    else:
+        print(f"results in {folder}; next: embrm report {folder}")
+
+
+@app.command()
+def report(
+    folder: SweepFolder,
+    rank_by: Annotated[
+        str | None, typer.Option(help="Evaluation split [default: mean over all].")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files [default: the sweep's].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank a sweep's heads, with intervals over prompts and seeds; write tables and figures."""
+    from embrm.report.run import report as run_report
+
+    result = run_report(folder, rank_by=rank_by, top=top, out=out)
+    if as_json:
+        print(result.json())
+        return
+    from rich.console import Console
+
+    from embrm.report.tables import terminal
+
+    console = Console()
+    for table in result.tables:
+        console.print(terminal(table))
+        console.print()
+    for path in result.files:
+        print(f"wrote {path}")
+
+
+@app.command()
+def scores(
+    folder: SweepFolder,
+    run: Annotated[str, typer.Argument(help="Run id, from the ledger or the report.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A .parquet, .jsonl or .csv file [default: print JSON].")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+) -> None:
+    """Write every pair's rewards under one run, in reward-bench's field names."""
+    import io
+
+    from embrm.files import write_bytes
+    from embrm.sweep.scores import scores as run_scores
+
+    writers = {".parquet": "write_parquet", ".jsonl": "write_ndjson", ".csv": "write_csv"}
+    if out and out.suffix not in writers:
+        raise UserError(f"--out {out}: its name must end in {', '.join(writers)}")
+    table = run_scores(folder, run, cache)
+    content = io.BytesIO()
+    getattr(table, writers[out.suffix] if out else "write_ndjson")(content)
+    if out is None:
+        sys.stdout.write(content.getvalue().decode())
+        return
+    write_bytes(out, content.getvalue())
+    print(f"wrote {out}: {table.height} pairs")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path("runs/demo"),
+) -> None:
+    """Run the whole lab offline on a synthetic preference world with known gold reward."""
+    from embrm.demo.run import demo as run_demo
+
+    run_demo(out)
+
+
+@bench_app.command("cache")
+def bench_cache(as_json: Json = False) -> None:
+    """Compare encodings of states: bytes on disk and reading time, as ratios."""
+    from embrm.cache.bench import measure_encodings
+
+    rows = measure_encodings()
+    print(json.dumps(rows, indent=1)) if as_json else _table(rows)
+
+
+def _show(value: dict[str, Any], as_json: bool) -> None:
+    """A nested mapping as JSON, or as indented lines in the terminal."""
+    if as_json:
+        print(json.dumps(value, indent=1))
+    else:
+        _lines(value, "")
+
+
+def _lines(value: dict[str, Any], indent: str) -> None:
+    for name, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            print(f"{indent}{name}:")
+            _lines(inner, indent + "  ")
+        elif isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            for number, entry in enumerate(inner, start=1):
+                print(f"{indent}{name} {number}:")
+                _lines(entry, indent + "  ")
+        else:
+            print(f"{indent}{name}: {_cell(inner)}")
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    """One line, without control characters: names in data may hold anything."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return "".join(char if char.isprintable() else "�" for char in text)
