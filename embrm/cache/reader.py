@@ -1,6 +1,5 @@
 """Reading a finished cache. What is read is proven first: sizes, checksums, row counts."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,21 +152,23 @@ class Cache:
 
     def lm_head(self) -> dict[str, torch.Tensor]:
         """The language model's head, as extract stored it."""
-        path = self.folder / LM_HEAD
         entry = self.manifest.lm_head
         assert entry is not None  # open_cache refuses an incomplete cache
-        if sha256(path) != entry.sha256:
-            raise damaged(path, "its SHA-256 is not the recorded one")
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(self._proven(LM_HEAD, entry))
 
     def _table(self, name: str) -> pl.DataFrame:
-        path = self.folder / table_file(name)
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.manifest.tables[name].sha256:
-            raise damaged(path, "its SHA-256 is not the recorded one")
+        content = self._proven(table_file(name), self.manifest.tables[name])
         frame = pl.from_arrow(pq.read_table(pa.BufferReader(content)))
         assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
         return frame
+
+    def _proven(self, name: str, entry: FileEntry) -> bytes:
+        """A whole file whose digest is the recorded one."""
+        path = self.folder / name
+        problem = wrong_bytes(path, entry)
+        if problem:
+            raise problem
+        return path.read_bytes()
 
     def _read_responses(self, columns: list[str]) -> Iterator[pa.Table]:
         schema = self.layout.responses()
@@ -195,15 +196,33 @@ def open_cache(folder: Path) -> Cache:
     """
     manifest = read_manifest(folder)
     if not manifest.complete or manifest.layout is None:
-        raise UserError(
-            f"{folder} is incomplete ({len(manifest.done)} of {len(manifest.shards)} shards are "
-            "finished): run the same extract command again"
-        )
+        raise incomplete(folder, manifest)
     for name, entry in manifest.files().items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: run the same extract command again")
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise damaged(path, f"{size} bytes instead of {entry.bytes}")
+        problem = wrong_size(folder / name, entry)
+        if problem:
+            raise problem
     return Cache(folder, manifest, manifest.layout)
+
+
+def incomplete(folder: Path, manifest: Manifest) -> UserError:
+    """The error for a cache that is not finished."""
+    return UserError(
+        f"{folder} is incomplete ({len(manifest.done)} of {len(manifest.shards)} shards are "
+        "finished): run the same extract command again"
+    )
+
+
+def wrong_size(path: Path, entry: FileEntry) -> UserError | None:
+    """The error for a file that is missing or longer or shorter than recorded, if it is."""
+    if not path.is_file():
+        return UserError(f"{path} is missing: run the same extract command again")
+    size = path.stat().st_size
+    return None if size == entry.bytes else damaged(path, f"{size} bytes instead of {entry.bytes}")
+
+
+def wrong_bytes(path: Path, entry: FileEntry) -> UserError | None:
+    """The error for a file that is not byte for byte as recorded, if it is not."""
+    problem = wrong_size(path, entry)
+    if problem is None and sha256(path) != entry.sha256:
+        return damaged(path, "its SHA-256 is not the recorded one")
+    return problem

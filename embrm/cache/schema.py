@@ -194,10 +194,11 @@ def _table(columns: list, schema: pa.Schema) -> pa.Table:
 
 def encode(vectors: torch.Tensor) -> pa.FixedSizeBinaryArray:
     """[rows, width] of any dtype → one fixed-size binary value a row, without a copy on CPU."""
-    raw = vectors.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(raw.shape[1]), raw.shape[0], [None, pa.py_buffer(raw)]
-    )
+    rows, width = vectors.shape
+    # Flat, for torch gives no bytes view of a matrix without rows.
+    raw = vectors.detach().cpu().flatten().view(torch.uint8).numpy()
+    kind = pa.binary(width * vectors.element_size())
+    return pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(raw)])
 
 
 def decode(column: pa.ChunkedArray, dtype: torch.dtype, width: int) -> torch.Tensor:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embrm.cache.manifest import NAME, Manifest, read_manifest, tokens_file
-from embrm.cache.reader import Cache, open_cache
+from embrm.cache.reader import Cache, incomplete, open_cache, wrong_bytes
 from embrm.errors import UserError
-from embrm.files import TEMPORARY, sha256
+from embrm.files import TEMPORARY
 
 
 def verify(folder: Path) -> list[str]:
@@ -27,12 +27,8 @@ def verify(folder: Path) -> list[str]:
 
 
 def _listing(folder: Path, manifest: Manifest) -> Iterator[str]:
-    missing = len(manifest.shards) - len(manifest.done)
     if not manifest.complete:
-        yield (
-            f"{folder} is incomplete ({missing} of {len(manifest.shards)} shards are missing): "
-            "run the same extract command again"
-        )
+        yield str(incomplete(folder, manifest))
     expected = {*manifest.files(), NAME, ".lock"}
     for path in sorted(folder.rglob("*")):
         if path.name.startswith(TEMPORARY):
@@ -42,15 +38,10 @@ def _listing(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _bytes(folder: Path, manifest: Manifest) -> Iterator[str]:
-    remedy = "delete it and run the same extract command again"
     for name, entry in manifest.files().items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path} is missing: run the same extract command again"
-        elif path.stat().st_size != entry.bytes:
-            yield f"{path} has {path.stat().st_size} bytes instead of {entry.bytes}: {remedy}"
-        elif sha256(path) != entry.sha256:
-            yield f"{path} is damaged (its SHA-256 is not the recorded one): {remedy}"
+        problem = wrong_bytes(folder / name, entry)
+        if problem:
+            yield str(problem)
 
 
 def _content(cache: Cache) -> Iterator[str]:
@@ -59,17 +50,16 @@ def _content(cache: Cache) -> Iterator[str]:
         rows = getattr(cache, name).height
         if rows != entry.rows:
             yield f"{cache.folder}: {name} has {rows} rows instead of {entry.rows}"
-    indices = {
-        "pairs.chosen": cache.pairs["chosen"],
-        "pairs.rejected": cache.pairs["rejected"],
-        "members.response": cache.members["response"],
-    }
-    for name, column in indices.items():
-        wrong = column.is_null() | (column < 0) | (column >= n)
+    for name, column in (("pairs", "chosen"), ("pairs", "rejected"), ("members", "response")):
+        indices = getattr(cache, name).get_column(column, default=None)
+        if indices is None:
+            yield f"{cache.folder}: {name} has no column {column!r}: extract into a new folder"
+            continue
+        wrong = indices.is_null() | (indices < 0) | (indices >= n)
         if wrong.any():
             yield (
-                f"{cache.folder}: {name} = {column.filter(wrong)[0]} in {wrong.sum()} rows, "
-                f"must be 0 to {n - 1}: extract into a new folder"
+                f"{cache.folder}: {name}.{column} = {indices.filter(wrong)[0]} in {wrong.sum()} "
+                f"rows, must be 0 to {n - 1}: extract into a new folder"
             )
     if cache.responses.height != n:
         yield f"{cache.folder}: {cache.responses.height} responses instead of {n}"

@@ -1,0 +1,257 @@
+"""What was written is what is read, or nothing is."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+from small_cache import IDENTITY, RESPONSES, opened, shard, tables, write_cache
+
+from embrm.cache.manifest import NAME, read_manifest, responses_file, tokens_file, write_manifest
+from embrm.cache.reader import Cache, open_cache
+from embrm.cache.schema import ShardRows, encode, responses_table, to_parquet
+from embrm.errors import UserError
+from embrm.files import sha256
+from embrm.specs import content_id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "small"
+    write_cache(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip(tmp_path: Path, dtype: str) -> None:
+    write_cache(tmp_path, dtype)
+    cache = open_cache(tmp_path)
+    assert (cache.dtype, cache.width, cache.views) == (dtype, 6, ("last", "layer:1", "mean"))
+    assert cache.cache_id == content_id(IDENTITY)
+    assert cache.splits == ["groups", "ood", "train"]
+    for name, table in tables().items():
+        assert_frame_equal(getattr(cache, name), table)
+    shards = [shard(index, dtype) for index in range(5)]
+    for view in cache.views:
+        states = cache.states(view)
+        assert states.dtype == getattr(torch, dtype)
+        assert torch.equal(states, torch.cat([rows.states[view] for rows, _ in shards]))
+        assert [len(part) for part in cache.state_shards(view)] == [5, 5, 5, 5, 3]
+        norms = torch.cat([rows.norms[view] for rows, _ in shards])
+        np.testing.assert_array_equal(cache.responses[f"norm.{view}"], norms)
+    assert cache.responses["response_id"].to_list() == [f"{i:016x}" for i in range(RESPONSES)]
+    for name in ("n_prompt", "n_response", "truncated", "final_position", "final_token", "S"):
+        expected = np.concatenate([getattr(rows, name) for rows, _ in shards])
+        column = cache.responses[name].to_numpy()
+        assert column.dtype == expected.dtype
+        np.testing.assert_array_equal(column, expected)
+    got = cache.token_rows()
+    assert torch.equal(got.states, torch.cat([tokens.states for _, tokens in shards]))
+    for name in (
+        "response position target target_logit logsumexp top_ids top_logits".split()  # noqa: SIM905
+    ):
+        expected = np.concatenate([getattr(tokens, name) for _, tokens in shards])
+        assert getattr(got, name).dtype == expected.dtype
+        np.testing.assert_array_equal(getattr(got, name), expected)
+    assert torch.equal(cache.lm_head()["weight"], torch.arange(48.0).reshape(8, 6))
+
+
+def test_states_can_be_changed_without_changing_the_cache(folder: Path) -> None:
+    cache = open_cache(folder)
+    cache.states("last").zero_()
+    assert cache.states("last").abs().sum() > 0
+
+
+def test_without_sampled_positions(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(writer.n_shards):
+            writer.write_shard(index, shard(index)[0], None)
+        writer.finish()
+    with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
+        open_cache(tmp_path).token_rows()
+
+
+def test_an_unknown_view_names_the_nearest(folder: Path) -> None:
+    cache = open_cache(folder)
+    with pytest.raises(UserError, match=r"view 'layer:2' is not in .*: did you mean 'layer:1'\?"):
+        cache.states("layer:2")
+    with pytest.raises(UserError, match="valid: last, layer:1, mean"):
+        cache.states("zzz")
+
+
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_an_incomplete_cache_is_refused(tmp_path: Path, done: int) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(done):
+            writer.write_shard(index, *shard(index))
+    message = rf"is incomplete \({done} of 5 shards are finished\): run the same extract command"
+    with pytest.raises(UserError, match=message):
+        open_cache(tmp_path)
+
+
+def test_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cache at"):
+        open_cache(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
+)
+def test_a_missing_or_cut_file_is_refused_on_opening(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / name
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError) as error:
+        open_cache(copy)
+    assert str(error.value) == (
+        f"{path} is damaged ({size - 1} bytes instead of {size}): "
+        "delete it and run the same extract command again"
+    )
+    path.unlink()
+    with pytest.raises(UserError, match="is missing: run the same extract command again"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize(
+    "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
+)
+def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    cache = open_cache(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{Path(name).name} is (damaged|missing)"):
+        everything(cache)
+
+
+def everything(cache: Cache) -> list[bytes]:
+    """All content, as bytes."""
+    frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
+    tokens = cache.token_rows()
+    tensors = [*map(cache.states, cache.views), tokens.states, cache.lm_head()["weight"]]
+    arrays = [
+        *(tensor.flatten().view(torch.uint8).numpy() for tensor in tensors),
+        *(getattr(tokens, name) for name in vars(tokens) if name != "states"),
+    ]
+    return [frame.write_csv().encode() for frame in frames] + [a.tobytes() for a in arrays]
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_flipped_byte_is_refused_or_changes_nothing(folder: Path, data: st.DataObject) -> None:
+    # Some bytes of a Parquet file say nothing (statistics, names of the writing program);
+    # `verify` finds those, a reader may pass them by.
+    intact = everything(open_cache(folder))
+    name = data.draw(st.sampled_from(sorted(read_manifest(folder).files())))
+    path = folder / name
+    raw = path.read_bytes()
+    at = data.draw(st.integers(0, len(raw) - 1))
+    mask = data.draw(st.integers(1, 255))
+    try:
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :])
+        refusal = ""
+        try:
+            assert everything(open_cache(folder)) == intact
+        except UserError as error:
+            refusal = str(error)
+        assert not refusal or (str(path) in refusal and "\n" not in refusal)
+    finally:
+        path.write_bytes(raw)
+
+
+def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / responses_file(3)
+    vector = encode(shard(3)[0].states["mean"])[2].as_py()
+    content = path.read_bytes()
+    assert content.count(vector) == 1
+    path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
+    cache = open_cache(copy)
+    cache.states("last")
+    with pytest.raises(UserError, match=r"part-00003\.parquet is damaged \(.*CRC.*\): delete it"):
+        cache.states("mean")
+
+
+def forge(folder: Path, index: int, rows: ShardRows) -> None:
+    """Replace a shard behind the writer's back, with a manifest that agrees."""
+    manifest = read_manifest(folder)
+    assert manifest.layout is not None
+    path = folder / responses_file(index)
+    path.write_bytes(to_parquet(responses_table(rows, manifest.layout)))
+    entry = manifest.shards[index]
+    assert entry is not None
+    changed = entry.responses.model_copy(
+        update={"bytes": path.stat().st_size, "sha256": sha256(path)}
+    )
+    shards = list(manifest.shards)
+    shards[index] = entry.model_copy(update={"responses": changed})
+    write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
+
+
+def test_a_nan_that_another_program_wrote_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    rows, _ = shard(1)
+    rows.states["last"][0, 0] = float("nan")
+    forge(copy, 1, rows)
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(it holds a state that"):
+        open_cache(copy).states("last")
+
+
+def test_a_shard_of_another_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    forge(copy, 1, shard(4)[0])
+    with pytest.raises(UserError, match=r"damaged \(3 rows instead of 5\)"):
+        open_cache(copy).states("last")
+
+
+def test_a_manifest_from_the_future_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    text = (copy / NAME).read_text()
+    (copy / NAME).write_text(text.replace('"version":1', '"version":9'))
+    with pytest.raises(UserError, match="cache format version 9"):
+        open_cache(copy)
+
+
+def test_45_thousand_states_are_read_within_a_second(tmp_path: Path) -> None:
+    n, width, size = 45_000, 192, 4096
+    states = torch.randn(n, width, generator=torch.Generator().manual_seed(0))
+    with opened(tmp_path, n_responses=n, shard_rows=size) as writer:
+        for index in range(writer.n_shards):
+            part = states[index * size : (index + 1) * size]
+            ones = np.ones(len(part), np.int32)
+            rows = ShardRows(
+                index * size,
+                [f"{row:016x}" for row in range(len(part))],
+                ["p"] * len(part),
+                *(ones, ones, ones > 0, ones, ones, -ones.astype(np.float64)),
+                states={"last": part},
+                norms={"last": part.norm(dim=1)},
+            )
+            writer.write_shard(index, rows, None)
+        writer.finish()
+    start = time.perf_counter()
+    read = open_cache(tmp_path).states("last")
+    seconds = time.perf_counter() - start
+    assert torch.equal(read, states)
+    assert seconds < 1
+
+
+def test_tables_keep_their_types(folder: Path) -> None:
+    cache = open_cache(folder)
+    assert cache.pairs.schema["chosen"] == pl.Int32
+    assert cache.pairs.schema["subset"] == pl.String
+    assert cache.leaks.schema == tables()["leaks"].schema
