@@ -241,7 +241,7 @@ def _identity(
 def plan(spec: ExtractSpec, *, device: str = "auto", batch_tokens: int | None = None) -> Plan:
     """What `extract` would do, with its speed measured on one sample batch. Writes nothing."""
     prepared = prepare(spec)
-    engine = _engine(prepared, device)
+    engine = engine_for(prepared, device)
     budget = batch_tokens or engine.batch_tokens
     lengths = prepared.lengths
     # Every n-th response by length, one batch budget in all, stands for the whole.
@@ -316,7 +316,7 @@ def extract(
     Raises: UserError for anything the user can put right.
     """
     prepared = prepare(spec)
-    engine = _engine(prepared, device)
+    engine = engine_for(prepared, device)
     budget = batch_tokens or engine.batch_tokens
     lengths = prepared.lengths
     shards = [
@@ -354,7 +354,8 @@ def extract(
     return out
 
 
-def _engine(prepared: Prepared, device: str) -> TransformersEngine:
+def engine_for(prepared: Prepared, device: str) -> TransformersEngine:
+    """The engine that an extraction runs. Raises: see `load_engine`."""
     spec = prepared.spec
     return load_engine(
         prepared.folder,

@@ -28,7 +28,7 @@ from embrm.files import sha256
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative difference that the order of arithmetic alone may cause, per dtype."""
 
-_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536, "mps": 16384}
+_BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 

@@ -1,0 +1,144 @@
+"""Probe: does a cache still say what the model says, whatever the batch size?
+
+A sample of its responses is extracted again, one at a time and in batches of several sizes, and
+compared with what is stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.errors import UserError
+from embrm.extract.engine import read
+from embrm.extract.run import ExtractSpec, Prepared, engine_for, prepare
+from embrm.extract.transformers_engine import TOLERANCE
+
+BATCH_TOKENS = (1, 1024, 8192)
+"""Token budgets tried; 1 reads every response alone."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One quantity under one batch size, over the sample.
+
+    quantity: a view's name, or S. absolute: the largest |new - stored| of any component. relative:
+    the largest of ‖new - stored‖ / ‖stored‖ over the responses (for S, |new - stored| / |stored|).
+    orders_changed: pairs of the sample whose two sides swapped, ranked by S, or for a view by a
+    fixed random linear readout.
+    """
+
+    quantity: str
+    batch_tokens: int
+    absolute: float
+    relative: float
+    orders_changed: int
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found; it passes when every relative deviation is within the tolerance."""
+
+    responses: int
+    pairs: int
+    dtype: str
+    tolerance: float
+    """Of the dtype: float32 1e-4, float16 1e-2, bfloat16 5e-2."""
+    deviations: tuple[Deviation, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the cache holds what the model gives."""
+        return all(entry.relative <= self.tolerance for entry in self.deviations)
+
+
+def probe(
+    folder: Path,
+    *,
+    sample: int = 64,
+    batch_tokens: Sequence[int] = BATCH_TOKENS,
+    device: str = "auto",
+) -> ProbeResult:
+    """Extract about `sample` responses of the cache at `folder` again and compare.
+
+    Model and data are read from where the extraction read them.
+
+    Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
+    longer those it was made from.
+    """
+    cache = open_cache(folder)
+    prepared = prepare(ExtractSpec.parse(cache.manifest.extraction, str(folder / "manifest.json")))
+    _refuse_other(cache, prepared)
+    rows, pairs = _sample(cache, sample)
+    engine = engine_for(prepared, device)
+    requests = prepared.requests(rows)
+    stored = {view: cache.states(view)[rows].double().numpy() for view in cache.views}
+    stored["S"] = cache.responses["S"].to_numpy()[rows][:, None]
+    deviations = []
+    for budget in batch_tokens:
+        batch = read(engine, requests, budget)
+        found = {view: batch.states[view].double().numpy() for view in cache.views}
+        found["S"] = batch.S[:, None]
+        deviations += [
+            _deviation(quantity, budget, stored[quantity], found[quantity], pairs)
+            for quantity in stored
+        ]
+    return ProbeResult(len(rows), len(pairs), cache.dtype, TOLERANCE[cache.dtype], (*deviations,))
+
+
+def _refuse_other(cache: Cache, prepared: Prepared) -> None:
+    for part, expected in cache.manifest.identity.items():
+        if prepared.identity.get(part) != expected:
+            raise UserError(
+                f"{cache.folder}: the {part} its spec names is not the one it was made from "
+                "any more: restore it, or extract again into a new folder"
+            )
+
+
+def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Rows of the sample, sorted, and its pairs as positions among them, int64 [pairs, 2].
+
+    Both sides of evenly spaced pairs; evenly spaced responses where the cache has no pairs.
+    """
+    ends = cache.pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
+    ends = ends[_evenly(len(ends), size // 2)]
+    rows = np.unique(ends) if len(ends) else _evenly(cache.manifest.n_responses, size)
+    return rows.tolist(), np.searchsorted(rows, ends)
+
+
+def _evenly(count: int, size: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, min(count, max(size, 1))).astype(np.int64))
+
+
+def _deviation(
+    quantity: str,
+    budget: int,
+    stored: npt.NDArray[np.float64],
+    found: npt.NDArray[np.float64],
+    pairs: npt.NDArray[np.int64],
+) -> Deviation:
+    """Compare float64 [rows, width]."""
+    difference = found - stored
+    scale = np.maximum(np.linalg.norm(stored, axis=1), np.finfo(np.float32).tiny)
+    readout = np.ones(1) if quantity == "S" else _readout(stored.shape[1])
+    before, after = ((values @ readout)[pairs] for values in (stored, found))
+    changed = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
+    return Deviation(
+        quantity,
+        budget,
+        float(np.abs(difference).max()),
+        float((np.linalg.norm(difference, axis=1) / scale).max()),
+        int(changed.sum()),
+    )
+
+
+def _readout(width: int) -> npt.NDArray[np.float64]:
+    generator = torch.Generator().manual_seed(0)
+    weights: npt.NDArray[np.float64] = torch.randn(
+        width, dtype=torch.float64, generator=generator
+    ).numpy()
+    return weights
