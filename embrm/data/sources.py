@@ -164,7 +164,7 @@ def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
             key = "where" if column in spec.where else "columns"
             raise UserError(
                 f"{spec.name}: {key} names {quoted(column)}, which is not a column: "
-                f"{nearest(column, found)}"
+                f"{nearest(column, [name for name in found if name.isprintable()][:50])}"
             )
     used = dict(spec.columns)
     for field, names in FIELDS.items():
