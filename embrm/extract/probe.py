@@ -41,7 +41,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found; it passes when every relative deviation is within the tolerance."""
+    """What a probe found; a sound cache is within tolerance."""
 
     responses: int
     pairs: int
@@ -51,7 +51,7 @@ class ProbeResult:
     deviations: tuple[Deviation, ...]
 
     @property
-    def passed(self) -> bool:
+    def within_tolerance(self) -> bool:
         """Whether the cache holds what the model gives."""
         return all(entry.relative <= self.tolerance for entry in self.deviations)
 

@@ -66,7 +66,7 @@ class ExtractSpec(Spec):
     """Sampled positions a response."""
     top_k: int = Field(default=32, ge=0)
     """Largest logits kept at a sampled position."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Of the sampled positions."""
     pad_token: str | None = None
     """A vocabulary token that serves as pad token."""
@@ -240,9 +240,10 @@ def _identity(
 
 def plan(spec: ExtractSpec, *, device: str = "auto", batch_tokens: int | None = None) -> Plan:
     """What `extract` would do, with its speed measured on one sample batch. Writes nothing."""
+    _check_batch(batch_tokens)
     prepared = prepare(spec)
     engine = engine_for(prepared, device)
-    budget = batch_tokens or engine.batch_tokens
+    budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
     # Every n-th response by length, one batch budget in all, stands for the whole.
     share = max(1, int(lengths.sum() // budget))
@@ -262,6 +263,13 @@ def plan(spec: ExtractSpec, *, device: str = "auto", batch_tokens: int | None = 
         tokens_per_second=speed,
         seconds=float(lengths.sum()) / speed,
     )
+
+
+def _check_batch(batch_tokens: int | None) -> None:
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UserError(
+            f"batch_tokens = {batch_tokens}: a batch holds at least 1 token: leave it out"
+        )
 
 
 def _cache_bytes(prepared: Prepared, engine: Engine) -> int:
@@ -315,9 +323,10 @@ def extract(
 
     Raises: UserError for anything the user can put right.
     """
+    _check_batch(batch_tokens)
     prepared = prepare(spec)
     engine = engine_for(prepared, device)
-    budget = batch_tokens or engine.batch_tokens
+    budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
     shards = [
         range(first, min(first + shard_rows, len(lengths)))

@@ -322,6 +322,11 @@ class TransformersEngine:
     def _check_logits(self) -> None:
         ids = self._probe_ids()[None]
         expected = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        if not expected.isfinite().all():
+            raise UserError(
+                f"{type(self._model).__name__} gives logits that are NaN or infinite: "
+                "check its weights; a model trained in bfloat16 may not fit float16"
+            )
         if not self._close(self.head.logits(self._hidden(ids)["last"][0]), expected):
             raise UserError(
                 f"{type(self._model).__name__} computes its logits in a way embrm does not know: "

@@ -1,0 +1,104 @@
+"""Probe: passes on a sound cache, fails on one that says other numbers, refuses other inputs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from extract_models import save_model, tokenizer
+from test_extract_run import make, spec_of, world, write_pairs
+
+from embrm.cache.manifest import FileEntry, read_manifest, write_manifest
+from embrm.errors import UserError
+from embrm.extract.probe import probe
+from embrm.files import sha256
+
+__all__ = ["world"]
+
+
+@pytest.fixture(scope="module")
+def cache(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(world, tmp_path_factory.mktemp("probe") / "cache")
+
+
+def test_a_sound_cache_passes(cache: Path) -> None:
+    result = probe(cache, sample=20, device="cpu", batch_tokens=(1, 300))
+    assert result.within_tolerance
+    assert result.tolerance == 1e-4
+    assert result.pairs == 10
+    assert 10 < result.responses <= 20
+    seen = {(entry.quantity, entry.batch_tokens) for entry in result.deviations}
+    assert seen == {(q, b) for q in ("last", "mean", "S") for b in (1, 300)}
+    for entry in result.deviations:
+        assert entry.relative < 1e-5
+        assert entry.orders_changed == 0
+
+
+def test_bfloat16_passes_within_its_own_tolerance(world: dict[str, str], tmp_path: Path) -> None:
+    spec = spec_of(world, dtype="bfloat16", token_rows=0)
+    result = probe(make(world, tmp_path / "half", spec), sample=20, device="cpu")
+    assert result.within_tolerance
+    assert result.tolerance == 5e-2
+
+
+def _tamper(folder: Path, change) -> None:
+    """Replace a shard by a well-formed one that says something else, checksums made to fit."""
+    path = folder / "responses/part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(change(table), path, compression="none")
+    manifest = read_manifest(folder)
+    shard = manifest.shards[0]
+    assert shard is not None
+    entry = FileEntry(rows=table.num_rows, bytes=path.stat().st_size, sha256=sha256(path))
+    shards = (shard.model_copy(update={"responses": entry}), *manifest.shards[1:])
+    write_manifest(folder, manifest.model_copy(update={"shards": shards}))
+
+
+def _set(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    field = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), field, values)
+
+
+def _swapped_states(table: pa.Table) -> pa.Table:
+    return _set(table, "state.last", table["state.last"].take(np.arange(table.num_rows)[::-1]))
+
+
+def _shifted_sums(table: pa.Table) -> pa.Table:
+    return _set(table, "S", pa.array(-table["S"].to_numpy()))
+
+
+@pytest.mark.parametrize(("change", "quantity"), [(_swapped_states, "last"), (_shifted_sums, "S")])
+def test_a_cache_that_says_other_numbers_fails(
+    cache: Path, tmp_path: Path, change, quantity: str
+) -> None:
+    folder = Path(shutil.copytree(cache, tmp_path / "other"))
+    _tamper(folder, change)
+    result = probe(folder, sample=96, device="cpu", batch_tokens=(1,))
+    assert not result.within_tolerance
+    for entry in result.deviations:
+        assert (entry.relative > 1e-4) == (entry.quantity == quantity)
+        assert (entry.orders_changed > 0) == (entry.quantity == quantity)
+
+
+def test_other_weights_or_data_are_refused(tmp_path: Path) -> None:
+    model, data = tmp_path / "model", tmp_path / "pairs.jsonl"
+    save_model(model, "llama-tied", tokenizer())
+    write_pairs(data)
+    here = {"model": str(model), "data": str(data)}
+    folder = make(here, tmp_path / "cache", spec_of(here))
+    save_model(model, "llama-tied", tokenizer(), seed=1)
+    with pytest.raises(UserError, match="the model its spec names is not the one"):
+        probe(folder, device="cpu")
+    save_model(model, "llama-tied", tokenizer())
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([*rows[:-1], json.dumps(json.loads(rows[-1]) | {"chosen": "mud"})]))
+    with pytest.raises(UserError, match="the data its spec names is not the one"):
+        probe(folder, device="cpu")
+
+
+def test_no_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cache"):
+        probe(tmp_path)

@@ -1,0 +1,326 @@
+"""Run: what is stored, exclusions, the same bytes however often it is stopped, plan, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from extract_models import save_model, tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from embrm.cache.reader import open_cache
+from embrm.cache.verify import verify
+from embrm.errors import UserError
+from embrm.extract import run
+from embrm.extract.engine import read
+from embrm.extract.run import ExtractSpec, extract, plan, prepare
+
+WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
+
+
+def write_pairs(path: Path, prompts: int = 12, per_prompt: int = 4) -> Path:
+    random = np.random.default_rng(1)
+
+    def text(longest: int) -> str:
+        return " ".join(random.choice(WORDS, size=random.integers(1, longest)))
+
+    rows = [
+        {"prompt": f"Question {p}: {text(6)}?", "chosen": text(30), "rejected": text(30)}
+        for p in range(prompts)
+        for _ in range(per_prompt)
+    ]
+    rows = [
+        row | {"prompt": rows[i - i % per_prompt]["prompt"], "split": "train" if i % 3 else "id"}
+        for i, row in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("world")
+    save_model(root / "model", "llama-tied", tokenizer(bos=True))
+    write_pairs(root / "pairs.jsonl")
+    return {"model": str(root / "model"), "data": str(root / "pairs.jsonl")}
+
+
+def spec_of(world: dict[str, str], **changes) -> ExtractSpec:
+    values = {
+        "model": world["model"],
+        "data": [{"path": world["data"]}],
+        "max_length": 200,
+        "states": ["last", "mean"],
+        "token_rows": 3,
+        "top_k": 4,
+    }
+    return ExtractSpec.parse(values | changes, "test")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def make(world: dict[str, str], out: Path, spec: ExtractSpec | None = None, **options) -> Path:
+    return extract(spec or spec_of(world), out, device="cpu", shard_rows=16, **options)
+
+
+@pytest.fixture(scope="session")
+def cache(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(world, tmp_path_factory.mktemp("cache") / "whole")
+
+
+def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Path) -> None:
+    assert verify(cache) == []
+    opened, prepared = open_cache(cache), prepare(spec_of(world))
+    rows = range(len(prepared.encoded))
+    batch = read(run.engine_for(prepared, "cpu"), prepared.requests(rows), 1)
+    for view in ("last", "mean"):
+        assert torch.allclose(opened.states(view), batch.states[view], rtol=1e-4, atol=1e-5)
+        norms = opened.responses[f"norm.{view}"].to_numpy()
+        assert norms == pytest.approx(batch.states[view].norm(dim=1).numpy(), rel=1e-5)
+    responses = opened.responses
+    assert responses["S"].to_numpy() == pytest.approx(batch.S, rel=1e-5)
+    assert responses["response_id"].to_list() == prepared.dataset.responses["response_id"].to_list()
+    assert (responses["n_prompt"] + responses["n_response"]).to_list() == list(prepared.lengths)
+    assert (responses["final_position"] + 1).to_list() == list(prepared.lengths)
+    assert opened.pairs.height == 48
+    assert set(opened.splits) == {"train", "id"}
+
+
+def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path) -> None:
+    opened, prepared = open_cache(cache), prepare(spec_of(world))
+    tokens = opened.token_rows()
+    assert (np.diff(tokens.response) >= 0).all()
+    assert np.bincount(tokens.response).max() == 3
+    assert tokens.top_ids.shape == (len(tokens.response), 4)
+    for row, (response, position) in enumerate(zip(tokens.response, tokens.position, strict=True)):
+        entry = prepared.encoded[response]
+        assert entry.n_prompt - 1 <= position < len(entry.ids) - 1
+        assert tokens.target[row] == entry.ids[position + 1]
+    head = opened.lm_head()
+    logits = tokens.states @ head["weight"].T * head["scale"]
+    assert logits.logsumexp(1).numpy() == pytest.approx(tokens.logsumexp, rel=1e-4)
+    chosen = logits[torch.arange(len(logits)), torch.from_numpy(tokens.target).long()]
+    assert chosen.numpy() == pytest.approx(tokens.target_logit, rel=1e-3, abs=1e-4)
+
+
+def test_extracting_twice_gives_the_same_bytes(
+    world: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    again = make(world, tmp_path / "again")
+    assert content(again) == content(cache)
+    make(world, again)  # finished already: nothing to do
+    assert content(again) == content(cache)
+
+
+@pytest.mark.parametrize("shards", [0, 1, 3])
+def test_interrupted_and_resumed_gives_the_same_bytes(
+    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    finished = run._shard
+    calls = []
+
+    def stop_after(*arguments):
+        calls.append(1)
+        if len(calls) > shards:
+            raise KeyboardInterrupt
+        return finished(*arguments)
+
+    monkeypatch.setattr(run, "_shard", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        make(world, tmp_path / "cut")
+    monkeypatch.setattr(run, "_shard", finished)
+    with pytest.raises(UserError, match="incomplete"):
+        open_cache(tmp_path / "cut")
+    make(world, tmp_path / "cut")
+    assert content(tmp_path / "cut") == content(cache)
+
+
+def test_other_batch_sizes_change_rounding_only(
+    world: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    other = open_cache(make(world, tmp_path / "other", batch_tokens=64))
+    whole = open_cache(cache)
+    assert other.cache_id == whole.cache_id
+    assert torch.allclose(other.states("mean"), whole.states("mean"), rtol=1e-4, atol=1e-5)
+    assert (other.token_rows().position == whole.token_rows().position).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("template", {"template": "plain"}),
+        ("dtype", {"dtype": "bfloat16"}),
+        ("max_length", {"max_length": 100}),
+        ("views", {"states": ["last"]}),
+        ("seed", {"seed": 1}),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(
+    world: dict[str, str], cache: Path, field: str, changes: dict
+) -> None:
+    before = content(cache)
+    with pytest.raises(UserError, match=field):
+        make(world, cache, spec_of(world, **changes))
+    assert content(cache) == before
+
+
+def test_moving_model_and_data_keeps_the_identity(
+    world: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    model = Path(world["model"]).rename(tmp_path / "moved")
+    try:
+        moved = prepare(spec_of(world | {"model": str(model)}))
+        assert moved.identity == open_cache(cache).manifest.identity
+    finally:
+        model.rename(world["model"])
+
+
+def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> None:
+    spec = spec_of(world, dtype="bfloat16", token_rows=0, states=["prenorm", "layer:1"])
+    opened = open_cache(make(world, tmp_path / "half", spec))
+    assert opened.dtype == "bfloat16"
+    assert opened.views == ("layer:1", "prenorm")
+    with pytest.raises(UserError, match="no sampled"):
+        opened.token_rows()
+
+
+def test_over_long_rows_are_counted_and_listed(world: dict[str, str]) -> None:
+    whole = prepare(spec_of(world))
+    limit = int(np.median(whole.lengths))
+    cut = prepare(spec_of(world, max_length=limit))
+    assert max(cut.lengths) <= limit
+    lost = whole.dataset.pairs.height - cut.dataset.pairs.height
+    assert cut.dataset.exclusions["reason"].to_list() == ["over_long"] * lost
+    assert lost > 0
+    by_id = dict(zip(whole.dataset.responses["response_id"], whole.encoded, strict=True))
+    for response_id, entry in zip(cut.dataset.responses["response_id"], cut.encoded, strict=True):
+        assert entry.ids.tolist() == by_id[response_id].ids.tolist()
+
+
+def test_pairs_of_the_same_tokens_are_excluded(world: dict[str, str], tmp_path: Path) -> None:
+    data = tmp_path / "same.jsonl"
+    rows = [
+        {"prompt": "Who?", "chosen": "The river.", "rejected": "The river. "},
+        {"prompt": "Who?", "chosen": "The boats.", "rejected": "The mud."},
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tmp_path / "model"
+    strip = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
+    save_model(model, "llama-tied", tokenizer(template=strip))
+    prepared = prepare(spec_of(world, model=str(model), data=[{"path": str(data)}]))
+    assert prepared.dataset.pairs.height == 1
+    assert prepared.dataset.exclusions["reason"].to_list() == ["identical"]
+    assert len(prepared.encoded) == prepared.dataset.responses.height == 2
+
+
+def test_left_truncation_is_recorded(world: dict[str, str], tmp_path: Path) -> None:
+    spec = spec_of(world, max_length=60, truncation="left")
+    opened = open_cache(make(world, tmp_path / "left", spec))
+    cut = opened.responses["truncated"]
+    total = opened.responses["n_prompt"] + opened.responses["n_response"]
+    assert 0 < cut.sum() < len(cut)
+    assert set(total.filter(cut)) == {60}
+
+
+def test_limit_is_for_sources_without_their_own(world: dict[str, str]) -> None:
+    data = [
+        {"path": world["data"], "where": {"split": "train"}},
+        {"path": world["data"], "where": {"split": "id"}, "limit": 7},
+    ]
+    pairs = prepare(spec_of(world, data=data, limit=5)).dataset.pairs
+    assert dict(pairs.group_by("split").len().rows()) == {"train": 5, "id": 7}
+
+
+def test_the_plan_says_what_the_extraction_does(world: dict[str, str], cache: Path) -> None:
+    planned = plan(spec_of(world), device="cpu")
+    opened = open_cache(cache)
+    lengths = opened.responses["n_prompt"] + opened.responses["n_response"]
+    assert planned.responses == opened.responses.height
+    assert planned.tokens == lengths.sum()
+    assert planned.prompts == 12
+    assert {split: counts["pairs"] for split, counts in planned.splits.items()} == dict(
+        opened.pairs.group_by("split").len().rows()
+    )
+    vectors = (
+        sum(path.stat().st_size for path in cache.rglob("part-*.parquet"))
+        + (cache / "lm_head.safetensors").stat().st_size
+    )
+    assert planned.cache_bytes == pytest.approx(vectors, rel=0.5)
+    assert planned.tokens_per_second > 0
+    assert planned.seconds == pytest.approx(planned.tokens / planned.tokens_per_second)
+    assert planned.leaks["prompts_shared"].to_list() == opened.leaks["prompts_shared"].to_list()
+
+
+def test_all_rows_excluded_is_an_error_with_counts(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="over_long"):
+        make(world, tmp_path / "none", spec_of(world, max_length=4))
+    assert not (tmp_path / "none").exists()
+
+
+def test_nan_states_are_refused_with_the_response(world: dict[str, str], tmp_path: Path) -> None:
+    broken = save_model(tmp_path / "model", "llama-untied", tokenizer(bos=True))
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer()(" river")["input_ids"][0]] = torch.nan
+    model.save_pretrained(broken)
+    with pytest.raises(UserError, match=r"of response [0-9a-f]{16} is NaN") as caught:
+        make(world, tmp_path / "out", spec_of(world, model=str(broken)))
+    assert "\n" not in str(caught.value)
+
+
+def test_token_ids_beyond_the_model_are_refused(world: dict[str, str], tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", "llama-tied", tokenizer())
+    small = LlamaConfig.from_pretrained(folder)
+    small.vocab_size = 100
+    LlamaForCausalLM(small).save_pretrained(folder)
+    with pytest.raises(UserError, match="the model knows 100 ids"):
+        prepare(spec_of(world, model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"states": ["lasst"]}, "unknown view 'lasst'"),
+        ({"states": ["last", "last"]}, "each once"),
+        ({"states": []}, "at least one view"),
+        ({"dtype": "auto"}, "dtype"),
+        ({"max_length": 0}, "max_length"),
+        ({"token_row": 3}, "did you mean 'token_rows'"),
+        ({"data": []}, "data"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_specs_are_refused(world: dict[str, str], changes: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        spec_of(world, **changes)
+
+
+def test_a_batch_of_no_tokens_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="batch_tokens = 0"):
+        make(world, tmp_path / "out", batch_tokens=0)
+
+
+def test_the_lab_model_on_real_preferences(shared: Path, tmp_path: Path) -> None:
+    spec = ExtractSpec.parse(
+        {
+            "model": str(shared / "models/lab-lm"),
+            "data": [{"path": str(shared / "data/hhh_alignment/pairs.parquet"), "split": "ood"}],
+            "max_length": 512,
+            "limit": 12,
+        },
+        "test",
+    )
+    opened = open_cache(extract(spec, tmp_path / "lab", device="cpu"))
+    assert opened.width == 192
+    assert opened.pairs.height + opened.exclusions.height == 12
+    per_token = opened.responses["S"] / opened.responses["n_response"]
+    assert -6 < per_token.median() < -1  # a trained model: far better than ln 4096 = 8.3
+    assert isinstance(opened.exclusions, pl.DataFrame)
