@@ -1,0 +1,26 @@
+"""The measurement of encodings measures what it says."""
+
+import pytest
+import torch
+
+from embrm.cache.bench import measure_encodings
+
+
+def test_ratios_are_to_plain_pages_of_the_same_dtype() -> None:
+    rows = measure_encodings(torch.randn(500, 16, generator=torch.Generator().manual_seed(0)))
+    assert len(rows) == 8
+    for row in rows:
+        if (row["encoding"], row["compression"]) == ("plain", "none"):
+            assert (row["size"], row["read_time"]) == (1, 1)
+        assert row["read_time"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_compresses_is_seen_to_compress(dtype: str) -> None:
+    sizes = {
+        (row["dtype"], row["encoding"], row["compression"]): row["size"]
+        for row in measure_encodings(torch.ones(2000, 16))
+    }
+    assert sizes[dtype, "plain", "zstd"] < 0.2
+    assert sizes[dtype, "byte_stream_split", "zstd"] < 0.2
+    assert sizes[dtype, "byte_stream_split", "none"] == pytest.approx(1, abs=0.05)
