@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from embrm.data.collector import EXCLUSIONS, MEMBERS, PAIRS, RESPONSES
 from embrm.data.dataset import Dataset, load
 from embrm.data.sources import SourceSpec
+from embrm.data.splits import holdout
 from embrm.errors import UserError
 
 NAN = float("nan")
@@ -302,6 +303,19 @@ def test_holdout_moves_whole_prompts(tmp_path: Path) -> None:
     assert set(grouped.pairs.filter(split="held")["prompt_id"]) == held
 
 
+def test_validation_finds_prompts_among_those_a_holdout_left(tmp_path: Path) -> None:
+    rows = [_pair(f"p{n}", "a", "b") for n in range(200)]
+    dataset = load([_source(tmp_path, rows, holdout={"fraction": 0.3})])
+    left = dataset.pairs.filter(split="mine")["prompt_id"]
+    # 5 standard deviations around 10 % of about 140.
+    assert 0 < holdout(left, 0.1, 0).sum() < 32
+
+
+def test_identical_rows_without_a_prompt_are_identical_not_promptless(tmp_path: Path) -> None:
+    rows = [{"chosen": "same", "rejected": "same"}, {"chosen": "q a", "rejected": "q b"}]
+    assert load([_source(tmp_path, rows)]).exclusions["reason"].to_list() == ["identical"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -455,7 +469,8 @@ def _reasons(key: str, rows: list[tuple[int, str, str]]) -> pl.DataFrame:
 def test_without_a_response_its_pairs_and_members_go(tmp_path: Path) -> None:
     dataset = _three_sources(tmp_path)
     assert dataset.responses["response"].to_list() == ["a", "b", "c", "x", "y", "d"]
-    left = dataset.without(_reasons("response", [(0, "over_long", "600 tokens")]))
+    reasons = [(0, "over_long", "600 tokens"), (0, "wrong_form", "a later reason")]
+    left = dataset.without(_reasons("response", reasons))
     _sound(left)
     assert left.responses["response"].to_list() == ["x", "y", "d"]
     assert left.pairs.select("split", "chosen", "rejected").rows() == [("id", 0, 1)]
