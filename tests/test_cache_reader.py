@@ -1,5 +1,6 @@
 """What was written is what is read, or nothing is."""
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from small_cache import IDENTITY, RESPONSES, opened, shard, tables, write_cache
 
-from embrm.cache.manifest import NAME, read_manifest, responses_file, tokens_file, write_manifest
+from embrm.cache.manifest import (
+    NAME,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    responses_file,
+    tokens_file,
+    write_manifest,
+)
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import ShardRows, encode, responses_table, to_parquet
 from embrm.errors import UserError
@@ -255,3 +264,30 @@ def test_tables_keep_their_types(folder: Path) -> None:
     assert cache.pairs.schema["chosen"] == pl.Int32
     assert cache.pairs.schema["subset"] == pl.String
     assert cache.leaks.schema == tables()["leaks"].schema
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_program_in_the_documentation_reads_the_same_states(tmp_path: Path, dtype: str) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "cache-format.md"
+    program, _ = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(program, names)
+    write_cache(tmp_path, dtype)
+    cache = open_cache(tmp_path)
+    for view in cache.views:
+        read = names["read_states"](tmp_path, view)
+        np.testing.assert_array_equal(read, cache.states(view).to(torch.float32).numpy())
+
+
+def test_the_documentation_names_every_column_and_key(folder: Path) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "cache-format.md"
+    text = page.read_text()
+    manifest = read_manifest(folder)
+    assert manifest.layout is not None
+    columns = {
+        name.partition(".")[0]
+        for schema in (manifest.layout.responses(), manifest.layout.tokens())
+        for name in schema.names
+    }
+    for name in {*columns, *Manifest.model_fields, *FileEntry.model_fields}:
+        assert re.search(rf"[`\"]{name}\b", text), name
