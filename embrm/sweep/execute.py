@@ -11,10 +11,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from embrm.sweep.ledger import finished, write_results
 from embrm.sweep.pack import Pack, evaluation_splits, run_pack, select, states_once, to_pairs
 from embrm.train.bank import TrainingData, train
 from embrm.train.heads import SLOTS, HeadSpec, Preprocess, initialise, score
+from embrm.train.numerics import environment, strict
 
 _TIMED_STEPS = 8
 _START_SECONDS = 5.0
@@ -82,7 +82,7 @@ def sweep(
         header = {
             "cache": str(prepared.cache.folder),
             "cache_id": prepared.cache.cache_id,
-            "environment": {**provenance(), "numerics": _worker_environment()},
+            "environment": {**provenance(), "numerics": strict()},
         }
         write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header)
     if interrupted:
@@ -272,7 +272,7 @@ def _execute(
     watched, lifeline = context.Pipe(duplex=False)
     waiting: dict[Future[dict[str, bytes]], Pack] = {}
     with (
-        _environment(_worker_environment()),
+        environment(strict()),
         ProcessPoolExecutor(min(jobs, len(packs)), context, _start_worker, (watched,)) as pool,
     ):
 
@@ -313,36 +313,6 @@ def _execute(
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-def _worker_environment() -> dict[str, str]:
-    """Numerics of the workers, set before torch loads.
-
-    One thread, and MKL's strict reproducible mode at this machine's instruction set; a value that
-    the user has set for MKL_CBWR wins.
-    """
-    widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
-    return {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "POLARS_MAX_THREADS": "1",
-        "MKL_CBWR": os.environ.get("MKL_CBWR", f"{widest},STRICT"),
-    }
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables that child processes start with."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _start_worker(lifeline: multiprocessing.connection.Connection) -> None:

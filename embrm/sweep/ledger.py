@@ -180,10 +180,12 @@ def write_results(
     """Compact the parts into the tables of the runs `found`, and write sweep.json.
 
     Runs that are not finished are left out; so are finished runs the spec no longer has, whose
-    parts stay on disk.
+    parts stay on disk. With no finished run nothing is written.
     """
     parts = finished(folder)
     done = {run.run_id: run.name for run in found if run.run_id in parts}
+    if not done:
+        return
     by_part: dict[Path, list[str]] = {}
     for run_id in done:
         by_part.setdefault(parts[run_id], []).append(run_id)
@@ -192,11 +194,10 @@ def write_results(
             _read(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
             for part, own in by_part.items()
         ]
-        table = pl.concat(tables, how="diagonal") if tables else pl.DataFrame({"run_id": []})
-        table = table.sort(_SORT[name][: table.width])
-        if name == "prompts" and tables:
+        table = pl.concat(tables, how="diagonal").sort(_SORT[name])
+        if name == "prompts":
             table = table.filter(pl.col("split").is_in(evaluate))
-        if name == "ledger" and tables:
+        if name == "ledger":
             fixed = [column for column in table.columns if "@" not in column]
             metrics = sorted(c for c in table.columns if c.partition("@")[2] in evaluate)
             names = pl.col("run_id").replace_strict(done, return_dtype=pl.String)

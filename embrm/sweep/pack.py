@@ -1,6 +1,5 @@
 """One pack of work: select its pairs, train, evaluate, and hand back the files to keep."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 from embrm.cache.reader import Cache, open_cache
 from embrm.data.splits import holdout
 from embrm.errors import UserError
-from embrm.evaluate.accuracy import evaluate_split
+from embrm.evaluate.accuracy import PROMPT_SCHEMA, evaluate_split
 from embrm.evaluate.calibration import fit_temperature
 from embrm.specs import canonical_json, content_id
 from embrm.sweep.grid import Run, Selection
 from embrm.sweep.ledger import TABLES, parquet, weights_file
+from embrm.train import numerics
 from embrm.train.bank import Trained, TrainingData, train
 from embrm.train.heads import score, stack
 from embrm.train.objectives import Pairs
@@ -52,6 +52,8 @@ _LEDGER: dict[str, Any] = {
     "weights_sha256": pl.String(),
     "numerics": pl.String(),
 }
+
+_PROMPTS = pl.Schema({"run_id": pl.String(), "split": pl.String(), **PROMPT_SCHEMA})
 
 _CURVES = pl.Schema(
     {
@@ -157,7 +159,7 @@ def run_pack(folder: Path, selection: Selection, pack: Pack) -> dict[str, bytes]
     seconds = time.time() - start
     tables = {
         "curves": pl.DataFrame(curves, schema=_CURVES),
-        "prompts": pl.concat(prompts) if prompts else pl.DataFrame({"run_id": []}),
+        "prompts": pl.concat([_PROMPTS.to_frame(), *prompts]),
         "timings": pl.DataFrame(
             {
                 "run_id": [run.run_id for run in pack.runs],
@@ -233,8 +235,7 @@ def _outcome(run: Run, result: Trained, finite: bool, data: TrainingData) -> dic
         "epochs": len(result.curve),
         "best_epoch": result.best_epoch if finite else None,
         **{name: best.get(name) for name in kept},
-        "numerics": f"{torch.backends.cpu.get_cpu_capability()} "
-        f"MKL_CBWR={os.environ.get('MKL_CBWR', '')}",
+        "numerics": numerics.in_use(),
     }
 
 

@@ -2,7 +2,8 @@
 
 A pack shares head shape, preprocessing, minibatch size and seed; everything else (objective,
 learning rate, decay, schedule, epochs, patience) is a vector over its slots. A run's result
-depends on the run alone, never on its neighbours: to the bit on one thread of one machine.
+depends on the run alone, never on its neighbours: to the bit under `embrm.train.numerics`, within
+rounding elsewhere.
 """
 
 import math
@@ -214,8 +215,11 @@ class _Monitor:
     def measure(self, parameters: Parameters) -> dict[str, list[Any]]:
         """Of every slot: validation NLL and accuracy (a tie is half right), both weighted by the
         pairs' weights; reward mean and population sd over the validation responses; ‖weights‖."""
-        squares = [(tensor * tensor).flatten(1).sum(1) for tensor in parameters.values()]
-        norm = torch.stack(squares).sum(0).sqrt()
+        # One tensor after another: the order in which sum(0) adds depends on the number of slots.
+        squares = torch.zeros(1)
+        for tensor in parameters.values():
+            squares = squares + (tensor * tensor).flatten(1).sum(1)
+        norm = squares.sqrt()
         if not len(self._pairs):
             absent = [None] * len(norm)
             names = ("validation_nll", "validation_accuracy", "reward_mean", "reward_sd")

@@ -2,7 +2,8 @@
 
 Slot p of a bank is one run's head. A head's arithmetic is the same alone and beside any others:
 the linear bank multiplies in blocks of `SLOTS` columns, filled up with zeros, because the bits of
-a matrix product depend on its shape; an MLP's matrices are multiplied slot by slot.
+a matrix product depend on its shape; an MLP's matrices are multiplied slot by slot. That the bits
+do not depend on the position in the block either takes `embrm.train.numerics`.
 """
 
 import hashlib
