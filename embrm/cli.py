@@ -86,7 +86,9 @@ def extract(
     template: Annotated[
         str | None, typer.Option(help="auto, chat or plain [default: auto].")
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens a row [2048].")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens a row [default: 2048, or all the model reads].")
+    ] = None,
     truncation: Annotated[
         str | None,
         typer.Option(help="Over-long rows: drop, or cut the prompt's left [default: drop]."),

@@ -28,6 +28,7 @@ from embrm.extract.transformers_engine import (
     TransformersEngine,
     load_config,
     load_engine,
+    longest,
     model_folder,
 )
 
@@ -282,9 +283,9 @@ def test_a_model_without_lm_head_is_refused(copy: Path) -> None:
     model = LlamaForSequenceClassification(CONFIGS["llama-untied"])
     model.save_pretrained(copy)
     with pytest.raises(UserError, match="LlamaForSequenceClassification has no LM head"):
-        load_config(copy, max_length=64)
+        load_config(copy)
     _edit_config(copy, architectures=None)
-    load_config(copy, max_length=64)
+    load_config(copy)
     with pytest.raises(UserError, match=r"lack 'lm_head\.weight'"):
         load_engine(copy, dtype="float32", device="cpu")
 
@@ -303,18 +304,19 @@ def test_damaged_weights_and_configs_are_refused(copy: Path) -> None:
         load_engine(copy, dtype="float32", device="cpu")
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        load_config(copy, max_length=64)
+        load_config(copy)
 
 
 def test_lengths_beyond_the_models_positions_are_refused(copy: Path) -> None:
-    load_config(copy, max_length=256)
+    assert longest(load_config(copy), 255) == 255
+    assert longest(load_config(copy), None) == 256
     with pytest.raises(UserError, match="set max_length to 256 or less"):
-        load_config(copy, max_length=257)
+        longest(load_config(copy), 257)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     _edit_config(copy, rope_parameters=rope | {"original_max_position_embeddings": 128})
-    load_config(copy, max_length=128)
+    assert longest(load_config(copy), None) == 128
     with pytest.raises(UserError, match="depend on the batch"):
-        load_config(copy, max_length=129)
+        longest(load_config(copy), 129)
 
 
 def test_devices_and_views_that_are_not_there_are_refused(folders: dict[str, Path]) -> None:

@@ -32,6 +32,7 @@ from embrm.extract.transformers_engine import (
     digest,
     load_config,
     load_engine,
+    longest,
     model_folder,
 )
 from embrm.progress import progress
@@ -54,8 +55,8 @@ class ExtractSpec(Spec):
     data: tuple[SourceSpec, ...] = Field(min_length=1)
     template: Literal["auto", "chat", "plain"] = "auto"
     """See `embrm.extract.tokens`."""
-    max_length: int = Field(default=2048, ge=2)
-    """Tokens of prompt and response together."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and response together; None: 2,048, or what the model reads if less."""
     truncation: Literal["drop", "left"] = "drop"
     """A longer text is dropped, or loses the left of its prompt."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -143,12 +144,12 @@ def prepare(spec: ExtractSpec) -> Prepared:
     """
     remote = spec.trust_remote_code
     folder = model_folder(spec.model, spec.revision, trust_remote_code=remote)
-    config = load_config(folder, max_length=spec.max_length, trust_remote_code=remote)
+    config = load_config(folder, trust_remote_code=remote)
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     policy = token_policy(
         tokenizer,
         template=spec.template,
-        max_length=spec.max_length,
+        max_length=longest(config, spec.max_length),
         truncation=spec.truncation,
         pad_token=spec.pad_token,
         allow_pad_eos=spec.allow_pad_eos,

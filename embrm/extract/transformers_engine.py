@@ -32,6 +32,8 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
 
+_MAX_LENGTH = 2048
+
 
 def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = False) -> Path:
     """The local folder of a model: `model` itself, or where the hub's files are kept.
@@ -75,11 +77,10 @@ def digest(folder: Path, *patterns: str) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_config(folder: Path, *, max_length: int, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a causal LM.
 
-    Raises: UserError when there is none, when its architecture has no LM head, or when the model
-    cannot read `max_length` tokens.
+    Raises: UserError when there is none, or when its architecture has no LM head.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -96,7 +97,6 @@ def load_config(folder: Path, *, max_length: int, trust_remote_code: bool = Fals
             f"model {folder}: architecture {', '.join(names)} has no LM head, and S and token rows "
             "need one: use a causal LM (…ForCausalLM)"
         )
-    _check_length(config.get_text_config(), max_length)
     return config
 
 
@@ -173,23 +173,32 @@ def _causal_names() -> set[str]:
     return names
 
 
-def _check_length(config: Any, max_length: int) -> None:
+def longest(config: Any, max_length: int | None) -> int:
+    """`max_length` if the model reads that many tokens; by default 2,048, or all it can read.
+
+    Raises: UserError when the model cannot read `max_length` tokens.
+    """
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
+    # These rotary embeddings change with the longest sequence of a batch, so a response's state
+    # would depend on its neighbours; below the original length they do not.
+    rope = getattr(config, "rope_parameters", None) or {}
+    varies = rope.get("rope_type") in ("dynamic", "longrope")
+    original = rope.get("original_max_position_embeddings") or limit
+    if max_length is None:
+        return min(_MAX_LENGTH, limit or _MAX_LENGTH, (varies and original) or _MAX_LENGTH)
     if limit is not None and max_length > limit:
         raise UserError(
             f"max_length = {max_length} exceeds the model's {limit} positions: "
             f"set max_length to {limit} or less"
         )
-    # These rotary embeddings change with the longest sequence of a batch, so a response's state
-    # would depend on its neighbours; below the original length they do not.
-    rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or limit
-    if rope.get("rope_type") in ("dynamic", "longrope") and original and max_length > original:
+    if varies and original and max_length > original:
         raise UserError(
             f"max_length = {max_length}: beyond {original} tokens this model's "
             f"{rope['rope_type']} positions depend on the batch: "
             f"set max_length to {original} or less"
         )
+    return max_length
 
 
 class TransformersEngine:
