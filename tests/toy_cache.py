@@ -10,7 +10,14 @@ from embrm.cache.schema import ShardRows
 from embrm.cache.writer import open_writer
 from embrm.specs import content_id
 
-_EMPTY = pl.DataFrame({"row": []}, schema={"row": pl.Int64})
+_NO_EXCLUSIONS = pl.DataFrame(schema={"row": pl.Int64})
+_NO_LEAKS = pl.DataFrame(
+    schema={
+        "train_split": pl.String,
+        "eval_split": pl.String,
+        "prompt_ids": pl.List(pl.String),
+    }
+)
 
 
 def toy_cache(
@@ -57,8 +64,8 @@ def toy_cache(
     tables = {
         "pairs": pl.DataFrame(pairs, schema_overrides=types),
         "members": members,
-        "exclusions": _EMPTY,
-        "leaks": _EMPTY,
+        "exclusions": _NO_EXCLUSIONS,
+        "leaks": _NO_LEAKS,
     }
     with open_writer(
         folder,

@@ -1,0 +1,151 @@
+"""Stored results: weights and their digest, deterministic Parquet, damage in one line."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from embrm.errors import UserError
+from embrm.sweep.grid import Run, RunSpec, SweepSpec
+from embrm.sweep.ledger import (
+    finished,
+    load_run,
+    open_results,
+    parquet,
+    weights_file,
+    write_results,
+)
+from embrm.train.heads import HeadSpec, Preprocess, initialise
+
+NONE = Preprocess(None, None)
+
+
+def _run(name: str, **fields: object) -> Run:
+    return Run(name, f"id-{name}", f"config-{name}", RunSpec.parse(fields, "test"))
+
+
+def _store(folder: Path, run: Run, preprocess: Preprocess = NONE) -> str:
+    parameters = initialise(run.spec.head, 5, 0)
+    content, digest = weights_file(run, "cache", parameters, preprocess)
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
+    (folder / "weights" / f"{run.run_id}.safetensors").write_bytes(content)
+    return digest
+
+
+@pytest.mark.parametrize("head", [HeadSpec(), HeadSpec(kind="mlp", widths=(3, 2))])
+@pytest.mark.parametrize("preprocess", [NONE, Preprocess(torch.randn(5), torch.ones(5))])
+def test_a_stored_run_comes_back_bit_for_bit(
+    tmp_path: Path, head: HeadSpec, preprocess: Preprocess
+) -> None:
+    run = _run("a", head=head.model_dump(), bsr=0.5)
+    _store(tmp_path, run, preprocess)
+    loaded = load_run(tmp_path, "id-a")
+    assert loaded.spec == run.spec
+    assert loaded.cache_id == "cache"
+    expected = initialise(head, 5, 0)
+    assert loaded.parameters.keys() == expected.keys()
+    assert all(torch.equal(loaded.parameters[name], expected[name]) for name in expected)
+    if preprocess.mean is None:
+        assert loaded.preprocess == NONE
+    else:
+        assert loaded.preprocess.mean is not None
+        assert torch.equal(loaded.preprocess.mean, preprocess.mean)
+
+
+def test_the_digest_sees_every_bit_of_the_tensors_and_nothing_else() -> None:
+    one = initialise(HeadSpec(), 5, 0)
+    other = {"output.weight": one["output.weight"].clone()}
+    run, renamed = _run("a"), _run("b")
+    digest = weights_file(run, "cache", one, NONE)[1]
+    assert weights_file(renamed, "cache", other, NONE)[1] == digest
+    bits = other["output.weight"].view(torch.int32)
+    bits[0, 3] ^= 1
+    assert weights_file(run, "cache", other, NONE)[1] != digest
+    moved = Preprocess(torch.zeros(5), torch.ones(5))
+    assert weights_file(run, "cache", one, moved)[1] != digest
+
+
+def test_equal_tables_are_equal_bytes() -> None:
+    table = pl.DataFrame(
+        {"run_id": [f"{i:05d}" for i in range(3000)], "x": [0.5, None, 2.0] * 1000}
+    )
+    chunks = pl.concat([table[2000:], table[:2000]], rechunk=False).sort("run_id")
+    assert parquet(table) == parquet(chunks)
+
+
+def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
+    rows = {"run_id": run_ids}
+    n = len(run_ids)
+    tables = {
+        "ledger": pl.DataFrame(rows).with_columns(
+            pl.lit("old name").alias("config"),
+            pl.lit(value).alias("accuracy@id"),
+            pl.lit(value).alias("accuracy@far"),
+        ),
+        "curves": pl.DataFrame({**rows, "epoch": [1] * n}),
+        "prompts": pl.DataFrame({"run_id": run_ids * 2, "split": ["id"] * n + ["far"] * n})
+        .with_columns(pl.lit(None, dtype=pl.String).alias("subset"))
+        .with_columns(pl.lit("p").alias("prompt_id")),
+        "timings": pl.DataFrame(rows),
+    }
+    for name, table in tables.items():
+        path = folder / "parts" / part / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(parquet(table))
+
+
+SPEC = SweepSpec.parse({"baseline": "a", "runs": [{"name": "a"}, {"name": "b", "bsr": 1}]}, "test")
+HEADER: dict[str, object] = {"cache": "cache/x", "cache_id": "c", "leaked": {}, "environment": {}}
+
+
+def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
+    _part(tmp_path, "1", ["id-b", "id-dropped"], 0.5)
+    _part(tmp_path, "2", ["id-a"], 0.25)
+    (tmp_path / "parts" / "unfinished").mkdir()
+    assert finished(tmp_path).keys() == {"id-a", "id-b", "id-dropped"}
+    write_results(tmp_path, SPEC, [_run("b"), _run("a"), _run("c")], ["id"], HEADER)
+    results = open_results(tmp_path)
+    assert results.ledger.columns == ["run_id", "config", "accuracy@id"]
+    assert results.ledger.rows() == [("id-a", "a", 0.25), ("id-b", "b", 0.5)]
+    assert results.curves["run_id"].to_list() == ["id-a", "id-b"]
+    assert results.prompts.select("run_id", "split").rows() == [("id-a", "id"), ("id-b", "id")]
+    assert results.spec == SPEC
+    assert results.cache_id == "c"
+    assert results.run("id-a")["config"] == "a"
+    with pytest.raises(UserError, match="no run 'id-x' in"):
+        results.run("id-x")
+
+
+def test_absent_and_damaged_results_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no sweep results in"):
+        open_results(tmp_path / "nothing")
+    _part(tmp_path, "1", ["id-a"], 0.5)
+    write_results(tmp_path, SPEC, [_run("a")], ["id"], HEADER)
+    good = (tmp_path / "sweep.json").read_bytes()
+    for bad in (b"", good[:40], b"[]", b'{"spec": {}}', b"\xff"):
+        (tmp_path / "sweep.json").write_bytes(bad)
+        with pytest.raises(UserError, match=r"sweep\.json"):
+            open_results(tmp_path)
+    (tmp_path / "sweep.json").write_bytes(good)
+    ledger = tmp_path / "ledger.parquet"
+    ledger.write_bytes(ledger.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"ledger\.parquet is damaged"):
+        open_results(tmp_path)
+
+
+def test_weights_that_are_damaged_or_not_ours(tmp_path: Path) -> None:
+    run = _run("a")
+    _store(tmp_path, run)
+    path = tmp_path / "weights" / "id-a.safetensors"
+    good = path.read_bytes()
+    for bad in (b"", good[:20], good[:-3]):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="is damaged"):
+            load_run(tmp_path, "id-a")
+    header = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])
+    assert set(header["__metadata__"]) == {"embrm"}  # one key, so the order is fixed
+    path.write_bytes(good.replace(b"embrm-head 1", b"embrm-head 9"))
+    with pytest.raises(UserError, match="has format 'embrm-head 9'"):
+        load_run(tmp_path, "id-a")
