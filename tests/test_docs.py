@@ -7,15 +7,22 @@ A fenced block's info string says what its commands need:
 `python tests/test_docs.py` (make docs) rewrites docs/commands.md.
 """
 
+import contextlib
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from test_demo_run import RECIPE, SMALL_SWEEP, WORLD
 from typer.testing import CliRunner
 
-from embrm.cli import app
+from embrm.cli import app, main
+from embrm.demo.run import demo
+from embrm.extract.run import ExtractSpec, plan
+from embrm.specs import read_toml
+from embrm.sweep.grid import SweepSpec, configurations
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
@@ -69,6 +76,69 @@ def test_options_of_commands_that_need_a_network_exist(page: str, command: str) 
     for word in words:
         if word.startswith("--"):
             assert re.search(rf"{word}\b", text), f"{page}: {word} is not an option of {name}"
+
+
+@pytest.fixture(scope="module")
+def beside_a_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds runs/demo, finished but small."""
+    folder = tmp_path_factory.mktemp("docs")
+    out = folder / "runs" / "demo"
+    out.mkdir(parents=True)
+    (out / "demo.toml").write_text(SMALL_SWEEP)
+    with contextlib.chdir(folder):
+        demo(Path("runs/demo"), WORLD, RECIPE)
+    return folder
+
+
+def test_commands_of_the_docs_run(
+    beside_a_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(beside_a_demo)
+    commands = _commands("")
+    assert commands
+    for page, command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        code = None
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        assert not code, f"{page}: {command}: {capsys.readouterr().err}"
+
+
+def _toml_blocks(info: str) -> list[tuple[str, str]]:
+    return [
+        (page.name, body)
+        for page in PAGES
+        for body in re.findall(rf"```toml{info}\n(.*?)```", page.read_text(), re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("page", "text"), _toml_blocks(""))
+def test_sweep_specs_of_the_docs_are_valid(page: str, text: str) -> None:
+    assert configurations(SweepSpec.parse(tomllib.loads(text), page), page)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda p: p.name)
+def test_tracked_sweep_specs_are_valid(path: Path) -> None:
+    assert configurations(SweepSpec.parse(read_toml(path), path.name), path.name)
+
+
+def test_extraction_specs_of_the_docs_run(
+    beside_a_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(beside_a_demo)
+    blocks = _toml_blocks(" extract")
+    assert blocks
+    for page, text in blocks:
+        values = tomllib.loads(text)
+        assert plan(ExtractSpec.parse({k: v for k, v in values.items() if k != "out"}, page)).tokens
+
+
+def test_links_of_the_docs_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 if __name__ == "__main__":

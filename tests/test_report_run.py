@@ -26,7 +26,9 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     spec = SweepSpec(evaluate=SPLITS, baseline="bt", runs=tuple({"name": name} for name in SKILL))
     header = {"spec": spec.model_dump(mode="json"), "cache_id": "0", "cache": "cache/x"}
-    (folder / "sweep.json").write_text(canonical_json(header | {"environment": {}}))
+    (folder / "sweep.json").write_text(
+        canonical_json(header | {"environment": {}, "leaked": {"id": ["id 3"]}})
+    )
     for name in ("ledger", "curves", "prompts"):
         (folder / f"{name}.parquet").write_bytes(parquet(getattr(sweep, name)))
     (folder / "timings.parquet").write_bytes(parquet(sweep.ledger.select("run_id")))
@@ -72,7 +74,7 @@ def test_rank_by_reaches_the_table(folder: Path) -> None:
 
 
 def test_leaked_prompts_reach_the_table(folder: Path) -> None:
-    titles = [table.title for table in report(folder, leaked={"id": ["id 3"]}).tables]
+    titles = [table.title for table in report(folder).tables]
     assert "Accuracy % without prompts seen in training" in titles
 
 

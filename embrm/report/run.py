@@ -1,7 +1,7 @@
 """The report of a sweep folder: computed, written next to the results, handed to the caller."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,12 @@ def report(
     rank_by: str | None = None,
     top: int = 20,
     out: Path | None = None,
-    leaked: Mapping[str, Collection[str]] | None = None,
 ) -> Report:
     """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
 
     rank_by: an evaluation split, or None for the mean over those not named "train...".
     top: configurations to show; the JSON always holds all of them.
     out: where to write; the sweep folder unless given.
-    leaked: per split, ids of its prompts that also occur in training.
     The same results give the same bytes.
 
     Raises: UserError where the sweep has no finished runs or a name is wrong.
@@ -60,7 +58,7 @@ def report(
         results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
         results.spec.baseline,
         rank_by,
-        leaked,
+        results.leaked,
     )
     names = results.ledger.select("run_id", name="config")
     curves = results.curves.join(names, on="run_id", maintain_order="left")

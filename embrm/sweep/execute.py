@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
 from embrm.cache.reader import Cache, open_cache
@@ -82,14 +83,12 @@ def sweep(
         header = {
             "cache": str(prepared.cache.folder),
             "cache_id": prepared.cache.cache_id,
+            "leaked": _leaked(prepared),
             "environment": {**provenance(), "numerics": strict()},
         }
         write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header)
     if interrupted:
-        raise UserError(
-            f"interrupted: {len(finished(out))} finished runs are kept in {out}; "
-            "run the same command again for the rest"
-        )
+        raise KeyboardInterrupt
     if failures:
         listed = "; ".join(f"{run}: {why}" for run, why in [*failures.items()][:5])
         more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
@@ -179,6 +178,29 @@ def _prepare(spec_path: Path, cache_folder: Path | None) -> _Prepared:
         runs=runs(found, spec.seeds, selection),
         evaluate=list(spec.evaluate) if spec.evaluate is not None else others,
     )
+
+
+def _leaked(prepared: _Prepared) -> dict[str, list[str]]:
+    """Evaluation split → ids of its prompts that also occur in the train splits.
+
+    The cache's report knows equal prompts of unequal spelling for splits named train; equal ids
+    are leaks whatever a split that is trained on is called.
+    """
+    cache, trained_on = prepared.cache, pl.col("split").is_in(prepared.spec.train)
+    trained = cache.pairs.filter(trained_on)["prompt_id"].implode()
+    found: dict[str, list[str]] = {}
+    for split in prepared.evaluate:
+        reported = cache.leaks.filter(
+            pl.col("train_split").is_in(prepared.spec.train), pl.col("eval_split") == split
+        )["prompt_ids"]
+        asked = pl.concat(
+            table.filter(pl.col("split") == split)["prompt_id"]
+            for table in (cache.pairs, cache.members)
+        )
+        shared = {*reported.explode().drop_nulls(), *asked.filter(asked.is_in(trained))}
+        if shared:
+            found[split] = sorted(shared)
+    return found
 
 
 def _jobs(jobs: int | None) -> int:

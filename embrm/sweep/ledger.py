@@ -1,6 +1,6 @@
 """Results of a sweep on disk: part files as packs finish, tables compacted from them at the end.
 
-    sweep.json                   spec, cache, environment
+    sweep.json                   spec, cache, leaked prompts, environment
     parts/<id>/*.parquet         tables of one finished pack; ledger.parquet is written last, and
                                  a folder without it counts for nothing
     ledger.parquet               one row a run of the current spec, sorted by run_id
@@ -56,6 +56,8 @@ class Results:
     cache_id: str
     cache: str
     """Where the cache was when the sweep ran."""
+    leaked: dict[str, list[str]]
+    """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
     ledger: pl.DataFrame
     curves: pl.DataFrame
@@ -82,6 +84,7 @@ def open_results(folder: Path) -> Results:
             spec=spec,
             cache_id=header["cache_id"],
             cache=header["cache"],
+            leaked=header["leaked"],
             environment=header["environment"],
             **{name: _read(folder / f"{name}.parquet") for name in TABLES},
         )
