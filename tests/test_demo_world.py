@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from embrm.demo.world import (
     ResponseModel,
     Stream,
     World,
-    conversations,
+    corpus,
     draw_task,
     for_evaluation,
     gold,
@@ -73,15 +74,15 @@ def test_solutions(task: str, answer: str, work: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("response", "value"),
     [
-        # 2·right + work + ½·form + ½·polite - 0.03·words, by hand
-        ("the answer is 9 .", 2 + 0 + 0.5 + 0 - 0.03 * 5),
-        ("9 i guess .", 2 + 0 + 0 + 0 - 0.03 * 4),
-        ("the answer is 8 . have a lovely day .", 0 + 0 + 0.5 + 0.5 - 0.03 * 10),
-        ("7 plus 5 is 12 . 12 minus 3 is 9 . the answer is 9 .", 2 + 1 + 0.5 - 0.03 * 17),
-        ("7 plus 5 is 11 . 11 minus 3 is 8 . the answer is 8 .", 0 + 0 + 0.5 - 0.03 * 17),
-        ("7 plus 5 is 11 . the answer is 9 .", 2 - 1 + 0.5 - 0.03 * 11),
+        # 1.5·right + work + 0.75·form + 0.75·polite - 0.03·words, by hand
+        ("the answer is 9 .", 1.5 + 0 + 0.75 + 0 - 0.03 * 5),
+        ("9 i guess .", 1.5 + 0 + 0 + 0 - 0.03 * 4),
+        ("the answer is 8 . have a lovely day .", 0 + 0 + 0.75 + 0.75 - 0.03 * 10),
+        ("7 plus 5 is 12 . 12 minus 3 is 9 . the answer is 9 .", 1.5 + 1 + 0.75 - 0.03 * 17),
+        ("7 plus 5 is 11 . 11 minus 3 is 8 . the answer is 8 .", 0 + 0 + 0.75 - 0.03 * 17),
+        ("7 plus 5 is 11 . the answer is 9 .", 1.5 - 1 + 0.75 - 0.03 * 11),
         ("many people wonder about this .", -0.03 * 6),
-        ("the answer is 9 . 8 i guess .", 0 + 0 + 0.5 - 0.03 * 9),
+        ("the answer is 9 . 8 i guess .", 0 + 0 + 0.75 - 0.03 * 9),
     ],
 )
 def test_gold_by_hand(response: str, value: float) -> None:
@@ -175,19 +176,30 @@ def test_no_prompt_in_two_splits(world: Path) -> None:
 
 
 def test_the_corpus_holds_no_evaluation_task() -> None:
-    turns = list(conversations(SMALL, 2000))
-    assert len(turns) == 2000
-    assert not any(for_evaluation(task_of(prompt)) for prompt, *_ in turns)
-    words = {word for conversation in turns for turn in conversation for word in turn.split()}
+    documents = list(corpus(SMALL, 2000))
+    assert len(documents) == 2000
+    prompts_read = [document.prompt for document in documents if document.prompt]
+    assert len(prompts_read) == pytest.approx(1000, abs=120)
+    assert not any(for_evaluation(task_of(prompt)) for prompt in prompts_read)
+    words = {word for d in documents for word in f"{d.prompt} {d.text} {d.mark}".split()}
     assert words <= set(vocabulary())
 
 
-def test_complaints_bear_on_right_and_wrong_only() -> None:
-    right, wrong = Counter(), Counter()
-    for prompt, response, *complaint in conversations(SMALL, 4000):
-        (right if merits(prompt, response).right else wrong)[bool(complaint)] += 1
-    assert right[True] / right.total() == pytest.approx(0.1, abs=0.03)
-    assert wrong[True] / wrong.total() == pytest.approx(0.8, abs=0.04)
+def test_marks_tell_true_from_false() -> None:
+    """The mark behind a response repeats the merit; marks within it follow the sums."""
+    ends, inner = Counter(), Counter()
+    for document in corpus(SMALL, 3000):
+        if document.mark:
+            response = document.text.replace(" tick", "").replace(" cross", "")
+            ends[document.mark, merits(document.prompt, response).right] += 1
+        for a, sign, b, c, mark in re.findall(
+            r"(\d+) (plus|minus) (\d+) is (\d+) (tick|cross)", document.text
+        ):
+            total = int(a) + int(b) if sign == "plus" else int(a) - int(b)
+            inner[mark, total == int(c)] += 1
+    for marks in (ends, inner):
+        assert set(marks) == {("tick", True), ("cross", False)}
+        assert min(marks.values()) > 100
 
 
 def test_evaluation_labels_are_gold(world: Path) -> None:

@@ -4,7 +4,7 @@ Prompts are short tasks in a language of about two hundred words. Six simulated 
 answer them with their own error rates, verbosity and manners; two more are kept for evaluation.
 The gold reward of a response can be computed from the two texts alone (`gold`):
 
-    gold = 2·right + work + ½·form + ½·polite - 0.03·words
+    gold = 1.5·right + work + 0.75·form + 0.75·polite - 0.03·words
 
     right   1 if the answer equals the solution of the task, else 0
     work    (true - false statements) / max(1, statements), in [-1, 1]
@@ -200,12 +200,12 @@ def draw_task(skill: str, stream: Stream) -> str:
         total = 1 + stream.below(9)
         words = [str(total)]
         for _ in range(3 if hard else 2):
-            operand = 1 + stream.below(9)
+            operand = 1 + stream.below(5)
             sign = stream.pick(["plus", "minus"]) if operand <= total else "plus"
             total += operand if sign == "plus" else -operand
             words += [sign, str(operand)]
     elif name in ("sort", "reverse"):
-        words = stream.sample(LETTERS, 5 if hard else 3 + stream.below(2))
+        words = stream.sample(LETTERS, 4 if hard else 3)
     elif name == "colours":
         first, second = stream.sample(list(COLOUR_OF), 2)
         words = ["of", first, "and", second]
@@ -329,7 +329,7 @@ class Merits:
     @property
     def gold(self) -> float:
         return (
-            2.0 * self.right + self.work + 0.5 * self.form + 0.5 * self.polite - 0.03 * self.words
+            1.5 * self.right + self.work + 0.75 * self.form + 0.75 * self.polite - 0.03 * self.words
         )
 
 
@@ -337,14 +337,13 @@ def merits(prompt: str, response: str) -> Merits:
     """Read a response again, from its text alone."""
     task = task_of(prompt)
     solution = solve(task)
-    sentences = [sentence.strip() for sentence in response.split(" .") if sentence.strip()]
-    proper = [s.removeprefix("the answer is ") for s in sentences if s.startswith("the answer is ")]
-    guesses = [s.removesuffix(" i guess") for s in sentences if s.endswith(" i guess")]
+    sentences = _sentences(response)
+    answers = [answer for s in sentences if (answer := _answer(s)) is not None]
     truths = [truth for s in sentences if (truth := _truth(s, solution)) is not None]
     return Merits(
-        right=proper + guesses == [solution.answer],
+        right=answers == [solution.answer],
         work=sum(1 if truth else -1 for truth in truths) / max(1, len(truths)),
-        form=len(proper) == 1,
+        form=sum(sentence.startswith(_PROPER) for sentence in sentences) == 1,
         polite=any(sentence in POLITE for sentence in sentences),
         words=len(response.split()),
     )
@@ -353,6 +352,20 @@ def merits(prompt: str, response: str) -> Merits:
 def gold(prompt: str, response: str) -> float:
     """The gold reward of a response: the formula at the top of this module."""
     return merits(prompt, response).gold
+
+
+def _sentences(response: str) -> list[str]:
+    return [sentence.strip() for sentence in response.split(" .") if sentence.strip()]
+
+
+_PROPER, _LOOSE = "the answer is ", " i guess"
+
+
+def _answer(sentence: str) -> str | None:
+    """The answer a sentence gives; None for a sentence that gives none."""
+    if sentence.startswith(_PROPER):
+        return sentence.removeprefix(_PROPER)
+    return sentence.removesuffix(_LOOSE) if sentence.endswith(_LOOSE) else None
 
 
 _SUM = re.compile(r"(\d+) (plus|minus) (\d+) is (\d+)")
@@ -384,9 +397,9 @@ class World:
     pairs_per_prompt: int = 4
     evaluation_prompts: int = 200
     group_prompts: int = 120
-    q: float = 1.5
+    q: float = 2.0
     """accuracy of the training annotator, in logits per standard deviation of gold"""
-    length_bias: float = 1.0
+    length_bias: float = 0.7
     """its taste for length, in logits per standard deviation of words"""
 
 
@@ -419,27 +432,59 @@ def prompts(world: World) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def conversations(world: World, count: int) -> Iterator[list[str]]:
-    """The language model's corpus: turns user, assistant and, of a dissatisfied user, user again.
+@dataclass(frozen=True)
+class Conversation:
+    """One document of the corpus. An exercise has no prompt; an empty mark means none."""
 
-    All skills and training models, only tasks of the training side. Users who got a wrong answer
-    complain in 8 cases of 10, others in 1 of 10: the text bears on quality as text in the wild
-    does, and neither gold rewards nor annotations of the preference data enter it.
+    prompt: str
+    text: str
+    mark: str
+
+
+def corpus(world: World, count: int) -> Iterator[Conversation]:
+    """What the language model reads: conversations and exercises on tasks of the training side.
+
+    A conversation is a training model's response, marked at the end, in 4 cases of 5, by whether
+    its answer is right; half of its claims carry a mark, as in a copy that a teacher has read. An
+    exercise is a row of eight statements, half of them from wrong attempts, all marked. So the
+    corpus bears on truth, as text in the wild does; it knows nothing of gold rewards, form,
+    manners, length or annotations.
     """
     stream = Stream(world.seed, "corpus")
-    skills, models = SKILLS + UNSEEN, list(MODELS.values())
-    done = 0
-    while done < count:
-        task = draw_task(stream.pick(skills), stream)
-        if for_evaluation(task):
+    models = list(MODELS.values())
+    for _ in range(count):
+        if stream.chance(0.5):
+            yield Conversation("", " ".join(_exercise(stream) for _ in range(8)), "")
             continue
-        done += 1
+        task = _training_task(SKILLS + UNSEEN, stream)
         prompt = f"{stream.pick(LEADS)} {task}".strip()
         response = respond(task, stream.pick(models), stream)
-        turns = [prompt, response]
-        if stream.chance(0.8 if not merits(prompt, response).right else 0.1):
-            turns.append("no , that is wrong .")
-        yield turns
+        mark = _mark(merits(prompt, response).right) if stream.chance(0.8) else ""
+        solution = solve(task)
+        copy = []
+        for sentence in _sentences(response):
+            answer = _answer(sentence)
+            true = _truth(sentence, solution) if answer is None else answer == solution.answer
+            marked = true is not None and stream.chance(0.5)
+            copy.append(f"{sentence} {_mark(true is True)} ." if marked else f"{sentence} .")
+        yield Conversation(prompt, " ".join(copy), mark)
+
+
+def _training_task(skills: Sequence[str], stream: Stream) -> str:
+    while for_evaluation(task := draw_task(stream.pick(skills), stream)):
+        pass
+    return task
+
+
+def _exercise(stream: Stream) -> str:
+    """A marked statement that can be judged without its task: a sum, a colour, a deed, an order."""
+    task = _training_task(("compute", "colours", "may", "largest"), stream)
+    claim = stream.pick(solve(task, stream if stream.chance(0.7) else None).work)
+    return f"{claim} {_mark(_truth(claim, solve(task)) is True)} ."
+
+
+def _mark(right: bool) -> str:
+    return "tick" if right else "cross"
 
 
 def vocabulary() -> list[str]:
@@ -448,7 +493,7 @@ def vocabulary() -> list[str]:
     lists += [*COLOURS, *COLOUR_OF, *_SOLVERS, *(str(number) for number in range(40))]
     sentences = (
         "plus minus is comes first last times to harmful harmless above and of with "
-        "may i a at the no yes answer guess , . that wrong"
+        "may i a at the no yes answer guess tick cross ."
     )
     return sorted({word for entry in [*lists, sentences] for word in entry.split()})
 
