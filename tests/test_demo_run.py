@@ -72,7 +72,7 @@ def test_the_same_command_again_keeps_everything(
     demo(finished, WORLD, RECIPE)
     assert bytes_below(finished) == before
     said = capsys.readouterr().out
-    for clue in ("What to look at", "ranked.png", "length baseline", "needs a network"):
+    for clue in ("What to look at", "ranked.png", "(longer is better)", "needs a network"):
         assert clue in said
     assert f"embrm sweep {finished / 'demo.toml'} --cache {finished / 'cache'}" in said
 

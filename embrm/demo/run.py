@@ -88,7 +88,7 @@ What to look at
   the baseline are the sharper test.
 - id against ood/...: the training annotator errs and likes length. On ood/length the longer
   answer is always the worse one: a head below one half there has learned the shortcut.
-- The length baseline: what "longer is better" alone scores on each split.
+- The row "(longer is better)": what length alone scores on each split.
 - id-groups: Kendall's tau against the known gold reward, prompt by prompt.
 This is a toy world: it shows how to read a report, not which objective is best.
 

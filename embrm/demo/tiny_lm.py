@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embrm.demo.world import Conversation, World, corpus, vocabulary
 from embrm.errors import UserError
-from embrm.files import write_bytes
+from embrm.files import disk_errors, write_bytes
 from embrm.progress import progress
 from embrm.specs import content_id
 
@@ -115,8 +115,9 @@ def train_lm(out: Path, world: World, recipe: Recipe) -> dict[str, float]:
         batches = _batches(rows, recipe.batch)
     _optimise(model, batches, recipe)
     losses = {"loss": _mean_loss(model, held_out), "unigram_entropy": _entropy(held_out)}
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with disk_errors(out):
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
     write_bytes(marker, json.dumps({"identity": identity, **losses}, indent=1).encode())
     return losses
 
