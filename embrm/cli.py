@@ -252,6 +252,9 @@ def report(
     rank_by: Annotated[
         str | None, typer.Option(help="Evaluation split [default: mean over all].")
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
+    ] = None,
     top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files [default: the sweep's].")
@@ -261,7 +264,7 @@ def report(
     """Rank a sweep's heads, with intervals over prompts and seeds; write tables and figures."""
     from embrm.report.run import report as run_report
 
-    result = run_report(folder, rank_by=rank_by, top=top, out=out)
+    result = run_report(folder, rank_by=rank_by, baseline=baseline, top=top, out=out)
     if as_json:
         print(result.json())
         return

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 from small_sweep import SKILL, SPLITS, small_sweep
 
@@ -71,6 +72,15 @@ def test_rank_by_reaches_the_table(folder: Path) -> None:
     assert report(folder, rank_by="ood/maths").tables[0].title == "Ranking by accuracy %: ood/maths"
     with pytest.raises(UserError, match="rank_by = 'nowhere'"):
         report(folder, rank_by="nowhere")
+
+
+def test_another_baseline_reaches_the_differences(folder: Path) -> None:
+    ranking = report(folder, baseline="bsr[lr=0.01]").comparison.ranking
+    own = ranking.filter(pl.col("name") == "bsr[lr=0.01]")
+    assert own["difference"].null_count() == 1
+    assert ranking.filter(pl.col("name") == "bt")["difference"].null_count() == 0
+    with pytest.raises(UserError, match="did you mean 'bsr"):
+        report(folder, baseline="bsr[lr=0.1]")
 
 
 def test_leaked_prompts_reach_the_table(folder: Path) -> None:

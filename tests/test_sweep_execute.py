@@ -256,7 +256,7 @@ def test_a_failed_run_is_named_and_the_others_are_kept(cache: Path, tmp_path: Pa
 
 
 MANY = """
-baseline = "r[lr=0.01,head.widths=2]"
+baseline = "r[lr=0.01,widths=2]"
 seeds = [0, 1, 2]
 defaults = { epochs = 10, batch_pairs = 8, head = { kind = "mlp", widths = [2] } }
 [[runs]]

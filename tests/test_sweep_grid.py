@@ -37,10 +37,10 @@ def test_a_grid_is_a_product_over_defaults(tmp_path: Path) -> None:
     )
     assert [c.name for c in found] == [
         "bt",
-        "bsr[bsr=0.01,head.widths=64]",
-        "bsr[bsr=0.01,head.widths=64-32]",
-        "bsr[bsr=0.0001,head.widths=64]",
-        "bsr[bsr=0.0001,head.widths=64-32]",
+        "bsr[bsr=0.01,widths=64]",
+        "bsr[bsr=0.01,widths=64-32]",
+        "bsr[bsr=0.0001,widths=64]",
+        "bsr[bsr=0.0001,widths=64-32]",
     ]
     assert str(found[0].spec.head) == "linear"
     assert [str(c.spec.head) for c in found[1:3]] == ["mlp 64", "mlp 64-32"]

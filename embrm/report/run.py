@@ -38,12 +38,14 @@ def report(
     folder: Path,
     *,
     rank_by: str | None = None,
+    baseline: str | None = None,
     top: int = 20,
     out: Path | None = None,
 ) -> Report:
     """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
 
     rank_by: an evaluation split, or None for the mean over those not named "train...".
+    baseline: the configuration that all others are compared with; the spec's unless given.
     top: configurations to show; the JSON always holds all of them.
     out: where to write; the sweep folder unless given.
     The same results give the same bytes.
@@ -56,7 +58,7 @@ def report(
         results.ledger,
         results.prompts,
         results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
-        results.spec.baseline,
+        baseline or results.spec.baseline,
         rank_by,
         results.leaked,
     )

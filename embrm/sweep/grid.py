@@ -164,12 +164,17 @@ def _expand(
                 "and quote a dotted field"
             )
     base = {**defaults, **{key: entry[key] for key in entry if key not in ("name", "grid")}}
+    # A dotted field is called by its last part where that is clear.
+    last = [field.rpartition(".")[2] for field in grid]
+    labels = [
+        name if last.count(name) == 1 else field for field, name in zip(grid, last, strict=True)
+    ]
     points = []
     for values in itertools.product(*grid.values()):
         fields = deepcopy(base)
         for field, value in zip(grid, values, strict=True):
             _set(fields, field, value, where)
-        label = ",".join(f"{key}={_short(v)}" for key, v in zip(grid, values, strict=True))
+        label = ",".join(f"{key}={_short(v)}" for key, v in zip(labels, values, strict=True))
         points.append((f"{name}[{label}]" if label else name, fields))
     return points
 
