@@ -250,7 +250,8 @@ def sweep(
 def report(
     folder: SweepFolder,
     rank_by: Annotated[
-        str | None, typer.Option(help="Evaluation split [default: mean over all].")
+        str | None,
+        typer.Option(help="A split, or ood for the mean over all ood/... [default: mean]."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Configuration to compare with [default: the spec's].")

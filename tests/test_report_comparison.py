@@ -80,6 +80,15 @@ def test_rank_by_one_split() -> None:
     assert same.drop("prompts").sort("name").equals(comparison.ranking.drop("rank").sort("name"))
 
 
+def test_rank_by_the_first_part_of_names_averages_over_them() -> None:
+    comparison = compared(rank_by="ood")
+    assert comparison.ranked_splits == ("ood/chat_hard", "ood/maths")
+    both = [compared(rank_by=split).ranking for split in comparison.ranked_splits]
+    for name, estimate in comparison.ranking.select("name", "estimate").rows():
+        parts = [table.filter(pl.col("name") == name)["estimate"][0] for table in both]
+        assert estimate == pytest.approx(sum(parts) / 2)
+
+
 def test_rank_by_groups_uses_tau() -> None:
     comparison = compared(rank_by="groups")
     assert comparison.metric == "tau"

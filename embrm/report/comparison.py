@@ -68,7 +68,8 @@ def compare_runs(
     ledger: one row a run: run_id, config, seed, status, validation_accuracy, `metric@split`.
     prompts: per-prompt sums: run_id, split and the columns of `accuracy.PROMPT_SCHEMA`.
     splits: evaluation splits in the order to show; those without results are left out.
-    rank_by: a split, or None for the mean over the splits whose names do not start with "train".
+    rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
+        for the mean over the splits whose names do not start with "train".
     leaked: per split, the ids of its prompts that occur in training.
 
     Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing.
@@ -175,9 +176,13 @@ def _ranked(
     rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
 ) -> tuple[tuple[str, ...], str]:
     """The splits that the ranking averages over, and their metric."""
-    if rank_by is not None and rank_by not in splits:
-        raise UserError(f"rank_by = {rank_by!r} is no evaluated split: {nearest(rank_by, splits)}")
-    wanted = [rank_by] if rank_by is not None else splits
+    wanted = splits
+    if rank_by is not None:
+        wanted = [name for name in splits if name == rank_by or name.startswith(f"{rank_by}/")]
+        if not wanted:
+            raise UserError(
+                f"rank_by = {rank_by!r} is no evaluated split: {nearest(rank_by, splits)}"
+            )
     if rank_by is None and any(not split.startswith("train") for split in splits):
         wanted = [split for split in splits if not split.startswith("train")]
     for metric in ("accuracy", "tau"):

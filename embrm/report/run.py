@@ -44,7 +44,8 @@ def report(
 ) -> Report:
     """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
 
-    rank_by: an evaluation split, or None for the mean over those not named "train...".
+    rank_by: an evaluation split, "ood" for the mean over all named "ood/...", or None for the mean
+        over all not named "train...".
     baseline: the configuration that all others are compared with; the spec's unless given.
     top: configurations to show; the JSON always holds all of them.
     out: where to write; the sweep folder unless given.
