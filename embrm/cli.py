@@ -251,7 +251,7 @@ def report(
     folder: SweepFolder,
     rank_by: Annotated[
         str | None,
-        typer.Option(help="A split, or ood for the mean over all ood/... [default: mean]."),
+        typer.Option(help="A split, or 'ood' for all ood/... [default: all]."),
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
