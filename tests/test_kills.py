@@ -8,11 +8,11 @@ pack in work, never a finished one: the driver reports how many each fork found 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ baseline = "bt[lr=0.001]"
 seeds = [0, 1, 2]
 validation = 0.2
 [defaults]
-epochs = 3
+epochs = 20
 batch_pairs = 16
 [[runs]]
 name = "bt"
@@ -72,32 +72,42 @@ def _finished(stage: str, out: Path) -> int:
     return sum(shard is not None for shard in shards)
 
 
-def _drive(stage: str, first: str, second: str, out: Path, kills: int) -> None:
-    """Run the stage, killed `kills` times on the way; print what was finished after each."""
-    run: Callable[[str, str, Path], None] = _extract if stage == "extract" else _sweep
-    moments = random.Random(7)
-    killed = 0
-    longest = 0.4
-    while True:
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            run(first, second, out)
-            os._exit(0)
-        if killed < kills:
-            time.sleep(moments.uniform(0.0, longest))
-            os.killpg(child, signal.SIGKILL)
+def _fork(stage: str, first: str, second: str, out: Path) -> int:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        (_extract if stage == "extract" else _sweep)(first, second, out)
+        os._exit(0)
+    return child
+
+
+def _drive(stage: str, first: str, second: str, folder: Path) -> None:
+    """Run the stage whole, then killed at random moments; print what was finished after each.
+
+    The moments are uniform over the time the whole run took. Where a fork gets through, "again"
+    is printed and a new folder begun. The last one is left to finish.
+    """
+    start = time.monotonic()
+    _, status = os.waitpid(_fork(stage, first, second, folder / "whole"), 0)
+    seconds = time.monotonic() - start
+    if status:
+        sys.exit(1)
+    moments, killed, out = random.Random(7), 0, folder / "killed"
+    while killed < KILLS:
+        child = _fork(stage, first, second, out)
+        time.sleep(moments.uniform(0.01, seconds))
+        os.killpg(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        if killed == kills:
-            sys.exit(status)
-        if status:  # killed before its end
+        if os.WIFSIGNALED(status):
             killed += 1
             print(_finished(stage, out), flush=True)
-            # As the work shrinks, later moments must still come: start-up takes a while.
-            longest = min(longest * 1.15, 4.0)
+        elif status:
+            sys.exit(1)
         else:
-            killed = kills  # it got through; the remaining moments never came
-            print("done", flush=True)
+            shutil.rmtree(out)
+            print("again", flush=True)
+    _, status = os.waitpid(_fork(stage, first, second, out), 0)
+    sys.exit(bool(status))
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -135,28 +145,26 @@ def test_twenty_kills_lose_nothing_and_leave_the_same_bytes(stage: str, tmp_path
         (tmp_path / "sweep.toml").write_text(SWEEP)
         toy_cache(tmp_path / "cache", prompts=120)
         arguments = [str(tmp_path / "sweep.toml"), str(tmp_path / "cache")]
-    progress = {}
-    for name, kills in (("killed", KILLS), ("whole", 0)):
-        done = subprocess.run(
-            [sys.executable, __file__, stage, *arguments, str(tmp_path / name), str(kills)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        progress[name] = done.stdout.split()
-    counts = progress["killed"]
-    assert len(counts) == KILLS, counts
-    assert "done" not in counts, "the stage finished before the last kill: give it more work"
-    numbers = [int(count) for count in counts]
-    assert numbers == sorted(numbers), f"a kill lost finished work: {numbers}"
+    done = subprocess.run(
+        [sys.executable, __file__, stage, *arguments, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = [[int(count) for count in part.split()] for part in done.stdout.split("again")]
+    assert sum(map(len, counts)) == KILLS
+    for part in counts:
+        assert part == sorted(part), f"a kill lost finished work: {counts}"
+
+    assert max(map(max, filter(None, counts))) > 0, f"no kill came in the middle: {counts}"
     assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
 
 
 if __name__ == "__main__":
-    _stage, _first, _second, _out, _kills = sys.argv[1:]
+    _stage, _first, _second, _folder = sys.argv[1:]
     if _stage == "extract":
         import embrm.extract.run
     import embrm.sweep.execute  # noqa: F401
 
-    _drive(_stage, _first, _second, Path(_out), int(_kills))
+    _drive(_stage, _first, _second, Path(_folder))
