@@ -89,6 +89,9 @@ def train_lm(out: Path, world: World, recipe: Recipe) -> dict[str, float]:
         return finished
 
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of saving: one file, a moment
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(

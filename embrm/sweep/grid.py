@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from embrm import __version__
 from embrm.errors import UserError, nearest
 from embrm.specs import Spec, content_id
 from embrm.train.bank import TrainSpec
@@ -118,8 +119,13 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
 
 
 def runs(found: Sequence[Configuration], seeds: Sequence[int], selection: Selection) -> list[Run]:
-    """Every configuration with every seed. A run's ids depend on nothing but its own content."""
+    """Every configuration with every seed.
+
+    A run's ids depend on nothing but its own content and the version of embrm: another version
+    may train otherwise, and must not pass off older results as its own.
+    """
     read = {
+        "embrm": __version__,
         "cache_id": selection.cache_id,
         "train": sorted(selection.train),
         "validation": selection.validation,
