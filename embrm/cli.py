@@ -6,9 +6,11 @@ loads transformers.
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -39,19 +41,36 @@ SweepFolder = Annotated[Path, typer.Argument(help="Results folder, such as sweep
 
 def main() -> None:
     """Run the command line; what a user can cause ends in one line and exit code 2."""
+    before = signal.signal(signal.SIGINT, _stop)
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 130:
-            raise
-        print(
-            "interrupted: finished work is kept; run the same command again to go on",
-            file=sys.stderr,
-        )
-        sys.exit(130)
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _stop()
+    except BrokenPipeError:
+        os._exit(1)  # the reader has gone; flushing would fail again
+    except OSError as error:
+        name = error.filename or "standard output"
+        _fail(f"{name}: {error.strerror or error}: check the path, its permissions and the disk")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _fail(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _stop(*_: object) -> None:
+    """End now, wherever the process is.
+
+    Every write survives a kill, and an exception would come out of whatever is being imported.
+    """
+    cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar has hidden it
+    line = f"{cursor}interrupted: finished work is kept; run the same command again to go on\n"
+    os.write(2, line.encode())
+    os._exit(130)
 
 
 def _version(wanted: bool) -> None:
@@ -133,8 +152,10 @@ def extract(
     from embrm.specs import read_toml
 
     values: dict[str, Any] = read_toml(spec) if spec else {}
-    folder = out or (Path(values["out"]) if "out" in values else None)
-    values.pop("out", None)
+    named = values.pop("out", None)
+    if not isinstance(named, str | None):
+        raise UserError(f"{spec}: out = {named!r}: name a folder, such as out = 'cache/NAME'")
+    folder = out or (Path(named) if named else None)
     given = {
         "model": model,
         "revision": revision,
@@ -196,6 +217,8 @@ def cache_verify(folder: CacheFolder) -> None:
     from embrm.cache.verify import verify
 
     problems = verify(folder)
+    if len(problems) == 1:
+        raise UserError(problems[0])
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -206,7 +229,7 @@ def cache_verify(folder: CacheFolder) -> None:
 @cache_app.command("probe")
 def cache_probe(
     folder: CacheFolder,
-    sample: Annotated[int, typer.Option(help="Responses to extract again.")] = 64,
+    sample: Annotated[int, typer.Option(help="Responses to extract again.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -235,15 +258,65 @@ def sweep(
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
     from embrm.sweep.execute import plan
     from embrm.sweep.execute import sweep as run_sweep
+    from embrm.sweep.ledger import open_results
 
     if dry_run:
         _show(plan(spec, cache, jobs=jobs, out=out), as_json)
         return
+    # From here on an interrupt is an exception, so that what has finished becomes readable tables.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = run_sweep(spec, cache, jobs=jobs, out=out)
+    runs = open_results(folder).ledger
+    diverged = runs.filter(runs["status"] == "diverged").height
+    if diverged == runs.height:
+        raise UserError(
+            f"all {diverged} runs diverged: lower lr, or try preprocess = 'standardize'"
+        )
     if as_json:
-        print(json.dumps({"results": str(folder)}))
+        print(json.dumps({"results": str(folder), "runs": runs.height, "diverged": diverged}))
+        return
+    if diverged:
+        print(f"{diverged} of {runs.height} runs diverged, the report leaves them out: lower lr")
+    print(f"results in {folder}; next: embrm report {folder}")
+
+
+@app.command()
+def replay(
+    folder: SweepFolder,
+    run: Annotated[str | None, typer.Option(help="This run alone.")] = None,
+    sample: Annotated[int | None, typer.Option(help="So many runs, evenly spaced.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All runs.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Fail unless every bit is the same.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train runs of a sweep again, each alone, and compare bits, weights and metrics."""
+    from embrm.sweep.replay import TOLERANCE
+    from embrm.sweep.replay import replay as run_replay
+
+    if (run is not None) + (sample is not None) + every != 1:
+        raise UserError("replay needs one of --run ID, --sample N and --all")
+    result = run_replay(folder, run=run, sample=sample, cache=cache, jobs=jobs)
+    differing = [entry for entry in result.runs if not entry.same_bits]
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
-        print(f"results in {folder}; next: embrm report {folder}")
+        if differing:
+            _table([dataclasses.asdict(entry) for entry in differing])
+        for name, (then, now) in result.environment.items():
+            print(f"environment: {name} was {_cell(then)}, is {_cell(now)}")
+        same = len(result.runs) - len(differing)
+        print(f"{same} of {len(result.runs)} runs have the same bits")
+    beyond = [entry for entry in differing if verify or not entry.within_tolerance]
+    if beyond:
+        rule = "the same bits" if verify else f"the tolerance of {TOLERANCE:g}"
+        raise UserError(
+            f"{len(beyond)} of {len(result.runs)} runs do not replay to {rule}: see above for "
+            "what differs in the environment"
+        )
 
 
 @app.command()

@@ -295,7 +295,7 @@ def test_corrupt_shard(embrm: Callable[..., Outcome], own_cache: Path, spec: Pat
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    refused(embrm("cache", "verify", own_cache), "problem")
+    refused(embrm("cache", "verify", own_cache), "part-00000.parquet is damaged")
     refused(embrm("sweep", spec, "--cache", own_cache, "--jobs", 1), "part-00000.parquet")
 
 
@@ -358,6 +358,27 @@ def test_wrong_sweep_specs(
     refused(embrm("sweep", spec, "--cache", cache), "sweep.toml", *parts)
 
 
+def test_a_cache_with_nothing_to_evaluate_on(
+    embrm: Callable[..., Outcome], model: Path, data: Path, spec: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert embrm(*one_file(model, data / "train.jsonl", out)).code == 0
+    refused(embrm("sweep", spec, "--cache", out), "no split to evaluate on", "--data")
+    spec.write_text("evaluate = []\n" + SWEEP)
+    refused(embrm("sweep", spec, "--cache", out), "evaluate")
+
+
+def test_runs_that_diverge_are_named(
+    embrm: Callable[..., Outcome], cache: Path, spec: Path
+) -> None:
+    spec.write_text(SWEEP + '[[runs]]\nname = "wild"\nlr = 1e30\n')
+    outcome = embrm("sweep", spec, "--cache", cache, "--jobs", 1)
+    assert outcome.code == 0
+    assert "2 of 8 runs diverged" in outcome.out
+    spec.write_text(SWEEP.replace("epochs = 2", "epochs = 2\nlr = 1e30"))
+    refused(embrm("sweep", spec, "--cache", cache, "--jobs", 1), "all 6 runs diverged")
+
+
 def test_report_and_scores_of_nothing(embrm: Callable[..., Outcome], tmp_path: Path) -> None:
     refused(embrm("report", tmp_path), "no sweep results")
     refused(embrm("scores", tmp_path, "abc"), "no sweep results")
@@ -370,7 +391,55 @@ def test_missing_options_and_unknown_commands(embrm: Callable[..., Outcome]) -> 
     assert embrm("extract", "--nonsense").code == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cache", "show", "x" * 300),
+        ("report", "x" * 300),
+        ("sweep", "x" * 300),
+        ("extract", "x" * 5000),
+        ("cache", "show", "/proc"),
+    ],
+)
+def test_paths_that_cannot_be(embrm: Callable[..., Outcome], words: tuple[str, ...]) -> None:
+    refused(embrm(*words))
+
+
+def test_results_that_cannot_be_read(
+    embrm: Callable[..., Outcome], own_cache: Path, tmp_path: Path
+) -> None:
+    (own_cache / "manifest.json").unlink()
+    (own_cache / "manifest.json").mkdir()
+    refused(embrm("cache", "show", own_cache), "manifest.json", "cannot be read")
+    assert "cannot be read" in embrm("cache", "ls", tmp_path, "--json").out
+    refused(embrm("scores", tmp_path, "abc", "--out", tmp_path / "no" / "x.txt"), ".parquet")
+
+
+def test_output_that_cannot_be_written(cache: Path) -> None:
+    command = [sys.executable, "-m", "embrm", "cache", "show", str(cache)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 # Interruption
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6, 1.0, 1.6])
+def test_ctrl_c_while_libraries_load_is_one_line(cache: Path, spec: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "embrm", "sweep", str(spec), "--cache", str(cache)]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    if process.returncode != -signal.SIGINT:  # Python itself was still starting
+        assert process.returncode == 130, err
+        assert err.count("interrupted: ") == 1
+        assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("stage", ["extract", "sweep"])

@@ -27,7 +27,7 @@ from embrm.sweep.grid import SweepSpec, configurations
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
-    ["sweep"], ["report"], ["scores"], ["demo"], ["bench", "cache"],
+    ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"],
 ]  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -81,6 +81,7 @@ def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
     tables = {
         "ledger": pl.DataFrame(rows).with_columns(
             pl.lit("old name").alias("config"),
+            pl.lit("ok").alias("status"),
             pl.lit(value).alias("accuracy@id"),
             pl.lit(value).alias("accuracy@far"),
         ),
@@ -94,6 +95,9 @@ def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
         path = folder / "parts" / part / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(parquet(table))
+    (folder / "weights").mkdir(exist_ok=True)
+    for run_id in run_ids:
+        (folder / "weights" / f"{run_id}.safetensors").touch()
 
 
 SPEC = SweepSpec.parse({"baseline": "a", "runs": [{"name": "a"}, {"name": "b", "bsr": 1}]}, "test")
@@ -107,8 +111,8 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
     assert finished(tmp_path).keys() == {"id-a", "id-b", "id-dropped"}
     write_results(tmp_path, SPEC, [_run("b"), _run("a"), _run("c")], ["id"], HEADER)
     results = open_results(tmp_path)
-    assert results.ledger.columns == ["run_id", "config", "accuracy@id"]
-    assert results.ledger.rows() == [("id-a", "a", 0.25), ("id-b", "b", 0.5)]
+    assert results.ledger.columns == ["run_id", "config", "status", "accuracy@id"]
+    assert results.ledger.rows() == [("id-a", "a", "ok", 0.25), ("id-b", "b", "ok", 0.5)]
     assert results.curves["run_id"].to_list() == ["id-a", "id-b"]
     assert results.prompts.select("run_id", "split").rows() == [("id-a", "id"), ("id-b", "id")]
     assert results.spec == SPEC
@@ -116,6 +120,12 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
     assert results.run("id-a")["config"] == "a"
     with pytest.raises(UserError, match="no run 'id-x' in"):
         results.run("id-x")
+
+
+def test_a_run_without_its_weights_is_not_finished(tmp_path: Path) -> None:
+    _part(tmp_path, "1", ["id-a", "id-b"], 0.5)
+    (tmp_path / "weights" / "id-a.safetensors").unlink()
+    assert finished(tmp_path).keys() == {"id-b"}
 
 
 def test_absent_and_damaged_results_are_one_line(tmp_path: Path) -> None:

@@ -135,6 +135,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"no cache at {folder} (no {NAME}): check the path, or make it with embrm extract"
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check the path and its permissions"
+        ) from None
     try:
         body = json.loads(raw)
         if body["format"] == "embrm-cache" and body["version"] > VERSION:

@@ -21,7 +21,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """Storage types of the states; a vector is its values' little-endian bytes, one after another."""
 
-_VIEW = re.compile(r"last|mean|prenorm|layer:\d+")
+_VIEW = re.compile(r"last|mean|prenorm|layer:(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)

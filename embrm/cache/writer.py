@@ -281,9 +281,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def _first_difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
     """The first field that differs with both values, and the names of the others; "" if equal."""
+    # Digests of the data differ whenever a setting does: they explain least, so they come last.
+    known = sorted(stored.keys() | given.keys(), key=lambda name: (name.startswith("data."), name))
     names = [
         name
-        for name in sorted(stored.keys() | given.keys())
+        for name in known
         if name not in stored or name not in given or stored[name] != given[name]
     ]
     if not names:

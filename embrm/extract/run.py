@@ -42,7 +42,7 @@ from embrm.specs import Spec
 SHARD_ROWS = 2048
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
-_VIEW = re.compile(r"last|mean|prenorm|layer:\d+")
+_VIEW = re.compile(r"last|mean|prenorm|layer:(0|[1-9]\d*)")
 
 
 class ExtractSpec(Spec):

@@ -1,19 +1,7 @@
-"""Running a sweep: packs of runs over worker processes, resumable at any moment.
+"""Running a sweep: packs of runs over worker processes, resumable at any moment."""
 
-Workers compute and return bytes; this process alone writes, under the results folder's lock. A
-worker has one thread and fixed numerics, and a run's bits depend on the run alone, so neither the
-number of workers nor the runs it shared a pack with can be seen in the results.
-"""
-
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +12,17 @@ import torch
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError, nearest
 from embrm.evaluate.accuracy import evaluate_split
-from embrm.files import exclusive, remove_temporaries, write_bytes
-from embrm.progress import Progress, progress
+from embrm.files import exclusive, remove_temporaries
+from embrm.progress import progress
 from embrm.provenance import provenance
 from embrm.specs import read_toml
 from embrm.sweep.grid import Run, Selection, SweepSpec, configurations, runs
 from embrm.sweep.ledger import finished, write_results
-from embrm.sweep.pack import Pack, evaluation_splits, run_pack, select, states_once, to_pairs
+from embrm.sweep.pack import Pack, evaluation_splits, select, states_once, to_pairs
+from embrm.sweep.workers import run_packs, worker_count
 from embrm.train.bank import TrainingData, train
 from embrm.train.heads import SLOTS, HeadSpec, Preprocess, initialise, score
-from embrm.train.numerics import environment, strict
+from embrm.train.numerics import strict
 
 _TIMED_STEPS = 8
 _START_SECONDS = 5.0
@@ -65,7 +54,7 @@ def sweep(
     whatever has finished by then is kept and compacted.
     """
     prepared = _prepare(spec_path, cache)
-    jobs = _jobs(jobs)
+    jobs = worker_count(jobs)
     out = out or spec_path.with_suffix("")
     with exclusive(out):
         remove_temporaries(out)
@@ -77,7 +66,14 @@ def sweep(
             "training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)
         ) as bar:
             try:
-                _execute(prepared, _packs(todo), jobs, out, bar, failures)
+                failures = run_packs(
+                    prepared.cache.folder,
+                    prepared.selection,
+                    _packs(todo),
+                    jobs=jobs,
+                    out=out,
+                    bar=bar,
+                )
             except KeyboardInterrupt:
                 interrupted = True
         header = {
@@ -107,7 +103,7 @@ def plan(
     The estimate times a few minibatches of one pack of each kind, and one evaluation.
     """
     prepared = _prepare(spec_path, cache)
-    jobs = _jobs(jobs)
+    jobs = worker_count(jobs)
     done = finished(out or spec_path.with_suffix(""))
     todo = [run for run in prepared.runs if run.run_id not in done]
     packs = _packs(todo)
@@ -151,6 +147,15 @@ def _prepare(spec_path: Path, cache_folder: Path | None) -> _Prepared:
             f"{where}: validation = {spec.validation:g} keeps no prompt of "
             f"{training['prompt_id'].n_unique()}: raise it, or set validation = 0"
         )
+    for side, pairs in (("training", training), ("validation", validation)):
+        if len(pairs) and not pairs["weight"].sum():
+            raise UserError(f"{where}: every {side} pair has weight 0: give some a weight above 0")
+    others = [split for split in cache.splits if split not in spec.train]
+    if not others:
+        raise UserError(
+            f"{where}: {folder} has no split to evaluate on beside {', '.join(spec.train)}: "
+            "extract one with another --data, or hold out prompts with holdout in its spec"
+        )
     no_margin = training["margin"].null_count()
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
@@ -170,7 +175,6 @@ def _prepare(spec_path: Path, cache_folder: Path | None) -> _Prepared:
                 f"{run}: margin_scale = {asked.margin_scale:g}, but {no_margin} of "
                 f"{len(training)} training pairs have no margin: use margin instead"
             )
-    others = [split for split in cache.splits if split not in spec.train]
     return _Prepared(
         spec=spec,
         cache=cache,
@@ -201,18 +205,6 @@ def _leaked(prepared: _Prepared) -> dict[str, list[str]]:
         if shared:
             found[split] = sorted(shared)
     return found
-
-
-def _jobs(jobs: int | None) -> int:
-    if jobs is None:
-        return (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
-    if jobs < 1:
-        raise UserError(f"jobs = {jobs}: at least one worker is needed")
-    return jobs
 
 
 def _packs(todo: Sequence[Run]) -> list[Pack]:
@@ -276,73 +268,3 @@ def _estimate(prepared: _Prepared, packs: Sequence[Pack], jobs: int) -> float:
     finally:
         torch.set_num_threads(threads)
     return total / min(jobs, max(1, len(packs))) + (_START_SECONDS if packs else 0.0)
-
-
-def _execute(
-    prepared: _Prepared,
-    packs: Sequence[Pack],
-    jobs: int,
-    out: Path,
-    bar: Progress,
-    failures: dict[str, str],
-) -> None:
-    """Run `packs`, writing each as it finishes. A pack that fails is tried again run by run."""
-    if not packs:
-        return
-    context = multiprocessing.get_context("spawn")
-    # The workers watch the other end: it closes when this process lets go of it or dies.
-    watched, lifeline = context.Pipe(duplex=False)
-    waiting: dict[Future[dict[str, bytes]], Pack] = {}
-    with (
-        environment(strict()),
-        ProcessPoolExecutor(min(jobs, len(packs)), context, _start_worker, (watched,)) as pool,
-    ):
-
-        def submit(pack: Pack) -> None:
-            future = pool.submit(run_pack, prepared.cache.folder, prepared.selection, pack)
-            waiting[future] = pack
-
-        try:
-            for pack in packs:
-                submit(pack)
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    pack = waiting.pop(future)
-                    try:
-                        files = future.result()
-                    except BrokenProcessPool:
-                        raise UserError(
-                            "a worker process was killed, perhaps for lack of memory: finished "
-                            "runs are kept; run the same command again with fewer --jobs"
-                        ) from None
-                    except Exception as error:
-                        if len(pack.runs) > 1:
-                            for run in pack.runs:
-                                submit(Pack((run,)))
-                            continue
-                        run = pack.runs[0]
-                        failures[f"{run.name} seed {run.spec.seed}"] = _one_line(error)
-                    else:
-                        for name, content in files.items():
-                            write_bytes(out / name, content)
-                    bar.advance(len(pack.runs))
-        except BaseException:
-            lifeline.close()
-            raise
-    lifeline.close()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-def _start_worker(lifeline: multiprocessing.connection.Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that writes
-    torch.set_num_threads(1)
-
-    def follow() -> None:
-        lifeline.poll(None)
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

@@ -34,7 +34,7 @@ class SweepSpec(Spec):
 
     cache: str | None = None
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
-    evaluate: tuple[str, ...] | None = None
+    evaluate: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Splits the ledger reports; None: all that are not trained on."""
     validation: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the training prompts kept out for early stopping and the temperature."""

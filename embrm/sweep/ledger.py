@@ -28,6 +28,7 @@ import polars as pl
 import safetensors
 import safetensors.torch
 
+from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError, nearest
 from embrm.files import write_bytes
 from embrm.specs import canonical_json
@@ -94,6 +95,25 @@ def open_results(folder: Path) -> Results:
         raise UserError(
             f"{folder / 'sweep.json'} is damaged: run the sweep again, finished runs are kept"
         ) from None
+
+
+def cache_of(results: Results, moved: Path | None) -> Cache:
+    """The cache a sweep was made on: where it was then, or at `moved`.
+
+    Raises: UserError when it is not there, or is another one.
+    """
+    if moved is None and not Path(results.cache).is_dir():
+        raise UserError(
+            f"the sweep's cache was at {results.cache}, as seen from where it ran, and is not "
+            "there: pass --cache"
+        )
+    cache = open_cache(moved or Path(results.cache))
+    if cache.cache_id != results.cache_id:
+        raise UserError(
+            f"{cache.folder} is cache {cache.cache_id}, but the run was trained on "
+            f"{results.cache_id}: pass its cache with --cache"
+        )
+    return cache
 
 
 @dataclass(frozen=True)
@@ -165,12 +185,16 @@ def parquet(table: pl.DataFrame) -> bytes:
 
 
 def finished(folder: Path) -> dict[str, Path]:
-    """Every finished run, whatever spec it was made for: run_id → its part folder."""
-    return {
-        run_id: path.parent
-        for path in sorted(folder.glob("parts/*/ledger.parquet"))
-        for run_id in _read(path)["run_id"]
-    }
+    """Every finished run, whatever spec it was made for: run_id → its part folder.
+
+    A run that ended well but whose weights are gone is not finished.
+    """
+    found = {}
+    for path in sorted(folder.glob("parts/*/ledger.parquet")):
+        for run_id, status in _read(path).select("run_id", "status").rows():
+            if status != "ok" or (folder / "weights" / f"{run_id}.safetensors").is_file():
+                found[run_id] = path.parent
+    return found
 
 
 def write_results(
@@ -213,8 +237,10 @@ def write_results(
 def _read(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(path)
-    except pl.exceptions.PolarsError:
-        raise UserError(f"{path} is damaged: delete it and run the sweep again") from None
+    except (pl.exceptions.PolarsError, OSError):
+        part = path.parent.parent.name == "parts"
+        remedy = f"delete the folder {path.parent} and " if part else ""
+        raise UserError(f"{path} is damaged: {remedy}run the sweep again") from None
 
 
 def _nearest_run(run_id: str, ledger: pl.DataFrame) -> str:

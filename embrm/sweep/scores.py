@@ -4,9 +4,7 @@ from pathlib import Path
 
 import polars as pl
 
-from embrm.cache.reader import open_cache
-from embrm.errors import UserError
-from embrm.sweep.ledger import load_run, open_results
+from embrm.sweep.ledger import cache_of, load_run, open_results
 from embrm.train.heads import score
 
 
@@ -21,12 +19,7 @@ def scores(folder: Path, run_id: str, cache: Path | None = None) -> pl.DataFrame
     Raises: UserError for an unknown run, one without weights, or a cache the run was not made on.
     """
     run = load_run(folder, run_id)
-    source = open_cache(cache or Path(open_results(folder).cache))
-    if source.cache_id != run.cache_id:
-        raise UserError(
-            f"{source.folder} is cache {source.cache_id}, but the run was trained on "
-            f"{run.cache_id}: pass its cache with --cache"
-        )
+    source = cache_of(open_results(folder), cache)
     rewards = score(run.parameters, run.preprocess, source.states(run.spec.state))[0].numpy()
     return source.pairs.select(
         "pair_id",

@@ -1,0 +1,127 @@
+"""Worker processes that train packs: they compute and return bytes, their parent alone writes.
+
+A worker has one thread and fixed numerics, and a run's bits depend on the run alone, so neither the
+number of workers nor the runs it shared a pack with can be seen in the results.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from embrm.errors import UserError
+from embrm.files import write_bytes
+from embrm.progress import Progress
+from embrm.sweep.grid import Selection
+from embrm.sweep.pack import Pack, run_pack
+from embrm.train.numerics import environment, strict
+
+
+def worker_count(jobs: int | None) -> int:
+    """`jobs`, or one worker a usable core. Raises: UserError for less than one."""
+    if jobs is None:
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    if jobs < 1:
+        raise UserError(f"jobs = {jobs}: at least one worker is needed")
+    return jobs
+
+
+def run_packs(
+    cache: Path,
+    selection: Selection,
+    packs: Sequence[Pack],
+    *,
+    jobs: int,
+    out: Path,
+    bar: Progress,
+) -> dict[str, str]:
+    """Run `packs` over `jobs` worker processes, writing each below `out` as it finishes.
+
+    A pack that fails is tried again run by run. Returns the runs that failed, with the reason.
+    Raises: UserError when a worker was killed or the disk is full; what is finished is kept.
+    """
+    failures: dict[str, str] = {}
+    if not packs:
+        return failures
+    context = multiprocessing.get_context("spawn")
+    # The workers watch the other end: it closes when this process lets go of it or dies.
+    watched, lifeline = context.Pipe(duplex=False)
+    waiting: dict[Future[dict[str, bytes]], Pack] = {}
+    with (
+        environment(strict()),
+        ProcessPoolExecutor(min(jobs, len(packs)), context, _start_worker, (watched,)) as pool,
+    ):
+
+        def submit(pack: Pack) -> None:
+            future = pool.submit(run_pack, cache, selection, pack)
+            waiting[future] = pack
+
+        try:
+            with _ignoring_interrupts():  # workers inherit it: Ctrl-C is for this process
+                for pack in packs:
+                    submit(pack)
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    pack = waiting.pop(future)
+                    try:
+                        files = future.result()
+                    except BrokenProcessPool:
+                        raise UserError(
+                            "a worker process was killed, perhaps for lack of memory: finished "
+                            "runs are kept; run the same command again with fewer --jobs"
+                        ) from None
+                    except Exception as error:
+                        if len(pack.runs) > 1:
+                            for run in pack.runs:
+                                submit(Pack((run,)))
+                            continue
+                        run = pack.runs[0]
+                        failures[f"{run.name} seed {run.spec.seed}"] = _one_line(error)
+                    else:
+                        for name, content in files.items():
+                            write_bytes(out / name, content)
+                    bar.advance(len(pack.runs))
+        except BaseException:
+            lifeline.close()
+            raise
+    lifeline.close()
+    return failures
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals, and may say what becomes of them
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(lifeline: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)
+
+    def follow() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
