@@ -18,6 +18,7 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN)/embrm bench cache
+	$(RUN)/embrm bench sweep
 
 docs: $(VENV)/.installed
 	$(RUN)/python tests/test_docs.py

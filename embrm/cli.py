@@ -401,6 +401,21 @@ def bench_cache(as_json: Json = False) -> None:
     print(json.dumps(rows, indent=1)) if as_json else _table(rows)
 
 
+@bench_app.command("sweep")
+def bench_sweep(
+    runs: Annotated[int, typer.Option(help="Linear heads in the bank.", min=1)] = 256,
+    mlp_runs: Annotated[int, typer.Option(help="MLP heads in the bank.", min=1)] = 16,
+    pairs: Annotated[int, typer.Option(help="Training pairs.", min=1)] = 45_000,
+    width: Annotated[int, typer.Option(help="Components of a state.", min=1)] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Compare the bank with loops of single runs, scikit-learn and the published protocol."""
+    from embrm.sweep.bench import measure_training
+
+    rows = measure_training(runs=runs, mlp_runs=mlp_runs, pairs=pairs, width=width)
+    print(json.dumps(rows, indent=1)) if as_json else _table(rows)
+
+
 def _show(value: dict[str, Any], as_json: bool) -> None:
     """A nested mapping as JSON, or as indented lines in the terminal."""
     if as_json:

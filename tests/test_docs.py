@@ -2,7 +2,7 @@
 
 A fenced block's info string says what its commands need:
     ```bash            run by this suite, in the folder of a finished (shrunken) demo
-    ```bash network    needs a hub or a GPU: only its options are checked
+    ```bash network    needs a hub, a GPU or minutes: only its options are checked
     ```bash setup      make targets and installation, run by hand and by CI
 `python tests/test_docs.py` (make docs) rewrites docs/commands.md.
 """
@@ -27,7 +27,7 @@ from embrm.sweep.grid import SweepSpec, configurations
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
-    ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"],
+    ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"], ["bench", "sweep"],
 ]  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
