@@ -319,8 +319,29 @@ def test_identical_rows_without_a_prompt_are_identical_not_promptless(tmp_path: 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([_pair("p", "a", "a")] * 2 + [_pair("", "a", "b")], "2 identical, 1 empty_prompt"),
-        ([_member("p", "a", NAN)], "1 nan_gold"),
+        (
+            [_pair("p", "a", "a")] * 2 + [_pair("", "a", "b")],
+            "2 identical, 1 empty_prompt (first: 'a'); check columns and where",
+        ),
+        (
+            [_member("p", "a", NAN)],
+            "1 nan_gold (first: gold is nan, not a finite float32); check columns and where",
+        ),
+        (
+            [_pair("p", "a", str(n), label="x\n" * 99) for n in range(6)],
+            "6 nan_label (first: label '" + "x\\n" * 19 + "x… is not a number); "
+            'fix that column, or leave it out: columns = { label = "" }',
+        ),
+        (
+            [_pair("p", "a", "b", weight=-1), _pair("p", "a", "c", weight=NAN)],
+            "2 nan_label (first: weight out of range: -1.0 is not at least 0); "
+            'fix that column, or leave it out: columns = { weight = "" }',
+        ),
+        (
+            [_pair("p", "a", "b", label="good"), _pair("p", "a", "a")],
+            "1 nan_label, 1 identical (first: label 'good' is not a number); "
+            "check columns and where",
+        ),
     ],
 )
 def test_nothing_left_is_an_error_with_counts(
@@ -328,7 +349,14 @@ def test_nothing_left_is_an_error_with_counts(
 ) -> None:
     with pytest.raises(UserError) as caught:
         load([_source(tmp_path, rows)])
-    assert f"every row was excluded: {message}; check columns and where" in str(caught.value)
+    assert str(caught.value) == f"{tmp_path.name}/mine.jsonl: every row was excluded: {message}"
+
+
+def test_the_remedy_for_a_column_of_other_labels_works(tmp_path: Path) -> None:
+    rows = [_pair("p", "a", "b", label="good", weight="heavy", margin="wide")]
+    columns = {"label": "", "weight": "", "margin": ""}
+    pairs = load([_source(tmp_path, rows, columns=columns)]).pairs
+    assert pairs.select("margin", "label", "weight").rows() == [(None, 1.0, 1.0)]
 
 
 def test_a_source_given_twice_is_an_error(tmp_path: Path) -> None:
@@ -492,12 +520,19 @@ def test_without_a_pair_its_responses_stay_while_used(tmp_path: Path) -> None:
     assert left.exclusions.rows()[-1][1:] == (1, "train", "truncated_to_identical", "5 tokens")
 
 
-def test_without_nothing_and_without_everything(tmp_path: Path) -> None:
+def test_without_nothing(tmp_path: Path) -> None:
     dataset = _three_sources(tmp_path)
     assert dataset.without().digest() == dataset.digest()
-    every = _reasons("response", [(row, "over_long", "") for row in range(6)])
-    with pytest.raises(UserError, match="every row was excluded: 5 over_long"):
-        dataset.without(every)
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"), [("over_long", "raise max_length"), ("wrong_form", "check the texts")]
+)
+def test_without_everything_is_an_error(tmp_path: Path, reason: str, remedy: str) -> None:
+    every = _reasons("response", [(row, reason, f"{row} tokens") for row in range(6)])
+    with pytest.raises(UserError) as caught:
+        _three_sources(tmp_path).without(every)
+    assert str(caught.value) == f"every row was excluded: 5 {reason} (first: 0 tokens); {remedy}"
 
 
 @one_folder

@@ -91,6 +91,19 @@ def test_known_names_are_found_and_a_mapping_wins(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("cell", ["[" * 200_000, "[" + "1" * 5000 + "]"])
+def test_csv_cells_that_no_decoder_takes_stay_text(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "x.csv").write_text(f"prompt\n{cell}\n")
+    assert read_rows(SourceSpec(path=str(tmp_path / "x.csv"))).columns["prompt"] == [cell]
+
+
+def test_a_field_mapped_to_nothing_is_left_out(tmp_path: Path) -> None:
+    path = str(_write(tmp_path / "x.jsonl", [row | {"split": "a"} for row in ROWS]))
+    table = read_rows(SourceSpec(path=path, columns={"margin": "", "split": ""}))
+    assert sorted(table.columns) == ["chosen", "prompt", "rejected"]
+    assert "where names ''" in _refused(SourceSpec(path=path, where={"": 1}))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_where_keeps_rows_and_their_numbers(tmp_path: Path, suffix: str) -> None:
     rows = [{"chosen": str(n), "turn": n % 2, "clean": n < 3} for n in range(5)]
@@ -120,6 +133,10 @@ def test_where_tells_true_from_one(tmp_path: Path) -> None:
         ("x.csv", 'a,b\n1,2,3\n"', "is not a whole CSV file"),
         ("x.json", "[]", "no rows"),
         ("x.json", "{}", "no rows"),
+        ("x.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", "line 2 is not JSON (Exceeds the limit"),
+        ("x.jsonl", "[" * 200_000, "line 1 is not JSON (maximum recursion depth"),
+        ("x.json", '[{"a": ' + "1" * 5000 + "}]", "is not JSON (Exceeds the limit"),
+        ("x.json", "[" * 200_000, "is not JSON (maximum recursion depth"),
         ("x.json", '{"a": 1}\n{"a": 2}', "name it .jsonl"),
         ("x.json", "3", "holds 3: write a list of objects"),
         ("x.json", '{"a": [1, 2], "b": [1]}', "not lists of one length"),
@@ -243,6 +260,13 @@ def test_all_splits_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert table.rows == [0, 1, 0]
     assert read_rows(SourceSpec(hub="a/b", where={"split": "test"})).columns["chosen"] == ["e"]
+
+
+def test_the_splits_of_a_hub_dataset_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fake_hub(monkeypatch, {"test": _FakePart({"chosen": ["e"], "rejected": ["f"]})})
+    table = read_rows(SourceSpec(hub="a/b", columns={"split": ""}, where={"split": "test"}))
+    assert table.columns == {"chosen": ["e"], "rejected": ["f"]}
+    assert "" not in table.found
 
 
 def test_one_split_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,17 @@ def test_scaling_rewards_and_temperature_together_changes_no_calibrated_metric()
     assert scaled["reward_sd"] == pytest.approx(8 * once["reward_sd"])
 
 
+def test_without_a_temperature_only_the_calibrated_metrics_go() -> None:
+    pairs, members, rewards = random_split(4)
+    lengths = np.arange(300, dtype=np.int32)
+    known, prompts = evaluate_split(pairs, members, lengths, rewards, 1.5)
+    found, same = evaluate_split(pairs, members, lengths, rewards, float("nan"))
+    assert same.equals(prompts)
+    gone = {name for name in known if name.endswith("_calibrated")}
+    assert {name for name, value in found.items() if np.isnan(value)} == gone
+    assert all(found[name] == known[name] for name in known.keys() - gone)
+
+
 def test_same_input_same_bits_and_row_order_only_rounds() -> None:
     pairs, members, rewards = random_split(5)
     lengths = np.ones(300, np.int32)

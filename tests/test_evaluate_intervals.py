@@ -112,6 +112,32 @@ def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
     assert np.mean(widths) < 0.6 * np.mean(unpaired)
 
 
+def test_an_accuracy_interval_stays_within_0_and_1() -> None:
+    """Seeds at 1.0 and 0.7 are drawn around 0.85 by 0.21: past the end without a bound."""
+    wins = np.tile([10.0, 7.0, 3.0, 0.0], (9, 1))
+    runs = seeds(["good", "good", "bad", "bad"], [0, 1, 0, 1])
+    found = replicate(sums(wins, np.full(9, 10)), [f"run{run}" for run in range(4)], "accuracy")
+    for result in (found, mean([found, found])):
+        bad, good = compare(result, runs, "bad").rows(named=True)
+        assert (good["high"], bad["low"]) == (1, 0)
+        assert 0 < bad["high"] < good["low"] < 1
+    good = compare(Replicates(found.estimates, found.draws, 9), runs, None).row(1, named=True)
+    assert good["high"] == pytest.approx(0.85 + 0.15 * np.sqrt(2))
+
+
+def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
+    tau = {"run0": 0.9, "run1": -0.9, "run2": -0.9, "run3": 0.9}
+    frame = sums(np.zeros((9, 4)), np.zeros(9)).with_columns(
+        tau=pl.col("run_id").replace_strict(tau, return_dtype=pl.Float64)
+    )
+    table = compare(
+        replicate(frame, list(tau), "tau"), seeds(["a"] * 2 + ["b"] * 2, [0, 1] * 2), "b"
+    )
+    row = table.row(0, named=True)
+    assert (row["low"], row["high"]) == (-1, 1)
+    assert row["difference_low"] < -2 < 2 < row["difference_high"]
+
+
 def test_baseline_and_missing_seeds() -> None:
     generator = np.random.default_rng(2)
     result = replicate(

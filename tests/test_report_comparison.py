@@ -98,6 +98,31 @@ def test_rank_by_groups_uses_tau() -> None:
     assert comparison.scores.filter(split="groups")["prompts"].unique().to_list() == [19]
 
 
+def with_one_prompt(*splits: str) -> pl.DataFrame:
+    small = pl.col("split").is_in(splits) & (pl.col("prompt_id") != pl.col("split") + " 7")
+    return SWEEP.prompts.filter(~small)
+
+
+def test_a_split_of_one_prompt_does_not_rank_where_others_can() -> None:
+    comparison = compared(prompts=with_one_prompt("ood/maths"))
+    assert comparison.ranked_splits == ("id", "ood/chat_hard")
+    assert comparison.unranked_splits == ("ood/maths",)
+    without = compared(splits=("id", "ood/chat_hard"))
+    assert without.unranked_splits == ()
+    assert comparison.ranking.equals(without.ranking)
+    assert comparison.ranking["low"].null_count() == 0
+    assert "ood/maths" in comparison.scores["split"]
+
+
+def test_splits_of_one_prompt_rank_where_there_is_nothing_else() -> None:
+    both = ("ood/chat_hard", "ood/maths")
+    comparison = compared(prompts=with_one_prompt(*both), rank_by="ood")
+    assert comparison.ranked_splits == both
+    assert comparison.unranked_splits == ()
+    assert comparison.ranking["estimate"].null_count() == 0
+    assert comparison.ranking["low"].is_null().all()
+
+
 def test_splits_named_train_do_not_rank() -> None:
     renamed = SWEEP.prompts.with_columns(pl.col("split").replace("id", "train/seen"))
     comparison = compared(prompts=renamed, splits=("train/seen", *SPLITS[1:]))
@@ -135,6 +160,17 @@ def test_measures_are_means_over_the_seeds_that_finished() -> None:
     assert measures.columns == ["split", "name", *MEASURES]
     assert measures.filter(split="id", name="bad")["nll"].item() == 0.5  # seeds 0 and 1 of 0, 1, 2
     assert measures.filter(split="groups")["nll"].is_null().all()
+
+
+def test_a_measure_that_one_seed_lacks_is_no_mean_over_the_others() -> None:
+    lacking = (pl.col("config") == "bt") & (pl.col("seed") == 1)
+    ledger = SWEEP.ledger.with_columns(
+        pl.when(~lacking).then("nll_calibrated@id").alias("nll_calibrated@id")
+    )
+    measures = compared(ledger=ledger).measures.filter(split="id")
+    missing = measures.filter(pl.col("nll_calibrated").is_null())["name"].to_list()
+    assert missing == ["bt"]
+    assert measures["nll"].null_count() == 0
 
 
 def test_leak_free_accuracy_leaves_the_leaked_prompts_out() -> None:
@@ -179,6 +215,24 @@ def test_order_of_rows_does_not_matter(comparison: Comparison) -> None:
         ({"rank_by": "ood/math"}, "rank_by = 'ood/math' .* did you mean 'ood/maths'"),
         ({"baseline": "btt"}, "baseline = 'btt' .* did you mean 'bt'"),
         ({"prompts": SWEEP.prompts.head(0)}, "small has no finished runs"),
+        (
+            {
+                "prompts": SWEEP.prompts.head(0),
+                "ledger": SWEEP.ledger.with_columns(status=pl.lit("diverged")),
+            },
+            "^small: all 12 runs diverged: lower lr$",
+        ),
+        (
+            {
+                "prompts": SWEEP.prompts.filter(~pl.col("run_id").str.starts_with("bt")),
+                "ledger": SWEEP.ledger.with_columns(
+                    status=pl.when(pl.col("config") == "bt")
+                    .then(pl.lit("diverged"))
+                    .otherwise("status")
+                ),
+            },
+            "^baseline 'bt' diverged in every seed: name another with --baseline$",
+        ),
     ],
 )
 def test_wrong_names_are_one_line(changes: dict[str, object], message: str) -> None:

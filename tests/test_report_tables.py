@@ -130,6 +130,61 @@ def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
     assert "\x1b" not in markdown(subsets) + shown(subsets)
 
 
+def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
+    small = (pl.col("split") == "ood/maths") & (pl.col("prompt_id") != "ood/maths 7")
+    prompts = SWEEP.prompts.filter(~small)
+    one = compare_runs("one", SWEEP.ledger, prompts, SPLITS, "bt")
+    ranking = main_tables(one, 9)[0]
+    assert ranking.title.endswith("mean over id, ood/chat_hard")
+    assert "Left out of the mean, fewer than 2 prompts: ood/maths." in ranking.note
+    assert "95 % intervals" in ranking.note
+    alone = main_tables(compare_runs("alone", SWEEP.ledger, prompts, ["ood/maths"], "bt"), 9)[0]
+    assert "No intervals: too few prompts" in alone.note
+    assert "95 %" not in alone.note
+    assert "Left out" not in alone.note
+    assert "Left out" not in main_tables(COMPARISON, 9)[0].note
+
+
+def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
+    empty = SWEEP.prompts.filter(split="groups").with_columns(
+        pl.lit("empty").alias("split"), tau=pl.lit(None, dtype=pl.Float64)
+    )
+    prompts = pl.concat([SWEEP.prompts, empty])
+    comparison = compare_runs("empty", SWEEP.ledger, prompts, (*SPLITS, "empty"), "bt")
+    tables = {table.title: table for table in main_tables(comparison, 9)}
+    assert tables["Evaluation splits"].rows[-1] == ("empty", "0", "0", "n/a", "0")
+
+
+def calibration_without(temperature: pl.Expr) -> Table:
+    """The calibration table when the runs selected have no temperature."""
+    calibrated = pl.col("^.*_calibrated@.*$")
+    ledger = SWEEP.ledger.with_columns(pl.when(~temperature).then(calibrated))
+    comparison = compare_runs("cold", ledger, SWEEP.prompts, SPLITS, "bt")
+    return next(t for t in main_tables(comparison, 9) if t.title.startswith("Calibration"))
+
+
+def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
+    def at_t(table: Table) -> dict[str, set[str]]:
+        columns = [index for index, name in enumerate(table.columns) if name.endswith(" at T")]
+        assert len(columns) == 3
+        return {row[0]: {row[index] for index in columns} for row in table.rows}
+
+    fitted, none_fits = "fitted on the validation pairs.", "n/a at T: there are no validation pairs"
+    all_known = calibration_without(pl.lit(False))
+    assert set.union(*at_t(all_known).values()) == {"0.250"}
+    assert fitted in all_known.note
+    assert none_fits not in all_known.note
+    some = calibration_without(pl.col("config") == "bad")
+    assert at_t(some)["bad"] == {"n/a"}
+    assert at_t(some)["bt"] == {"0.250"}
+    assert fitted in some.note
+    assert none_fits in some.note
+    none = calibration_without(pl.lit(True))
+    assert set.union(*at_t(none).values()) == {"n/a"}
+    assert fitted not in none.note
+    assert none_fits in none.note
+
+
 def test_leaks_are_counted() -> None:
     leaked = {"id": ["id 1", "id 2"]}
     comparison = compare_runs("leaky", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt", leaked=leaked)

@@ -68,7 +68,11 @@ class Dataset:
         members_left, members_lost = _divide(self.members, [("response", gone)])
         lost = pl.concat([pairs_lost, members_lost])
         if pairs_left.is_empty() and members_left.is_empty():
-            raise UserError(f"every row was excluded: {counts(lost['reason'])}")
+            by_length = set(lost["reason"]) <= {"over_long", "truncated_to_identical"}
+            raise UserError(
+                f"every row was excluded: {counts(lost['reason'], lost['detail'].to_list())}; "
+                + ("raise max_length" if by_length else "check the texts")
+            )
         used = pl.concat(
             [pairs_left["chosen"], pairs_left["rejected"], members_left["response"]]
         ).unique()

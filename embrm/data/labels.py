@@ -12,7 +12,8 @@ _LARGEST = 3.4e38
 def pair_numbers(columns: Columns, index: int) -> tuple[float | None, float, float]:
     """margin (None where unknown), label and weight (1 without such a column) of a row.
 
-    Raises: RowError with missing_value, or nan_label for what is no number or out of range.
+    Raises: RowError with missing_value, or nan_label for what is no number or out of range. Its
+    detail begins with the field's name.
     """
     margin = (
         number(columns["margin"][index], "margin", "nan_label") if "margin" in columns else None

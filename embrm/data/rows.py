@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,8 +46,14 @@ def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
         source.add(index, splits[index])
     source.pair_groups()
     if before == [len(part["row"]) for part in (collector.pairs, collector.members)]:
-        reasons = counts(collector.exclusions["reason"][excluded:])
-        raise UserError(f"{spec.name}: every row was excluded: {reasons}; check columns and where")
+        reasons, details = (collector.exclusions[key][excluded:] for key in ("reason", "detail"))
+        remedy = "check columns and where"
+        if set(reasons) == {"nan_label"}:
+            column = details[0].split()[0]  # such a detail begins with the field: see labels
+            remedy = f'fix that column, or leave it out: columns = {{ {column} = "" }}'
+        raise UserError(
+            f"{spec.name}: every row was excluded: {counts(reasons, details)}; {remedy}"
+        )
     return _rules(spec, source.form, len(table.rows))
 
 
@@ -233,6 +239,10 @@ def _rules(spec: SourceSpec, form: Form, rows: int) -> dict[str, Any]:
     return rules
 
 
-def counts(reasons: Iterable[str]) -> str:
-    """ "3 identical, 2 empty_response", most frequent first."""
-    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+def counts(reasons: Iterable[str], details: Sequence[str]) -> str:
+    """ "3 identical, 2 empty_response (first: 'yes')", most frequent first.
+
+    Details quote the data by `quoted`, so they may be shown.
+    """
+    counted = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
+    return f"{counted} (first: {details[0]})"

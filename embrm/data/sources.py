@@ -52,7 +52,8 @@ class SourceSpec(Spec):
     split: str | None = Field(default=None, min_length=1)
     """The split its rows go to; else the file's split column, else hub split or file stem."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Canonical field -> column of the file, for other names than those in `FIELDS`."""
+    """Canonical field -> column of the file, for other names than those in `FIELDS`.
+    "" leaves the field out, also where the file has a column of a known name for it."""
     where: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Keep only the rows whose columns (names of the file) have these values."""
     limit: int | None = Field(default=None, ge=1)
@@ -159,16 +160,16 @@ def read_rows(spec: SourceSpec) -> Table:
 
 def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
     """Canonical field -> column, by the mapping first, then by known names."""
-    for column in [*spec.columns.values(), *spec.where]:
+    used = {field: column for field, column in spec.columns.items() if column}
+    for column in [*used.values(), *spec.where]:
         if column not in found:
             key = "where" if column in spec.where else "columns"
             raise UserError(
                 f"{spec.name}: {key} names {quoted(column)}, which is not a column: "
                 f"{nearest(column, [name for name in found if name.isprintable()][:50])}"
             )
-    used = dict(spec.columns)
     for field, names in FIELDS.items():
-        if field not in used:
+        if field not in spec.columns:
             known = next((name for name in names if name in found), None)
             if known is not None and known not in spec.columns.values():
                 used[field] = known
@@ -200,7 +201,7 @@ def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
         ) from None
     parts = {spec.hub_split: loaded} if spec.hub_split else dict(loaded)
     names = list(dict.fromkeys(name for part in parts.values() for name in part.column_names))
-    split_column = spec.columns.get("split", "split")
+    split_column = spec.columns.get("split") or "split"
     chosen = choose(names if split_column in names else [*names, split_column])
     columns: Columns = {name: [] for name in chosen}
     rows: list[int] = []

@@ -66,7 +66,7 @@ def _decoded_cells(cells: list[Any]) -> list[Any]:
         return cells
     try:
         return [json.loads(cell) for cell in cells]
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return cells
 
 
@@ -78,20 +78,23 @@ def _read_jsonl(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also endless numbers and nesting
+                # The decoder counts lines too, within this one.
+                why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
                 raise UserError(
-                    f"{path}: line {number + 1} is not JSON ({error.msg}): fix or remove it"
+                    f"{path}: line {number + 1} is not JSON ({why}): fix or remove it"
                 ) from None
             rows.append(number)
     return _columns_of(path, records, choose), rows
 
 
 def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not JSON ({error.msg} in line {error.lineno}): "
+            f"{path} is not JSON ({first_line(error)}): "
             "if it holds one object a line, name it .jsonl"
         ) from None
     if isinstance(content, list):

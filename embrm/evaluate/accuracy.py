@@ -40,7 +40,8 @@ def evaluate_split(
 
     pairs: chosen, rejected (rows of `rewards`), prompt_id, subset, label, weight.
     members: response (row of `rewards`), prompt_id, subset, gold.
-    n_response: response tokens, int32 [responses]; temperature: fitted on other pairs.
+    n_response: response tokens, int32 [responses]; temperature: fitted on other pairs, NaN where
+    none fits.
 
     With Δ = r_chosen - r_rejected and q = label, the probability that chosen is better, a pair
     adds, times its weight:
@@ -134,7 +135,8 @@ def _agreement(margins: Floats, label: Floats) -> Floats:
 
 def _nll(margins: Floats, label: Floats) -> Floats:
     # -logsigmoid(x) = log(1 + e^-x), and logsigmoid(-x) = logsigmoid(x) - x
-    return np.logaddexp(0.0, -margins) + (1 - label) * margins
+    with np.errstate(invalid="ignore"):  # margins are NaN where there is no temperature
+        return np.logaddexp(0.0, -margins) + (1 - label) * margins
 
 
 def _brier(margins: Floats, label: Floats) -> Floats:

@@ -21,19 +21,20 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
     The loss is convex in 1/T, so the root of its derivative, sought on a log scale by Brent's
     method, is the one minimum. T scales with the margins: fit(cΔ) = c·fit(Δ).
 
-    Degenerate cases have no finite minimum and stop at the edge of the search, a factor 1,000
-    from the root mean square margin: every pair right gives the smallest T (more confidence is
-    always better), no better than chance the largest. All margins zero, or no pairs, give 1.
+    NaN where nothing can be fitted: no pairs, or all margins zero; every pair right (the smaller
+    T the better, which says nothing about other pairs); no better than chance (the larger T the
+    better). The last two are told by a minimum outside the search, a factor 1,000 from the root
+    mean square margin.
     """
     margins = np.asarray(margins, dtype=np.float64)
     weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
     peak = float(np.abs(margins).max(initial=0.0))
     if peak == 0 or not weights.any():
-        return 1.0
+        return float("nan")
     scaled = margins / peak  # squares of tiny margins would underflow
     scale = float(np.sqrt(np.average(np.square(scaled), weights=weights)))
     if scale == 0:  # every pair with a margin has weight zero
-        return 1.0
+        return float("nan")
     scaled /= scale
 
     def slope(log_temperature: float) -> float:
@@ -41,12 +42,9 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
         return float(weights @ (scaled * expit(-scaled * np.exp(-log_temperature))))
 
     edge = float(np.log(_SEARCH_FACTOR))
-    if slope(-edge) >= 0:
-        log_temperature = -edge
-    elif slope(edge) <= 0:
-        log_temperature = edge
-    else:
-        log_temperature = float(brentq(slope, -edge, edge, xtol=1e-10))
+    if slope(-edge) >= 0 or slope(edge) <= 0:
+        return float("nan")
+    log_temperature = float(brentq(slope, -edge, edge, xtol=1e-10))
     return float(np.exp(log_temperature) * scale * peak)
 
 
@@ -57,12 +55,12 @@ def expected_calibration_error(
 
     Confidence is max(p, 1 - p) with p = sigmoid(Δ/temperature), in `bins` equal widths of
     [0.5, 1]. A pair is correct when Δ > 0; a tie has confidence ½ and counts as half correct,
-    what a coin toss would earn, so it lies on the diagonal. NaN without pairs.
+    what a coin toss would earn, so it lies on the diagonal. NaN without pairs or temperature.
     """
     margins = np.asarray(margins, dtype=np.float64)
     weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
     total = float(weights.sum())
-    if total == 0:
+    if total == 0 or np.isnan(temperature):
         return float("nan")
     confidence = expit(np.abs(margins) / temperature)
     correct = np.where(margins == 0, 0.5, margins > 0)

@@ -43,6 +43,10 @@ _RATIOS: dict[str, tuple[pl.Expr, pl.Expr]] = {
     "tau": (pl.col("tau").fill_null(0.0), pl.col("tau").is_not_null().cast(pl.Float64)),
 }
 
+_UNBOUNDED = (-np.inf, np.inf)
+_BOUNDS = {"accuracy": (0.0, 1.0), "length_accuracy": (0.0, 1.0), "tau": (-1.0, 1.0)}
+"""Lowest and highest value of a metric: draws of seeds added to draws of prompts can pass them."""
+
 _COMPARISON: dict[str, pl.DataType] = {
     "name": pl.String(),
     "seeds": pl.Int64(),
@@ -65,12 +69,14 @@ class Replicates:
     """A metric of every run, observed and resampled over prompts.
 
     estimates: float64 [runs]; draws: float64 [replicates, runs]; prompts: how many were
-    resampled. NaN where a denominator is zero.
+    resampled; bounds: lowest and highest value the metric can have. NaN where a denominator is
+    zero.
     """
 
     estimates: Floats
     draws: Floats
     prompts: int
+    bounds: tuple[float, float] = _UNBOUNDED
 
 
 def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> NDArray[np.uint8]:
@@ -116,16 +122,18 @@ def replicate(
             estimates=above.sum(axis=0) / below.sum(axis=0),
             draws=(weights @ _fixed_point(above)) / (weights @ _fixed_point(below)),
             prompts=len(above),
+            bounds=_BOUNDS.get(metric, _UNBOUNDED),
         )
 
 
 def mean(parts: Iterable[Replicates]) -> Replicates:
-    """The unweighted mean of metrics, for instance of the accuracy over several splits."""
+    """The unweighted mean of one metric over several splits."""
     parts = list(parts)
     return Replicates(
         estimates=np.mean([part.estimates for part in parts], axis=0),
         draws=np.mean([part.draws for part in parts], axis=0),
         prompts=min(part.prompts for part in parts),
+        bounds=parts[0].bounds,
     )
 
 
@@ -135,7 +143,8 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
     runs: name (of the configuration) and seed, one row per column of `replicates`.
 
     Returns one row per configuration, sorted by name:
-        name, seeds, estimate, low, high: the mean over the seeds and its interval;
+        name, seeds, estimate, low, high: the mean over the seeds and its interval, cut at the
+            metric's bounds;
         difference, difference_low, difference_high: configuration minus baseline, over the
             seeds both have (common_seeds of them);
         p: two-sided, from the difference over the standard deviation of its replicates (counting
@@ -168,8 +177,8 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
                 "name": name,
                 "seeds": len(own),
                 "estimate": estimate,
-                "low": low,
-                "high": high,
+                "low": float(np.clip(low, *replicates.bounds)),
+                "high": float(np.clip(high, *replicates.bounds)),
                 "common_seeds": len(common),
                 "difference": difference,
                 "difference_low": difference_low,

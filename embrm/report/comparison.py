@@ -25,11 +25,11 @@ _DETAILED = 4
 class Comparison:
     """Everything the report says about a sweep. Shares and rewards are plain floats.
 
-    ranked_by: a split, or "mean"; ranked_splits: the splits it covers; metric: accuracy, or tau
-    where only groups exist.
+    ranked_by: a split, or "mean"; ranked_splits: the splits it covers; unranked_splits: those it
+    would cover if they had two prompts; metric: accuracy, or tau where only groups exist.
     ranking: rank and the columns of `intervals.compare`, best first.
     scores: split, metric, prompts and the columns of `intervals.compare`.
-    measures: split, name and `MEASURES`, means over seeds.
+    measures: split, name and `MEASURES`, means over seeds, null unless every seed has a value.
     subsets: split, subset, prompts and the columns of `intervals.compare`, top configurations.
     lengths: split, pairs, prompts, and accuracy of "longer is better" (estimate, low, high).
     leak_free: split, removed, prompts and the columns of `intervals.compare`, without the prompts
@@ -43,6 +43,7 @@ class Comparison:
     splits: tuple[str, ...]
     ranked_by: str
     ranked_splits: tuple[str, ...]
+    unranked_splits: tuple[str, ...]
     metric: str
     ranking: pl.DataFrame
     scores: pl.DataFrame
@@ -72,7 +73,8 @@ def compare_runs(
         for the mean over the splits whose names do not start with "train".
     leaked: per split, the ids of its prompts that occur in training.
 
-    Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing.
+    Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing, or
+    `baseline` diverged in every seed.
     """
     ledger = ledger.rename({"config": "name"})
     runs = (
@@ -81,8 +83,15 @@ def compare_runs(
         .sort("name", "seed", "run_id")
     )
     if runs.is_empty():
+        if not ledger.is_empty() and (ledger["status"] == "diverged").all():
+            raise UserError(f"{title}: all {ledger.height} runs diverged: lower lr")
         raise UserError(f"{title} has no finished runs: run the sweep first")
     if baseline is not None and baseline not in runs["name"]:
+        status = ledger.filter(pl.col("name") == baseline)["status"]
+        if not status.is_empty() and (status == "diverged").all():
+            raise UserError(
+                f"baseline {baseline!r} diverged in every seed: name another with --baseline"
+            )
         raise UserError(
             f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
         )
@@ -97,7 +106,7 @@ def compare_runs(
         for split, part in parts.items()
         for metric in _metrics(part)
     }
-    ranked_splits, metric = _ranked(rank_by, list(parts), resampled)
+    ranked_splits, unranked_splits, metric = _ranked(rank_by, list(parts), resampled)
     ranking = compare(mean(resampled[split, metric] for split in ranked_splits), runs, baseline)
     ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
     ranking = ranking.select(
@@ -142,6 +151,7 @@ def compare_runs(
         splits=tuple(parts),
         ranked_by=rank_by or MEAN,
         ranked_splits=ranked_splits,
+        unranked_splits=unranked_splits,
         metric=metric,
         ranking=ranking,
         scores=pl.concat(scores),
@@ -174,8 +184,11 @@ def _metrics(part: pl.DataFrame) -> list[str]:
 
 def _ranked(
     rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
-) -> tuple[tuple[str, ...], str]:
-    """The splits that the ranking averages over, and their metric."""
+) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """The splits that the ranking averages over, those too small for it, and their metric.
+
+    A split with one prompt has no interval, and the mean would have none either.
+    """
     wanted = splits
     if rank_by is not None:
         wanted = [name for name in splits if name == rank_by or name.startswith(f"{rank_by}/")]
@@ -186,9 +199,10 @@ def _ranked(
     if rank_by is None and any(not split.startswith("train") for split in splits):
         wanted = [split for split in splits if not split.startswith("train")]
     for metric in ("accuracy", "tau"):
-        having = tuple(split for split in wanted if (split, metric) in resampled)
+        having = [split for split in wanted if (split, metric) in resampled]
+        large = [split for split in having if resampled[split, metric].prompts > 1] or having
         if having:
-            return having, metric
+            return tuple(large), tuple(split for split in having if split not in large), metric
     raise UserError(f"nothing to rank by in {', '.join(wanted)}: neither pairs nor groups there")
 
 
@@ -232,10 +246,13 @@ def _length(split: str, part: pl.DataFrame, run_ids: list[str]) -> pl.DataFrame:
 
 
 def _measures(ledger: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
+    def mean_over_seeds(column: str) -> pl.Expr:
+        return pl.when(pl.col(column).null_count() == 0).then(pl.col(column).mean())
+
     return pl.concat(
         ledger.group_by("name")
         .agg(
-            pl.col(f"{metric}@{split}").mean().alias(metric)
+            mean_over_seeds(f"{metric}@{split}").alias(metric)
             if f"{metric}@{split}" in ledger.columns
             else pl.lit(None, dtype=pl.Float64).alias(metric)
             for metric in MEASURES

@@ -16,6 +16,13 @@ _ACROSS = 8
 
 _MISSING = "n/a"
 
+_TEMPERATURE = {
+    True: "at T: margins divided by the temperature fitted on the validation pairs.",
+    False: "n/a at T: there are no validation pairs to fit a temperature on, or a seed ranks all "
+    "of them right, or no more than chance would, and then none fits.",
+}
+"""Notes on the calibration of runs with a temperature and without."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -135,14 +142,20 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
         else comparison.ranked_by
     )
     hidden = comparison.ranking.height - len(shown)
-    notes = [
-        "Square brackets: 95 % intervals, bootstrap over prompts and seeds.",
-        "Up or down triangle: the interval of the paired difference excludes 0.",
-        "Holm p: adjusted for all configurations compared; trust it before the triangles.",
-        "The best of many is partly lucky: confirm it on prompts not used to choose it.",
-    ]
+    if comparison.ranking["low"].is_null().all():
+        notes = ["No intervals: too few prompts to resample."]
+    else:
+        notes = [
+            "Square brackets: 95 % intervals, bootstrap over prompts and seeds.",
+            "Up or down triangle: the interval of the paired difference excludes 0.",
+            "Holm p: adjusted for all configurations compared; trust it before the triangles.",
+        ]
+    notes.append("The best of many is partly lucky: confirm it on prompts not used to choose it.")
+    if comparison.unranked_splits:
+        left_out = ", ".join(comparison.unranked_splits)
+        notes.append(f"Left out of the mean, fewer than 2 prompts: {left_out}.")
     if (comparison.ranking["seeds"] == 1).any():
-        notes.append("* one seed: the interval covers prompts only.")
+        notes.append("* one seed: variance between seeds is not covered.")
     if hidden:
         notes.append(f"{hidden} more configurations in report.json.")
     notes += [
@@ -175,7 +188,7 @@ def _splits(comparison: Comparison) -> Table:
             (
                 split,
                 f"{length['pairs']:,.0f}" if length else "0",
-                str(length["prompts"] if length else scores["prompts"].max()),
+                str(length["prompts"] if length else scores["prompts"].max() or 0),
                 f"{_value(length['estimate'], 'accuracy')} "
                 f"{_range(length['low'], length['high'], 'accuracy')}"
                 if length
@@ -261,9 +274,12 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
         "ties %": "ties",
     }
     rows = []
+    fitted = set()
     for name in shown:
         own = measures.filter(pl.col("name") == name)
         values = {metric: _mean(own[metric]) for metric in columns.values()}
+        if values["nll"] is not None:
+            fitted.add(values["nll_calibrated"] is not None)
         rows.append(
             (
                 name,
@@ -278,7 +294,7 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
         f"Calibration: {where}",
         ("configuration", *columns),
         tuple(rows),
-        "at T: margins divided by the temperature fitted on the validation pairs.",
+        " ".join(_TEMPERATURE[known] for known in (True, False) if known in fitted),
     )
 
 
