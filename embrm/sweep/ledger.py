@@ -13,7 +13,7 @@ Ledger columns: run_id, config_id, config, seed, cache_id, status ("ok" or "dive
 diverged_epoch, state, head, loss, spec (canonical JSON), bsr_effective (λ·B_ref), train_pairs,
 validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validation_accuracy,
 temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
-`accuracy@ood/hhh`. Undefined numbers are null, never NaN.
+`accuracy@ood/hhh`. Undefined numbers are null, never NaN: the temperature too, where none fits.
 """
 
 import hashlib
