@@ -100,7 +100,9 @@ def extract(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="[SPLIT=]PATH_OR_HUB_ID of preference data; repeat for more."),
+        typer.Option(
+            help="[SPLIT=]PATH_OR_HUB_ID of preference data; repeat for more. Replaces the spec's."
+        ),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="auto, chat or plain [default: auto].")
@@ -116,8 +118,8 @@ def extract(
         str | None, typer.Option(help="float32, bfloat16 or float16 [default: float32].")
     ] = None,
     states: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated: last, mean, prenorm, layer:K [default: last]."),
+        list[str] | None,
+        typer.Option(help="last, mean, prenorm, layer:K; with commas or repeated [last]."),
     ] = None,
     token_rows: Annotated[
         int | None, typer.Option(help="Sampled response positions a row [default: 0].")
@@ -125,7 +127,8 @@ def extract(
     top_k: Annotated[int | None, typer.Option(help="Logits kept a token row [32].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the position sampling [0].")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="First N pairs (prompts, for groups) of every split.")
+        int | None,
+        typer.Option(help="First N rows (groups: prompts) of a split, before exclusions."),
     ] = None,
     pad_token: Annotated[
         str | None, typer.Option(help="Padding token, for a tokenizer without one.")
@@ -164,7 +167,7 @@ def extract(
         "max_length": max_length,
         "truncation": truncation,
         "dtype": dtype,
-        "states": [view.strip() for view in states.split(",")] if states else None,
+        "states": [view.strip() for view in ",".join(states).split(",")] if states else None,
         "token_rows": token_rows,
         "top_k": top_k,
         "seed": seed,
@@ -184,6 +187,8 @@ def extract(
         raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
     run_extract(parsed, folder, device=device, batch_tokens=batch_tokens)
     cache_show(folder, as_json=as_json)
+    if not as_json:
+        print(f"next: embrm sweep SPEC.toml --cache {folder}")
 
 
 @cache_app.command("ls")
@@ -204,11 +209,24 @@ def cache_ls(
 
 
 @cache_app.command("show")
-def cache_show(folder: CacheFolder, as_json: Json = False) -> None:
-    """Show a cache's identity, splits, exclusions, leaks and size."""
-    from embrm.cache.listing import describe
+def cache_show(
+    folder: CacheFolder,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Identity, environment and spec too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a cache's splits, exclusions, leaks and size."""
+    from embrm.cache.listing import describe, splits
 
-    _show(describe(folder), as_json)
+    described = describe(folder)
+    if as_json or everything:
+        _show(described, as_json)
+        return
+    words = ("name", "state", "cache_id", "model", "dtype", "width", "views", "responses",
+             "token_rows", "bytes")  # fmt: skip
+    _lines({word: described[word] for word in words}, "")
+    _table(splits(folder))
 
 
 @cache_app.command("verify")
@@ -237,7 +255,15 @@ def cache_probe(
     from embrm.extract.probe import probe
 
     result = probe(folder, sample=sample, device=device)
-    _show(dataclasses.asdict(result), as_json)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))
+    else:
+        _table([dataclasses.asdict(entry) for entry in result.deviations])
+        changed = max(entry.orders_changed for entry in result.deviations)
+        print(
+            f"{result.responses} responses, {result.pairs} pairs: order changed in {changed}; "
+            f"relative tolerance of {result.dtype}: {result.tolerance:g}"
+        )
     if not result.within_tolerance:
         raise UserError(f"{folder}: states or S differ by more than the tolerance: see above")
 
@@ -283,7 +309,7 @@ def sweep(
 @app.command()
 def replay(
     folder: SweepFolder,
-    run: Annotated[str | None, typer.Option(help="This run alone.")] = None,
+    run: Annotated[str | None, typer.Option(help="Run id or CONFIGURATION@SEED.")] = None,
     sample: Annotated[int | None, typer.Option(help="So many runs, evenly spaced.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All runs.")] = False,
     verify: Annotated[
@@ -331,7 +357,7 @@ def report(
     ] = None,
     top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the files [default: the sweep's].")
+        Path | None, typer.Option(help="Folder to (over)write report and figures in [the sweep's].")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -357,7 +383,9 @@ def report(
 @app.command()
 def scores(
     folder: SweepFolder,
-    run: Annotated[str, typer.Argument(help="Run id, from the ledger or the report.")],
+    run: Annotated[
+        str, typer.Argument(help="Run id, the beginning of one, or CONFIGURATION@SEED.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="A .parquet, .jsonl or .csv file [default: print JSON].")
     ] = None,

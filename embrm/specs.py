@@ -14,7 +14,9 @@ from embrm.errors import UserError, nearest
 class Spec(BaseModel):
     """Base of every spec: immutable, unknown keys refused, NaN refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str) -> Self:

@@ -4,31 +4,46 @@ A fenced block's info string says what its commands need:
     ```bash            run by this suite, in the folder of a finished (shrunken) demo
     ```bash network    needs a hub, a GPU or minutes: only its options are checked
     ```bash setup      make targets and installation, run by hand and by CI
-`python tests/test_docs.py` (make docs) rewrites docs/commands.md.
+`python tests/test_docs.py` (make docs) rewrites docs/commands.md and docs/specs.md.
 """
 
 import contextlib
+import json
 import re
 import shlex
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from test_demo_run import RECIPE, SMALL_SWEEP, WORLD
 from typer.testing import CliRunner
 
 from embrm.cli import app, main
+from embrm.data.groups import PairRule
+from embrm.data.sources import SourceSpec
+from embrm.data.splits import Holdout
 from embrm.demo.run import demo
 from embrm.extract.run import ExtractSpec, plan
-from embrm.specs import read_toml
-from embrm.sweep.grid import SweepSpec, configurations
+from embrm.specs import Spec, read_toml
+from embrm.sweep.grid import RunSpec, SweepSpec, configurations
+from embrm.train.heads import HeadSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
     ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"], ["bench", "sweep"],
 ]  # fmt: skip
+SPECS = {
+    "Extraction": ExtractSpec,
+    "Extraction: `[[data]]`": SourceSpec,
+    "Extraction: `pairs` of `[[data]]`": PairRule,
+    "Extraction: `holdout` of `[[data]]`": Holdout,
+    "Sweep": SweepSpec,
+    "Sweep: `[defaults]` and `[[runs]]`": RunSpec,
+    "Sweep: `head`": HeadSpec,
+}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -45,6 +60,36 @@ def reference() -> str:
     parts = ["# Commands\nWritten by `make docs` from the commands' own help.\n"]
     parts += [f"## embrm {' '.join(name)}\n```text\n{_help(name)}\n```\n" for name in COMMANDS]
     return "\n".join(parts)
+
+
+def _type(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    return re.sub(r"(embrm|typing)(\.\w+)*\.", "", text).replace("|", "\\|")
+
+
+def spec_reference() -> str:
+    """The text of docs/specs.md: every key of the TOML specs, with its type and default."""
+    parts = ["# Spec keys\nWritten by `make docs` from the specs themselves.\n"]
+    for title, model in SPECS.items():
+        parts.append(f"## {title}\n| key | type | default | meaning |\n|---|---|---|---|")
+        hints = get_type_hints(model)  # without pydantic's constraints
+        for name, field in model.model_fields.items():
+            default = "required" if field.is_required() else f"`{_default(field)}`"
+            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+            parts.append(f"| `{name}` | {_type(hints[name])} | {default} | {meaning} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _default(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return "none"
+    return "{}" if isinstance(value, Spec) else json.dumps(value)
+
+
+def test_the_spec_reference_is_the_specs() -> None:
+    assert (ROOT / "docs" / "specs.md").read_text() == spec_reference(), "run `make docs`"
 
 
 def test_the_command_reference_is_the_help() -> None:
@@ -143,4 +188,5 @@ def test_links_of_the_docs_lead_somewhere() -> None:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "commands.md").write_text(reference())
+    (ROOT / "docs" / "specs.md").write_text(spec_reference())
     sys.exit(0)

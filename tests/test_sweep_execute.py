@@ -104,7 +104,7 @@ def test_the_ledger_has_a_row_for_every_run(swept: Path) -> None:
     assert set(results.timings["run_id"]) == set(ledger["run_id"])
     sums = results.prompts.group_by("run_id", "split").agg(pl.col("wins", "ties", "pairs").sum())
     for run_id, split, wins, ties, pairs in sums.rows():
-        assert results.run(run_id)[f"accuracy@{split}"] == pytest.approx(wins / (pairs - ties))
+        assert results.find(run_id)[f"accuracy@{split}"] == pytest.approx(wins / (pairs - ties))
 
 
 def test_stored_weights_give_the_scores_the_ledger_was_made_from(swept: Path, cache: Path) -> None:
@@ -113,8 +113,12 @@ def test_stored_weights_give_the_scores_the_ledger_was_made_from(swept: Path, ca
         row = results.ledger.filter(pl.col("config") == config).row(0, named=True)
         table = scores(swept, row["run_id"], cache)
         assert table.columns == [
-            "pair_id", "split", "subset", "prompt_id", "scores_chosen", "scores_rejected",
+            "pair_id", "split", "used", "subset", "prompt_id", "scores_chosen", "scores_rejected",
         ]  # fmt: skip
+        used = dict(table["used"].value_counts().rows())
+        assert used["train"] == row["train_pairs"]
+        assert used["validation"] == row["validation_pairs"]
+        assert set(table.filter(pl.col("split") != "train")["used"]) == {"evaluation"}
         own = table.filter(pl.col("split") == "id")
         right = (own["scores_chosen"] > own["scores_rejected"]).mean()
         assert row["accuracy@id"] == pytest.approx(right)

@@ -81,6 +81,7 @@ def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
     tables = {
         "ledger": pl.DataFrame(rows).with_columns(
             pl.lit("old name").alias("config"),
+            pl.lit(0).alias("seed"),
             pl.lit("ok").alias("status"),
             pl.lit(value).alias("accuracy@id"),
             pl.lit(value).alias("accuracy@far"),
@@ -111,15 +112,20 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
     assert finished(tmp_path).keys() == {"id-a", "id-b", "id-dropped"}
     write_results(tmp_path, SPEC, [_run("b"), _run("a"), _run("c")], ["id"], HEADER)
     results = open_results(tmp_path)
-    assert results.ledger.columns == ["run_id", "config", "status", "accuracy@id"]
-    assert results.ledger.rows() == [("id-a", "a", "ok", 0.25), ("id-b", "b", "ok", 0.5)]
+    assert results.ledger.columns == ["run_id", "config", "seed", "status", "accuracy@id"]
+    assert results.ledger.rows() == [("id-a", "a", 0, "ok", 0.25), ("id-b", "b", 0, "ok", 0.5)]
     assert results.curves["run_id"].to_list() == ["id-a", "id-b"]
     assert results.prompts.select("run_id", "split").rows() == [("id-a", "id"), ("id-b", "id")]
     assert results.spec == SPEC
     assert results.cache_id == "c"
-    assert results.run("id-a")["config"] == "a"
+    for name in ("id-a", "a@0"):
+        assert results.find(name)["run_id"] == "id-a"
+    with pytest.raises(UserError, match="add a seed: a@0"):
+        results.find("a")
+    with pytest.raises(UserError, match="2 runs begin so"):
+        results.find("id")
     with pytest.raises(UserError, match="no run 'id-x' in"):
-        results.run("id-x")
+        results.find("id-x")
 
 
 def test_a_run_without_its_weights_is_not_finished(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ _COLUMNS = {
     "state": pl.String,
 }
 
+_COUNTS = ("pairs", "prompts", "responses")
+
 
 def describe(folder: Path) -> dict[str, Any]:
     """The manifest of the cache at `folder` in words, for a finished cache or a started one.
@@ -67,3 +69,31 @@ def list_caches(root: Path) -> pl.DataFrame:
             described = {"name": path.parent.name, "state": str(error)}
         rows.append({name: described.get(name) for name in _COLUMNS})
     return pl.DataFrame(rows, schema=_COLUMNS)
+
+
+def splits(folder: Path) -> list[dict[str, Any]]:
+    """One row a split of the cache at `folder`: what it has, and what was left out of it.
+
+    Keys: split, pairs, prompts, responses, `left out` ("3 over_long, 1 empty_response"), `seen in
+    training` (prompts).
+    """
+    manifest = read_manifest(folder)
+    counts: dict[str, dict[str, int]] = manifest.data.get("splits", {})
+    out: dict[str, list[str]] = {}
+    leaked: dict[str, int] = {}
+    if {"exclusions", "leaks"} <= manifest.tables.keys():
+        exclusions = pl.read_parquet(folder / "exclusions.parquet")
+        grouped = exclusions.group_by("split", "reason").len().sort("split", "len", descending=True)
+        for split, reason, count in grouped.rows():
+            out.setdefault(split, []).append(f"{count:,} {reason}")
+        leaks = pl.read_parquet(folder / "leaks.parquet")
+        leaked = dict(leaks.group_by("eval_split").agg(pl.col("prompts_shared").max()).rows())
+    return [
+        {
+            "split": split,
+            **{name: counts.get(split, {}).get(name, 0) for name in _COUNTS},
+            "left out": ", ".join(out.get(split, [])) or "none",
+            "seen in training": leaked.get(split, 0),
+        }
+        for split in sorted(counts.keys() | out.keys())
+    ]

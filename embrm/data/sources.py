@@ -52,13 +52,15 @@ class SourceSpec(Spec):
     split: str | None = Field(default=None, min_length=1)
     """The split its rows go to; else the file's split column, else hub split or file stem."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Canonical field -> column of the file, for other names than those in `FIELDS`.
+    """Field -> column of the file. Fields: prompt, chosen, rejected, response, model, gold, margin,
+    label, weight, subset, split, best, losers, and ..._model(s) of the texts.
     "" leaves the field out, also where the file has a column of a known name for it."""
     where: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Keep only the rows whose columns (names of the file) have these values."""
     limit: int | None = Field(default=None, ge=1)
     """The first so many rows of each split; for groups, prompts of each split."""
     holdout: Holdout | None = None
+    """Whole prompts moved to another split: see below."""
     pairs: PairRule = PairRule()
     """How pairs are derived from groups; `pairs = { per_prompt = 0 }` for none."""
 

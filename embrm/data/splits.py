@@ -14,7 +14,9 @@ class Holdout(Spec):
     """Move a fraction of a dataset's prompts, with all their rows, to another split."""
 
     fraction: float = Field(gt=0, lt=1)
+    """Of the prompts."""
     split: str = Field(default="holdout", min_length=1)
+    """Where they go."""
     seed: int = 0
 
 

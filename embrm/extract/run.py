@@ -52,9 +52,11 @@ class ExtractSpec(Spec):
     model: str
     """A folder saved by save_pretrained, or a hub id."""
     revision: str | None = None
+    """Of a hub model: a branch, tag or commit."""
     data: tuple[SourceSpec, ...] = Field(min_length=1)
+    """The datasets, a `[[data]]` table each."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """See `embrm.extract.tokens`."""
+    """The tokenizer's chat template, or prompt and response joined; auto: chat if there is one."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and response together; None: 2,048, or what the model reads if less."""
     truncation: Literal["drop", "left"] = "drop"
@@ -72,7 +74,9 @@ class ExtractSpec(Spec):
     pad_token: str | None = None
     """A vocabulary token that serves as pad token."""
     allow_pad_eos: bool = False
+    """Accept a pad token that is the EOS token: the final position is then before it."""
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
     limit: int | None = Field(default=None, ge=1)
     """For every source that sets no limit of its own."""
 

@@ -33,16 +33,21 @@ class SweepSpec(Spec):
     """
 
     cache: str | None = None
+    """Cache folder; the option --cache wins."""
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
+    """Splits trained on."""
     evaluate: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Splits the ledger reports; None: all that are not trained on."""
     validation: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the training prompts kept out for early stopping and the temperature."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Every configuration is run with each."""
     baseline: str
     """Configuration that the report compares all others with."""
     defaults: dict[str, Any] = Field(default_factory=dict)
+    """Fields of every run, as below."""
     runs: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    """A name, fields as below, and a grid: field = list of values."""
 
     @model_validator(mode="after")
     def _lists_name_things_once(self) -> Self:

@@ -19,7 +19,7 @@ temperature, weights_sha256, numerics; then `metric@split` for each evaluation s
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import safetensors
 import safetensors.torch
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.errors import UserError, nearest
+from embrm.errors import UserError
 from embrm.files import write_bytes
 from embrm.specs import canonical_json
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
@@ -65,14 +65,24 @@ class Results:
     prompts: pl.DataFrame
     timings: pl.DataFrame
 
-    def run(self, run_id: str) -> dict[str, Any]:
-        """The ledger row of a run. Raises: UserError when this sweep has no such run."""
-        row = self.ledger.filter(pl.col("run_id") == run_id)
-        if row.is_empty():
-            raise UserError(
-                f"no run {run_id!r} in {self.folder}: {_nearest_run(run_id, self.ledger)}"
-            )
-        return row.row(0, named=True)
+    def find(self, run: str) -> dict[str, Any]:
+        """The ledger row of a run: by its id, the beginning of one, or CONFIGURATION@SEED.
+
+        Raises: UserError when this sweep has no such run, or several.
+        """
+        named = pl.concat_str("config", pl.lit("@"), "seed") == run
+        rows = self.ledger.filter((pl.col("run_id").str.starts_with(run) & (run != "")) | named)
+        if rows.height == 1:
+            return rows.row(0, named=True)
+        seeds = self.ledger.filter(pl.col("config") == run)["seed"].sort().to_list()
+        if rows.height:
+            remedy = f"{rows.height} runs begin so: give more of the id"
+        elif seeds:
+            remedy = f"it is a configuration, add a seed: {', '.join(f'{run}@{s}' for s in seeds)}"
+        else:
+            config, seed = self.ledger.row(0, named=True)["config"], self.ledger["seed"][0]
+            remedy = f"name a run id or CONFIGURATION@SEED, such as '{config}@{seed}'"
+        raise UserError(f"no run {run!r} in {self.folder}: {remedy}")
 
 
 def open_results(folder: Path) -> Results:
@@ -131,7 +141,7 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     """Read a run's weights. Raises: UserError when they are missing, damaged or diverged."""
     path = folder / "weights" / f"{run_id}.safetensors"
     if not path.is_file():
-        row = open_results(folder).run(run_id)
+        row = open_results(folder).find(run_id)
         raise UserError(
             f"run {run_id!r} ({row['status']}) has no weights in {folder}: take another"
         )
@@ -241,9 +251,3 @@ def _read(path: Path) -> pl.DataFrame:
         part = path.parent.parent.name == "parts"
         remedy = f"delete the folder {path.parent} and " if part else ""
         raise UserError(f"{path} is damaged: {remedy}run the sweep again") from None
-
-
-def _nearest_run(run_id: str, ledger: pl.DataFrame) -> str:
-    known: Iterable[str] = ledger["run_id"]
-    starts = [known_id for known_id in known if run_id and known_id.startswith(run_id)]
-    return nearest(run_id, starts or [*known][:8])

@@ -94,7 +94,7 @@ def replay(
 
 def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[str, Any]]:
     if run is not None:
-        return [results.run(run)]
+        return [results.find(run)]
     ledger = results.ledger
     if sample is not None:
         if sample < 1:

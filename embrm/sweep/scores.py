@@ -4,28 +4,53 @@ from pathlib import Path
 
 import polars as pl
 
+from embrm.sweep.grid import Selection
 from embrm.sweep.ledger import cache_of, load_run, open_results
+from embrm.sweep.pack import select
 from embrm.train.heads import score
 
 
-def scores(folder: Path, run_id: str, cache: Path | None = None) -> pl.DataFrame:
-    """Every pair of the cache under run `run_id` of the sweep in `folder`.
+def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
+    """Every pair of the cache under a run of the sweep in `folder`.
 
-    Columns: pair_id, split, subset, prompt_id, scores_chosen, scores_rejected (float32, the field
-    names of reward-bench), in the cache's order. Recomputed from the stored weights: the bits of
-    the ledger's metrics on the same machine with one thread.
+    run: a run id, the beginning of one, or CONFIGURATION@SEED.
+
+    Columns: pair_id, split, used ("train", "validation" or "evaluation"), subset, prompt_id,
+    source and row (where the pair stands in the data), chosen_model, rejected_model,
+    scores_chosen, scores_rejected (float32, the field names of reward-bench), in the cache's
+    order. Recomputed from the stored weights: the bits of the ledger's metrics on the same
+    machine with one thread.
 
     cache: where the cache is now, if it has moved.
     Raises: UserError for an unknown run, one without weights, or a cache the run was not made on.
     """
-    run = load_run(folder, run_id)
-    source = cache_of(open_results(folder), cache)
-    rewards = score(run.parameters, run.preprocess, source.states(run.spec.state))[0].numpy()
+    results = open_results(folder)
+    saved = load_run(folder, results.find(run)["run_id"])
+    source = cache_of(results, cache)
+    rewards = score(saved.parameters, saved.preprocess, source.states(saved.spec.state))[0].numpy()
+    selection = Selection(results.cache_id, results.spec.train, results.spec.validation)
+    training, validation = select(source, selection, saved.spec.pairs_limit)
+    pair = pl.col("pair_id")
+    used = (
+        pl.when(pair.is_in(training["pair_id"].implode()))
+        .then(pl.lit("train"))
+        .when(pair.is_in(validation["pair_id"].implode()))
+        .then(pl.lit("validation"))
+        .when(pl.col("split").is_in(selection.train))
+        .then(None)  # beyond the run's pairs_limit
+        .otherwise(pl.lit("evaluation"))
+    )
     return source.pairs.select(
         "pair_id",
         "split",
+        used.alias("used"),
         "subset",
         "prompt_id",
+        *(
+            name
+            for name in ("source", "row", "chosen_model", "rejected_model")
+            if name in source.pairs.columns
+        ),
         pl.Series("scores_chosen", rewards[source.pairs["chosen"].to_numpy()]),
         pl.Series("scores_rejected", rewards[source.pairs["rejected"].to_numpy()]),
     )

@@ -39,19 +39,27 @@ class TrainSpec(Objective):
     """One run: objective, head and optimisation."""
 
     head: HeadSpec = HeadSpec()
+    """A table: see below."""
     preprocess: PreprocessKind = "none"
+    """What is done to the states, by statistics of the training responses."""
     lr: float = Field(default=1e-3, gt=0)
+    """AdamW's, at its highest."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled: w ← w - lr·weight_decay·w beside the Adam step (arXiv 1711.05101)."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's."""
     epochs: int = Field(default=10, gt=0)
+    """Passes over the training pairs, at most."""
     batch_pairs: int = Field(default=512, gt=0)
+    """Pairs of a minibatch."""
     patience: int | None = Field(default=None, gt=0)
     """Stop after this many epochs without a better validation NLL; None: run all epochs."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How lr falls to 0 over all epochs."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps in which the learning rate climbs linearly to lr."""
     seed: int = Field(default=0, ge=0)
+    """Of initial weights, order and dropout; given by the sweep's seeds."""
 
     def pack_key(self) -> tuple[HeadSpec, PreprocessKind, int, int]:
         """Runs with equal keys, on the same data, may be trained in one pack."""

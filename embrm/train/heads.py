@@ -33,7 +33,9 @@ class HeadSpec(Spec):
 
     kind: Literal["linear", "mlp"] = "linear"
     widths: tuple[Annotated[int, Field(gt=0)], ...] = ()
+    """Hidden layers of an mlp."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    """After every hidden layer of an mlp."""
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:

@@ -80,15 +80,19 @@ class Objective(Spec):
     """
 
     loss: str = "bt"
+    """bt, hinge, logitnorm, bt_dr or classifier."""
     margin: float | None = Field(default=None, ge=0)
     """m of bt and hinge, the same for every pair. None: 0 for bt, 1 for hinge."""
     margin_scale: float | None = Field(default=None, gt=0)
     """m = margin_scale · the pair's margin in the data, for bt and hinge."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """ε: the chance that a label is wrong."""
     bsr: float = Field(default=0.0, ge=0)
+    """λ of batch-wise sum-to-zero: λ·B_ref·r̄² is added."""
     bsr_batch: int | None = Field(default=None, gt=0)
     """B_ref; None: the minibatch size."""
     centering: float = Field(default=0.0, ge=0)
+    """c: c·mean (r_c + r_r)² is added."""
     l2: float = Field(default=0.0, ge=0)
     """(l2/2)·‖parameters‖² is added to the mean pair loss."""
 
