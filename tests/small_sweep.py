@@ -34,8 +34,9 @@ def small_sweep(seeds: int = 3) -> SmallSweep:
             numbers = {f"{metric}@{split}": 0.25 for metric in METRICS for split in SPLITS[:3]}
             row = {"run_id": run_id, "config": name, "seed": seed, "status": "ok"}
             row |= {"validation_accuracy": skill} | numbers
+            row |= {"spec": '{"epochs":9,"patience":3}', "epochs": 5, "best_epoch": 2}
             if diverged:
-                row |= {"status": "diverged", "validation_accuracy": None}
+                row |= {"status": "diverged", "validation_accuracy": None, "best_epoch": None}
                 row |= dict.fromkeys(numbers)
             ledger.append(row)
             if diverged:

@@ -67,6 +67,38 @@ def test_real_differences_are_told_apart_and_copies_are_not(comparison: Comparis
     assert rows["bad"]["seeds"] == rows["bad"]["common_seeds"] == 2
 
 
+def test_run_ids_follow_the_seeds(comparison: Comparison) -> None:
+    ids = dict(comparison.ranking.select("name", "run_ids").iter_rows())
+    assert ids["bt"] == ["bt-0", "bt-1", "bt-2"]
+    assert ids["bad"] == ["bad-0", "bad-1"]  # the third diverged
+
+
+@pytest.mark.parametrize(
+    ("spec", "epochs", "best_epoch", "flagged"),
+    [
+        ('{"epochs":9,"patience":3}', 9, 8, True),
+        ('{"epochs":9,"patience":3,"lr":0.1}', 9, 7, True),
+        ('{"epochs":9,"patience":3}', 9, 6, False),  # stopped early, if only just
+        ('{"epochs":9,"patience":3}', 8, 5, False),
+        ('{"epochs":9,"patience":null}', 9, 8, False),
+    ],
+)
+def test_runs_at_their_epoch_limit_are_flagged(
+    spec: str, epochs: int, best_epoch: int, flagged: bool
+) -> None:
+    one_run = pl.col("run_id").is_in(["bt-1", "bad-2"])  # bad-2 diverged: no result, no flag
+    ledger = SWEEP.ledger.with_columns(
+        pl.when(one_run).then(pl.lit(value)).otherwise(column).alias(column)
+        for column, value in (("spec", spec), ("epochs", epochs), ("best_epoch", best_epoch))
+    )
+    assert compared(ledger=ledger).at_epoch_limit == (("bt",) if flagged else ())
+
+
+def test_configurations_at_the_limit_come_in_the_order_of_the_ranking() -> None:
+    comparison = compared(ledger=SWEEP.ledger.with_columns(epochs=9, best_epoch=8))
+    assert comparison.at_epoch_limit == tuple(comparison.ranking["name"])
+
+
 def test_diverged_runs_are_listed(comparison: Comparison) -> None:
     assert comparison.unfinished.rows() == [("bad", "diverged", 1)]
 
@@ -77,7 +109,11 @@ def test_rank_by_one_split() -> None:
     for row in comparison.ranking.iter_rows(named=True):
         assert row["estimate"] == pytest.approx(accuracy(row["name"], "ood/maths"))
     same = comparison.scores.filter(split="ood/maths", metric="accuracy").drop("split", "metric")
-    assert same.drop("prompts").sort("name").equals(comparison.ranking.drop("rank").sort("name"))
+    assert (
+        same.drop("prompts")
+        .sort("name")
+        .equals(comparison.ranking.drop("rank", "run_ids").sort("name"))
+    )
 
 
 def test_rank_by_the_first_part_of_names_averages_over_them() -> None:
@@ -150,6 +186,8 @@ def test_length_baseline(comparison: Comparison) -> None:
     assert comparison.lengths["estimate"].to_list() == [0.625] * 3
     assert comparison.lengths["pairs"].to_list() == [480.0] * 3
     assert comparison.lengths["low"].to_list() == [0.625] * 3
+    assert comparison.longer_is_better() == 0.625
+    assert compared(rank_by="groups").longer_is_better() is None
 
 
 def test_measures_are_means_over_the_seeds_that_finished() -> None:

@@ -1,18 +1,20 @@
 """Figures exist where there is something to draw, and equal numbers give equal bytes."""
 
 import dataclasses
+import re
 
 import polars as pl
 import pytest
 from small_sweep import SPLITS, small_sweep
 
-from embrm.report.comparison import compare_runs
+from embrm.report.comparison import Comparison, compare_runs
 from embrm.report.figures import figures
 
 SWEEP = small_sweep()
 COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt")
 CURVES = SWEEP.curves.join(SWEEP.ledger.select("run_id", name="config"), on="run_id")
 NO_CURVES = CURVES.head(0)
+BLUE, ORANGE = b"#0072b2", b"#d55e00"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,42 @@ def test_scatter_falls_back_on_held_out_training_prompts() -> None:
     assert b"held-out training prompts" in figures(ood, NO_CURVES, 20)["id_vs_ood.svg"]
     blind = dataclasses.replace(ood, validation=ood.validation.with_columns(accuracy=pl.lit(None)))
     assert "id_vs_ood.svg" not in figures(blind, NO_CURVES, 20)
+
+
+def ranked(comparison: Comparison) -> bytes:
+    return figures(comparison, NO_CURVES, 20)["ranked.svg"]
+
+
+def dots(comparison: Comparison, color: bytes) -> tuple[int, int]:
+    """Filled and hollow markers of a colour in the two panels, and in the legend."""
+    uses = re.findall(rb'<use [^>]*style="([^"]*)"', ranked(comparison))
+    own = [style for style in uses if b"stroke: " + color in style]
+    filled = sum(b"fill: " + color in style for style in own)
+    return filled, len(own) - filled
+
+
+def test_dots_are_filled_only_where_holm_tells_them_apart() -> None:
+    # "bsr" is above and "bad" below: a dot in both panels, and the legend has one of each kind
+    assert dots(COMPARISON, BLUE) == dots(COMPARISON, ORANGE) == (3, 1)
+    unsure = COMPARISON.ranking.with_columns(p_holm=pl.lit(0.05))
+    hollow = dataclasses.replace(COMPARISON, ranking=unsure)
+    assert dots(hollow, BLUE) == dots(hollow, ORANGE) == (1, 3)
+    assert "interval excludes 0, Holm p ≥ 0.05".encode() in ranked(hollow)
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.625, True), (0.05, False), (1.0, False)])
+def test_longer_is_better_is_drawn_where_it_is_near(share: float, drawn: bool) -> None:
+    lengths = COMPARISON.lengths.with_columns(estimate=pl.lit(share))
+    comparison = dataclasses.replace(COMPARISON, lengths=lengths)
+    assert (b"longer is better" in ranked(comparison)) == drawn
+
+
+def test_the_axis_says_over_what() -> None:
+    assert b"Mean accuracy over 3 splits (%)" in ranked(COMPARISON)
+    one = compare_runs("one", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt", rank_by="id")
+    assert b"Accuracy, id (%)" in ranked(one)
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, ("groups",), "bt")
+    assert "Kendall τ-b, groups".encode() in ranked(groups)
 
 
 def test_no_curves_no_figure() -> None:

@@ -56,6 +56,8 @@ def test_json_holds_every_configuration_whatever_is_shown(folder: Path) -> None:
     assert found.json() == (folder / "report.json").read_text()
     assert len(content["ranking"]) == 4
     assert content["baseline"] == "bt"
+    assert content["ranking"][0]["run_ids"] == [f"bsr[lr=0.01]-{seed}" for seed in range(3)]
+    assert content["at_epoch_limit"] == []
     assert content["ranking"][0]["estimate"] == pytest.approx(
         found.comparison.ranking["estimate"][0], rel=1e-11
     )

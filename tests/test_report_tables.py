@@ -6,7 +6,7 @@ import re
 import polars as pl
 import pytest
 from rich.console import Console
-from small_sweep import SPLITS, small_sweep
+from small_sweep import SKILL, SPLITS, small_sweep
 
 from embrm.report.comparison import compare_runs
 from embrm.report.tables import Table, escape, further_tables, main_tables, markdown, terminal
@@ -72,12 +72,73 @@ def test_differences_agree_with_the_comparison() -> None:
         assert cell == f"{100 * score['difference'].item():+.1f}±{half:.1f}▼"
 
 
+LONG = "weight-decay[state=mean,widths=256,weight_decay=0.1]"
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (80, [f"10 {LONG} 57.8"]),
+        (40, ["10 weight-decay[state=mean,         57.8", "   widths=256,weight_decay=0.1]"]),
+        (28, ["10 weight-decay[        57.8", "   state=mean,", "   widths=256,"]),
+        (14, ["10 weight 57.8", "   -decay", "   ["]),
+    ],
+)
+def test_long_names_break_at_their_punctuation(width: int, lines: list[str]) -> None:
+    table = Table("", ("#", "name", "%"), (("10", LONG, "57.8"),), left=2)
+    found = [line.rstrip() for line in shown(table, width).splitlines()]
+    assert found[2 : 2 + len(lines)] == lines
+
+
+def test_headers_stand_on_their_numbers() -> None:
+    table = Table("", ("configuration", "reward at T"), (("bt", "57.8"),))
+    lines = [line.rstrip() for line in shown(table).splitlines()]
+    assert lines[1:] == [f"{'reward at':>23}", "configuration         T", f"bt{'57.8':>21}"]
+
+
+def test_calibration_fits_eighty_columns() -> None:
+    ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", LONG))
+    comparison = compare_runs("long", ledger, SWEEP.prompts, SPLITS, "bt")
+    table = main_tables(comparison, 9)[-1]
+    text = shown(table, width=80)
+    assert table.rows[-1][:2] == ("4", LONG)
+    assert "4 weight-decay[state=mean," in text
+    assert "Brier" not in text
+    assert all(cell in text for row in table.rows for cell in row[2:])
+    assert "Brier at T" in markdown(table)
+
+
+def test_epoch_limits_are_marked_and_explained() -> None:
+    assert "epoch limit" not in main_tables(COMPARISON, 9)[0].note
+
+    def ranking(*names: str) -> Table:
+        reached = pl.when(pl.col("config").is_in(names))
+        ledger = SWEEP.ledger.with_columns(
+            epochs=reached.then(9).otherwise("epochs"),
+            best_epoch=reached.then(8).otherwise("best_epoch"),
+        )
+        return main_tables(compare_runs("x", ledger, SWEEP.prompts, SPLITS, "bt"), 9)[0]
+
+    some = ranking("bt", "bsr[lr=0.01]")
+    assert [row[1] for row in some.rows if row[1].endswith("°")] == ["bsr[lr=0.01]°", "bt°"]
+    end = "reached their epoch limit before early stopping: raise epochs."
+    assert f"° 2 of 4 configurations (bsr[lr=0.01], bt) {end}" in some.note
+    every = ranking(*SKILL).note
+    assert f"° 4 of 4 configurations (bsr[lr=0.01], bt, hinge|$x_1$ [red]*, …) {end}" in every
+
+
+def test_the_ranking_ends_with_the_way_to_scores() -> None:
+    note = main_tables(COMPARISON, 9)[0].note
+    command = "embrm scores FOLDER bsr[lr=0.01]-0 --out scores.parquet"
+    assert note.endswith(f"Scores of its pairs: {command}")
+
+
 @pytest.mark.parametrize("table", main_tables(COMPARISON, 9), ids=lambda table: table.title[:30])
 def test_terminal_shows_every_cell_without_reading_markup(table: Table) -> None:
     text = shown(table, width=200)
     for row in table.rows:
-        for cell in row:
-            assert cell in text
+        for column, cell in zip(table.columns, row, strict=True):
+            assert cell in text or column in table.wide
     assert "\x1b" not in shown(table)
 
 
@@ -167,7 +228,7 @@ def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
     def at_t(table: Table) -> dict[str, set[str]]:
         columns = [index for index, name in enumerate(table.columns) if name.endswith(" at T")]
         assert len(columns) == 3
-        return {row[0]: {row[index] for index in columns} for row in table.rows}
+        return {row[1]: {row[index] for index in columns} for row in table.rows}
 
     fitted, none_fits = "fitted on the validation pairs.", "n/a at T: there are no validation pairs"
     all_known = calibration_without(pl.lit(False))

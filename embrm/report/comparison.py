@@ -27,7 +27,10 @@ class Comparison:
 
     ranked_by: a split, or "mean"; ranked_splits: the splits it covers; unranked_splits: those it
     would cover if they had two prompts; metric: accuracy, or tau where only groups exist.
-    ranking: rank and the columns of `intervals.compare`, best first.
+    ranking: rank, the columns of `intervals.compare` and run_ids in the order of their seeds, best
+    first.
+    at_epoch_limit: configurations, in the order of the ranking, of which a run with early stopping
+    ran all its epochs and had not stopped by then.
     scores: split, metric, prompts and the columns of `intervals.compare`.
     measures: split, name and `MEASURES`, means over seeds, null unless every seed has a value.
     subsets: split, subset, prompts and the columns of `intervals.compare`, top configurations.
@@ -46,6 +49,7 @@ class Comparison:
     unranked_splits: tuple[str, ...]
     metric: str
     ranking: pl.DataFrame
+    at_epoch_limit: tuple[str, ...]
     scores: pl.DataFrame
     measures: pl.DataFrame
     subsets: pl.DataFrame
@@ -53,6 +57,14 @@ class Comparison:
     leak_free: pl.DataFrame
     validation: pl.DataFrame
     unfinished: pl.DataFrame
+
+    def longer_is_better(self) -> float | None:
+        """Accuracy of that rule, mean over the ranked splits; None where groups rank."""
+        if self.metric != "accuracy":
+            return None
+        ranked = self.lengths.filter(pl.col("split").is_in(self.ranked_splits))
+        mean = ranked["estimate"].mean()
+        return float(mean) if isinstance(mean, float) else None
 
 
 def compare_runs(
@@ -66,7 +78,8 @@ def compare_runs(
 ) -> Comparison:
     """Compare the configurations of a sweep.
 
-    ledger: one row a run: run_id, config, seed, status, validation_accuracy, `metric@split`.
+    ledger: one row a run: run_id, config, seed, status, spec, epochs, best_epoch,
+        validation_accuracy, `metric@split`.
     prompts: per-prompt sums: run_id, split and the columns of `accuracy.PROMPT_SCHEMA`.
     splits: evaluation splits in the order to show; those without results are left out.
     rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
@@ -111,7 +124,12 @@ def compare_runs(
     ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
     ranking = ranking.select(
         pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"), pl.all()
+    ).join(
+        runs.group_by("name", maintain_order=True).agg(pl.col("run_id").alias("run_ids")),
+        on="name",
+        maintain_order="left",
     )
+    at_limit = _at_epoch_limit(ledger.join(runs, on="run_id", how="semi"))
     top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
     detailed = runs.filter(pl.col("name").is_in([*top, *([baseline] if baseline else [])]))
 
@@ -154,6 +172,7 @@ def compare_runs(
         unranked_splits=unranked_splits,
         metric=metric,
         ranking=ranking,
+        at_epoch_limit=tuple(name for name in ranking["name"] if name in at_limit),
         scores=pl.concat(scores),
         measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
         subsets=_stack(subsets),
@@ -168,6 +187,17 @@ def compare_runs(
         .agg(pl.len().alias("runs"))
         .sort("name", "status"),
     )
+
+
+def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
+    """Configurations with a run that early stopping would have let go on."""
+    limits = pl.Struct({"epochs": pl.Int64, "patience": pl.Int64})
+    spec = pl.col("spec").str.json_decode(limits)
+    reached = ledger.filter(
+        pl.col("epochs") == spec.struct.field("epochs"),
+        pl.col("epochs") - pl.col("best_epoch") < spec.struct.field("patience"),
+    )
+    return set(reached["name"])
 
 
 def _metrics(part: pl.DataFrame) -> list[str]:

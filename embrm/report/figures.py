@@ -13,6 +13,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -40,6 +41,9 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names from data may hold $ and _
     "svg.hashsalt": "embrm",
 }
+
+_NEAR = 0.25
+"""Share of an axis by which it is widened, where that suffices to show a reference line."""
 
 _WIDTH = 7.2
 """Inches: the text width of a two-column paper."""
@@ -99,8 +103,11 @@ def _with_baseline(comparison: Comparison, top: int) -> list[str]:
 
 
 def _label(comparison: Comparison) -> str:
-    what = "accuracy (%)" if comparison.metric == "accuracy" else "Kendall τ-b"
-    return f"Mean {what}" if len(comparison.ranked_splits) > 1 else what[0].upper() + what[1:]
+    what, unit = ("accuracy", " (%)") if comparison.metric == "accuracy" else ("Kendall τ-b", "")
+    splits = comparison.ranked_splits
+    if len(splits) > 1:
+        return f"Mean {what} over {len(splits)} splits{unit}"
+    return f"{what[0].upper()}{what[1:]}, {_short_name(splits[0], 30)}{unit}"
 
 
 def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
@@ -120,7 +127,7 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
                 value, low, high = (rows[name][key] for key in keys)
                 if value is None:
                     continue
-                color = _interval_color(rows[name], name == comparison.baseline)
+                color, filled = _verdict(rows[name], name == comparison.baseline)
                 if low is not None:
                     axis.plot(
                         [scale * low, scale * high],
@@ -136,7 +143,7 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
                     "o",
                     color=color,
                     markersize=4.5,
-                    markerfacecolor="white" if name == comparison.baseline else color,
+                    markerfacecolor=color if filled else "white",
                     zorder=3,
                 )
             axis.set_yticks(places, [_short_name(name) for name in names])
@@ -147,6 +154,7 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
             axis.spines["left"].set_visible(False)
             axis.xaxis.set_major_locator(MaxNLocator(6))
         axes[0].set_xlabel(_label(comparison))
+        entries: dict[str, Any] = {}  # a line or several, which matplotlib's stubs do not know
         if comparison.baseline is not None:
             reference = rows[comparison.baseline]["estimate"]
             if reference is not None:
@@ -158,21 +166,46 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
             axes[1].set_yticklabels([])
             unit = "points" if comparison.metric == "accuracy" else "Δτ"
             axes[1].set_xlabel(f"Minus {_short_name(comparison.baseline or '')} ({unit})")
-            kinds = {"above the baseline": _BLUE, "not told apart": _GREY, "below": _ORANGE}
-            marks = [Line2D([], [], color=color, marker="o", label=k) for k, color in kinds.items()]
-            open_dot = Line2D([], [], color=_BLACK, marker="o", markerfacecolor="white")
-            open_dot.set_label("baseline")
-            figure.legend(handles=[*marks, open_dot], loc="outside lower center", ncols=4)
+            entries |= {
+                "above the baseline": _dot(_BLUE),
+                "below": _dot(_ORANGE),
+                "interval excludes 0, Holm p ≥ 0.05": (_dot(_BLUE, False), _dot(_ORANGE, False)),
+                "not told apart": _dot(_GREY),
+                "baseline": _dot(_BLACK, False),
+            }
+        length = comparison.longer_is_better()
+        low, high = axes[0].get_xlim()
+        near = _NEAR * (high - low)
+        if length is not None and low - near <= scale * length <= high + near:
+            entries["longer is better"] = axes[0].axvline(
+                scale * length, color=_BLACK, linewidth=1.1, linestyle=":"
+            )
+        if entries:
+            figure.legend(
+                list(entries.values()),
+                list(entries),
+                loc="outside lower center",
+                ncols=3,
+                handler_map={tuple: HandlerTuple(ndivide=None)},
+            )
         return figure
 
     return draw
 
 
-def _interval_color(row: dict[str, float | None], is_baseline: bool) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    if is_baseline or low is None or high is None:
-        return _BLACK
-    return _BLUE if low > 0 else _ORANGE if high < 0 else _GREY
+def _verdict(row: dict[str, float | None], is_baseline: bool) -> tuple[str, bool]:
+    """Colour of a row and whether its dot is filled: hollow where Holm's p is not below 0.05."""
+    difference, low, high = row["difference"], row["difference_low"], row["difference_high"]
+    if difference is None or low is None or high is None:
+        return _BLACK, not is_baseline
+    sure = row["p_holm"] is not None and row["p_holm"] < 0.05
+    if sure or low > 0 or high < 0:
+        return _BLUE if difference > 0 else _ORANGE, sure
+    return _GREY, True
+
+
+def _dot(color: str, filled: bool = True) -> Line2D:
+    return Line2D([], [], color=color, marker="o", markerfacecolor=color if filled else "white")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import polars as pl
-from rich.console import Group
+from rich.align import Align
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -13,6 +17,9 @@ from embrm.report.comparison import MEAN, Comparison
 
 _ACROSS = 8
 """Splits side by side in one table: what fits 100 terminal columns beside the names."""
+
+_NAMED = 3
+"""Configurations that a note names before it breaks off."""
 
 _MISSING = "n/a"
 
@@ -26,13 +33,17 @@ _TEMPERATURE = {
 
 @dataclass(frozen=True)
 class Table:
-    """Plain text cells; the renderers escape them. The first `left` columns are left-aligned."""
+    """Plain text cells; the renderers escape them. The first `left` columns are left-aligned.
+
+    wide: columns that Markdown shows and the terminal has no room for.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     left: int = 1
+    wide: tuple[str, ...] = ()
 
 
 def main_tables(comparison: Comparison, top: int) -> list[Table]:
@@ -63,17 +74,39 @@ def further_tables(comparison: Comparison, top: int) -> list[Table]:
 def terminal(table: Table) -> Group:
     """For `rich.print`; nothing in a cell is read as markup or as a terminal escape."""
     view = TerminalTable(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    for index, column in enumerate(table.columns):
+    kept = [index for index, column in enumerate(table.columns) if column not in table.wide]
+    for index in kept:
+        header = Text("\n".join(_lines(printable(table.columns[index]), "/_. -", 9)))
+        side: Literal["left", "right"] = "left" if index < table.left else "right"
         view.add_column(
-            Text(_broken(printable(column))),
-            justify="left" if index < table.left else "right",
-            vertical="bottom",
+            Align(header, side, vertical="bottom"),
+            justify=side,
+            vertical="top",
             overflow="fold",
         )
     for row in table.rows:
-        view.add_row(*(Text(printable(cell)) for cell in row))
+        view.add_row(
+            *(
+                _Name(printable(row[index])) if index < table.left else Text(printable(row[index]))
+                for index in kept
+            )
+        )
     note = [Text(printable(table.note), style="dim")] if table.note else []
     return Group(Text(printable(table.title), style="bold underline"), view, *note)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A cell for rich: a name such as bsr[state=mean,bsr=0.01], broken after "[" and ","."""
+
+    name: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("\n".join(_lines(self.name, "[, ", options.max_width)))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        longest = max(map(cell_len, _lines(self.name, "[, ", 1)))
+        return Measurement(longest, cell_len(self.name)).with_maximum(options.max_width)
 
 
 def markdown(table: Table) -> str:
@@ -121,7 +154,7 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
     cells = [
         (
             str(row["rank"] or ""),
-            name,
+            f"{name}°" if name in comparison.at_epoch_limit else name,
             f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
             f"{_value(row['estimate'], metric)} {_range(row['low'], row['high'], metric)}",
             "baseline" if name == comparison.baseline else _difference(row, metric),
@@ -130,10 +163,9 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
         for name, row in ((name, rows[name]) for name in shown)
     ]
     if metric == "accuracy":
-        lengths = comparison.lengths.filter(pl.col("split").is_in(comparison.ranked_splits))
-        length = _mean(lengths["estimate"])
+        length = _value(comparison.longer_is_better(), metric)
         cells += [
-            ("", "(longer is better)", "", _value(length, metric), "", ""),
+            ("", "(longer is better)", "", length, "", ""),
             ("", "(chance)", "", _value(0.5, metric), "", ""),
         ]
     over = (
@@ -150,7 +182,6 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
             "Up or down triangle: the interval of the paired difference excludes 0.",
             "Holm p: adjusted for all configurations compared; trust it before the triangles.",
         ]
-    notes.append("The best of many is partly lucky: confirm it on prompts not used to choose it.")
     if comparison.unranked_splits:
         left_out = ", ".join(comparison.unranked_splits)
         notes.append(f"Left out of the mean, fewer than 2 prompts: {left_out}.")
@@ -161,6 +192,18 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
     notes += [
         f"{row['name']}: {row['runs']} runs {row['status']}, left out."
         for row in comparison.unfinished.iter_rows(named=True)
+    ]
+    if comparison.at_epoch_limit:
+        count, names = len(comparison.at_epoch_limit), comparison.at_epoch_limit[:_NAMED]
+        notes.append(
+            f"° {count} of {comparison.ranking.height} configurations "
+            f"({', '.join([*names, *(['…'] if count > _NAMED else [])])}) reached their epoch "
+            "limit before early stopping: raise epochs."
+        )
+    notes += [
+        "The best of many is partly lucky: confirm it on prompts not used to choose it.",
+        "Scores of its pairs: embrm scores FOLDER "
+        f"{comparison.ranking['run_ids'][0][0]} --out scores.parquet",
     ]
     label = "accuracy %" if metric == "accuracy" else "Kendall tau-b"
     versus = f"minus {comparison.baseline}" if comparison.baseline else "difference"
@@ -261,6 +304,7 @@ def _leak_free(comparison: Comparison, shown: list[str]) -> list[Table]:
 
 
 def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]) -> Table:
+    ranks = dict(comparison.ranking.select("name", "rank").iter_rows())
     measures = comparison.measures.filter(pl.col("split").is_in(splits))
     columns = {
         "NLL": "nll",
@@ -282,6 +326,7 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
             fitted.add(values["nll_calibrated"] is not None)
         rows.append(
             (
+                str(ranks[name] or ""),
                 name,
                 *(
                     _value(value, "accuracy") if metric == "ties" else _number(value)
@@ -292,9 +337,11 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
     where = splits[0] if len(splits) == 1 else f"mean over {', '.join(splits)}"
     return Table(
         f"Calibration: {where}",
-        ("configuration", *columns),
+        ("#", "configuration", *columns),
         tuple(rows),
         " ".join(_TEMPERATURE[known] for known in (True, False) if known in fitted),
+        left=2,
+        wide=("Brier", "Brier at T"),
     )
 
 
@@ -334,14 +381,15 @@ def _chunks(splits: list[str]) -> Iterable[list[str]]:
     return [splits[start : start + size] for start in range(0, len(splits), size)]
 
 
-def _broken(header: str, width: int = 9) -> str:
-    """A long split name on several lines, broken after its punctuation."""
+def _lines(name: str, after: str, width: int) -> list[str]:
+    """A long name on lines of at most `width` terminal cells where breaks `after` these allow."""
+    kind = re.escape(after)
     lines = [""]
-    for piece in re.findall(r"[^/_. -]*[/_. -]?", header):
-        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+    for piece in re.findall(f"[^{kind}]+[{kind}]?|[{kind}]", name):
+        if lines[-1] and cell_len(lines[-1]) + cell_len(piece.rstrip()) > width:
             lines.append("")
         lines[-1] += piece
-    return "\n".join(lines)
+    return [line.rstrip() for line in lines]
 
 
 def _value(value: float | None, metric: str, sign: str = "") -> str:
