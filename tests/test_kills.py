@@ -26,7 +26,7 @@ baseline = "bt[lr=0.001]"
 seeds = [0, 1, 2]
 validation = 0.2
 [defaults]
-epochs = 20
+epochs = 8
 batch_pairs = 16
 [[runs]]
 name = "bt"
@@ -84,7 +84,7 @@ def _fork(stage: str, first: str, second: str, out: Path) -> int:
 def _drive(stage: str, first: str, second: str, folder: Path) -> None:
     """Run the stage whole, then killed at random moments; print what was finished after each.
 
-    The moments are uniform over the time the whole run took. Where a fork gets through, "again"
+    The moments are uniform over the time a run takes. Where a fork gets through, "again"
     is printed and a new folder begun. The last one is left to finish.
     """
     start = time.monotonic()
@@ -95,15 +95,22 @@ def _drive(stage: str, first: str, second: str, folder: Path) -> None:
     moments, killed, out = random.Random(7), 0, folder / "killed"
     while killed < KILLS:
         child = _fork(stage, first, second, out)
-        time.sleep(moments.uniform(0.01, seconds))
-        os.killpg(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        start = time.monotonic()
+        moment = start + moments.uniform(0.01, seconds)
+        ended = 0
+        while not ended and time.monotonic() < moment:
+            time.sleep(0.01)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             killed += 1
             print(_finished(stage, out), flush=True)
         elif status:
             sys.exit(1)
         else:
+            seconds = min(seconds, time.monotonic() - start)
             shutil.rmtree(out)
             print("again", flush=True)
     _, status = os.waitpid(_fork(stage, first, second, out), 0)
