@@ -192,6 +192,19 @@ def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
         cache.states("mean")
 
 
+@pytest.mark.parametrize("flipped", [b"dtyp\xff", b"dtypf"])
+def test_flipped_metadata_of_a_footer_is_refused(
+    folder: Path, tmp_path: Path, flipped: bytes
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / responses_file(0)
+    content = path.read_bytes()
+    assert content.count(b"dtype") == 1
+    path.write_bytes(content.replace(b"dtype", flipped))
+    with pytest.raises(UserError, match=r"part-00000\.parquet is damaged"):
+        _ = open_cache(copy).responses
+
+
 def forge(folder: Path, index: int, rows: ShardRows) -> None:
     """Replace a shard behind the writer's back, with a manifest that agrees."""
     manifest = read_manifest(folder)
