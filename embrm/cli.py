@@ -48,6 +48,10 @@ def main() -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _stop()
+    except SystemExit as end:
+        if end.code == 130:  # typer's word for an interrupt inside a command
+            _stop()
+        raise
     except BrokenPipeError:
         os._exit(1)  # the reader has gone; flushing would fail again
     except OSError as error:
