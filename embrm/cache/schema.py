@@ -72,6 +72,14 @@ class TokenRows:
     """float32 [rows, k]."""
 
 
+def known_views(views: tuple[str, ...]) -> tuple[str, ...]:
+    """`views` as they are. Raises: ValueError for a name that is none."""
+    for view in views:
+        if not _VIEW.fullmatch(view):
+            raise ValueError(f"unknown view {view!r}: valid: last, mean, prenorm, layer:K")
+    return views
+
+
 class Layout(Spec):
     """The shape of every shard of one cache."""
 
@@ -94,10 +102,7 @@ class Layout(Spec):
     @field_validator("views")
     @classmethod
     def _known_views(cls, views: tuple[str, ...]) -> tuple[str, ...]:
-        for view in views:
-            if not _VIEW.fullmatch(view):
-                raise ValueError(f"unknown view {view!r}: valid: last, mean, prenorm, layer:K")
-        return views
+        return known_views(views)
 
     @classmethod
     def of(cls, rows: ShardRows, tokens: TokenRows | None) -> "Layout":

@@ -1,7 +1,6 @@
 """Extraction: a spec in, a verified cache folder out, resumable at any moment."""
 
 import hashlib
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 from pydantic import Field, field_validator
 
-from embrm.cache.schema import ShardRows, TokenRows
+from embrm.cache.schema import ShardRows, TokenRows, known_views
 from embrm.cache.writer import open_writer
 from embrm.data.dataset import Dataset, load
 from embrm.data.leaks import leaks
@@ -42,7 +41,6 @@ from embrm.specs import Spec
 SHARD_ROWS = 2048
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
-_VIEW = re.compile(r"last|mean|prenorm|layer:(0|[1-9]\d*)")
 
 
 class ExtractSpec(Spec):
@@ -83,9 +81,7 @@ class ExtractSpec(Spec):
     @field_validator("states")
     @classmethod
     def _known_views(cls, states: tuple[str, ...]) -> tuple[str, ...]:
-        for view in states:
-            if not _VIEW.fullmatch(view):
-                raise ValueError(f"unknown view {view!r}: valid: last, mean, prenorm, layer:K")
+        known_views(states)
         if not states or len(set(states)) < len(states):
             raise ValueError("name at least one view, and each once")
         return states

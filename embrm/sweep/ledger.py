@@ -21,6 +21,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,23 @@ class Results:
     """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
     ledger: pl.DataFrame
-    curves: pl.DataFrame
-    prompts: pl.DataFrame
-    timings: pl.DataFrame
+
+    # Read when asked for: prompts grows with runs times prompts, and few callers want it.
+
+    @cached_property
+    def curves(self) -> pl.DataFrame:
+        """One row a run and epoch."""
+        return _read(self.folder / "curves.parquet")
+
+    @cached_property
+    def prompts(self) -> pl.DataFrame:
+        """Per-prompt sums of every run and evaluation split."""
+        return _read(self.folder / "prompts.parquet")
+
+    @cached_property
+    def timings(self) -> pl.DataFrame:
+        """Seconds of every run."""
+        return _read(self.folder / "timings.parquet")
 
     def find(self, run: str) -> dict[str, Any]:
         """The ledger row of a run: by its id, the beginning of one, or CONFIGURATION@SEED.
@@ -86,7 +101,8 @@ class Results:
 
 
 def open_results(folder: Path) -> Results:
-    """Read a sweep's results. Raises: UserError when there are none, or a file is damaged."""
+    """Read a sweep's results. Raises: UserError when there are none, or a file is damaged; the
+    tables beside the ledger when they are first asked for."""
     try:
         header = json.loads((folder / "sweep.json").read_bytes())
         spec = SweepSpec.parse(header["spec"], str(folder / "sweep.json"))
@@ -97,7 +113,7 @@ def open_results(folder: Path) -> Results:
             cache=header["cache"],
             leaked=header["leaked"],
             environment=header["environment"],
-            **{name: _read(folder / f"{name}.parquet") for name in TABLES},
+            ledger=_read(folder / "ledger.parquet"),
         )
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no sweep results in {folder}: run embrm sweep first") from None
