@@ -17,6 +17,7 @@ from embrm.errors import UserError
 from embrm.train.bank import AdamW, Trained, TrainingData, TrainSpec, _rate, train
 from embrm.train.heads import HeadSpec, score
 from embrm.train.objectives import Pairs
+from embrm.train.states import States
 
 MLP = HeadSpec(kind="mlp", widths=(9, 5), dropout=0.2)
 
@@ -46,7 +47,12 @@ def _data(
             margin=torch.from_numpy(random.random(count, np.float32)),
         )
 
-    return TrainingData(torch.from_numpy(states).to(dtype), pairs(n), pairs(validation))
+    return TrainingData(States(torch.from_numpy(states).to(dtype)), pairs(n), pairs(validation))
+
+
+def _rewards(result: Trained, data: TrainingData) -> torch.Tensor:
+    rows = torch.arange(len(data.states.values))
+    return score(result.parameters, result.preprocess, data.states, rows)[0]
 
 
 def _bits(result: Trained) -> Any:
@@ -59,7 +65,7 @@ def test_adamw_is_torch_optim_step_by_step() -> None:
     betas = ((0.9, 0.999), (0.5, 0.9), (0.0, 0.99))
     start = [torch.randn(3, 4, 5), torch.randn(3, 7)]
     bank = [tensor.clone() for tensor in start]
-    optimizer = AdamW(bank, betas=betas, decay=decays)
+    optimizer = AdamW(bank)
     references = []
     for slot in range(3):
         own = [tensor[slot].clone().requires_grad_() for tensor in start]
@@ -69,7 +75,9 @@ def test_adamw_is_torch_optim_step_by_step() -> None:
     for step in range(50):
         factor = 1 / (1 + step)
         gradients = [torch.randn_like(tensor) * 10.0 ** (step % 7 - 3) for tensor in bank]
-        optimizer.step(gradients, [rate * factor for rate in rates])
+        optimizer.step(
+            gradients, rates=[rate * factor for rate in rates], betas=betas, decays=decays
+        )
         for slot, (own, reference) in enumerate(references):
             reference.param_groups[0]["lr"] = rates[slot] * factor
             for tensor, gradient in zip(own, gradients, strict=True):
@@ -85,7 +93,9 @@ def test_linear_bt_with_l2_is_sklearn_logistic_regression(l2: float) -> None:
     spec = TrainSpec(l2=l2, lr=0.05, epochs=800, batch_pairs=10_000, schedule="cosine")
     [result] = train([spec], replace(data, validation=_none()))
     weights = result.parameters["output.weight"][0].double().numpy()
-    differences = (data.states[data.train.chosen] - data.states[data.train.rejected]).numpy()
+    differences = (
+        data.states.values[data.train.chosen] - data.states.values[data.train.rejected]
+    ).numpy()
     signs = np.where(np.arange(len(differences)) % 2, 1, -1)  # mirrored, so both classes occur
     reference = LogisticRegression(
         C=1 / (l2 * len(differences)), fit_intercept=False, tol=1e-10, max_iter=10_000
@@ -212,7 +222,7 @@ def test_the_best_epoch_is_kept_and_patience_stops() -> None:
     shorter = spec.model_copy(update={"epochs": full.best_epoch})
     [ended] = train([shorter], data)
     assert _bits(ended)[0] == _bits(full)[0]
-    r = score(full.parameters, full.preprocess, data.states)[0].double()
+    r = _rewards(full, data).double()
     delta = r[data.validation.chosen] - r[data.validation.rejected]
     assert torch.nn.functional.softplus(-delta).mean() == pytest.approx(min(nlls), rel=1e-5)
 
@@ -316,7 +326,7 @@ def test_the_curve_counts_what_happened() -> None:
     [result] = train([TrainSpec(epochs=2, batch_pairs=30)], data)
     assert [row["step"] for row in result.curve] == [4, 8]
     last = result.curve[-1]
-    r = score(result.parameters, result.preprocess, data.states)[0]
+    r = _rewards(result, data)
     pairs = data.validation
     right = (r[pairs.chosen] > r[pairs.rejected]).double().mean()
     seen = r[torch.cat([pairs.chosen, pairs.rejected]).unique()].double()

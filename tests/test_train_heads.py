@@ -12,7 +12,6 @@ from strict_process import strict_process
 
 from embrm.errors import UserError
 from embrm.train.heads import (
-    SLOTS,
     HeadSpec,
     Preprocess,
     fit_preprocess,
@@ -20,8 +19,9 @@ from embrm.train.heads import (
     rewards,
     score,
     stack,
-    stream,
 )
+from embrm.train.states import States
+from embrm.train.streams import stream
 
 MLP = HeadSpec(kind="mlp", widths=(7, 5))
 
@@ -94,7 +94,7 @@ def test_streams_differ_by_seed_and_stage_and_repeat() -> None:
 
 def test_a_linear_reward_is_the_inner_product() -> None:
     X = torch.randn(9, 6)
-    bank = _bank(HeadSpec(), 6, SLOTS + 3)
+    bank = _bank(HeadSpec(), 6, 35)
     expected = bank["output.weight"].double() @ X.double().T
     torch.testing.assert_close(rewards(bank, X).double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -166,32 +166,34 @@ def test_standardizing_uses_the_given_rows_alone() -> None:
     states[:, 1] = 2.5
     rows = torch.arange(0, 40, 2)
     known = states[rows].double()
-    fitted = fit_preprocess("standardize", states, rows)
+    fitted = fit_preprocess("standardize", States(states), rows)
     assert fitted.mean is not None
     assert fitted.scale is not None
     torch.testing.assert_close(fitted.mean, known.mean(0).float())
     torch.testing.assert_close(fitted.scale[[0, 2]], known.std(0, correction=0).float()[[0, 2]])
     assert fitted.scale[1] == 1  # never varies
-    moved = fitted(states[rows])
+    moved = fitted(states[rows].float())
     torch.testing.assert_close(moved.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     assert torch.equal(moved[:, 1], torch.zeros(20))
 
 
 def test_centring_moves_and_does_not_scale() -> None:
     states = torch.randn(20, 3) * 5 + 3
-    fitted = fit_preprocess("center", states, torch.arange(20))
-    torch.testing.assert_close(fitted(states), states - states.mean(0), atol=1e-5, rtol=0)
+    fitted = fit_preprocess("center", States(states), torch.arange(20))
+    torch.testing.assert_close(fitted(states.clone()), states - states.mean(0), atol=1e-5, rtol=0)
 
 
-def test_no_preprocessing_only_widens() -> None:
-    states = torch.randn(5, 3).half()
-    fitted = fit_preprocess("none", states, torch.arange(5))
-    assert torch.equal(fitted(states), states.float())
+def test_no_preprocessing_changes_nothing() -> None:
+    X = torch.randn(5, 3)
+    fitted = fit_preprocess("none", States(X), torch.arange(5))
+    assert torch.equal(fitted(X.clone()), X)
 
 
 def test_scoring_takes_any_number_of_rows() -> None:
     states = torch.randn(5000, 3).bfloat16()
     bank = _bank(HeadSpec(), 3, 2)
-    whole = score(bank, Preprocess(None, None), states)
+    rows = torch.arange(5000).flip(0)
+    whole = score(bank, Preprocess(None, None), States(states), rows)
     assert whole.shape == (2, 5000)
-    torch.testing.assert_close(whole, bank["output.weight"] @ states.float().T)
+    torch.testing.assert_close(whole.flip(1), bank["output.weight"] @ states.float().T)
+    assert score(bank, Preprocess(None, None), States(states), rows[:0]).shape == (2, 0)

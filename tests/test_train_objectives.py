@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embrm.errors import UserError
-from embrm.train.objectives import Objective, ObjectiveBank, bsr, centering, logitnorm
+from embrm.train.objectives import (
+    Objective,
+    ObjectiveBank,
+    PairRewards,
+    bsr,
+    centering,
+    logitnorm,
+)
 
 LOSSES = ("bt", "hinge", "logitnorm", "bt_dr", "classifier")
 
@@ -63,6 +70,15 @@ OBJECTIVES = [
 ]
 
 
+def _of(bank: ObjectiveBank, chosen: Tensor, rejected: Tensor) -> PairRewards:
+    total = chosen + rejected
+    return PairRewards(chosen - rejected, total[bank.totals], total[bank.means].mean(1))
+
+
+def _r_bar_squared(chosen: Tensor, rejected: Tensor) -> Tensor:
+    return bsr((chosen + rejected).mean(1))
+
+
 def _bank_gradient(
     objectives: list[Objective],
     c: Tensor,
@@ -74,9 +90,8 @@ def _bank_gradient(
     """Loss [P] and its gradient by the 2B rewards, [P, 2B]."""
     both = torch.cat([c, r]).float().repeat(len(objectives), 1).requires_grad_()
     bank = ObjectiveBank(objectives, len(c), soft_labels=bool((label != 1).any()))
-    loss = bank.data_loss(
-        both[:, : len(c)], both[:, len(c) :], label.float(), weight.float(), margin.float()
-    )
+    rewards = _of(bank, both[:, : len(c)], both[:, len(c) :])
+    loss = bank.data_loss(rewards, label.float(), weight.float(), margin.float())
     (gradient,) = torch.autograd.grad(loss.sum(), both)
     return loss.detach(), gradient
 
@@ -147,10 +162,11 @@ def test_bt_sees_only_differences_and_bsr_only_midpoints() -> None:
     bank = ObjectiveBank([Objective()], 16, soft_labels=False)
     one = torch.ones(16)
     torch.testing.assert_close(
-        bank.data_loss(c + 5, r + 5, one, one, None), bank.data_loss(c, r, one, one, None)
+        bank.data_loss(_of(bank, c + 5, r + 5), one, one, None),
+        bank.data_loss(_of(bank, c, r), one, one, None),
     )
     spread = torch.randn(1, 16, dtype=torch.float64)
-    torch.testing.assert_close(bsr(c + spread, r - spread), bsr(c, r))
+    torch.testing.assert_close(_r_bar_squared(c + spread, r - spread), _r_bar_squared(c, r))
 
 
 def test_bsr_of_a_batch_is_mean_squared_plus_variance() -> None:
@@ -159,14 +175,14 @@ def test_bsr_of_a_batch_is_mean_squared_plus_variance() -> None:
     B, weight = 3, 0.01
     batches = torch.stack([midpoints[list(rows)] for rows in product(range(5), repeat=B)])
     spread = torch.randn_like(batches)
-    mean_penalty = (weight * B * bsr(batches + spread, batches - spread)).mean()
+    mean_penalty = (weight * B * _r_bar_squared(batches + spread, batches - spread)).mean()
     expected = weight * B * midpoints.mean() ** 2 + weight * midpoints.var(correction=0)
     torch.testing.assert_close(mean_penalty, expected)
 
 
 def test_centering_is_bsr_of_one_pair_at_a_quarter() -> None:
     c, r = torch.randn(2, 10, 1, dtype=torch.float64)
-    torch.testing.assert_close(0.25 * centering(c, r), bsr(c, r))
+    torch.testing.assert_close(0.25 * centering(c + r), _r_bar_squared(c, r))
 
 
 def test_bsr_gradient_is_the_same_for_every_item() -> None:

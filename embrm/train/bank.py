@@ -8,7 +8,7 @@ rounding elsewhere.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,11 +24,13 @@ from embrm.train.heads import (
     PreprocessKind,
     fit_preprocess,
     initialise,
-    rewards,
+    pair_rewards,
     score,
-    stream,
 )
 from embrm.train.objectives import Objective, ObjectiveBank, Pairs
+from embrm.train.order import Order
+from embrm.train.states import States
+from embrm.train.streams import stream
 
 _ADAM_EPS = 1e-8
 
@@ -68,14 +70,22 @@ class TrainSpec(Objective):
 
 @dataclass(frozen=True)
 class TrainingData:
-    """states: [responses, d] in their stored dtype; pairs index its rows.
+    """Pairs, on the CPU, index the rows of `states`; training runs where the states are.
 
     `validation` may be empty: then there is no early stopping and the last epoch is kept.
     """
 
-    states: Tensor
+    states: States
     train: Pairs
     validation: Pairs
+    _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict)
+
+    def preprocess(self, kind: PreprocessKind) -> Preprocess:
+        """Fitted on the training responses, once."""
+        if kind not in self._fitted:
+            rows = torch.cat([self.train.chosen, self.train.rejected]).unique()
+            self._fitted[kind] = fit_preprocess(kind, self.states, rows)
+        return self._fitted[kind]
 
 
 @dataclass(frozen=True)
@@ -97,64 +107,125 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
     """Train every run of `pack` on `data`; results in the order of `pack`.
 
     Each slot keeps the weights of the epoch with its lowest validation NLL. A slot that has
-    stopped goes on being multiplied, unseen, until the last one has: its neighbours' bits do not
-    feel it.
+    stopped leaves the bank at the end of its epoch: its neighbours' bits do not feel it.
 
     Raises: UserError when there is no training pair, when a run asks for margins that the data
     does not have, or for early stopping without validation pairs.
     """
     _check(pack, data)
     first = pack[0]
-    pairs = data.train
+    preprocess = data.preprocess(first.preprocess)
+    pairs = data.train.to(data.states.values.device)
     batch = min(first.batch_pairs, len(pairs))
-    steps = -(-len(pairs) // batch)
     weight = pairs.weight / pairs.weight.mean()  # the scale of the weights is not a learning rate
-    soft_labels = bool((pairs.label != 1).any())
-    objective = ObjectiveBank(pack, batch, soft_labels=soft_labels)
-    rows = torch.cat([pairs.chosen, pairs.rejected]).unique()
-    preprocess = fit_preprocess(first.preprocess, data.states, rows)
-    parameters = {
-        name: tensor.expand(len(pack), *tensor.shape[1:]).clone().requires_grad_()
-        for name, tensor in initialise(first.head, data.states.shape[1], first.seed).items()
-    }
-    tensors = list(parameters.values())
-    optimizer = AdamW(
-        tensors, betas=[spec.betas for spec in pack], decay=[spec.weight_decay for spec in pack]
-    )
-    monitor = _Monitor(data, preprocess)
+    order = Order(data.train.chosen, data.states, first.seed)
+    bank = _Bank(pack, data, batch)
     slots = [_Slot(spec) for spec in pack]
+    active = slots
+    monitor = _Monitor(data, preprocess)
     for epoch in range(1, max(spec.epochs for spec in pack) + 1):
-        order = torch.from_numpy(stream(first.seed, "order", epoch).permutation(len(pairs)))
         dropout = stream(first.seed, "dropout", epoch)
-        total = torch.zeros(len(pack), dtype=torch.float64)
-        for step, some in enumerate(order.split(batch), start=(epoch - 1) * steps):
-            both = torch.cat([pairs.chosen[some], pairs.rejected[some]])
+        total = torch.zeros(len(active), dtype=torch.float64)
+        for some in order.minibatches(epoch, batch):
+            some = some.to(weight.device)
+            rows, places = torch.cat([pairs.chosen[some], pairs.rejected[some]]).unique(
+                return_inverse=True
+            )
             kept = [
-                torch.from_numpy(dropout.random((len(both), width), dtype="float32"))
+                torch.from_numpy(dropout.random((len(rows), width), dtype="float32"))
                 .ge(first.head.dropout)
                 .div(1 - first.head.dropout)
+                .to(weight.device)
                 for width in (first.head.widths if first.head.dropout else ())
             ]
-            r = rewards(parameters, preprocess(data.states[both]), kept)
-            loss = objective.data_loss(
-                r[:, : len(some)],
-                r[:, len(some) :],
-                pairs.label[some],
-                weight[some],
-                None if pairs.margin is None else pairs.margin[some],
-            ) + objective.weight_loss(tensors)
-            gradients = torch.autograd.grad(loss.sum(), tensors)
-            optimizer.step(gradients, [_rate(spec, step, spec.epochs * steps) for spec in pack])
-            total += loss.detach().double() * len(some)
+            loss = bank.step(
+                preprocess(data.states.take(rows)),
+                places[: len(some)],
+                places[len(some) :],
+                kept,
+                (
+                    pairs.label[some],
+                    weight[some],
+                    None if pairs.margin is None else pairs.margin[some],
+                ),
+            )
+            total += loss.cpu().double() * len(some)
         train_loss = (total / len(pairs)).tolist()
-        measured = monitor.measure(parameters)
-        for index, slot in enumerate(slots):
-            own = {name: tensor.detach()[index : index + 1] for name, tensor in parameters.items()}
-            row = {"epoch": epoch, "step": epoch * steps, "train_loss": train_loss[index]}
+        measured = monitor.measure(bank.parameters)
+        for index, slot in enumerate(active):
+            own = {name: tensor[index : index + 1] for name, tensor in bank.parameters.items()}
+            row = {"epoch": epoch, "step": bank.steps, "train_loss": train_loss[index]}
             slot.end_epoch(row | {key: values[index] for key, values in measured.items()}, own)
-        if not any(slot.active for slot in slots):
+        going_on = [index for index, slot in enumerate(active) if slot.active]
+        if not going_on:
             break
+        if len(going_on) < len(active):
+            bank.keep(going_on)
+            active = [active[index] for index in going_on]
     return [slot.result(preprocess) for slot in slots]
+
+
+class _Bank:
+    """Parameters, optimizer and objectives of the slots that are still training."""
+
+    def __init__(self, pack: Sequence[TrainSpec], data: TrainingData, batch: int) -> None:
+        first, device = pack[0], data.states.values.device
+        self.parameters = {
+            name: tensor.expand(len(pack), *tensor.shape[1:]).clone().to(device)
+            for name, tensor in initialise(first.head, data.states.width, first.seed).items()
+        }
+        self.steps = 0
+        self._batch = batch
+        self._steps_per_epoch = -(-len(data.train) // batch)
+        self._soft_labels = bool((data.train.label != 1).any())
+        self._optimizer = AdamW([*self.parameters.values()])
+        self._set_pack(pack)
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Go on with these slots alone."""
+        chosen = torch.tensor(slots)
+        self._optimizer.keep(chosen)
+        self.parameters = dict(zip(self.parameters, self._optimizer.tensors, strict=True))
+        self._set_pack([self._pack[slot] for slot in slots])
+
+    def _set_pack(self, pack: Sequence[TrainSpec]) -> None:
+        device = self.parameters["output.weight"].device
+        self._pack = pack
+        self._objective = ObjectiveBank(
+            pack, self._batch, soft_labels=self._soft_labels, device=device
+        )
+
+    def step(
+        self,
+        X: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        kept: Sequence[Tensor],
+        of_pairs: tuple[Tensor, Tensor, Tensor | None],
+    ) -> Tensor:
+        """One update on the pairs (X[chosen], X[rejected]); the loss of each slot before it, [P].
+
+        of_pairs: their label, weight and margin.
+        """
+        objective = self._objective
+        tensors = [tensor.requires_grad_() for tensor in self.parameters.values()]
+        r = pair_rewards(
+            self.parameters, X, chosen, rejected, objective.totals, objective.means, kept
+        )
+        loss = objective.data_loss(r, *of_pairs) + objective.weight_loss(tensors)
+        gradients = torch.autograd.grad(loss.sum(), tensors)
+        for tensor in tensors:
+            tensor.requires_grad_(False)
+        self._optimizer.step(
+            gradients,
+            rates=[
+                _rate(spec, self.steps, spec.epochs * self._steps_per_epoch) for spec in self._pack
+            ],
+            betas=[spec.betas for spec in self._pack],
+            decays=[spec.weight_decay for spec in self._pack],
+        )
+        self.steps += 1
+        return loss.detach()
 
 
 def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:
@@ -214,9 +285,9 @@ class _Monitor:
 
     def __init__(self, data: TrainingData, preprocess: Preprocess) -> None:
         self._pairs = pairs = data.validation
-        rows, positions = torch.cat([pairs.chosen, pairs.rejected]).unique(return_inverse=True)
-        self._chosen, self._rejected = positions.split(len(pairs)) if len(pairs) else (rows, rows)
-        self._states = data.states[rows]
+        self._rows, places = torch.cat([pairs.chosen, pairs.rejected]).unique(return_inverse=True)
+        self._chosen, self._rejected = places[: len(pairs)], places[len(pairs) :]
+        self._states = data.states
         self._preprocess = preprocess
 
     @torch.no_grad()
@@ -226,13 +297,13 @@ class _Monitor:
         # One tensor after another: the order in which sum(0) adds depends on the number of slots.
         squares = torch.zeros(1)
         for tensor in parameters.values():
-            squares = squares + (tensor * tensor).flatten(1).sum(1)
+            squares = squares + (tensor * tensor).flatten(1).sum(1).cpu()
         norm = squares.sqrt()
         if not len(self._pairs):
             absent = [None] * len(norm)
             names = ("validation_nll", "validation_accuracy", "reward_mean", "reward_sd")
             return dict.fromkeys(names, absent) | {"weight_norm": norm.tolist()}
-        r = score(parameters, self._preprocess, self._states)
+        r = score(parameters, self._preprocess, self._states, self._rows)
         delta = r[:, self._chosen] - r[:, self._rejected]
         label, weight = self._pairs.label.double(), self._pairs.weight.double()
         nll = -(label * logsigmoid(delta) + (1 - label) * logsigmoid(-delta))
@@ -252,46 +323,64 @@ class AdamW:
     """AdamW over a bank, as torch.optim.AdamW, with vectors of hyper-parameters over the slots.
 
     Only single-rounding operations (no fused multiply-add), so a slot's bits do not depend on
-    where in a vector register its numbers fall.
+    where in a vector register its numbers fall; one buffer, so that a step allocates nothing.
     """
 
-    def __init__(
-        self,
-        tensors: Sequence[Tensor],
-        *,
-        betas: Sequence[tuple[float, float]],
-        decay: Sequence[float],
-    ) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """tensors: [P, ...], changed in place."""
+        self.tensors = [*tensors]
         self._moments = [(torch.zeros_like(t), torch.zeros_like(t)) for t in tensors]
-        self._betas, self._decay = betas, decay
         self._steps = 0
 
+    def keep(self, slots: Tensor) -> None:
+        """Go on with these slots alone; `tensors` are new ones."""
+        self.tensors = [tensor[slots] for tensor in self.tensors]
+        self._moments = [(first[slots], second[slots]) for first, second in self._moments]
+
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
-        """One update with learning rate `rates[p]` in slot p."""
+    def step(
+        self,
+        gradients: Sequence[Tensor],
+        *,
+        rates: Sequence[float],
+        betas: Sequence[tuple[float, float]],
+        decays: Sequence[float],
+    ) -> None:
+        """One update; learning rates, betas and weight decays are those of each slot."""
         self._steps += 1
-        bias = [(1 - b1**self._steps, 1 - b2**self._steps) for b1, b2 in self._betas]
-        # Coefficients in float64, rounded once: [6, P].
+        # Coefficients in float64, rounded once: [7, P].
         columns = torch.tensor(
             [
-                (b1, 1 - b1, b2, 1 - b2, rate / c1, math.sqrt(c2), 1 - rate * decay)
-                for (b1, b2), (c1, c2), rate, decay in zip(
-                    self._betas, bias, rates, self._decay, strict=True
-                )
+                _coefficients(rate, b1, b2, decay, self._steps)
+                for rate, (b1, b2), decay in zip(rates, betas, decays, strict=True)
             ],
             dtype=torch.float64,
         ).T.float()
         for tensor, gradient, (first, second) in zip(
-            self._tensors, gradients, self._moments, strict=True
+            self.tensors, gradients, self._moments, strict=True
         ):
-            b1, one_b1, b2, one_b2, rate, root, shrink = columns.reshape(
+            b1, one_b1, b2, one_b2, rate, eps, shrink = columns.to(tensor.device).reshape(
                 7, -1, *[1] * (tensor.ndim - 1)
             )
-            first.mul_(b1).add_(gradient * one_b1)
-            second.mul_(b2).add_(gradient * gradient * one_b2)
-            denominator = second.sqrt().div_(root).add_(_ADAM_EPS)
-            tensor.mul_(shrink).sub_(first / denominator * rate)
+            buffer = gradient * one_b1
+            first.mul_(b1).add_(buffer)
+            torch.mul(gradient, gradient, out=buffer)
+            second.mul_(b2).add_(buffer.mul_(one_b2))
+            torch.sqrt(second, out=buffer).add_(eps)
+            torch.div(first, buffer, out=buffer).mul_(rate)
+            if any(decays):
+                tensor.mul_(shrink)
+            tensor.sub_(buffer)
+
+
+def _coefficients(
+    rate: float, b1: float, b2: float, decay: float, steps: int
+) -> tuple[float, float, float, float, float, float, float]:
+    """Factors of a step: the bias corrections are moved into the learning rate and eps, as
+    rate/(1-b1ᵗ)·m / (√v/√(1-b2ᵗ) + eps) = rate·√(1-b2ᵗ)/(1-b1ᵗ)·m / (√v + eps·√(1-b2ᵗ))."""
+    root = math.sqrt(1 - b2**steps)
+    corrected = rate * root / (1 - b1**steps)
+    return b1, 1 - b1, b2, 1 - b2, corrected, _ADAM_EPS * root, 1 - rate * decay
 
 
 def _rate(spec: TrainSpec, step: int, steps: int) -> float:

@@ -1,12 +1,12 @@
 """Reward heads on cached states, many at a time: parameters carry a leading slot dimension.
 
-Slot p of a bank is one run's head. A head's arithmetic is the same alone and beside any others:
-the linear bank multiplies in blocks of `SLOTS` columns, filled up with zeros, because the bits of
-a matrix product depend on its shape; an MLP's matrices are multiplied slot by slot. That the bits
-do not depend on the position in the block either takes `embrm.train.numerics`.
+Slot p of a bank is one run's head. The states are multiplied by the weights of all slots at once,
+and a head's arithmetic is the same alone and beside any others: in `embrm.train.numerics` an
+element of a product has the same bits whatever its position and however many columns there are,
+from `_COLUMNS` on; narrower products are filled up with zeros. Everything behind the first product
+has a shape that does not depend on the number of slots.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from embrm.specs import Spec
+from embrm.train.objectives import PairRewards
+from embrm.train.states import States
+from embrm.train.streams import stream
 
 Parameters = dict[str, Tensor]
 
-SLOTS = 32
-"""Columns of one linear block."""
+_COLUMNS = 32
+"""Least columns of a product with the states: narrower ones are multiplied by other kernels."""
 
 _ROWS = 4096
-"""States widened at a time when all of them are scored."""
+"""States widened at a time when many are scored."""
 
 
 class HeadSpec(Spec):
@@ -50,17 +53,6 @@ class HeadSpec(Spec):
             return "linear"
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
         return f"mlp {'-'.join(map(str, self.widths))}{dropout}"
-
-
-def stream(seed: int, *stage: str | int) -> np.random.Generator:
-    """Random numbers of one stage: a Philox stream keyed by the seed and the stage's name.
-
-    Nothing depends on the order in which runs or stages execute. Runs of one seed share their
-    streams (common random numbers), so that differences between objectives are less noisy.
-    """
-    name = "/".join(map(str, (seed, *stage)))
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 def initialise(head: HeadSpec, width: int, seed: int) -> Parameters:
@@ -93,28 +85,60 @@ def rewards(parameters: Parameters, X: Tensor, kept: Sequence[Tensor] = ()) -> T
 
     kept: one dropout mask [n, width] a hidden layer, holding 0 or 1/(1 - p), shared by the slots.
     """
-    hidden = len(parameters) // 2
-    if not hidden:
-        return _linear(parameters["output.weight"], X)
-    # The copies give every slot's matrices the alignment of a fresh tensor: bits may depend on it.
-    slots = {name: [t.clone() for t in bank.unbind()] for name, bank in parameters.items()}
+    layers = len(parameters) // 2
+    last = parameters["output.weight"]
+    if not layers:
+        return _product(X, last).T.contiguous()
+    first = parameters["hidden.0.weight"]
+    hidden = _product(X, first.flatten(0, 1)).view(len(X), *first.shape[:2])
     outputs = []
-    for slot, last in enumerate(slots["output.weight"]):
-        activations = X
-        for layer in range(hidden):
-            weight, bias = (slots[f"hidden.{layer}.{name}"][slot] for name in ("weight", "bias"))
-            activations = torch.relu(F.linear(activations, weight, bias))
+    for slot, activations in enumerate(hidden.transpose(0, 1).contiguous().unbind()):
+        for layer in range(layers):
+            bias = parameters[f"hidden.{layer}.bias"][slot]
+            if layer:
+                weight = parameters[f"hidden.{layer}.weight"][slot]
+                activations = F.linear(activations, weight)
+            activations = torch.relu(activations + bias)
             if kept:
                 activations = activations * kept[layer]
-        outputs.append(activations @ last)
+        outputs.append(activations @ last[slot])
     return torch.stack(outputs)
 
 
-def _linear(weight: Tensor, X: Tensor) -> Tensor:
-    slots = weight.shape[0]
-    padded = F.pad(weight, (0, 0, 0, -slots % SLOTS))
-    blocks = [(X @ block.T).T for block in padded.split(SLOTS)]
-    return torch.cat(blocks).contiguous()[:slots]
+def pair_rewards(
+    parameters: Parameters,
+    X: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    totals: Tensor,
+    means: Tensor,
+    kept: Sequence[Tensor] = (),
+) -> PairRewards:
+    """Rewards of B pairs of the states X float32 [n, d]; chosen and rejected are rows of X.
+
+    totals, means: the slots whose sums, and whose mean sums, are wanted. A linear head is applied
+    to h_c - h_r, and to h_c + h_r only for those: half the products where none is.
+    """
+    if len(parameters) > 1:
+        r = rewards(parameters, X, kept)
+        won, lost = r[:, chosen], r[:, rejected]
+        total = won + lost
+        return PairRewards(won - lost, total[totals], total[means].mean(1))
+    weight = parameters["output.weight"]
+    won, lost = X.index_select(0, chosen), X.index_select(0, rejected)
+    difference = _product(won - lost, weight).T.contiguous()
+    total = weight.new_empty(0, len(chosen))
+    if len(totals):
+        total = _product(won + lost, weight[totals]).T.contiguous()
+    mean = won.mean(0) + lost.mean(0) if len(means) else X.new_zeros(X.shape[1])
+    return PairRewards(difference, total, (weight[means] * mean).sum(1))
+
+
+def _product(X: Tensor, weight: Tensor) -> Tensor:
+    """X @ weightᵀ: [n, d] by [columns, d]."""
+    columns = len(weight)
+    padded = F.pad(weight, (0, 0, 0, max(0, _COLUMNS - columns)))
+    return (X @ padded.T)[:, :columns]
 
 
 @dataclass(frozen=True)
@@ -124,41 +148,49 @@ class Preprocess:
     mean: Tensor | None
     scale: Tensor | None
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """States in their stored dtype [n, d] to float32 [n, d]."""
-        wide = states.float()
+    def __call__(self, X: Tensor) -> Tensor:
+        """States float32 [n, d], changed in place."""
         if self.mean is None or self.scale is None:
-            return wide
-        return (wide - self.mean) / self.scale
+            return X
+        return X.sub_(self.mean).div_(self.scale)
 
 
 PreprocessKind = Literal["none", "center", "standardize"]
 
 
-def fit_preprocess(kind: PreprocessKind, states: Tensor, rows: Tensor) -> Preprocess:
-    """Mean, and for "standardize" population standard deviation, of `states[rows]`.
+def fit_preprocess(kind: PreprocessKind, states: States, rows: Tensor) -> Preprocess:
+    """Mean, and for "standardize" population standard deviation, of the states in `rows`.
 
     rows: distinct training responses, int64. Moments are summed in float64, in two passes. A
     component that never varies keeps scale 1.
     """
     if kind == "none":
         return Preprocess(None, None)
-    total = torch.zeros(states.shape[1], dtype=torch.float64)
+    total = torch.zeros(states.width, dtype=torch.float64)
     for some in rows.split(_ROWS):
-        total += states[some].double().sum(0)
+        total += states.take(some).cpu().double().sum(0)
+    states.let_go()
     mean = total / len(rows)
     scale = torch.ones_like(mean)
     if kind == "standardize":
         squares = torch.zeros_like(mean)
         for some in rows.split(_ROWS):
-            squares += (states[some].double() - mean).square().sum(0)
+            squares += (states.take(some).cpu().double() - mean).square().sum(0)
+        states.let_go()
         spread = (squares / len(rows)).sqrt()
         scale = torch.where(spread > 0, spread, scale)
-    return Preprocess(mean.float(), scale.float())
+    device = states.values.device
+    return Preprocess(mean.float().to(device), scale.float().to(device))
 
 
 @torch.no_grad()
-def score(parameters: Parameters, preprocess: Preprocess, states: Tensor) -> Tensor:
-    """Rewards float32 [P, n] of `states` [n, d] in their stored dtype, without dropout."""
-    chunks = [rewards(parameters, preprocess(some)) for some in states.split(_ROWS)]
-    return torch.cat(chunks, dim=1)
+def score(parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor) -> Tensor:
+    """Rewards float32 [P, n] of the states in `rows` int64 [n], without dropout; on the CPU.
+
+    Rows in ascending order are read fastest.
+    """
+    out = torch.empty(len(parameters["output.weight"]), len(rows))
+    for some, part in zip(rows.split(_ROWS), out.split(_ROWS, dim=1), strict=True):
+        part.copy_(rewards(parameters, preprocess(states.take(some))))
+    states.let_go()
+    return out

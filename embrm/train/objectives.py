@@ -1,8 +1,8 @@
 """What a head is trained to minimise: pair loss + reward penalties + l2, for a bank of slots.
 
-Shapes: rewards of the chosen and rejected responses of a minibatch are float32 [P, B], one row a
-slot. Every pair loss goes through `logsigmoid`, which is exact for any float32, and never through
-log(sigmoid + eps), which takes the gradient from confidently wrong pairs.
+Shapes: rewards of a minibatch of B pairs are float32 [P, B], one row a slot. Every pair loss goes
+through `logsigmoid`, which is exact for any float32, and never through log(sigmoid + eps), which
+takes the gradient from confidently wrong pairs.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ _ROOT_EPS = 1e-12
 square of any reward that matters (1e-6), so it changes no other value visibly."""
 
 
-def bt(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
+def bt(difference: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-logsigmoid(Δ - m), Δ = r_c - r_r (Bradley and Terry 1952; with m: arXiv 2307.09288)."""
-    return -logsigmoid(chosen - rejected - margin)
+    return -logsigmoid(difference - margin)
 
 
-def hinge(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 1.0) -> Tensor:
+def hinge(difference: Tensor, margin: Tensor | float = 1.0) -> Tensor:
     """max(0, m - Δ) (baseline of arXiv 2505.07271)."""
-    return torch.relu(margin - (chosen - rejected))
+    return torch.relu(margin - difference)
 
 
 def logitnorm(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -51,23 +51,24 @@ def classifier(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -(logsigmoid(chosen) + logsigmoid(-rejected)) / 2
 
 
-def bsr(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """r̄² [P], r̄ the mean of the minibatch's 2B rewards (arXiv 2505.07271).
+def bsr(mean_total: Tensor) -> Tensor:
+    """r̄² [P], r̄ the mean of the minibatch's 2B rewards, half the mean of r_c + r_r.
 
-    The penalty is λ·B_ref·r̄², the published code's form; the paper's prose has no factor B.
+    The penalty is λ·B_ref·r̄², the published code's form (arXiv 2505.07271); the paper's prose has
+    no factor B.
     """
-    mean = (chosen.mean(1) + rejected.mean(1)) / 2
+    mean = mean_total / 2
     return mean * mean
 
 
-def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
+def centering(total: Tensor) -> Tensor:
     """mean (r_c + r_r)² [P] (TRL's center_rewards_coefficient; arXiv 2312.09244)."""
-    total = chosen + rejected
     return (total * total).mean(1)
 
 
-_WITH_MARGIN = {"bt": bt, "hinge": hinge}
-_WITHOUT_MARGIN = {"logitnorm": logitnorm, "bt_dr": bt_dr, "classifier": classifier}
+_OF_DIFFERENCES = {"bt": bt, "hinge": hinge}
+"""They see Δ alone, and take a margin."""
+_OF_REWARDS = {"logitnorm": logitnorm, "bt_dr": bt_dr, "classifier": classifier}
 
 
 class Objective(Spec):
@@ -99,7 +100,7 @@ class Objective(Spec):
     @field_validator("loss")
     @classmethod
     def _known(cls, loss: str) -> str:
-        known = {**_WITH_MARGIN, **_WITHOUT_MARGIN}
+        known = {**_OF_DIFFERENCES, **_OF_REWARDS}
         if loss not in known:
             raise ValueError(f"unknown loss: {nearest(loss, known)}")
         return loss
@@ -107,10 +108,10 @@ class Objective(Spec):
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         has_margin = self.margin is not None or self.margin_scale is not None
-        if has_margin and self.loss not in _WITH_MARGIN:
+        if has_margin and self.loss not in _OF_DIFFERENCES:
             raise ValueError(
                 f"loss = {self.loss!r} has no margin: remove margin and margin_scale, "
-                f"or take loss = {' or '.join(map(repr, _WITH_MARGIN))}"
+                f"or take loss = {' or '.join(map(repr, _OF_DIFFERENCES))}"
             )
         if self.margin is not None and self.margin_scale is not None:
             raise ValueError(
@@ -147,13 +148,52 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def to(self, device: torch.device) -> "Pairs":
+        """The same pairs there."""
+        margin = None if self.margin is None else self.margin.to(device)
+        return Pairs(
+            self.chosen.to(device),
+            self.rejected.to(device),
+            self.label.to(device),
+            self.weight.to(device),
+            margin,
+        )
+
+
+@dataclass(frozen=True)
+class PairRewards:
+    """Rewards of a minibatch of B pairs under P slots.
+
+    difference: r_c - r_r, float32 [P, B]. total: r_c + r_r of the slots `ObjectiveBank.totals`,
+    float32 [Q, B]. mean_total: its mean over the pairs, of the slots `ObjectiveBank.means`,
+    float32 [M].
+    """
+
+    difference: Tensor
+    total: Tensor
+    mean_total: Tensor
+
 
 class ObjectiveBank:
-    """The objectives of P slots as vectors, so that one call serves the whole bank."""
+    """The objectives of P slots as vectors, so that one call serves the whole bank.
 
-    def __init__(self, objectives: Sequence[Objective], batch: int, *, soft_labels: bool) -> None:
+    totals, means: int64, the slots whose objective looks at r_c + r_r of every pair, and at its
+    mean. What a slot does not ask for is not added to it, not even as zero.
+    """
+
+    def __init__(
+        self,
+        objectives: Sequence[Objective],
+        batch: int,
+        *,
+        soft_labels: bool,
+        device: torch.device | str = "cpu",
+    ) -> None:
         def vector(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32)
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
+        def slots(chosen: Sequence[bool]) -> Tensor:
+            return torch.tensor(chosen, device=device).nonzero()[:, 0]
 
         defaults = {"hinge": 1.0}
         margins = [
@@ -164,29 +204,29 @@ class ObjectiveBank:
         )[:, None]
         self._margin_scale = vector([o.margin_scale or 0.0 for o in objectives])[:, None]
         self._smoothing = vector([o.label_smoothing for o in objectives])[:, None]
-        self._bsr = vector([o.bsr_effective(batch) for o in objectives])
-        self._centering = vector([o.centering for o in objectives])
-        self._l2 = vector([o.l2 for o in objectives])
+        self.totals = slots([o.loss in _OF_REWARDS or o.centering > 0 for o in objectives])
+        self.means = slots([o.bsr > 0 for o in objectives])
+        self._bsr = vector([o.bsr_effective(batch) for o in objectives])[self.means]
+        self._centred = slots([o.centering > 0 for o in objectives])
+        self._centering = vector([o.centering for o in objectives])[self._centred]
+        self._decayed = slots([o.l2 > 0 for o in objectives])
+        self._l2 = vector([o.l2 for o in objectives])[self._decayed]
         # Slots of one loss are computed together. Whether a slot also needs the swapped direction
         # is its own matter, never its neighbours', so that its bits are its own too.
         kinds = [(o.loss, soft_labels or o.label_smoothing > 0) for o in objectives]
         self._groups = [
-            (kind, torch.tensor([slot for slot, own in enumerate(kinds) if own == kind]))
-            for kind in dict.fromkeys(kinds)
+            (kind, slots([own == kind for own in kinds])) for kind in dict.fromkeys(kinds)
         ]
-        self._order = torch.cat([slots for _, slots in self._groups]).argsort()
+        self._order = torch.cat([own for _, own in self._groups]).argsort()
+        self._place = torch.zeros(len(objectives), dtype=torch.int64, device=device)
+        self._place[self.totals] = torch.arange(len(self.totals), device=device)
 
     def data_loss(
-        self,
-        chosen: Tensor,
-        rejected: Tensor,
-        label: Tensor,
-        weight: Tensor,
-        margin: Tensor | None,
+        self, rewards: PairRewards, label: Tensor, weight: Tensor, margin: Tensor | None
     ) -> Tensor:
         """Mean weighted pair loss plus reward penalties, [P].
 
-        chosen, rejected: rewards [P, B]; label, weight, margin: of the B pairs.
+        label, weight, margin: of the B pairs.
         """
         margins = self._margin
         if margin is not None:
@@ -194,30 +234,35 @@ class ObjectiveBank:
         probability = label * (1 - self._smoothing) + (1 - label) * self._smoothing
         losses = []
         for (loss, soft), slots in self._groups:
-            own = (chosen[slots], rejected[slots], margins[slots])
-            value = _pair_loss(loss, *own)
+            difference = rewards.difference.index_select(0, slots)
+            if loss in _OF_DIFFERENCES:
+                pair_loss = _OF_DIFFERENCES[loss]
+                value = pair_loss(difference, margins[slots])
+                swapped = pair_loss(-difference, margins[slots]) if soft else value
+            else:
+                total = rewards.total[self._place[slots]]
+                chosen, rejected = (total + difference) / 2, (total - difference) / 2
+                value = _OF_REWARDS[loss](chosen, rejected)
+                swapped = _OF_REWARDS[loss](rejected, chosen) if soft else value
             if soft:
                 q = probability[slots]
-                swapped = _pair_loss(loss, own[1], own[0], own[2])
                 value = q * value + (1 - q) * swapped
             losses.append(value)
-        per_pair = torch.cat(losses)[self._order]
-        return (
-            (per_pair * weight).mean(1)
-            + self._bsr * bsr(chosen, rejected)
-            + self._centering * centering(chosen, rejected)
-        )
+        total_loss = (torch.cat(losses).index_select(0, self._order) * weight).mean(1)
+        if len(self.means):
+            total_loss = total_loss.index_add(0, self.means, self._bsr * bsr(rewards.mean_total))
+        if len(self._centred):
+            spread = centering(rewards.total[self._place[self._centred]])
+            total_loss = total_loss.index_add(0, self._centred, self._centering * spread)
+        return total_loss
 
     def weight_loss(self, parameters: Sequence[Tensor]) -> Tensor:
         """(l2/2)·‖parameters‖² of each slot, [P]."""
-        total = torch.zeros_like(self._l2)
+        none = torch.zeros(len(parameters[0]), device=parameters[0].device)
+        if not len(self._decayed):
+            return none
+        squares = torch.zeros_like(self._l2)
         for tensor in parameters:
-            flat = tensor.flatten(1)
-            total = total + (flat * flat).sum(1)
-        return self._l2 / 2 * total
-
-
-def _pair_loss(loss: str, chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
-    if loss in _WITH_MARGIN:
-        return _WITH_MARGIN[loss](chosen, rejected, margin)
-    return _WITHOUT_MARGIN[loss](chosen, rejected)
+            flat = tensor[self._decayed].flatten(1)
+            squares = squares + (flat * flat).sum(1)
+        return none.index_add(0, self._decayed, self._l2 / 2 * squares)

@@ -1,0 +1,106 @@
+"""States of responses as training reads them, in memory or mapped from a file larger than it.
+
+A flat file of rows is mapped by every process that trains: they share its pages, and pages that
+are let go of can be read again. Nothing a run computes depends on how much stays in memory.
+"""
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+BLOCK_BYTES = 8 << 20
+"""States are shuffled and read ahead in blocks of about this size."""
+
+WINDOW_BLOCKS = 32
+"""Blocks whose states are in use at a time: 256 MiB."""
+
+_RESIDENT_BYTES = WINDOW_BLOCKS * BLOCK_BYTES * 5 // 4
+"""A streaming process lets go of everything when it has touched more: a window, and strays."""
+
+_FAULT_BYTES = 64 << 10
+"""Linux maps this much around a page that is touched."""
+
+
+class States:
+    """[responses, width] in their stored dtype, widened to float32 as they are taken.
+
+    Shapes: rows and row numbers are int64 [n].
+    """
+
+    def __init__(self, values: Tensor, mapping: mmap.mmap | None = None) -> None:
+        """values: the states, on the device that trains. mapping: the file they are mapped from,
+        if its pages shall be let go of once they were used."""
+        self.values = values
+        self._mapping = mapping
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._touched = np.zeros(len(mapping) // _FAULT_BYTES + 1 if mapping else 0, np.bool_)
+
+    @classmethod
+    def of_file(
+        cls, path: Path, shape: tuple[int, int], dtype: torch.dtype, *, resident: bool
+    ) -> "States":
+        """Map a file of rows. resident: pages stay in memory as long as the system lets them."""
+        with path.open("rb") as file:
+            # Copy on write, because torch wants a buffer it could write to; it never does.
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        values = torch.frombuffer(mapping, dtype=dtype).reshape(shape)
+        return cls(values, None if resident else mapping)
+
+    @property
+    def width(self) -> int:
+        """Components of a state."""
+        return self.values.shape[1]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: it depends on the states' shape and dtype alone."""
+        return max(1, BLOCK_BYTES // self._row_bytes)
+
+    def take(self, rows: Tensor) -> Tensor:
+        """float32 [n, width], in a buffer that the next call overwrites."""
+        if self._mapping is not None:
+            self._count(rows.numpy())
+        narrow = self._buffer(self.values.dtype, len(rows))
+        torch.index_select(self.values, 0, rows.to(self.values.device), out=narrow)
+        if self.values.dtype == torch.float32:
+            return narrow
+        return self._buffer(torch.float32, len(rows)).copy_(narrow)
+
+    def read_ahead(self, blocks: Iterable[int]) -> None:
+        """Have the system fetch these blocks while others are worked on."""
+        if self._mapping is not None:
+            size = self.block_rows * self._row_bytes
+            for block in blocks:
+                first = block * size // mmap.PAGESIZE * mmap.PAGESIZE
+                end = min((block + 1) * size, len(self._mapping))
+                self._mapping.madvise(mmap.MADV_WILLNEED, first, end - first)
+
+    def let_go(self) -> None:
+        """Return the pages used so far to the system; they are read again when needed."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+            self._touched[:] = False
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.width * self.values.element_size()
+
+    def _count(self, rows: NDArray[np.int64]) -> None:
+        """Note the pages that reading `rows` maps; let go first when they become too many."""
+        first = rows * self._row_bytes // _FAULT_BYTES
+        last = (rows * self._row_bytes + self._row_bytes - 1) // _FAULT_BYTES
+        if np.count_nonzero(self._touched) * _FAULT_BYTES > _RESIDENT_BYTES:
+            self.let_go()
+        self._touched[first] = self._touched[last] = True
+
+    def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer) < rows:
+            buffer = torch.empty(rows, self.width, dtype=dtype, device=self.values.device)
+            self._buffers[dtype] = buffer
+        return buffer[:rows]
