@@ -6,7 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
-from embrm.evaluate.groups import kendall_tau, kendall_taus
+from embrm.evaluate import groups as module
+from embrm.evaluate.groups import Rankings
+
+
+def kendall_taus(
+    rewards: np.ndarray, gold: np.ndarray, groups: np.ndarray, count: int
+) -> np.ndarray:
+    return Rankings.of(np.arange(len(gold)), gold, groups, count).taus(rewards)
+
+
+def kendall_tau(rewards: np.ndarray, gold: np.ndarray) -> float:
+    return kendall_taus(rewards, gold, np.zeros(len(gold), dtype=np.int64), 1)[0]
+
 
 few_values = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=25)
 
@@ -54,3 +66,34 @@ def test_no_groups() -> None:
     empty = np.array([])
     assert kendall_taus(empty, empty, np.array([], dtype=np.int64), 0).shape == (0,)
     assert np.isnan(kendall_taus(empty, empty, np.array([], dtype=np.int64), 2)).all()
+
+
+@pytest.mark.parametrize("cells", [1, 1 << 16])
+def test_groups_of_every_size_equal_scipy(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of one size, some alone, one too large to compare every two, in batches or not."""
+    monkeypatch.setattr(module, "_CELLS", cells)
+    generator = np.random.default_rng(1)
+    sizes = np.array([4] * 30 + [1, 0, 2, 2, 128, 129, 1500])
+    groups = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    rewards, gold = np.round(generator.normal(size=(2, len(groups))) * 3)
+    taus = kendall_taus(rewards, gold, groups, len(sizes))
+    for group in range(len(sizes)):
+        inside = groups == group
+        oracle = np.nan
+        if inside.sum() > 1:
+            with np.errstate(all="ignore"):
+                oracle = kendalltau(rewards[inside], gold[inside]).statistic
+        assert taus[group] == pytest.approx(oracle, nan_ok=True, abs=1e-12)
+    assert np.isfinite(taus).sum() > 30
+
+
+def test_a_large_group_by_hand() -> None:
+    """1,000 members in order but for the first, which comes last: 999 of 499,500 disagree."""
+    up = np.arange(1000.0)
+    assert kendall_tau(np.roll(up, 1), up) == pytest.approx(1 - 2 * 999 / 499_500)
+    assert np.isnan(kendall_tau(np.ones(1000), up))
+
+
+def test_rewards_are_taken_from_the_responses_of_the_group() -> None:
+    rankings = Rankings.of(np.array([5, 2, 0]), np.array([1.0, 2.0, 3.0]), np.zeros(3, int), 1)
+    assert rankings.taus(np.array([9.0, -7, 8, -7, -7, 7]))[0] == 1.0

@@ -1,32 +1,232 @@
-"""Metrics of one run on one split, and the per-prompt sums that intervals are made of."""
+"""Metrics of a run on a split, and the per-prompt sums that intervals are made of."""
+
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from embrm.errors import UserError
 from embrm.evaluate.calibration import expected_calibration_error
-from embrm.evaluate.groups import kendall_taus
+from embrm.evaluate.groups import Rankings
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
-PROMPT_SCHEMA: dict[str, pl.DataType] = {
+PROMPTS: dict[str, pl.DataType] = {
     "subset": pl.String(),
     "prompt_id": pl.String(),
     "pairs": pl.Float64(),
-    "wins": pl.Float64(),
-    "ties": pl.Float64(),
-    "nll": pl.Float64(),
-    "brier": pl.Float64(),
-    "margin": pl.Float64(),
     "length_wins": pl.Float64(),
     "length_ties": pl.Float64(),
-    "tau": pl.Float64(),
 }
-"""Columns of the per-prompt table. All but tau are sums over the pairs of (subset, prompt)."""
+"""What no run changes: sums over the pairs of a (subset, prompt)."""
+
+OUTCOMES = ("wins", "ties", "nll", "brier", "tau")
+"""What a run did on each (subset, prompt): sums over its pairs, and Kendall's τ-b of its group."""
 
 _KEYS = ["subset", "prompt_id"]
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSplit:
+    """A split's pairs and groups, made ready once for the rewards of many runs.
+
+    rows: int64 [n], the distinct responses that are rewarded, ascending.
+    prompts: one row a (subset, prompt_id), sorted by them, nulls last; columns `PROMPTS`, where
+        pairs is the total weight, hence the number of pairs when no weights are given, and
+        length_wins and length_ties are of "the longer response in tokens is better".
+
+    The other fields number pairs, responses (places in `rows`) and prompts (rows of `prompts`).
+    """
+
+    rows: Indices
+    prompts: pl.DataFrame
+    chosen: Indices
+    rejected: Indices
+    prompt_of: Indices
+    weight: Floats
+    agreeing: Floats
+    """Weight times label: of the two labels that a pair can have, the share of "chosen"."""
+    opposing: Floats
+    rankings: Rankings
+    fixed: dict[str, float]
+    """Metrics that no run changes."""
+
+    @classmethod
+    def of(cls, pairs: pl.DataFrame, members: pl.DataFrame, n_response: NDArray[np.int32]) -> Self:
+        """Of the pairs and group members of one split.
+
+        pairs: chosen, rejected (responses), prompt_id, subset, label, weight.
+        members: response, prompt_id, subset, gold.
+        n_response: tokens of every response, int32 [responses].
+        """
+        sides = [
+            table[column].to_numpy().astype(np.int64)
+            for table, column in ((pairs, "chosen"), (pairs, "rejected"), (members, "response"))
+        ]
+        rows, places = np.unique(np.concatenate(sides), return_inverse=True)
+        chosen, rejected, listed = np.split(places, np.cumsum([len(side) for side in sides[:2]]))
+        label = pairs["label"].to_numpy().astype(np.float64)
+        weight = pairs["weight"].to_numpy().astype(np.float64)
+        tokens = n_response[rows].astype(np.int64)
+        longer = np.sign(tokens[chosen] - tokens[rejected])
+        sums = {
+            "pairs": weight,
+            "length_wins": weight * np.where(longer > 0, label, np.where(longer, 1 - label, 0.0)),
+            "length_ties": weight * (longer == 0),
+        }
+        keys, prompt_of, group_of = _numbered(pairs, members)
+        prompts = keys.with_columns(
+            pl.Series(name, np.bincount(prompt_of, term, keys.height), dtype=pl.Float64)
+            for name, term in sums.items()
+        )
+        total = {name: float(prompts[name].to_numpy().sum()) for name in sums}
+        return cls(
+            rows=rows,
+            prompts=prompts,
+            chosen=chosen,
+            rejected=rejected,
+            prompt_of=prompt_of,
+            weight=weight,
+            agreeing=weight * label,
+            opposing=weight * (1 - label),
+            rankings=Rankings.of(
+                listed, members["gold"].to_numpy().astype(np.float64), group_of, keys.height
+            ),
+            fixed={
+                "pairs": total["pairs"],
+                "prompts": float(keys["prompt_id"].n_unique()),
+                "length_accuracy": _ratio(
+                    total["length_wins"], total["pairs"] - total["length_ties"]
+                ),
+            },
+        )
+
+    def evaluate(
+        self, rewards: NDArray[np.float32], temperature: float
+    ) -> tuple[dict[str, float], dict[str, NDArray[np.float32]]]:
+        """Score one run's `rewards` float32 [n], those of `rows`.
+
+        temperature: fitted on other pairs, NaN where none fits.
+
+        With Δ = r_chosen - r_rejected and q = label, the probability that chosen is better, a
+        pair adds, times its weight:
+            wins     q·[Δ > 0] + (1-q)·[Δ < 0], the expected agreement with a label drawn from q
+            ties     [Δ = 0]
+            nll      -q·logsigmoid(Δ) - (1-q)·logsigmoid(-Δ)
+            brier    q·(1-sigmoid(Δ))² + (1-q)·sigmoid(Δ)², the expected squared error
+            margin   (2q-1)·Δ
+
+        Returns the metrics, and `OUTCOMES` float32 [prompts] in the order of `prompts`: these
+        sums without the margin, and tau, NaN where it is undefined. Metrics are computed in
+        float64:
+            accuracy = wins / (pairs - ties), so a tie is neither right nor wrong; ties = share of
+            pairs; nll, brier, margin = means; *_calibrated at Δ/temperature; ece of 15 bins;
+            length_accuracy of "longer is better", its ties apart too; tau = mean over the prompts
+            where it is defined; reward_mean and reward_sd (population) over `rows`.
+            NaN where nothing is defined.
+        Sums run in a fixed order, so the same input gives the same bits.
+
+        Raises: UserError when a reward is not finite.
+        """
+        rewards64 = rewards.astype(np.float64)
+        bad = rewards64.size - np.count_nonzero(np.isfinite(rewards64))
+        if bad:
+            raise UserError(
+                f"{bad} of {rewards64.size} rewards are not finite: the run diverged; "
+                "lower its learning rate"
+            )
+        margins = rewards64[self.chosen] - rewards64[self.rejected]
+        positive = margins > 0
+        won = np.where(positive, self.agreeing, self.opposing)
+        lost = np.where(positive, self.opposing, self.agreeing)
+        tied = np.flatnonzero(margins == 0)
+        distance = np.abs(margins)
+        confidence, nll, brier = self._errors(distance, won, lost)
+
+        ties = np.zeros_like(margins)
+        ties[tied] = self.weight[tied]
+        wins, correct = won.copy(), won.copy()
+        wins[tied] = 0.0
+        correct[tied] = ties[tied] / 2
+        taus = self.rankings.taus(rewards64)
+        ranked = taus[~np.isnan(taus)]
+        sums = {
+            "wins": self._by_prompt(wins),
+            "ties": self._by_prompt(ties),
+            "nll": self._by_prompt(nll),
+            "brier": self._by_prompt(brier),
+        }
+        pairs = self.fixed["pairs"]
+        total = {name: float(values.sum()) for name, values in sums.items()}
+        metrics = {
+            **self.fixed,
+            "accuracy": _ratio(total["wins"], pairs - total["ties"]),
+            "ties": _ratio(total["ties"], pairs),
+            "nll": _ratio(total["nll"], pairs),
+            "brier": _ratio(total["brier"], pairs),
+            "ece": expected_calibration_error(confidence, correct, self.weight),
+            "margin": _ratio(float(((self.agreeing - self.opposing) * margins).sum()), pairs),
+            "tau": _ratio(float(ranked.sum()), ranked.size),
+            "reward_mean": _ratio(float(rewards64.sum()), rewards64.size),
+            "reward_sd": float(rewards64.std()) if rewards64.size else float("nan"),
+            "nll_calibrated": float("nan"),
+            "brier_calibrated": float("nan"),
+            "ece_calibrated": float("nan"),
+        }
+        if not np.isnan(temperature):
+            confidence, nll, brier = self._errors(distance / temperature, won, lost)
+            metrics |= {
+                "nll_calibrated": _ratio(float(nll.sum()), pairs),
+                "brier_calibrated": _ratio(float(brier.sum()), pairs),
+                "ece_calibrated": expected_calibration_error(confidence, correct, self.weight),
+            }
+        with np.errstate(over="ignore"):  # a loss beyond float32 is stored as infinite
+            outcomes = {name: values.astype(np.float32) for name, values in sums.items()}
+        return metrics, outcomes | {"tau": taus.astype(np.float32)}
+
+    def _errors(self, distance: Floats, won: Floats, lost: Floats) -> tuple[Floats, Floats, Floats]:
+        """Confidence sigmoid(|Δ|), and weighted nll and brier, each [pairs].
+
+        won, lost: weight of the label that the sign of Δ agrees with, and of the other one. From
+        e = exp(-|Δ|), which cannot overflow: sigmoid(|Δ|) = 1/(1+e), sigmoid(-|Δ|) = e/(1+e) and
+        -logsigmoid(|Δ|) = log1p(e), -logsigmoid(-|Δ|) = log1p(e) + |Δ|.
+        """
+        e = np.exp(-distance)
+        confidence = 1 / (1 + e)
+        nll = self.weight * np.log1p(e) + lost * distance
+        brier = won * np.square(e * confidence) + lost * np.square(confidence)
+        return confidence, nll, brier
+
+    def _by_prompt(self, terms: Floats) -> Floats:
+        return np.bincount(self.prompt_of, terms, self.prompts.height).astype(np.float64)
+
+
+def _numbered(pairs: pl.DataFrame, members: pl.DataFrame) -> tuple[pl.DataFrame, Indices, Indices]:
+    """Distinct (subset, prompt_id), sorted; and the number of each pair's and member's."""
+    keys = (
+        pl.concat([pairs.select(_KEYS), members.select(_KEYS)])
+        .unique()
+        .sort(_KEYS, nulls_last=True)
+    )
+    numbered = keys.with_row_index("number")
+
+    def number(rows: pl.DataFrame) -> Indices:
+        joined = rows.select(_KEYS).join(
+            numbered, on=_KEYS, how="left", nulls_equal=True, maintain_order="left"
+        )
+        return joined["number"].cast(pl.Int64).to_numpy()
+
+    return keys, number(pairs), number(members)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else float("nan")
+
+
+PROMPT_SCHEMA: dict[str, pl.DataType] = PROMPTS | dict.fromkeys(OUTCOMES, pl.Float64())
 
 
 def evaluate_split(
@@ -36,142 +236,8 @@ def evaluate_split(
     rewards: NDArray[np.float32],
     temperature: float,
 ) -> tuple[dict[str, float], pl.DataFrame]:
-    """Score `rewards` float32 [responses] on the pairs and group members of one split.
-
-    pairs: chosen, rejected (rows of `rewards`), prompt_id, subset, label, weight.
-    members: response (row of `rewards`), prompt_id, subset, gold.
-    n_response: response tokens, int32 [responses]; temperature: fitted on other pairs, NaN where
-    none fits.
-
-    With Δ = r_chosen - r_rejected and q = label, the probability that chosen is better, a pair
-    adds, times its weight:
-        wins     q·[Δ > 0] + (1-q)·[Δ < 0], the expected agreement with a label drawn from q
-        ties     [Δ = 0]
-        nll      -q·logsigmoid(Δ) - (1-q)·logsigmoid(-Δ)
-        brier    q·(1-sigmoid(Δ))² + (1-q)·sigmoid(Δ)², the expected squared error
-        margin   (2q-1)·Δ
-    and `pairs` is the total weight, hence the number of pairs when no weights are given.
-
-    Returns the metrics and the per-prompt table (`PROMPT_SCHEMA`, sorted by subset, prompt_id):
-        accuracy = wins / (pairs - ties), so a tie is neither right nor wrong; ties = share of
-        pairs; nll, brier, margin = means; *_calibrated at Δ/temperature; ece of 15 bins;
-        length_accuracy of "the longer response in tokens is better", its ties apart too;
-        tau = mean Kendall τ-b over the prompts where it is defined; reward_mean and reward_sd
-        (population) over the distinct responses of the split. NaN where nothing is defined.
-    Sums run in row order, so the same input gives the same bits.
-
-    Raises: UserError when a reward of the split is not finite.
-    """
-    chosen = pairs["chosen"].to_numpy()
-    rejected = pairs["rejected"].to_numpy()
-    listed = members["response"].to_numpy()
-    used = np.zeros(len(rewards), dtype=bool)
-    for rows in (chosen, rejected, listed):
-        used[rows] = True
-    rewards = np.asarray(rewards, dtype=np.float64)
-    in_split = rewards[used]
-    if not np.isfinite(in_split).all():
-        count = int((~np.isfinite(in_split)).sum())
-        raise UserError(
-            f"{count} of {in_split.size} rewards are not finite: the run diverged; "
-            "lower its learning rate"
-        )
-
-    margins = rewards[chosen] - rewards[rejected]
-    label = pairs["label"].to_numpy().astype(np.float64)
-    weight = pairs["weight"].to_numpy().astype(np.float64)
-    lengths = np.sign(n_response[chosen].astype(np.int64) - n_response[rejected])
-    terms = {
-        "pairs": weight,
-        "wins": weight * _agreement(margins, label),
-        "ties": weight * (margins == 0),
-        "nll": weight * _nll(margins, label),
-        "brier": weight * _brier(margins, label),
-        "margin": weight * (2 * label - 1) * margins,
-        "length_wins": weight * _agreement(lengths, label),
-        "length_ties": weight * (lengths == 0),
-    }
-
-    keys, pair_group, member_group = _groups(pairs, members)
-    taus = kendall_taus(
-        rewards[listed], members["gold"].to_numpy().astype(np.float64), member_group, keys.height
-    )
-    prompts = keys.with_columns(
-        *(
-            pl.Series(name, np.bincount(pair_group, term, minlength=keys.height), dtype=pl.Float64)
-            for name, term in terms.items()
-        ),
-        pl.Series("tau", taus, dtype=pl.Float64).fill_nan(None),
-    ).select(list(PROMPT_SCHEMA))
-
-    total = {name: float(term.sum()) for name, term in terms.items()}
-    calibrated = margins / temperature
-    outcomes, outcome_weights = _outcomes(margins, label, weight)
-    metrics = {
-        "pairs": total["pairs"],
-        "prompts": float(keys["prompt_id"].n_unique()),
-        "accuracy": _ratio(total["wins"], total["pairs"] - total["ties"]),
-        "ties": _ratio(total["ties"], total["pairs"]),
-        "nll": _ratio(total["nll"], total["pairs"]),
-        "brier": _ratio(total["brier"], total["pairs"]),
-        "ece": expected_calibration_error(outcomes, 1.0, weights=outcome_weights),
-        "nll_calibrated": _ratio(float(weight @ _nll(calibrated, label)), total["pairs"]),
-        "brier_calibrated": _ratio(float(weight @ _brier(calibrated, label)), total["pairs"]),
-        "ece_calibrated": expected_calibration_error(
-            outcomes, temperature, weights=outcome_weights
-        ),
-        "margin": _ratio(total["margin"], total["pairs"]),
-        "length_accuracy": _ratio(total["length_wins"], total["pairs"] - total["length_ties"]),
-        "tau": _ratio(float(np.nansum(taus)), float(np.isfinite(taus).sum())),
-        "reward_mean": float(in_split.mean()) if in_split.size else float("nan"),
-        "reward_sd": float(in_split.std()) if in_split.size else float("nan"),
-    }
-    return metrics, prompts
-
-
-def _agreement(margins: Floats, label: Floats) -> Floats:
-    return np.where(margins > 0, label, np.where(margins < 0, 1 - label, 0.0))
-
-
-def _nll(margins: Floats, label: Floats) -> Floats:
-    # -logsigmoid(x) = log(1 + e^-x), and logsigmoid(-x) = logsigmoid(x) - x
-    with np.errstate(invalid="ignore"):  # margins are NaN where there is no temperature
-        return np.logaddexp(0.0, -margins) + (1 - label) * margins
-
-
-def _brier(margins: Floats, label: Floats) -> Floats:
-    return label * expit(-margins) ** 2 + (1 - label) * expit(margins) ** 2
-
-
-def _outcomes(margins: Floats, label: Floats, weight: Floats) -> tuple[Floats, Floats]:
-    """A soft label as two weighted hard ones; hard labels stay as they are."""
-    if (label == 1).all():
-        return margins, weight
-    return (
-        np.concatenate([margins, -margins]),
-        np.concatenate([weight * label, weight * (1 - label)]),
-    )
-
-
-def _groups(
-    pairs: pl.DataFrame, members: pl.DataFrame
-) -> tuple[pl.DataFrame, NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct (subset, prompt_id), sorted; and the number of each pair's and member's group."""
-    keys = (
-        pl.concat([pairs.select(_KEYS), members.select(_KEYS)])
-        .unique()
-        .sort(_KEYS, nulls_last=True)
-    )
-    numbered = keys.with_row_index("group")
-
-    def number(rows: pl.DataFrame) -> NDArray[np.int64]:
-        joined = rows.select(_KEYS).join(
-            numbered, on=_KEYS, how="left", nulls_equal=True, maintain_order="left"
-        )
-        return joined["group"].cast(pl.Int64).to_numpy()
-
-    return keys, number(pairs), number(members)
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else float("nan")
+    """`EvaluationSplit` for one run, with rewards of all responses and outcomes as columns."""
+    split = EvaluationSplit.of(pairs, members, n_response)
+    metrics, outcomes = split.evaluate(rewards[split.rows], temperature)
+    columns = [pl.Series(name, values, dtype=pl.Float64) for name, values in outcomes.items()]
+    return metrics, split.prompts.with_columns(columns).with_columns(pl.col("tau").fill_nan(None))

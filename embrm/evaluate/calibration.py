@@ -49,21 +49,17 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
 
 
 def expected_calibration_error(
-    margins: Floats, temperature: float = 1.0, bins: int = 15, weights: Floats | None = None
+    confidence: Floats, correct: Floats, weights: Floats, bins: int = 15
 ) -> float:
     """Weighted mean over bins of |accuracy - mean confidence| (Guo et al. 2017, eq. 3).
 
-    Confidence is max(p, 1 - p) with p = sigmoid(Δ/temperature), in `bins` equal widths of
-    [0.5, 1]. A pair is correct when Δ > 0; a tie has confidence ½ and counts as half correct,
-    what a coin toss would earn, so it lies on the diagonal. NaN without pairs or temperature.
+    confidence: max(p, 1 - p) with p = sigmoid(Δ/temperature), in `bins` equal widths of [0.5, 1].
+    correct: the part of a pair's weight whose label the sign of Δ agrees with; for a tie half its
+    weight, what a coin toss would earn, so that it lies on the diagonal. NaN without pairs.
     """
-    margins = np.asarray(margins, dtype=np.float64)
-    weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
     total = float(weights.sum())
-    if total == 0 or np.isnan(temperature):
+    if total == 0:
         return float("nan")
-    confidence = expit(np.abs(margins) / temperature)
-    correct = np.where(margins == 0, 0.5, margins > 0)
-    which = np.minimum(((confidence - 0.5) * 2 * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(which, weights=weights * (correct - confidence), minlength=bins)
+    which = np.minimum(((confidence - 0.5) * (2 * bins)).astype(np.int64), bins - 1)
+    gaps = np.bincount(which, weights=correct - weights * confidence, minlength=bins)
     return float(np.abs(gaps).sum() / total)
