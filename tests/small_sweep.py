@@ -1,11 +1,11 @@
 """A made-up sweep for the report's tests: four configurations, three seeds, five splits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
 
-from embrm.evaluate.accuracy import PROMPT_SCHEMA
+from embrm.evaluate.accuracy import OUTCOMES, PROMPTS
 
 SKILL = {"bt": 0.60, "bsr[lr=0.01]": 0.72, "hinge|$x_1$ [red]*": 0.60, "bad": 0.45}
 SPLITS = ("id", "ood/chat_hard", "ood/maths", "groups", "absent")
@@ -22,11 +22,23 @@ class SmallSweep:
     ledger: pl.DataFrame
     curves: pl.DataFrame
     prompts: pl.DataFrame
+    outcomes: pl.DataFrame
+
+    def without(self, *unwanted: pl.Expr) -> "SmallSweep":
+        """Without the prompts of which all this holds."""
+        kept = self.prompts.filter(~pl.all_horizontal(unwanted))
+        rows = self.prompts.with_row_index("place").with_columns(
+            place=pl.int_range(pl.len()).over("split")
+        )
+        places = rows.filter(~pl.all_horizontal(unwanted)).group_by("split").agg("place")
+        lists = self.outcomes.join(places, on="split", how="inner", maintain_order="left")
+        outcomes = lists.with_columns(pl.col(OUTCOMES).list.gather(pl.col("place"))).drop("place")
+        return replace(self, prompts=kept, outcomes=outcomes)
 
 
 def small_sweep(seeds: int = 3) -> SmallSweep:
     """Accuracy on every split close to `SKILL`; the last seed of "bad" diverged."""
-    ledger, curves, prompts = [], [], []
+    ledger, curves, outcomes = [], [], []
     for name, skill in SKILL.items():
         for seed in range(seeds):
             run_id = f"{name}-{seed}"
@@ -41,7 +53,7 @@ def small_sweep(seeds: int = 3) -> SmallSweep:
             ledger.append(row)
             if diverged:
                 continue
-            prompts += _prompts(run_id, skill, seed)
+            outcomes += _outcomes(run_id, skill, seed)
             curves += [
                 {
                     "run_id": run_id,
@@ -51,33 +63,39 @@ def small_sweep(seeds: int = 3) -> SmallSweep:
                 }
                 for epoch in range(5)
             ]
-    schema = {"run_id": pl.String(), "split": pl.String()} | PROMPT_SCHEMA
+    lists = dict.fromkeys(OUTCOMES, pl.List(pl.Float32()))
     return SmallSweep(
         pl.DataFrame(ledger, infer_schema_length=None),
         pl.DataFrame(curves),
-        pl.DataFrame(prompts, schema=schema),
+        _prompts(),
+        pl.DataFrame(outcomes, schema={"run_id": pl.String(), "split": pl.String()} | lists),
     )
 
 
-def _prompts(run_id: str, skill: float, seed: int) -> list[dict[str, object]]:
+def _prompts() -> pl.DataFrame:
+    rows: list[dict[str, object]] = []
+    for split in SPLITS[:3]:
+        subsets = (None, None) if split == "id" else ("easy", "hard|er\x1b[31m")
+        rows += [
+            {"split": split, "subset": subsets[prompt % 2], "prompt_id": f"{split} {prompt}"}
+            | {"pairs": 8.0, "length_wins": 5.0, "length_ties": 0.0}
+            for prompt in range(60)
+        ]
+    rows += [
+        {"split": "groups", "subset": None, "prompt_id": f"g{prompt}"}
+        | {"pairs": 0.0, "length_wins": 0.0, "length_ties": 0.0}
+        for prompt in range(20)
+    ]
+    return pl.DataFrame(rows, schema={"split": pl.String()} | PROMPTS)
+
+
+def _outcomes(run_id: str, skill: float, seed: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for split in SPLITS[:3]:
         luck = np.random.default_rng([seed, len(split)])  # shared by the configurations
-        for prompt in range(60):
-            uniform = luck.random(8)
-            subset = None if split == "id" else ("easy", "hard|er\x1b[31m")[prompt % 2]
-            zeros = dict.fromkeys(("ties", "nll", "brier", "margin", "length_ties"), 0.0)
-            rows.append(
-                zeros
-                | {"run_id": run_id, "split": split, "subset": subset, "tau": None}
-                | {"prompt_id": f"{split} {prompt}", "pairs": 8.0, "length_wins": 5.0}
-                | {"wins": float((uniform < skill).sum())}
-            )
-    for prompt in range(20):
-        zeros = dict.fromkeys([name for name in PROMPT_SCHEMA if name != "tau"], 0.0)
-        rows.append(
-            zeros
-            | {"run_id": run_id, "split": "groups", "subset": None, "prompt_id": f"g{prompt}"}
-            | {"tau": skill - 0.5 + 0.01 * prompt if prompt else None}
-        )
-    return rows
+        wins = (luck.random((60, 8)) < skill).sum(axis=1).astype(float).tolist()
+        zeros = dict.fromkeys(("ties", "nll", "brier"), [0.0] * 60)
+        rows.append({"run_id": run_id, "split": split, "wins": wins, "tau": [np.nan] * 60} | zeros)
+    taus = [np.nan, *(skill - 0.5 + 0.01 * prompt for prompt in range(1, 20))]
+    zeros = dict.fromkeys(("wins", "ties", "nll", "brier"), [0.0] * 20)
+    return [*rows, {"run_id": run_id, "split": "groups", "tau": taus} | zeros]

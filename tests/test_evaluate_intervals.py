@@ -7,24 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from embrm.evaluate.accuracy import PROMPT_SCHEMA
+from embrm.evaluate.accuracy import OUTCOMES, PROMPTS
 from embrm.evaluate.intervals import Replicates, compare, holm, mean, prompt_counts, replicate
+from embrm.evaluate.outcomes import Outcomes
 
 
-def sums(wins: np.ndarray, pairs: np.ndarray, runs: list[str] | None = None) -> pl.DataFrame:
-    """Per-prompt sums for wins [prompts, runs] out of pairs [prompts]."""
-    prompts, count = wins.shape
-    runs = runs or [f"run{run}" for run in range(count)]
-    zeros = {name: 0.0 for name in PROMPT_SCHEMA if name not in ("subset", "prompt_id", "tau")}
-    return pl.DataFrame(
-        [
-            zeros
-            | {"run_id": runs[run], "prompt_id": f"prompt{prompt}", "subset": None, "tau": None}
-            | {"pairs": float(pairs[prompt]), "wins": float(wins[prompt, run])}
-            for run in range(count)
-            for prompt in range(prompts)
-        ],
-        schema={"run_id": pl.String()} | PROMPT_SCHEMA,
+def sums(wins: np.ndarray, pairs: np.ndarray, **others: np.ndarray) -> Outcomes:
+    """Of wins [prompts, runs] out of pairs [prompts]; others [prompts, runs] by name."""
+    known = {"wins": wins, **others}
+    empty = {name: np.nan if name == "tau" else 0.0 for name in OUTCOMES}
+    prompts = pl.DataFrame(
+        {"prompt_id": [f"prompt{prompt}" for prompt in range(len(wins))], "pairs": pairs}
+    ).with_columns(subset=pl.lit(None), length_wins=0.0, length_ties=0.0)
+    return Outcomes(
+        prompts.select(pl.col(name).cast(kind) for name, kind in PROMPTS.items()),
+        {
+            name: known.get(name, np.full(wins.shape, empty[name])).T.astype(np.float32)
+            for name in OUTCOMES
+        },
     )
 
 
@@ -35,7 +35,7 @@ def seeds(names: list[str], numbers: list[int]) -> pl.DataFrame:
 def test_equal_prompts_reproduce_the_closed_form() -> None:
     generator = np.random.default_rng(0)
     wins = generator.binomial(10, 0.7, size=(400, 1))
-    result = replicate(sums(wins, np.full(400, 10)), ["run0"], "accuracy")
+    result = replicate(sums(wins, np.full(400, 10)), "accuracy")
     row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
     shares = wins[:, 0] / 10
     half = 1.96 * shares.std() / np.sqrt(400)
@@ -48,7 +48,7 @@ def test_ratio_variance_matches_the_delta_method() -> None:
     generator = np.random.default_rng(1)
     pairs = generator.integers(1, 60, size=500)
     wins = generator.binomial(pairs, generator.beta(4, 3, size=500))[:, None]
-    result = replicate(sums(wins, pairs), ["run0"], "accuracy")
+    result = replicate(sums(wins, pairs), "accuracy")
     ratio = wins.sum() / pairs.sum()
     residuals = wins[:, 0] - ratio * pairs
     expected = np.sqrt(np.square(residuals).sum()) / pairs.sum()
@@ -82,7 +82,7 @@ def test_intervals_cover_the_truth_and_rows_would_not(k: int) -> None:
         skill = generator.normal(0.0, 0.02 if k > 1 else 0.0, size=(1, k))
         wins = generator.binomial(pairs, np.clip(difficulty + skill, 0, 1))
         frame = sums(wins, np.full(prompts, pairs))
-        result = replicate(frame, [f"run{seed}" for seed in range(k)], "accuracy", replicates=500)
+        result = replicate(frame, "accuracy", replicates=500)
         row = compare(result, seeds(["a"] * k, list(range(k))), None).row(0, named=True)
         covered += row["low"] <= truth <= row["high"]
         share = wins.mean() / pairs
@@ -102,7 +102,7 @@ def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
         seed = generator.normal(0.0, 0.01, size=(1, k))  # shared by the two: paired by seed
         share = np.concatenate([difficulty + seed, difficulty + seed + gain], axis=1)
         frame = sums(generator.binomial(pairs, np.clip(share, 0, 1)), np.full(prompts, pairs))
-        result = replicate(frame, [f"run{run}" for run in range(2 * k)], "accuracy", 400)
+        result = replicate(frame, "accuracy", 400)
         table = compare(result, seeds(names, numbers), "base")
         base, better = table.row(0, named=True), table.row(1, named=True)
         covered += better["difference_low"] <= gain <= better["difference_high"]
@@ -116,7 +116,7 @@ def test_an_accuracy_interval_stays_within_0_and_1() -> None:
     """Seeds at 1.0 and 0.7 are drawn around 0.85 by 0.21: past the end without a bound."""
     wins = np.tile([10.0, 7.0, 3.0, 0.0], (9, 1))
     runs = seeds(["good", "good", "bad", "bad"], [0, 1, 0, 1])
-    found = replicate(sums(wins, np.full(9, 10)), [f"run{run}" for run in range(4)], "accuracy")
+    found = replicate(sums(wins, np.full(9, 10)), "accuracy")
     for result in (found, mean([found, found])):
         bad, good = compare(result, runs, "bad").rows(named=True)
         assert (good["high"], bad["low"]) == (1, 0)
@@ -126,13 +126,9 @@ def test_an_accuracy_interval_stays_within_0_and_1() -> None:
 
 
 def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
-    tau = {"run0": 0.9, "run1": -0.9, "run2": -0.9, "run3": 0.9}
-    frame = sums(np.zeros((9, 4)), np.zeros(9)).with_columns(
-        tau=pl.col("run_id").replace_strict(tau, return_dtype=pl.Float64)
-    )
-    table = compare(
-        replicate(frame, list(tau), "tau"), seeds(["a"] * 2 + ["b"] * 2, [0, 1] * 2), "b"
-    )
+    tau = np.tile([0.9, -0.9, -0.9, 0.9], (9, 1))
+    frame = sums(np.zeros((9, 4)), np.zeros(9), tau=tau)
+    table = compare(replicate(frame, "tau"), seeds(["a"] * 2 + ["b"] * 2, [0, 1] * 2), "b")
     row = table.row(0, named=True)
     assert (row["low"], row["high"]) == (-1, 1)
     assert row["difference_low"] < -2 < 2 < row["difference_high"]
@@ -140,11 +136,7 @@ def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
 
 def test_baseline_and_missing_seeds() -> None:
     generator = np.random.default_rng(2)
-    result = replicate(
-        sums(generator.binomial(5, 0.6, size=(30, 4)), np.full(30, 5)),
-        ["run0", "run1", "run2", "run3"],
-        "accuracy",
-    )
+    result = replicate(sums(generator.binomial(5, 0.6, size=(30, 4)), np.full(30, 5)), "accuracy")
     table = compare(result, seeds(["base", "base", "half", "none"], [0, 1, 1, 7]), "base")
     base, half, none = table.rows(named=True)
     assert (base["seeds"], base["common_seeds"], base["difference"], base["p"]) == (
@@ -162,14 +154,14 @@ def test_baseline_and_missing_seeds() -> None:
 
 def test_a_copy_of_the_baseline_differs_by_exactly_nothing() -> None:
     wins = np.repeat(np.random.default_rng(3).binomial(9, 0.7, size=(25, 1)), 2, axis=1)
-    result = replicate(sums(wins, np.full(25, 9)), ["run0", "run1"], "accuracy")
+    result = replicate(sums(wins, np.full(25, 9)), "accuracy")
     copy = compare(result, seeds(["base", "copy"], [0, 0]), "base").row(1, named=True)
     assert (copy["difference"], copy["difference_low"], copy["difference_high"]) == (0, 0, 0)
     assert copy["p"] == copy["p_holm"] == 1
 
 
 def test_one_prompt_has_an_estimate_and_no_interval() -> None:
-    result = replicate(sums(np.array([[3, 4]]), np.array([4])), ["run0", "run1"], "accuracy")
+    result = replicate(sums(np.array([[3, 4]]), np.array([4])), "accuracy")
     table = compare(result, seeds(["a", "b"], [0, 0]), "a")
     assert table["estimate"].to_list() == [0.75, 1.0]
     assert table["low"].to_list() == [None, None]
@@ -178,8 +170,8 @@ def test_one_prompt_has_an_estimate_and_no_interval() -> None:
 
 
 def test_all_ties_give_no_accuracy() -> None:
-    frame = sums(np.zeros((6, 1)), np.full(6, 3)).with_columns(ties=pl.col("pairs"))
-    result = replicate(frame, ["run0"], "accuracy")
+    pairs = np.full(6, 0.1)  # which float32 rounds
+    result = replicate(sums(np.zeros((6, 1)), pairs, ties=pairs[:, None]), "accuracy")
     row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
     assert (row["estimate"], row["low"], row["high"]) == (None, None, None)
 
@@ -198,24 +190,21 @@ def test_a_common_shift_of_seeds_cancels_in_the_difference() -> None:
 
 
 def test_tau_is_a_mean_over_the_prompts_where_it_is_defined() -> None:
-    frame = sums(np.zeros((4, 1)), np.zeros(4)).with_columns(
-        tau=pl.Series([0.5, None, -0.1, 0.2], dtype=pl.Float64)
-    )
-    result = replicate(frame, ["run0"], "tau")
+    tau = np.array([[0.5], [np.nan], [-0.1], [0.2]])
+    result = replicate(sums(np.zeros((4, 1)), np.zeros(4), tau=tau), "tau")
     assert result.prompts == 3
     assert result.estimates[0] == pytest.approx(0.2)
 
 
 def test_subsets_of_a_prompt_stay_one_cluster() -> None:
     one = sums(np.array([[4.0], [3.0]]), np.array([6, 6]))
-    halves = pl.concat(
-        [
-            one.with_columns(pl.lit(half).alias("subset"), wins=pl.col("wins") / 2, pairs=3.0)
-            for half in ("easy", "hard")
-        ]
+    prompts = one.prompts.with_columns(pairs=3.0)
+    halves = Outcomes(
+        pl.concat(prompts.with_columns(subset=pl.lit(half)) for half in ("easy", "hard")),
+        {name: np.tile(values / 2, 2) for name, values in one.values.items()},
     )
-    whole = replicate(one, ["run0"], "accuracy")
-    split = replicate(halves, ["run0"], "accuracy")
+    whole = replicate(one, "accuracy")
+    split = replicate(halves, "accuracy")
     assert split.prompts == 2
     np.testing.assert_array_equal(whole.draws, split.draws)
 
@@ -233,17 +222,20 @@ def test_counts_are_poisson_and_depend_on_the_prompt_alone() -> None:
 
 def test_rows_and_runs_in_any_order_give_the_same_bits() -> None:
     generator = np.random.default_rng(6)
-    frame = sums(generator.binomial(7, 0.6, size=(50, 3)), np.full(50, 7)).with_columns(
-        nll=pl.Series(generator.gamma(3.0, size=150))
-    )
+    shape = (50, 3)
+    ties = generator.binomial(1, 0.3, size=shape) * 0.1
+    nll = generator.gamma(3.0, size=shape)
+    whole = sums(generator.binomial(7, 0.6, size=shape), np.full(50, 7), nll=nll, ties=ties)
+    order = generator.permutation(50)
+    mixed = whole.by([2, 0, 1])
+    mixed = Outcomes(mixed.prompts[order], {k: v[:, order] for k, v in mixed.values.items()})
     for metric in ("accuracy", "nll"):
-        straight = replicate(frame, ["run0", "run1", "run2"], metric)
-        shuffled = replicate(
-            frame.sample(fraction=1, shuffle=True), ["run2", "run0", "run1"], metric
-        )
+        straight, shuffled = replicate(whole, metric), replicate(mixed, metric)
         np.testing.assert_array_equal(straight.draws[:, [2, 0, 1]], shuffled.draws)
-        alone = replicate(frame.filter(run_id="run1"), ["run1"], metric)
+        np.testing.assert_array_equal(straight.estimates[[2, 0, 1]], shuffled.estimates)
+        alone = replicate(whole.by([1]), metric)
         np.testing.assert_array_equal(straight.draws[:, [1]], alone.draws)
+        np.testing.assert_array_equal(straight.estimates[[1]], alone.estimates)
 
 
 def test_mean_over_splits() -> None:
@@ -259,8 +251,14 @@ def test_mean_over_splits() -> None:
 
 def test_the_same_split_twice_is_not_two_samples() -> None:
     wins = np.random.default_rng(8).binomial(8, 0.6, size=(40, 1))
-    once = replicate(sums(wins, np.full(40, 8)), ["run0"], "accuracy")
+    once = replicate(sums(wins, np.full(40, 8)), "accuracy")
     np.testing.assert_array_equal(mean([once, once]).draws, once.draws)
+
+
+def test_no_prompts_give_no_numbers() -> None:
+    result = replicate(sums(np.zeros((0, 2)), np.zeros(0)), "accuracy")
+    assert result.prompts == 0
+    assert np.isnan(result.estimates).all()
 
 
 def test_holm_textbook() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import polars as pl
 import pytest
-from small_sweep import SKILL, SPLITS, small_sweep
+from small_sweep import SKILL, SPLITS, SmallSweep, small_sweep
 
 from embrm.errors import UserError
 from embrm.report.comparison import MEASURES, Comparison, compare_runs
@@ -17,6 +17,7 @@ def compared(**changes: object) -> Comparison:
         "title": "small",
         "ledger": SWEEP.ledger,
         "prompts": SWEEP.prompts,
+        "outcomes": SWEEP.outcomes,
         "splits": SPLITS,
         "baseline": "bt",
     }
@@ -31,12 +32,9 @@ def comparison() -> Comparison:
 def accuracy(name: str, split: str) -> float:
     """Mean over seeds of wins / pairs."""
     runs = SWEEP.ledger.filter(config=name)["run_id"]
-    sums = (
-        SWEEP.prompts.filter(pl.col("run_id").is_in(runs.to_list()), pl.col("split") == split)
-        .group_by("run_id")
-        .agg(share=pl.col("wins").sum() / pl.col("pairs").sum())
-    )
-    return sums["share"].mean()
+    wins = SWEEP.outcomes.filter(pl.col("run_id").is_in(runs.to_list()), split=split)["wins"]
+    pairs = SWEEP.prompts.filter(split=split)["pairs"].sum()
+    return wins.list.sum().mean() / pairs
 
 
 def test_ranks_by_the_mean_over_the_splits_with_pairs(comparison: Comparison) -> None:
@@ -134,13 +132,17 @@ def test_rank_by_groups_uses_tau() -> None:
     assert comparison.scores.filter(split="groups")["prompts"].unique().to_list() == [19]
 
 
-def with_one_prompt(*splits: str) -> pl.DataFrame:
-    small = pl.col("split").is_in(splits) & (pl.col("prompt_id") != pl.col("split") + " 7")
-    return SWEEP.prompts.filter(~small)
+def tables(sweep: SmallSweep) -> dict[str, pl.DataFrame]:
+    return {"prompts": sweep.prompts, "outcomes": sweep.outcomes}
+
+
+def with_one_prompt(*splits: str) -> dict[str, pl.DataFrame]:
+    others = pl.col("prompt_id") != pl.col("split") + " 7"
+    return tables(SWEEP.without(pl.col("split").is_in(splits), others))
 
 
 def test_a_split_of_one_prompt_does_not_rank_where_others_can() -> None:
-    comparison = compared(prompts=with_one_prompt("ood/maths"))
+    comparison = compared(**with_one_prompt("ood/maths"))
     assert comparison.ranked_splits == ("id", "ood/chat_hard")
     assert comparison.unranked_splits == ("ood/maths",)
     without = compared(splits=("id", "ood/chat_hard"))
@@ -152,7 +154,7 @@ def test_a_split_of_one_prompt_does_not_rank_where_others_can() -> None:
 
 def test_splits_of_one_prompt_rank_where_there_is_nothing_else() -> None:
     both = ("ood/chat_hard", "ood/maths")
-    comparison = compared(prompts=with_one_prompt(*both), rank_by="ood")
+    comparison = compared(**with_one_prompt(*both), rank_by="ood")
     assert comparison.ranked_splits == both
     assert comparison.unranked_splits == ()
     assert comparison.ranking["estimate"].null_count() == 0
@@ -160,11 +162,14 @@ def test_splits_of_one_prompt_rank_where_there_is_nothing_else() -> None:
 
 
 def test_splits_named_train_do_not_rank() -> None:
-    renamed = SWEEP.prompts.with_columns(pl.col("split").replace("id", "train/seen"))
-    comparison = compared(prompts=renamed, splits=("train/seen", *SPLITS[1:]))
+    renamed = {
+        name: table.with_columns(pl.col("split").replace("id", "train/seen"))
+        for name, table in tables(SWEEP).items()
+    }
+    comparison = compared(**renamed, splits=("train/seen", *SPLITS[1:]))
     assert comparison.ranked_splits == ("ood/chat_hard", "ood/maths")
     assert "train/seen" in comparison.splits
-    only = compared(prompts=renamed, splits=("train/seen",))
+    only = compared(**renamed, splits=("train/seen",))
     assert only.ranked_splits == ("train/seen",)
 
 
@@ -217,8 +222,8 @@ def test_leak_free_accuracy_leaves_the_leaked_prompts_out() -> None:
     assert comparison.leak_free["split"].unique().to_list() == ["id"]
     assert comparison.leak_free["removed"].unique().to_list() == [15]
     assert comparison.leak_free["prompts"].unique().to_list() == [45]
-    kept = SWEEP.prompts.filter(~pl.col("prompt_id").is_in(leaked["id"]))
-    clean = compared(prompts=kept, rank_by="id").ranking
+    kept = SWEEP.without(pl.col("prompt_id").is_in(leaked["id"]))
+    clean = compared(**tables(kept), rank_by="id").ranking
     found = comparison.leak_free.sort("name")
     assert found["estimate"].equals(clean.sort("name")["estimate"])
     assert found["low"].equals(clean.sort("name")["low"])
@@ -240,7 +245,7 @@ def test_no_baseline_gives_a_ranking_without_differences() -> None:
 def test_order_of_rows_does_not_matter(comparison: Comparison) -> None:
     shuffled = compared(
         ledger=SWEEP.ledger.sample(fraction=1, shuffle=True, seed=1),
-        prompts=SWEEP.prompts.sample(fraction=1, shuffle=True, seed=2),
+        outcomes=SWEEP.outcomes.sample(fraction=1, shuffle=True, seed=2),
     )
     for field in dataclasses.fields(Comparison):
         left, right = getattr(comparison, field.name), getattr(shuffled, field.name)
@@ -252,17 +257,17 @@ def test_order_of_rows_does_not_matter(comparison: Comparison) -> None:
     [
         ({"rank_by": "ood/math"}, "rank_by = 'ood/math' .* did you mean 'ood/maths'"),
         ({"baseline": "btt"}, "baseline = 'btt' .* did you mean 'bt'"),
-        ({"prompts": SWEEP.prompts.head(0)}, "small has no finished runs"),
+        ({"outcomes": SWEEP.outcomes.head(0)}, "small has no finished runs"),
         (
             {
-                "prompts": SWEEP.prompts.head(0),
+                "outcomes": SWEEP.outcomes.head(0),
                 "ledger": SWEEP.ledger.with_columns(status=pl.lit("diverged")),
             },
             "^small: all 12 runs diverged: lower lr$",
         ),
         (
             {
-                "prompts": SWEEP.prompts.filter(~pl.col("run_id").str.starts_with("bt")),
+                "outcomes": SWEEP.outcomes.filter(~pl.col("run_id").str.starts_with("bt")),
                 "ledger": SWEEP.ledger.with_columns(
                     status=pl.when(pl.col("config") == "bt")
                     .then(pl.lit("diverged"))

@@ -11,7 +11,7 @@ from embrm.report.comparison import Comparison, compare_runs
 from embrm.report.figures import figures
 
 SWEEP = small_sweep()
-COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt")
+COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
 CURVES = SWEEP.curves.join(SWEEP.ledger.select("run_id", name="config"), on="run_id")
 NO_CURVES = CURVES.head(0)
 BLUE, ORANGE = b"#0072b2", b"#d55e00"
@@ -49,12 +49,14 @@ def test_names_are_not_read_as_mathematics(drawn: dict[str, bytes]) -> None:
 
 def test_names_no_font_can_draw_or_mathtext_parse_do_no_harm() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", "奖励 $\\frac{ \x1b"))
-    comparison = compare_runs("odd", ledger, SWEEP.prompts, SPLITS, "bt")
+    comparison = compare_runs("odd", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     assert "ranked.png" in figures(comparison, NO_CURVES, 20)
 
 
 def test_scatter_falls_back_on_held_out_training_prompts() -> None:
-    ood = compare_runs("ood", SWEEP.ledger, SWEEP.prompts, ("ood/maths", "ood/chat_hard"), "bt")
+    ood = compare_runs(
+        "ood", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("ood/maths", "ood/chat_hard"), "bt"
+    )
     assert b"held-out training prompts" in figures(ood, NO_CURVES, 20)["id_vs_ood.svg"]
     blind = dataclasses.replace(ood, validation=ood.validation.with_columns(accuracy=pl.lit(None)))
     assert "id_vs_ood.svg" not in figures(blind, NO_CURVES, 20)
@@ -90,9 +92,11 @@ def test_longer_is_better_is_drawn_where_it_is_near(share: float, drawn: bool) -
 
 def test_the_axis_says_over_what() -> None:
     assert b"Mean accuracy over 3 splits (%)" in ranked(COMPARISON)
-    one = compare_runs("one", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt", rank_by="id")
+    one = compare_runs(
+        "one", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", rank_by="id"
+    )
     assert b"Accuracy, id (%)" in ranked(one)
-    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, ("groups",), "bt")
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
     assert "Kendall τ-b, groups".encode() in ranked(groups)
 
 
@@ -101,10 +105,10 @@ def test_no_curves_no_figure() -> None:
 
 
 def test_groups_alone_draw_the_ranking() -> None:
-    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, ("groups",), "bt")
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
     assert sorted(figures(groups, NO_CURVES, 20)) == ["ranked.png", "ranked.svg"]
 
 
 def test_without_a_baseline() -> None:
-    comparison = compare_runs("free", SWEEP.ledger, SWEEP.prompts, SPLITS, None)
+    comparison = compare_runs("free", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, None)
     assert len(figures(comparison, CURVES, 2)) == 6

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "sweep.json").write_text(
         canonical_json(header | {"environment": {}, "leaked": {"id": ["id 3"]}})
     )
-    for name in ("ledger", "curves", "prompts"):
+    for name in ("ledger", "curves", "prompts", "outcomes"):
         (folder / f"{name}.parquet").write_bytes(parquet(getattr(sweep, name)))
     (folder / "timings.parquet").write_bytes(parquet(sweep.ledger.select("run_id")))
     return folder

@@ -12,7 +12,7 @@ from embrm.report.comparison import compare_runs
 from embrm.report.tables import Table, escape, further_tables, main_tables, markdown, terminal
 
 SWEEP = small_sweep()
-COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt")
+COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
 
 
 def shown(table: Table, width: int = 100) -> str:
@@ -56,7 +56,7 @@ def test_top_keeps_the_baseline() -> None:
 
 def test_one_seed_is_marked() -> None:
     sweep = small_sweep(seeds=1)
-    comparison = compare_runs("one", sweep.ledger, sweep.prompts, SPLITS, "bt")
+    comparison = compare_runs("one", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, "bt")
     ranking = main_tables(comparison, top=4)[0]
     assert ranking.rows[0][2] == "1*"
     assert "* one seed" in ranking.note
@@ -98,7 +98,7 @@ def test_headers_stand_on_their_numbers() -> None:
 
 def test_calibration_fits_eighty_columns() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", LONG))
-    comparison = compare_runs("long", ledger, SWEEP.prompts, SPLITS, "bt")
+    comparison = compare_runs("long", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     table = main_tables(comparison, 9)[-1]
     text = shown(table, width=80)
     assert table.rows[-1][:2] == ("4", LONG)
@@ -117,7 +117,9 @@ def test_epoch_limits_are_marked_and_explained() -> None:
             epochs=reached.then(9).otherwise("epochs"),
             best_epoch=reached.then(8).otherwise("best_epoch"),
         )
-        return main_tables(compare_runs("x", ledger, SWEEP.prompts, SPLITS, "bt"), 9)[0]
+        return main_tables(
+            compare_runs("x", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt"), 9
+        )[0]
 
     some = ranking("bt", "bsr[lr=0.01]")
     assert [row[1] for row in some.rows if row[1].endswith("°")] == ["bsr[lr=0.01]°", "bt°"]
@@ -144,11 +146,13 @@ def test_terminal_shows_every_cell_without_reading_markup(table: Table) -> None:
 
 def test_eight_long_splits_fit_a_hundred_columns() -> None:
     long = [f"ood/benchmark_number_{number}" for number in range(11)]
-    prompts = pl.concat(
-        SWEEP.prompts.filter(pl.col("split") == "ood/maths").with_columns(split=pl.lit(split))
-        for split in long
+    prompts, outcomes = (
+        pl.concat(
+            table.filter(split="ood/maths").with_columns(split=pl.lit(split)) for split in long
+        )
+        for table in (SWEEP.prompts, SWEEP.outcomes)
     )
-    comparison = compare_runs("wide", SWEEP.ledger, prompts, long[:8], "bt")
+    comparison = compare_runs("wide", SWEEP.ledger, prompts, outcomes, long[:8], "bt")
     tables = main_tables(comparison, 9)
     for table in tables:
         assert max(map(len, shown(table).splitlines())) <= 100
@@ -156,7 +160,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
     assert matrix.columns[1:] == tuple(long[:8])
     for row in matrix.rows:
         assert all(cell in shown(matrix) for cell in row[1:])  # no number is broken in two
-    more = compare_runs("wider", SWEEP.ledger, prompts, long, "bt")
+    more = compare_runs("wider", SWEEP.ledger, prompts, outcomes, long, "bt")
     widths = [len(t.columns) for t in main_tables(more, 9) if t.title == "Accuracy % by split"]
     assert widths == [7, 6]
 
@@ -192,14 +196,14 @@ def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
 
 
 def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
-    small = (pl.col("split") == "ood/maths") & (pl.col("prompt_id") != "ood/maths 7")
-    prompts = SWEEP.prompts.filter(~small)
-    one = compare_runs("one", SWEEP.ledger, prompts, SPLITS, "bt")
+    small = SWEEP.without(pl.col("split") == "ood/maths", pl.col("prompt_id") != "ood/maths 7")
+    tables = small.ledger, small.prompts, small.outcomes
+    one = compare_runs("one", *tables, SPLITS, "bt")
     ranking = main_tables(one, 9)[0]
     assert ranking.title.endswith("mean over id, ood/chat_hard")
     assert "Left out of the mean, fewer than 2 prompts: ood/maths." in ranking.note
     assert "95 % intervals" in ranking.note
-    alone = main_tables(compare_runs("alone", SWEEP.ledger, prompts, ["ood/maths"], "bt"), 9)[0]
+    alone = main_tables(compare_runs("alone", *tables, ["ood/maths"], "bt"), 9)[0]
     assert "No intervals: too few prompts" in alone.note
     assert "95 %" not in alone.note
     assert "Left out" not in alone.note
@@ -207,11 +211,13 @@ def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
 
 
 def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
-    empty = SWEEP.prompts.filter(split="groups").with_columns(
-        pl.lit("empty").alias("split"), tau=pl.lit(None, dtype=pl.Float64)
+    prompts, outcomes = (
+        pl.concat([table, table.filter(split="groups").with_columns(split=pl.lit("empty"))])
+        for table in (SWEEP.prompts, SWEEP.outcomes)
     )
-    prompts = pl.concat([SWEEP.prompts, empty])
-    comparison = compare_runs("empty", SWEEP.ledger, prompts, (*SPLITS, "empty"), "bt")
+    undefined = pl.col("tau").list.eval(pl.element() * float("nan"))
+    outcomes = outcomes.with_columns(pl.when(split="empty").then(undefined).otherwise("tau"))
+    comparison = compare_runs("empty", SWEEP.ledger, prompts, outcomes, (*SPLITS, "empty"), "bt")
     tables = {table.title: table for table in main_tables(comparison, 9)}
     assert tables["Evaluation splits"].rows[-1] == ("empty", "0", "0", "n/a", "0")
 
@@ -220,7 +226,7 @@ def calibration_without(temperature: pl.Expr) -> Table:
     """The calibration table when the runs selected have no temperature."""
     calibrated = pl.col("^.*_calibrated@.*$")
     ledger = SWEEP.ledger.with_columns(pl.when(~temperature).then(calibrated))
-    comparison = compare_runs("cold", ledger, SWEEP.prompts, SPLITS, "bt")
+    comparison = compare_runs("cold", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     return next(t for t in main_tables(comparison, 9) if t.title.startswith("Calibration"))
 
 
@@ -248,7 +254,9 @@ def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
 
 def test_leaks_are_counted() -> None:
     leaked = {"id": ["id 1", "id 2"]}
-    comparison = compare_runs("leaky", SWEEP.ledger, SWEEP.prompts, SPLITS, "bt", leaked=leaked)
+    comparison = compare_runs(
+        "leaky", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", leaked=leaked
+    )
     tables = {table.title: table for table in main_tables(comparison, 9)}
     without = tables["Accuracy % without prompts seen in training"]
     assert without.note == "Prompts: id: 2 removed, 58 left."

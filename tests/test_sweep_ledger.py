@@ -3,13 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embrm.errors import UserError
+from embrm.evaluate import accuracy
+from embrm.sweep import ledger as ledger_module
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
 from embrm.sweep.ledger import (
+    OUTCOMES_SCHEMA,
     finished,
     load_run,
     open_results,
@@ -75,6 +80,27 @@ def test_equal_tables_are_equal_bytes() -> None:
     assert parquet(table) == parquet(chunks)
 
 
+PROMPTS = pl.DataFrame(
+    [(split, None, f"p{number}", 1.0, 1.0, 0.0) for split in ("id", "far") for number in range(5)],
+    schema={"split": pl.String()} | accuracy.PROMPTS,
+    orient="row",
+)
+
+
+def _outcomes(run_ids: list[str]) -> pl.DataFrame:
+    """Random numbers that depend on the run alone."""
+    rows = [
+        {"run_id": run_id, "split": split}
+        | {
+            name: np.random.default_rng([*run_id.encode(), len(split), place]).random(5).tolist()
+            for place, name in enumerate(accuracy.OUTCOMES)
+        }
+        for run_id in run_ids
+        for split in ("id", "far")
+    ]
+    return pl.DataFrame(rows, schema=OUTCOMES_SCHEMA)
+
+
 def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
     rows = {"run_id": run_ids}
     n = len(run_ids)
@@ -87,9 +113,7 @@ def _part(folder: Path, part: str, run_ids: list[str], value: float) -> None:
             pl.lit(value).alias("accuracy@far"),
         ),
         "curves": pl.DataFrame({**rows, "epoch": [1] * n}),
-        "prompts": pl.DataFrame({"run_id": run_ids * 2, "split": ["id"] * n + ["far"] * n})
-        .with_columns(pl.lit(None, dtype=pl.String).alias("subset"))
-        .with_columns(pl.lit("p").alias("prompt_id")),
+        "outcomes": _outcomes(run_ids),
         "timings": pl.DataFrame(rows),
     }
     for name, table in tables.items():
@@ -110,12 +134,13 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
     _part(tmp_path, "2", ["id-a"], 0.25)
     (tmp_path / "parts" / "unfinished").mkdir()
     assert finished(tmp_path).keys() == {"id-a", "id-b", "id-dropped"}
-    write_results(tmp_path, SPEC, [_run("b"), _run("a"), _run("c")], ["id"], HEADER)
+    write_results(tmp_path, SPEC, [_run("b"), _run("a"), _run("c")], ["id"], HEADER, PROMPTS)
     results = open_results(tmp_path)
     assert results.ledger.columns == ["run_id", "config", "seed", "status", "accuracy@id"]
     assert results.ledger.rows() == [("id-a", "a", 0, "ok", 0.25), ("id-b", "b", 0, "ok", 0.5)]
     assert results.curves["run_id"].to_list() == ["id-a", "id-b"]
-    assert results.prompts.select("run_id", "split").rows() == [("id-a", "id"), ("id-b", "id")]
+    assert results.prompts.equals(PROMPTS.filter(split="id"))
+    assert results.outcomes.equals(_outcomes(["id-a", "id-b"]).filter(split="id"))
     assert results.spec == SPEC
     assert results.cache_id == "c"
     for name in ("id-a", "a@0"):
@@ -128,6 +153,39 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
         results.find("id-x")
 
 
+def test_outcomes_are_the_same_bytes_whatever_the_parts_and_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"r{number:02d}" for number in range(11)]
+    ids = [f"id-{name}" for name in names]
+    partitions = ([ids], [[run_id] for run_id in reversed(ids)], [ids[::2], ["id-old"], ids[1::2]])
+    contents = set()
+    for cells, found in ((1 << 22, 1), (50, 3)):
+        monkeypatch.setattr(ledger_module, "_CELLS", cells)
+        for number, parts in enumerate(partitions):
+            folder = tmp_path / f"{cells}-{number}"
+            for part, own in enumerate(parts):
+                _part(folder, str(part), own, 0.5)
+            runs = [_run(name) for name in names]
+            write_results(folder, SPEC, runs, ["far", "id"], HEADER, PROMPTS)
+            results = open_results(folder)
+            assert results.outcomes.equals(_outcomes(ids).sort("run_id", "split"))
+            assert results.prompts["split"].to_list() == ["far"] * 5 + ["id"] * 5
+            assert pq.ParquetFile(folder / "outcomes.parquet").num_row_groups == found
+            contents.add((found, (folder / "outcomes.parquet").read_bytes()))
+    assert len(contents) == 2
+
+
+def test_a_sweep_in_which_all_diverged_has_empty_outcomes(tmp_path: Path) -> None:
+    _part(tmp_path, "1", ["id-a"], 0.5)
+    path = tmp_path / "parts" / "1" / "outcomes.parquet"
+    path.write_bytes(parquet(_outcomes([])))
+    write_results(tmp_path, SPEC, [_run("a")], ["id"], HEADER, PROMPTS)
+    outcomes = open_results(tmp_path).outcomes
+    assert outcomes.is_empty()
+    assert outcomes.schema == OUTCOMES_SCHEMA
+
+
 def test_a_run_without_its_weights_is_not_finished(tmp_path: Path) -> None:
     _part(tmp_path, "1", ["id-a", "id-b"], 0.5)
     (tmp_path / "weights" / "id-a.safetensors").unlink()
@@ -138,7 +196,7 @@ def test_absent_and_damaged_results_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sweep results in"):
         open_results(tmp_path / "nothing")
     _part(tmp_path, "1", ["id-a"], 0.5)
-    write_results(tmp_path, SPEC, [_run("a")], ["id"], HEADER)
+    write_results(tmp_path, SPEC, [_run("a")], ["id"], HEADER, PROMPTS)
     good = (tmp_path / "sweep.json").read_bytes()
     for bad in (b"", good[:40], b"[]", b'{"spec": {}}', b"\xff"):
         (tmp_path / "sweep.json").write_bytes(bad)

@@ -224,20 +224,3 @@ def _numbered(pairs: pl.DataFrame, members: pl.DataFrame) -> tuple[pl.DataFrame,
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator else float("nan")
-
-
-PROMPT_SCHEMA: dict[str, pl.DataType] = PROMPTS | dict.fromkeys(OUTCOMES, pl.Float64())
-
-
-def evaluate_split(
-    pairs: pl.DataFrame,
-    members: pl.DataFrame,
-    n_response: NDArray[np.int32],
-    rewards: NDArray[np.float32],
-    temperature: float,
-) -> tuple[dict[str, float], pl.DataFrame]:
-    """`EvaluationSplit` for one run, with rewards of all responses and outcomes as columns."""
-    split = EvaluationSplit.of(pairs, members, n_response)
-    metrics, outcomes = split.evaluate(rewards[split.rows], temperature)
-    columns = [pl.Series(name, values, dtype=pl.Float64) for name, values in outcomes.items()]
-    return metrics, split.prompts.with_columns(columns).with_columns(pl.col("tau").fill_nan(None))

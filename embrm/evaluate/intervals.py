@@ -30,18 +30,11 @@ import polars.selectors as cs
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from embrm.evaluate.outcomes import Outcomes
+
 Floats = NDArray[np.float64]
 
 REPLICATES = 2000
-
-_RATIOS: dict[str, tuple[pl.Expr, pl.Expr]] = {
-    "accuracy": (pl.col("wins"), pl.col("pairs") - pl.col("ties")),
-    "nll": (pl.col("nll"), pl.col("pairs")),
-    "brier": (pl.col("brier"), pl.col("pairs")),
-    "margin": (pl.col("margin"), pl.col("pairs")),
-    "length_accuracy": (pl.col("length_wins"), pl.col("pairs") - pl.col("length_ties")),
-    "tau": (pl.col("tau").fill_null(0.0), pl.col("tau").is_not_null().cast(pl.Float64)),
-}
 
 _UNBOUNDED = (-np.inf, np.inf)
 _BOUNDS = {"accuracy": (0.0, 1.0), "length_accuracy": (0.0, 1.0), "tau": (-1.0, 1.0)}
@@ -61,7 +54,7 @@ _COMPARISON: dict[str, pl.DataType] = {
 }
 
 _FIXED_POINT = 2.0**26
-"""Sums of multiples of 2^-26 are exact up to 2^27, so their bits depend on no thread count."""
+"""Sums of multiples of 2^-26 are exact up to 2^27, so their bits depend on no order or thread."""
 
 
 @dataclass(frozen=True)
@@ -91,36 +84,28 @@ def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> ND
     return counts
 
 
-def replicate(
-    prompts: pl.DataFrame, run_ids: Sequence[str], metric: str, replicates: int = REPLICATES
-) -> Replicates:
+def replicate(outcomes: Outcomes, metric: str, replicates: int = REPLICATES) -> Replicates:
     """Resample one metric on one split for all runs at once.
 
-    prompts: the per-prompt sums (`accuracy.PROMPT_SCHEMA`) of the split, with run_id; rows of the
-    same prompt (its subsets) are added up. Columns of the result follow `run_ids`.
-    metric: accuracy, nll, brier, margin, length_accuracy or tau.
+    Rows of the same prompt (its subsets) are added up. Columns of the result follow the runs; one
+    alone where all runs are alike.
+    metric: accuracy, nll, brier, length_accuracy or tau.
     """
-    numerator, denominator = _RATIOS[metric]
-    rows = prompts.select("run_id", "prompt_id", above=numerator, below=denominator)
-    prompt_ids = rows["prompt_id"].unique().sort()
-    shape = (len(prompt_ids), len(run_ids))
-    cell = _position(rows["prompt_id"], prompt_ids) * shape[1] + _position(
-        rows["run_id"], pl.Series(run_ids, dtype=pl.String)
+    prompt_ids = outcomes.prompts["prompt_id"].to_numpy()
+    order = np.argsort(prompt_ids, kind="stable")
+    prompt_ids = prompt_ids[order]
+    starts = np.flatnonzero(np.append(True, prompt_ids[1:] != prompt_ids[:-1])[: len(prompt_ids)])
+    above, below = (
+        np.add.reduceat(_fixed_point(terms)[order], starts, axis=0)
+        for terms in outcomes.ratio(metric)
     )
-
-    def dense(column: str) -> Floats:
-        sums = np.bincount(cell, rows[column].to_numpy(), minlength=shape[0] * shape[1])
-        return sums.astype(np.float64).reshape(shape)
-
-    above, below = dense("above"), dense("below")
     useful = below.any(axis=1)  # a prompt with nothing to count cannot inform an interval
     above, below = above[useful], below[useful]
-    counts = prompt_counts(prompt_ids.filter(pl.Series(useful)).to_list(), replicates)
-    weights = counts.astype(np.float64)
+    weights = prompt_counts(prompt_ids[starts][useful].tolist(), replicates).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         return Replicates(
             estimates=above.sum(axis=0) / below.sum(axis=0),
-            draws=(weights @ _fixed_point(above)) / (weights @ _fixed_point(below)),
+            draws=(weights @ above) / (weights @ below),
             prompts=len(above),
             bounds=_BOUNDS.get(metric, _UNBOUNDED),
         )
@@ -234,14 +219,5 @@ def _p_value(difference: float, deviation: float) -> float:
     return float(2 * ndtr(-abs(difference) / deviation)) if deviation > 0 else float("nan")
 
 
-def _fixed_point(sums: Floats) -> Floats:
-    return np.rint(sums * _FIXED_POINT) / _FIXED_POINT
-
-
-def _position(values: pl.Series, among: pl.Series) -> NDArray[np.int64]:
-    """Row of each value in `among`, whose values are distinct."""
-    places = pl.DataFrame({"value": among}).with_row_index("place")
-    joined = pl.DataFrame({"value": values}).join(
-        places, on="value", how="left", maintain_order="left"
-    )
-    return joined["place"].cast(pl.Int64).to_numpy()
+def _fixed_point(terms: Floats) -> Floats:
+    return np.rint(terms * _FIXED_POINT) / _FIXED_POINT

@@ -3,10 +3,12 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 
 from embrm.errors import UserError, nearest
 from embrm.evaluate.intervals import Replicates, compare, mean, replicate
+from embrm.evaluate.outcomes import Outcomes
 
 MEASURES = (
     *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
@@ -71,6 +73,7 @@ def compare_runs(
     title: str,
     ledger: pl.DataFrame,
     prompts: pl.DataFrame,
+    outcomes: pl.DataFrame,
     splits: Sequence[str],
     baseline: str | None,
     rank_by: str | None = None,
@@ -80,7 +83,8 @@ def compare_runs(
 
     ledger: one row a run: run_id, config, seed, status, spec, epochs, best_epoch,
         validation_accuracy, `metric@split`.
-    prompts: per-prompt sums: run_id, split and the columns of `accuracy.PROMPT_SCHEMA`.
+    prompts: split and the columns of `accuracy.PROMPTS`.
+    outcomes: run_id, split and lists `accuracy.OUTCOMES` in the order of the split's prompts.
     splits: evaluation splits in the order to show; those without results are left out.
     rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
         for the mean over the splits whose names do not start with "train".
@@ -91,7 +95,7 @@ def compare_runs(
     """
     ledger = ledger.rename({"config": "name"})
     runs = (
-        ledger.join(prompts.select("run_id").unique(), on="run_id", how="semi")
+        ledger.join(outcomes, on="run_id", how="semi")
         .select("run_id", "name", "seed")
         .sort("name", "seed", "run_id")
     )
@@ -110,12 +114,16 @@ def compare_runs(
         )
     run_ids = runs["run_id"].to_list()
     parts = {
-        split: prompts.filter(pl.col("split") == split)
+        split: Outcomes.of(
+            prompts.filter(pl.col("split") == split),
+            outcomes.filter(pl.col("split") == split),
+            run_ids,
+        )
         for split in splits
-        if split in prompts["split"]
+        if split in outcomes["split"]
     }
     resampled = {
-        (split, metric): replicate(part, run_ids, metric)
+        (split, metric): replicate(part, metric)
         for split, part in parts.items()
         for metric in _metrics(part)
     }
@@ -131,18 +139,19 @@ def compare_runs(
     )
     at_limit = _at_epoch_limit(ledger.join(runs, on="run_id", how="semi"))
     top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
-    detailed = runs.filter(pl.col("name").is_in([*top, *([baseline] if baseline else [])]))
+    detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
 
     leaked = leaked or {}
     leak_free = []
     for split, part in parts.items():
-        touched = part.filter(pl.col("prompt_id").is_in(list(leaked.get(split, ()))))
-        if "accuracy" in _metrics(part) and not touched.is_empty():
-            rest = part.join(touched.select("prompt_id").unique(), on="prompt_id", how="anti")
+        prompt_ids = part.prompts["prompt_id"]
+        touched = prompt_ids.is_in(list(leaked.get(split, ())))
+        if "accuracy" in _metrics(part) and touched.any():
+            rest = part.on(~touched)
             leak_free.append(
-                _tagged(replicate(rest, run_ids, "accuracy"), runs, baseline, split=split).select(
+                _tagged(replicate(rest, "accuracy"), runs, baseline, split=split).select(
                     "split",
-                    pl.lit(touched["prompt_id"].n_unique()).alias("removed"),
+                    pl.lit(prompt_ids.filter(touched).n_unique()).alias("removed"),
                     pl.exclude("split"),
                 )
             )
@@ -153,15 +162,15 @@ def compare_runs(
     ]
     subsets = [
         _tagged(
-            replicate(rows, detailed["run_id"].to_list(), "accuracy"),
-            detailed,
+            replicate(rows, "accuracy"),
+            runs.filter(detailed),
             baseline,
             split=split,
             subset=subset,
         )
         for split, part in parts.items()
-        if "accuracy" in _metrics(part) and part["subset"].n_unique() > 1
-        for (subset,), rows in _by_subset(part, detailed)
+        if "accuracy" in _metrics(part) and part.prompts["subset"].n_unique() > 1
+        for subset, rows in _by_subset(part.by(detailed.arg_true().to_list()))
     ]
     return Comparison(
         title=title,
@@ -176,7 +185,7 @@ def compare_runs(
         scores=pl.concat(scores),
         measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
         subsets=_stack(subsets),
-        lengths=_stack([_length(split, part, run_ids) for split, part in parts.items()]),
+        lengths=_stack([_length(split, part) for split, part in parts.items()]),
         leak_free=_stack(leak_free),
         validation=ledger.join(runs, on="run_id", how="semi")
         .group_by("name")
@@ -200,13 +209,13 @@ def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
     return set(reached["name"])
 
 
-def _metrics(part: pl.DataFrame) -> list[str]:
+def _metrics(part: Outcomes) -> list[str]:
     """What a split can show: accuracy where it has pairs, tau where it has groups."""
     return [
         metric
         for metric, present in (
-            ("accuracy", (part["pairs"] > 0).any()),
-            ("tau", part["tau"].is_not_null().any()),
+            ("accuracy", (part.prompts["pairs"] > 0).any()),
+            ("tau", not np.isnan(part.values["tau"]).all()),
         )
         if present
     ]
@@ -247,28 +256,23 @@ def _tagged(
     )
 
 
-def _by_subset(
-    part: pl.DataFrame, runs: pl.DataFrame
-) -> list[tuple[tuple[str | None], pl.DataFrame]]:
-    rows = part.join(runs, on="run_id", how="semi")
+def _by_subset(part: Outcomes) -> list[tuple[str | None, Outcomes]]:
+    subsets = part.prompts["subset"]
     return [
-        ((subset,), group)
-        for subset in rows["subset"].unique().sort(nulls_last=True)
-        if not (group := rows.filter(pl.col("subset").eq_missing(pl.lit(subset)))).is_empty()
+        (subset, part.on(subsets.eq_missing(pl.Series([subset], dtype=pl.String))))
+        for subset in subsets.unique().sort(nulls_last=True)
     ]
 
 
-def _length(split: str, part: pl.DataFrame, run_ids: list[str]) -> pl.DataFrame:
-    """ "Longer is better" on one split: the same for every run, so one run tells it."""
+def _length(split: str, part: Outcomes) -> pl.DataFrame:
+    """ "Longer is better" on one split: the same for every run."""
     if "accuracy" not in _metrics(part):
         return pl.DataFrame()
-    first = part.filter(pl.col("run_id") == run_ids[0])
-    result = replicate(first, run_ids[:1], "length_accuracy")
     alone = pl.DataFrame({"name": ["length"], "seed": [0]})
-    return compare(result, alone, None).select(
+    return compare(replicate(part, "length_accuracy"), alone, None).select(
         pl.lit(split).alias("split"),
-        pl.lit(first["pairs"].sum()).alias("pairs"),
-        pl.lit(first["prompt_id"].n_unique()).alias("prompts"),
+        pl.lit(part.prompts["pairs"].sum()).alias("pairs"),
+        pl.lit(part.prompts["prompt_id"].n_unique()).alias("prompts"),
         "estimate",
         "low",
         "high",

@@ -58,6 +58,7 @@ def report(
         folder.name,
         results.ledger,
         results.prompts,
+        results.outcomes,
         results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
         baseline or results.spec.baseline,
         rank_by,

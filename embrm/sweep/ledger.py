@@ -5,7 +5,11 @@
                                  a folder without it counts for nothing
     ledger.parquet               one row a run of the current spec, sorted by run_id
     curves.parquet               one row a run and epoch
-    prompts.parquet              per-prompt sums of every run and evaluation split
+    prompts.parquet              one row a split, subset and prompt: what no run changes, sums over
+                                 its pairs of weights and of "longer is better"
+    outcomes.parquet             one row a run and split: lists of wins, ties, nll, brier (sums over
+                                 a prompt's pairs) and tau, float32, in the order of the split's
+                                 rows of prompts.parquet; tau is NaN where it is undefined
     timings.parquet              the only file that differs between two executions
     weights/<run_id>.safetensors
 
@@ -13,39 +17,49 @@ Ledger columns: run_id, config_id, config, seed, cache_id, status ("ok" or "dive
 diverged_epoch, state, head, loss, spec (canonical JSON), bsr_effective (λ·B_ref), train_pairs,
 validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validation_accuracy,
 temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
-`accuracy@ood/hhh`. Undefined numbers are null, never NaN: the temperature too, where none fits.
+`accuracy@ood/hhh`. Undefined numbers are null there, never NaN: the temperature too, where none
+fits.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
-from embrm.files import write_bytes
+from embrm.evaluate.accuracy import OUTCOMES
+from embrm.files import write_atomic, write_bytes
 from embrm.specs import canonical_json
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
 from embrm.train.heads import Parameters, Preprocess
 
 FORMAT = "embrm-head 1"
-TABLES = ("curves", "prompts", "timings", "ledger")
+TABLES = ("curves", "outcomes", "timings", "ledger")
 """Tables of a part, in the order they are written."""
 
-_SORT = {
-    "ledger": ["run_id"],
-    "curves": ["run_id", "epoch"],
-    "prompts": ["run_id", "split", "subset", "prompt_id"],
-    "timings": ["run_id"],
-}
+OUTCOMES_SCHEMA = pl.Schema(
+    {
+        "run_id": pl.String(),
+        "split": pl.String(),
+        **dict.fromkeys(OUTCOMES, pl.List(pl.Float32())),
+    }
+)
+
+_SORT = {"curves": ["run_id", "epoch"], "timings": ["run_id"], "ledger": ["run_id"]}
+_CELLS = 1 << 22
+"""Runs times prompts whose outcomes are compacted at once: 80 MiB."""
+
 _PREPROCESS = "preprocess."
 
 
@@ -63,7 +77,7 @@ class Results:
     environment: dict[str, Any]
     ledger: pl.DataFrame
 
-    # Read when asked for: prompts grows with runs times prompts, and few callers want it.
+    # Read when asked for: outcomes grow with runs times prompts, and few callers want them.
 
     @cached_property
     def curves(self) -> pl.DataFrame:
@@ -72,8 +86,13 @@ class Results:
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
-        """Per-prompt sums of every run and evaluation split."""
+        """One row a split, subset and prompt of the evaluation splits."""
         return _read(self.folder / "prompts.parquet")
+
+    @cached_property
+    def outcomes(self) -> pl.DataFrame:
+        """One row a run and evaluation split, with lists in the order of `prompts`."""
+        return _read(self.folder / "outcomes.parquet")
 
     @cached_property
     def timings(self) -> pl.DataFrame:
@@ -215,12 +234,13 @@ def finished(folder: Path) -> dict[str, Path]:
 
     A run that ended well but whose weights are gone is not finished.
     """
-    found = {}
-    for path in sorted(folder.glob("parts/*/ledger.parquet")):
-        for run_id, status in _read(path).select("run_id", "status").rows():
-            if status != "ok" or (folder / "weights" / f"{run_id}.safetensors").is_file():
-                found[run_id] = path.parent
-    return found
+    stored = {path.stem for path in folder.glob("weights/*.safetensors")}
+    return {
+        run_id: path.parent
+        for path in sorted(folder.glob("parts/*/ledger.parquet"))
+        for run_id, status in _read(path, ["run_id", "status"]).rows()
+        if status != "ok" or run_id in stored
+    }
 
 
 def write_results(
@@ -229,27 +249,30 @@ def write_results(
     found: Sequence[Run],
     evaluate: Sequence[str],
     header: dict[str, Any],
+    prompts: pl.DataFrame,
 ) -> None:
     """Compact the parts into the tables of the runs `found`, and write sweep.json.
 
+    prompts: split and the columns of `accuracy.PROMPTS`, those of a split in the order of
+        `accuracy.EvaluationSplit`, in which the parts hold outcomes.
     Runs that are not finished are left out; so are finished runs the spec no longer has, whose
-    parts stay on disk. With no finished run nothing is written.
+    parts stay on disk, and splits that are not in `evaluate`. With no finished run nothing is
+    written. The bytes depend on the runs, not on the parts they came in.
     """
     parts = finished(folder)
     done = {run.run_id: run.name for run in found if run.run_id in parts}
     if not done:
         return
-    by_part: dict[Path, list[str]] = {}
-    for run_id in done:
-        by_part.setdefault(parts[run_id], []).append(run_id)
-    for name in TABLES:
-        tables = [
-            _read(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
-            for part, own in by_part.items()
-        ]
-        table = pl.concat(tables, how="diagonal").sort(_SORT[name])
-        if name == "prompts":
-            table = table.filter(pl.col("split").is_in(evaluate))
+    prompts = prompts.filter(pl.col("split").is_in(evaluate)).sort("split", maintain_order=True)
+    write_bytes(folder / "prompts.parquet", parquet(prompts))
+    part_of = {run_id: parts[run_id] for run_id in sorted(done)}
+    runs_at_once = max(1, _CELLS // max(1, prompts.height))
+    write_atomic(
+        folder / "outcomes.parquet",
+        lambda stream: _write_outcomes(stream, part_of, evaluate, runs_at_once),
+    )
+    for name, order in _SORT.items():
+        table = _gather(part_of, name).sort(order)
         if name == "ledger":
             fixed = [column for column in table.columns if "@" not in column]
             metrics = sorted(c for c in table.columns if c.partition("@")[2] in evaluate)
@@ -260,9 +283,52 @@ def write_results(
     write_bytes(folder / "sweep.json", content.encode())
 
 
-def _read(path: Path) -> pl.DataFrame:
+def _write_outcomes(
+    stream: IO[bytes], part_of: Mapping[str, Path], evaluate: Sequence[str], runs_at_once: int
+) -> None:
+    """Runs in the order of `part_of`, so many a row group: a sweep's do not fit in memory.
+
+    A part is read again for each row group that one of its runs is in.
+    """
+    lists = {name: f"{name}.list.element" for name in OUTCOMES}
+    few = ("wins", "ties")  # of few values, where pairs have no weights; all others are spread
+    schema = pa.schema(
+        {
+            "run_id": pa.string(),
+            "split": pa.string(),
+            **dict.fromkeys(OUTCOMES, pa.list_(pa.float32())),
+        }
+    )
+    with pq.ParquetWriter(
+        stream,
+        schema,
+        compression="zstd",
+        use_dictionary=["run_id", "split", *(lists[name] for name in few)],
+        use_byte_stream_split=[lists[name] for name in OUTCOMES if name not in few],
+    ) as writer:
+        run_ids = list(part_of)
+        for start in range(0, len(run_ids), runs_at_once):
+            own = {run_id: part_of[run_id] for run_id in run_ids[start : start + runs_at_once]}
+            table = _gather(own, "outcomes").filter(pl.col("split").is_in(evaluate))
+            arrow = table.sort("run_id", "split").rechunk().to_arrow()
+            writer.write_table(arrow.cast(schema), row_group_size=max(1, len(arrow)))
+
+
+def _gather(part_of: Mapping[str, Path], name: str) -> pl.DataFrame:
+    """The rows of runs in the parts' tables of one name."""
+    by_part: dict[Path, list[str]] = {}
+    for run_id, part in part_of.items():
+        by_part.setdefault(part, []).append(run_id)
+    tables = (
+        _read(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
+        for part, own in by_part.items()
+    )
+    return pl.concat(tables, how="diagonal")
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, columns=columns)
     except (pl.exceptions.PolarsError, OSError):
         part = path.parent.parent.name == "parts"
         remedy = f"delete the folder {path.parent} and " if part else ""
