@@ -10,12 +10,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
 from embrm import __version__
-from embrm.errors import UserError
+from embrm.errors import UserError, nearest
 
 app = typer.Typer(
     name="embrm",
@@ -36,6 +36,13 @@ app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, such as cache/NAME.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="States that all workers together keep in memory, such as 4GB; a larger cache is "
+        "streamed [default: all of them]."
+    ),
+]
 SweepFolder = Annotated[Path, typer.Argument(help="Results folder, such as sweeps/NAME.")]
 
 
@@ -75,6 +82,23 @@ def _stop(*_: object) -> None:
     line = f"{cursor}interrupted: finished work is kept; run the same command again to go on\n"
     os.write(2, line.encode())
     os._exit(130)
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    """A size such as 4GB, 1.5GB or 800MB, in units of 1,000; None for none."""
+    if text is None:
+        return None
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6}
+    for unit, factor in units.items():
+        number = text.strip().upper().removesuffix(unit)
+        if number != text.strip().upper():
+            try:
+                size = float(number) * factor
+            except ValueError:
+                break
+            if 0 < size < float("inf"):
+                return int(size)
+    raise UserError(f"{option} {text!r}: write a number and MB, GB or TB, such as 4GB")
 
 
 def _version(wanted: bool) -> None:
@@ -280,22 +304,33 @@ def sweep(
         Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    memory: Memory = None,
+    numerics: Annotated[
+        str | None,
+        typer.Option(help="native, portable, cuda, cuda-tf32 or mps, instead of the spec's."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print how many runs and how long; train nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
-    from embrm.sweep.execute import plan
     from embrm.sweep.execute import sweep as run_sweep
     from embrm.sweep.ledger import open_results
+    from embrm.sweep.plan import plan
+    from embrm.train.numerics import Numerics
 
+    if numerics is not None and numerics not in get_args(Numerics):
+        raise UserError(f"--numerics {numerics!r}: {nearest(numerics, get_args(Numerics))}")
+    mode = cast("Numerics | None", numerics)
     if dry_run:
-        _show(plan(spec, cache, jobs=jobs, out=out), as_json)
+        _show(plan(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
         return
     # From here on an interrupt is an exception, so that what has finished becomes readable tables.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = run_sweep(spec, cache, jobs=jobs, out=out)
+    folder = run_sweep(
+        spec, cache, jobs=jobs, out=out, numerics=mode, memory=_bytes("--memory", memory)
+    )
     runs = open_results(folder).ledger
     diverged = runs.filter(runs["status"] == "diverged").height
     if diverged == runs.height:
@@ -321,6 +356,7 @@ def replay(
     ] = False,
     cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Train runs of a sweep again, each alone, and compare bits, weights and metrics."""
@@ -329,7 +365,16 @@ def replay(
 
     if (run is not None) + (sample is not None) + every != 1:
         raise UserError("replay needs one of --run ID, --sample N and --all")
-    result = run_replay(folder, run=run, sample=sample, cache=cache, jobs=jobs)
+    # As an exception, so that the temporary copy of the states goes too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = run_replay(
+        folder,
+        run=run,
+        sample=sample,
+        cache=cache,
+        jobs=jobs,
+        memory=_bytes("--memory", memory),
+    )
     differing = [entry for entry in result.runs if not entry.same_bits]
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
@@ -427,7 +472,7 @@ def demo(
 @bench_app.command("cache")
 def bench_cache(as_json: Json = False) -> None:
     """Compare encodings of states: bytes on disk and reading time, as ratios."""
-    from embrm.cache.bench import measure_encodings
+    from embrm.bench.encodings import measure_encodings
 
     rows = measure_encodings()
     print(json.dumps(rows, indent=1)) if as_json else _table(rows)
@@ -435,17 +480,35 @@ def bench_cache(as_json: Json = False) -> None:
 
 @bench_app.command("sweep")
 def bench_sweep(
-    runs: Annotated[int, typer.Option(help="Linear heads in the bank.", min=1)] = 256,
-    mlp_runs: Annotated[int, typer.Option(help="MLP heads in the bank.", min=1)] = 16,
-    pairs: Annotated[int, typer.Option(help="Training pairs.", min=1)] = 45_000,
-    width: Annotated[int, typer.Option(help="Components of a state.", min=1)] = 2048,
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="heads: whole sweeps against loops, scikit-learn and the machine's limits. "
+            "reference: against the published protocol. growth: with runs, pairs and width. "
+            "whole: 1,200 runs as one command. memory: a 6 GB cache within 1.5 GB "
+            "[default: all of them].",
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Cache whose train split the reference uses, instead of made-up pairs."),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Where temporary caches go; memory takes 13 GB.")
+    ] = Path(),
     as_json: Json = False,
 ) -> None:
-    """Compare the bank with loops of single runs, scikit-learn and the published protocol."""
-    from embrm.sweep.bench import measure_training
+    """Compare whole sweeps with what they replace, and with what this machine can do."""
+    from embrm.bench.run import measure_sweep
 
-    rows = measure_training(runs=runs, mlp_runs=mlp_runs, pairs=pairs, width=width)
-    print(json.dumps(rows, indent=1)) if as_json else _table(rows)
+    measured = {}
+    for part, rows in measure_sweep(parts or [], folder, cache):
+        measured[part] = rows
+        if not as_json:
+            print(f"\n{part}")
+            _table([{key: "" if v is None else v for key, v in row.items()} for row in rows])
+    if as_json:
+        print(json.dumps(measured, indent=1))
 
 
 def _show(value: dict[str, Any], as_json: bool) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SECONDS_BETWEEN_LINES = 30.0
+_SECONDS_UNTIL_A_LINE = 1.0
+"""Work that takes no longer needs no report."""
 
 
 class Progress:
@@ -42,7 +44,9 @@ class Progress:
         note = f"{speed:,.0f} {self._unit}/s" if speed >= 10 else f"{speed:.2f} {self._unit}/s"
         if self._bar:
             self._bar.update(self._task, completed=self._done, note=note)
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or self._done >= self._total:
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or (
+            self._done >= self._total and elapsed >= _SECONDS_UNTIL_A_LINE
+        ):
             self._last_line = now
             left = (self._total - self._done) / speed if speed else 0.0
             print(

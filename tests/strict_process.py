@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from embrm.train.numerics import environment, strict
+from embrm.train.numerics import Numerics, begin, environment, settings
 
 
 @contextmanager
-def strict_process() -> Iterator[Callable[..., Any]]:
+def strict_process(numerics: Numerics = "native") -> Iterator[Callable[..., Any]]:
     """Gives call(function, *arguments), run in the worker; skips where torch has no MKL."""
     if not torch.backends.mkl.is_available():
         pytest.skip("this torch has no MKL: equal bits are not promised")
     context = multiprocessing.get_context("spawn")
     with (
-        environment(strict()),
-        ProcessPoolExecutor(1, context, torch.set_num_threads, (1,)) as pool,
+        environment(settings(numerics)),
+        ProcessPoolExecutor(1, context, begin, (numerics,)) as pool,
     ):
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+        yield lambda function, *arguments, **named: pool.submit(
+            function, *arguments, **named
+        ).result()

@@ -15,31 +15,36 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 from extract_models import save_model, tokenizer
 from toy_cache import toy_cache
 
 KILLS = 20
 
+RUNS = 300
 SWEEP = """
-baseline = "bt[lr=0.001]"
-seeds = [0, 1, 2]
+baseline = "bt[lr=0.001,weight_decay=0,batch_pairs=16]"
+seeds = [0, 1, 2, 3, 4]
 validation = 0.2
 [defaults]
-epochs = 8
+epochs = 4
 batch_pairs = 16
 [[runs]]
 name = "bt"
-grid = { lr = [0.001, 0.002, 0.003, 0.01], weight_decay = [0.0, 0.1] }
+grid = { lr = [0.001, 0.002, 0.003, 0.01], weight_decay = [0.0, 0.1], batch_pairs = [16, 24] }
 [[runs]]
 name = "bsr"
-grid = { bsr = [0.0001, 0.001, 0.01, 0.1], loss = ["bt", "hinge", "logitnorm"] }
+[runs.grid]
+bsr = [0.0001, 0.001, 0.01, 0.1]
+loss = ["bt", "hinge", "logitnorm"]
+preprocess = ["none", "standardize"]
 [[runs]]
 name = "mlp"
 head = { kind = "mlp", widths = [8] }
-grid = { lr = [0.001, 0.003], bsr = [0.0, 0.01] }
+patience = 2
+grid = { lr = [0.001, 0.003, 0.01, 0.03, 0.1], bsr = [0.0, 0.001, 0.01, 0.1] }
 """
-SWEEP = SWEEP.replace('baseline = "bt[lr=0.001]"', 'baseline = "bt[lr=0.001,weight_decay=0]"')
 
 
 def _extract(model: str, data: str, out: Path) -> None:
@@ -166,6 +171,8 @@ def test_twenty_kills_lose_nothing_and_leave_the_same_bytes(stage: str, tmp_path
 
     assert max(map(max, filter(None, counts))) > 0, f"no kill came in the middle: {counts}"
     assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+    if stage == "sweep":
+        assert pl.read_parquet(tmp_path / "killed" / "ledger.parquet").height == RUNS
 
 
 if __name__ == "__main__":

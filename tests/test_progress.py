@@ -2,10 +2,17 @@
 
 import pytest
 
+from embrm import progress as progress_module
 from embrm.progress import _clock, progress
 
 
-def test_plain_line_when_the_work_is_done(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_line_when_the_work_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress("quick", total=1, unit="rows") as bar:
+        bar.advance()
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(progress_module, "_SECONDS_UNTIL_A_LINE", 0.0)
     with progress("extract", total=30, unit="tokens", done=10) as bar:
         bar.advance(5)
         bar.advance(15)

@@ -13,8 +13,9 @@ from embrm.cache.reader import Cache, open_cache
 from embrm.extract.probe import probe
 from embrm.extract.run import ExtractSpec, extract
 from embrm.sweep.grid import RunSpec, Selection
-from embrm.sweep.pack import select, to_pairs
+from embrm.sweep.material import select, to_pairs
 from embrm.train.bank import TrainingData, train
+from embrm.train.states import States
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_linear_bt_with_l2_is_scikit_learns_logistic_regression(cache: Cache) ->
     oracle = LogisticRegression(fit_intercept=False, C=1 / (l2 * n), tol=1e-10, max_iter=10_000)
     expected = oracle.fit(differences * sign[:, None], sign).coef_[0]
     run = RunSpec(l2=l2, lr=0.02, epochs=3000, batch_pairs=n, schedule="cosine")
-    [trained] = train([run], TrainingData(states, to_pairs(training), to_pairs(validation)))
+    [trained] = train([run], TrainingData(States(states), to_pairs(training), to_pairs(validation)))
     [weight] = trained.parameters.values()
     found = weight.flatten().double().numpy()
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)

@@ -16,10 +16,11 @@ from toy_cache import toy_cache
 from embrm.cache.reader import open_cache
 from embrm.errors import UserError
 from embrm.sweep import workers
-from embrm.sweep.execute import plan, sweep
+from embrm.sweep.execute import sweep
 from embrm.sweep.grid import Selection
 from embrm.sweep.ledger import finished, open_results
-from embrm.sweep.pack import select
+from embrm.sweep.material import select
+from embrm.sweep.plan import plan
 from embrm.sweep.scores import scores
 
 SPEC = """
@@ -99,12 +100,15 @@ def test_the_ledger_has_a_row_for_every_run(swept: Path) -> None:
     assert bsr["bsr_effective"].to_list() == [pytest.approx(1.6)] * 2
     assert set(ledger.filter(pl.col("config") == "few")["train_pairs"]) == {40}
     assert set(results.curves["run_id"]) == set(ledger["run_id"])
-    assert set(results.prompts["run_id"]) == set(good["run_id"])
+    assert set(results.outcomes["run_id"]) == set(good["run_id"])
     assert set(results.prompts["split"]) == {"id", "ood/far"}
     assert set(results.timings["run_id"]) == set(ledger["run_id"])
-    sums = results.prompts.group_by("run_id", "split").agg(pl.col("wins", "ties", "pairs").sum())
-    for run_id, split, wins, ties, pairs in sums.rows():
-        assert results.find(run_id)[f"accuracy@{split}"] == pytest.approx(wins / (pairs - ties))
+    pairs_of = dict(results.prompts.group_by("split").agg(pl.col("pairs").sum()).rows())
+    for run_id, split, wins, ties in results.outcomes.select(
+        "run_id", "split", pl.col("wins").list.sum(), pl.col("ties").list.sum()
+    ).rows():
+        accuracy = wins / (pairs_of[split] - ties)
+        assert results.find(run_id)[f"accuracy@{split}"] == pytest.approx(accuracy)
 
 
 def test_stored_weights_give_the_scores_the_ledger_was_made_from(swept: Path, cache: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_grid_is_a_product_over_defaults(tmp_path: Path) -> None:
 
 def _ids(text: str, tmp_path: Path, selection: Selection = SELECTION) -> dict[str, str]:
     found = _configurations('baseline = "a"\n' + text, tmp_path)
-    return {f"{run.name} {run.spec.seed}": run.run_id for run in runs(found, (0, 1), selection)}
+    return {f"{run.name} {run.spec.seed}": run.run_id for run in runs(found, (0, 1), selection, "native")}
 
 
 def test_ids_depend_on_content_alone(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_ids_depend_on_content_alone(tmp_path: Path) -> None:
 
 def test_seeds_share_a_configuration(tmp_path: Path) -> None:
     found = _configurations('baseline = "a"\n[[runs]]\nname = "a"', tmp_path)
-    three = runs(found, (0, 1, 7), SELECTION)
+    three = runs(found, (0, 1, 7), SELECTION, "native")
     assert [run.spec.seed for run in three] == [0, 1, 7]
     assert len({run.config_id for run in three}) == 1
     assert len({run.run_id for run in three}) == 3

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from strict_process import strict_process
 
 from embrm.errors import UserError
+from embrm.train import order as order_module
+from embrm.train import states as states_module
 from embrm.train.bank import AdamW, Trained, TrainingData, TrainSpec, _rate, train
 from embrm.train.heads import HeadSpec, score
 from embrm.train.objectives import Pairs
@@ -180,11 +183,63 @@ def test_a_run_has_the_same_bits_alone_and_in_any_pack(
     assert shuffled == [together[slot] for slot in some]
 
 
+def _streamed_bits(
+    pack: Sequence[TrainSpec], data: TrainingData, path: Path, residents: Sequence[int | None]
+) -> list[list[Any]]:
+    """Bits with states in memory, then from a file of which so many bytes may stay in memory."""
+    states_module.BLOCK_BYTES, order_module.WINDOW_BLOCKS = 1024, 3
+    values = data.states.values
+    path.write_bytes(values.view(torch.uint8).numpy().tobytes())
+    shape = (values.shape[0], values.shape[1])
+    states = [States.of_file(path, shape, values.dtype, resident=size) for size in residents]
+    return _packs_bits([pack], data) + [
+        _packs_bits([pack], replace(data, states=own))[0] for own in states
+    ]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    runs=st.lists(_runs, min_size=1, max_size=4),
+    head=st.sampled_from([HeadSpec(), MLP]),
+    preprocess=st.sampled_from(["none", "center", "standardize"]),
+    batch=st.sampled_from([16, 33, 500]),
+    width=st.integers(2, 40),
+    resident=st.sampled_from([1, 200_000, 1 << 30]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+def test_streamed_or_in_memory_a_run_has_the_same_bits(
+    strict: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    runs: list[dict[str, Any]],
+    head: HeadSpec,
+    preprocess: str,
+    batch: int,
+    width: int,
+    resident: int,
+    dtype: torch.dtype,
+) -> None:
+    data = _data(n=130, width=width, validation=23, dtype=dtype)
+    pack = [_spec(run, head=head, preprocess=preprocess, batch_pairs=batch) for run in runs]
+    path = tmp_path_factory.mktemp("streamed") / "states"
+    memory, *streamed = strict(_streamed_bits, pack, data, path, [None, resident])
+    assert streamed == [memory, memory]
+
+
 def test_more_runs_than_one_block_of_slots(strict: Callable[..., Any]) -> None:
     pack = [TrainSpec(lr=0.001 * (1 + index), epochs=2, batch_pairs=64) for index in range(40)]
     chosen = (0, 5, 31, 32, 39)
     together, *alone = strict(_packs_bits, [pack, *([pack[i]] for i in chosen)], _data())
     assert alone == [[together[index]] for index in chosen]
+
+
+def test_fitted_preprocessing_belongs_to_its_pairs() -> None:
+    data = _data()
+    first = data.preprocess("center")
+    assert data.preprocess("center") is first
+    fewer = replace(data, train=_data(n=20).train).preprocess("center")
+    assert first.mean is not None
+    assert fewer.mean is not None
+    assert not torch.equal(first.mean, fewer.mean)
 
 
 def test_without_strict_numerics_a_pack_agrees_within_rounding() -> None:
@@ -318,7 +373,7 @@ def test_schedules_in_closed_form() -> None:
     assert [_rate(linear, step, 10) for step in (0, 1, 2, 6)] == pytest.approx(
         [0.25, 0.5, 0.5, 0.25]
     )
-    assert _rate(cosine, 99, 10) == pytest.approx(0.0)  # a stopped slot is still multiplied
+    assert _rate(cosine, 99, 10) == pytest.approx(0.0)  # whatever is asked after the end
 
 
 def test_the_curve_counts_what_happened() -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 
 from embrm.cache.manifest import (
     LM_HEAD,
@@ -97,6 +98,17 @@ class Cache:
         frame = pl.from_arrow(pa.concat_tables(self._read_responses(columns)))
         assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
         return frame
+
+    @cached_property
+    def n_response(self) -> NDArray[np.int32]:
+        """Tokens of every response, int32 [responses]: `responses` without the rest."""
+        parts = self._read_responses(["n_response"])
+        return np.concatenate([part.column(0).to_numpy() for part in parts])
+
+    @property
+    def states_bytes(self) -> int:
+        """Size of one view's states."""
+        return self.manifest.n_responses * self.width * self.layout.torch_dtype.itemsize
 
     def states(self, view: str) -> torch.Tensor:
         """The states of one view, [responses, width] in the cache's dtype.

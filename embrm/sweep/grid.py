@@ -12,6 +12,7 @@ from embrm import __version__
 from embrm.errors import UserError, nearest
 from embrm.specs import Spec, content_id
 from embrm.train.bank import TrainSpec
+from embrm.train.numerics import Numerics
 
 
 class RunSpec(TrainSpec):
@@ -42,6 +43,9 @@ class SweepSpec(Spec):
     """Share of the training prompts kept out for early stopping and the temperature."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Every configuration is run with each."""
+    numerics: Numerics = "native"
+    """native: this CPU's widest instructions; portable: AVX2 alone, slower, the same bits on every
+    x86 machine; cuda, cuda-tf32, mps: a GPU, where runs repeat within a tolerance."""
     baseline: str
     """Configuration that the report compares all others with."""
     defaults: dict[str, Any] = Field(default_factory=dict)
@@ -123,17 +127,20 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
     return [*found.values()]
 
 
-def runs(found: Sequence[Configuration], seeds: Sequence[int], selection: Selection) -> list[Run]:
+def runs(
+    found: Sequence[Configuration], seeds: Sequence[int], selection: Selection, numerics: Numerics
+) -> list[Run]:
     """Every configuration with every seed.
 
-    A run's ids depend on nothing but its own content and the version of embrm: another version
-    may train otherwise, and must not pass off older results as its own.
+    A run's ids depend on nothing but its own content, the numerics and the version of embrm:
+    another version may train otherwise, and must not pass off older results as its own.
     """
     read = {
         "embrm": __version__,
         "cache_id": selection.cache_id,
         "train": sorted(selection.train),
         "validation": selection.validation,
+        "numerics": numerics,
     }
     out = []
     for configuration in found:

@@ -15,9 +15,10 @@ from embrm.progress import progress
 from embrm.provenance import provenance
 from embrm.sweep.grid import Run, RunSpec, Selection
 from embrm.sweep.ledger import Results, cache_of, load_run, open_results
+from embrm.sweep.material import evaluation_splits, laid_out
 from embrm.sweep.pack import Pack
 from embrm.sweep.workers import run_packs, worker_count
-from embrm.train.numerics import strict
+from embrm.train.numerics import Numerics, settings
 
 TOLERANCE = 0.01
 """Where bits differ, what a report shows may differ by this much: see `REPORTED`."""
@@ -64,11 +65,13 @@ def replay(
     sample: int | None = None,
     cache: Path | None = None,
     jobs: int | None = None,
+    memory: int | None = None,
 ) -> Replay:
     """Train runs of the sweep at `folder` again, alone in their packs, and compare.
 
     run: this run alone; sample: so many, evenly spaced in the ledger; neither: all.
-    cache: where the cache is now, if it has moved. Nothing below `folder` is changed.
+    cache: where the cache is now, if it has moved. memory: as for a sweep. Nothing below
+    `folder` is changed.
 
     Raises: UserError for an unknown run, another cache, or a run that fails now.
     """
@@ -77,11 +80,24 @@ def replay(
     source = cache_of(results, cache)
     selection = Selection(results.cache_id, results.spec.train, results.spec.validation)
     packs = [Pack((_run(row),)) for row in rows]
-    with tempfile.TemporaryDirectory() as name, progress("replay", len(packs), "runs") as bar:
+    mode = results.spec.numerics
+    workers = worker_count(jobs, mode)
+    views = sorted({pack.runs[0].spec.state for pack in packs})
+    with (
+        tempfile.TemporaryDirectory() as name,
+        laid_out(
+            source,
+            selection,
+            evaluation_splits(source, selection),
+            views,
+            Path(name),
+            memory=memory,
+            jobs=workers,
+        ) as material,
+        progress("replay", len(packs), "runs") as bar,
+    ):
         out = Path(name)
-        failures = run_packs(
-            source.folder, selection, packs, jobs=worker_count(jobs), out=out, bar=bar
-        )
+        failures = run_packs(material, packs, mode=mode, jobs=workers, out=out, bar=bar)
         if failures:
             first, why = next(iter(failures.items()))
             raise UserError(f"{len(failures)} runs failed in the replay, first {first}: {why}")
@@ -89,7 +105,7 @@ def replay(
             _compared(folder, out, row, _again(out, pack))
             for row, pack in zip(rows, packs, strict=True)
         )
-    return Replay(replayed, _changes(results.environment))
+    return Replay(replayed, _changes(results.environment, mode))
 
 
 def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[str, Any]]:
@@ -154,13 +170,9 @@ def _distance(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, An
     return float((after - before).norm() / before.norm())
 
 
-def _weights(folder: Path, run_id: str) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in load_run(folder, run_id).parameters.values()])
-
-
-def _changes(then: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _changes(then: dict[str, Any], mode: Numerics) -> dict[str, tuple[Any, Any]]:
     before = _flat(then)
-    after = _flat({**provenance(), "numerics": strict()})
+    after = _flat({**provenance(), "numerics": settings(mode)})
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())

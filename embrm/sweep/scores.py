@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import polars as pl
+import torch
 
 from embrm.sweep.grid import Selection
 from embrm.sweep.ledger import cache_of, load_run, open_results
-from embrm.sweep.pack import select
+from embrm.sweep.material import select
 from embrm.train.heads import score
+from embrm.train.states import States
 
 
 def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
@@ -27,7 +29,9 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
     results = open_results(folder)
     saved = load_run(folder, results.find(run)["run_id"])
     source = cache_of(results, cache)
-    rewards = score(saved.parameters, saved.preprocess, source.states(saved.spec.state))[0].numpy()
+    states = States(source.states(saved.spec.state))
+    rows = torch.arange(len(states.values))
+    rewards = score(saved.parameters, saved.preprocess, states, rows)[0].numpy()
     selection = Selection(results.cache_id, results.spec.train, results.spec.validation)
     training, validation = select(source, selection, saved.spec.pairs_limit)
     pair = pl.col("pair_id")

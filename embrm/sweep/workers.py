@@ -1,7 +1,7 @@
 """Worker processes that train packs: they compute and return bytes, their parent alone writes.
 
-A worker has one thread and fixed numerics, and a run's bits depend on the run alone, so neither the
-number of workers nor the runs it shared a pack with can be seen in the results.
+On the CPU a worker has one thread and fixed numerics, and a run's bits depend on the run alone, so
+neither the number of workers nor the runs it shared a pack with can be seen in the results.
 """
 
 import multiprocessing
@@ -9,25 +9,32 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-
-import torch
 
 from embrm.errors import UserError
 from embrm.files import write_bytes
 from embrm.progress import Progress
-from embrm.sweep.grid import Selection
-from embrm.sweep.pack import Pack, run_pack
-from embrm.train.numerics import environment, strict
+from embrm.sweep.material import Material
+from embrm.sweep.pack import Pack, Trainer
+from embrm.train.numerics import Numerics, begin, device, environment, settings, why_unavailable
 
 
-def worker_count(jobs: int | None) -> int:
-    """`jobs`, or one worker a usable core. Raises: UserError for less than one."""
+def worker_count(jobs: int | None, mode: Numerics) -> int:
+    """`jobs`, or one worker a usable core, or one for the GPU.
+
+    Raises: UserError for less than one, or where this machine cannot compute so.
+    """
+    lacking = why_unavailable(mode)
+    if lacking:
+        raise UserError(f"numerics = {mode!r}: {lacking}: use native numerics")
     if jobs is None:
+        if device(mode).type != "cpu":
+            return 1
         return (
             len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
@@ -39,10 +46,10 @@ def worker_count(jobs: int | None) -> int:
 
 
 def run_packs(
-    cache: Path,
-    selection: Selection,
+    material: Material,
     packs: Sequence[Pack],
     *,
+    mode: Numerics,
     jobs: int,
     out: Path,
     bar: Progress,
@@ -60,12 +67,14 @@ def run_packs(
     watched, lifeline = context.Pipe(duplex=False)
     waiting: dict[Future[dict[str, bytes]], Pack] = {}
     with (
-        environment(strict()),
-        ProcessPoolExecutor(min(jobs, len(packs)), context, _start_worker, (watched,)) as pool,
+        environment(settings(mode)),
+        ProcessPoolExecutor(
+            min(jobs, len(packs)), context, _start_worker, (watched, material, mode)
+        ) as pool,
     ):
 
         def submit(pack: Pack) -> None:
-            future = pool.submit(run_pack, cache, selection, pack)
+            future = pool.submit(_run, pack)
             waiting[future] = pack
 
         try:
@@ -117,11 +126,24 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _start_worker(lifeline: multiprocessing.connection.Connection) -> None:
-    torch.set_num_threads(1)
+_trainer: Callable[[], Trainer]
+"""Of this worker process."""
+
+
+def _start_worker(
+    lifeline: multiprocessing.connection.Connection, material: Material, mode: Numerics
+) -> None:
+    global _trainer
+    begin(mode)
+    _trainer = cache(partial(Trainer, material, mode))
 
     def follow() -> None:
         lifeline.poll(None)
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _run(pack: Pack) -> dict[str, bytes]:
+    # The trainer is made here and not at the start, so that what it raises reaches the parent.
+    return _trainer().run(pack)

@@ -78,7 +78,7 @@ class TrainingData:
     states: States
     train: Pairs
     validation: Pairs
-    _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict)
+    _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict, init=False, repr=False)
 
     def preprocess(self, kind: PreprocessKind) -> Preprocess:
         """Fitted on the training responses, once."""
@@ -114,20 +114,21 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
     """
     _check(pack, data)
     first = pack[0]
-    preprocess = data.preprocess(first.preprocess)
-    pairs = data.train.to(data.states.values.device)
+    device = data.states.values.device
+    fitted = data.preprocess(first.preprocess)
+    preprocess, pairs = fitted.to(device), data.train.to(device)
     batch = min(first.batch_pairs, len(pairs))
     weight = pairs.weight / pairs.weight.mean()  # the scale of the weights is not a learning rate
     order = Order(data.train.chosen, data.states, first.seed)
     bank = _Bank(pack, data, batch)
     slots = [_Slot(spec) for spec in pack]
     active = slots
-    monitor = _Monitor(data, preprocess)
+    monitor = _Monitor(data, fitted)
     for epoch in range(1, max(spec.epochs for spec in pack) + 1):
         dropout = stream(first.seed, "dropout", epoch)
         total = torch.zeros(len(active), dtype=torch.float64)
         for some in order.minibatches(epoch, batch):
-            some = some.to(weight.device)
+            some = some.to(device)
             rows, places = torch.cat([pairs.chosen[some], pairs.rejected[some]]).unique(
                 return_inverse=True
             )
@@ -135,7 +136,7 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
                 torch.from_numpy(dropout.random((len(rows), width), dtype="float32"))
                 .ge(first.head.dropout)
                 .div(1 - first.head.dropout)
-                .to(weight.device)
+                .to(device)
                 for width in (first.head.widths if first.head.dropout else ())
             ]
             loss = bank.step(
@@ -162,7 +163,7 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
         if len(going_on) < len(active):
             bank.keep(going_on)
             active = [active[index] for index in going_on]
-    return [slot.result(preprocess) for slot in slots]
+    return [slot.result(fitted) for slot in slots]
 
 
 class _Bank:
@@ -270,7 +271,7 @@ class _Slot:
         if nll is None or nll < self._best_nll:
             self._best_nll = math.inf if nll is None else nll
             self._best_epoch = epoch
-            self._best = {name: tensor.clone() for name, tensor in parameters.items()}
+            self._best = {name: tensor.cpu().clone() for name, tensor in parameters.items()}
         patience = self._spec.patience or self._spec.epochs
         self.active = epoch < self._spec.epochs and epoch - self._best_epoch < patience
 

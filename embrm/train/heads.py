@@ -154,6 +154,12 @@ class Preprocess:
             return X
         return X.sub_(self.mean).div_(self.scale)
 
+    def to(self, device: torch.device) -> "Preprocess":
+        """The same, there."""
+        if self.mean is None or self.scale is None:
+            return self
+        return Preprocess(self.mean.to(device), self.scale.to(device))
+
 
 PreprocessKind = Literal["none", "center", "standardize"]
 
@@ -179,8 +185,7 @@ def fit_preprocess(kind: PreprocessKind, states: States, rows: Tensor) -> Prepro
         states.let_go()
         spread = (squares / len(rows)).sqrt()
         scale = torch.where(spread > 0, spread, scale)
-    device = states.values.device
-    return Preprocess(mean.float().to(device), scale.float().to(device))
+    return Preprocess(mean.float(), scale.float())
 
 
 @torch.no_grad()
@@ -189,6 +194,9 @@ def score(parameters: Parameters, preprocess: Preprocess, states: States, rows: 
 
     Rows in ascending order are read fastest.
     """
+    device = states.values.device
+    parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
+    preprocess = preprocess.to(device)
     out = torch.empty(len(parameters["output.weight"]), len(rows))
     for some, part in zip(rows.split(_ROWS), out.split(_ROWS, dim=1), strict=True):
         part.copy_(rewards(parameters, preprocess(states.take(some))))

@@ -1,29 +1,56 @@
-"""The arithmetic in which a run's bits depend on the run alone: one thread, MKL's strict mode.
+"""The arithmetic of a process that trains: which instructions, how many threads, which device.
 
-By default MKL may pick another kernel for another position in a matrix, and small states then
-give a head other bits in slot 5 than in slot 0. In strict mode every element of a product is
-summed in one order, whatever its position; on one thread that costs next to nothing.
+On the CPU a run's bits depend on the run alone: one thread, and MKL's strict mode. By default MKL
+may pick another kernel for another position in a matrix, and small states then give a head other
+bits in slot 5 than in slot 0. In strict mode every element of a product is summed in one order,
+whatever its position; on one thread that costs next to nothing.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
+Numerics = Literal["native", "portable", "cuda", "cuda-tf32", "mps"]
+"""native: this CPU's widest instructions. portable: AVX2 alone, so that x86 machines agree. cuda:
+an NVIDIA GPU in full float32; cuda-tf32: with its shorter products. mps: an Apple GPU. On a GPU,
+and on CPUs without MKL, runs repeat within a tolerance and not to the bit."""
 
-def strict() -> dict[str, str]:
-    """Environment of a process that trains, to be set before it loads torch.
+_STEADY = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "POLARS_MAX_THREADS": "1",
+    # Keep freed memory: the same buffers are wanted again in the next step.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 
-    Uses this machine's widest instruction set; a value the user has set for MKL_CBWR wins.
+
+def settings(numerics: Numerics) -> dict[str, str]:
+    """Environment of a process that trains, to be set before it loads any library.
+
+    With native numerics a value the user has set for MKL_CBWR wins.
     """
+    if numerics == "portable":
+        return _STEADY | {
+            "MKL_CBWR": "AVX2,STRICT",
+            "ATEN_CPU_CAPABILITY": "avx2",
+            "OPENBLAS_CORETYPE": "Haswell",
+            "NPY_DISABLE_CPU_FEATURES": " ".join(_beyond_avx2()),
+        }
     widest = "AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"
-    return {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "POLARS_MAX_THREADS": "1",
-        "MKL_CBWR": os.environ.get("MKL_CBWR", f"{widest},STRICT"),
-    }
+    return _STEADY | {"MKL_CBWR": os.environ.get("MKL_CBWR", f"{widest},STRICT")}
+
+
+def _beyond_avx2() -> list[str]:
+    """Names of what numpy would use here beside AVX2; naming what it has not would be refused."""
+    config: Any = np.show_config(mode="dicts")
+    found = config["SIMD Extensions"].get("found", [])
+    return [name for name in found if name.startswith(("AVX512", "X86_V4"))]
 
 
 @contextmanager
@@ -41,7 +68,38 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def in_use() -> str:
-    """This process's instruction set and MKL mode, as the ledger records them."""
+def device(numerics: Numerics) -> torch.device:
+    """Where these numerics compute."""
+    return torch.device("cpu" if numerics in ("native", "portable") else numerics.partition("-")[0])
+
+
+def why_unavailable(numerics: Numerics) -> str | None:
+    """What this machine lacks for these numerics, if anything."""
+    if device(numerics).type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no CUDA GPU here"
+    if numerics == "mps" and not torch.backends.mps.is_available():
+        return "torch finds no Apple GPU here"
+    if numerics == "portable" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "they need an x86 CPU with AVX2"
+    return None
+
+
+def begin(numerics: Numerics) -> None:
+    """Make this process compute so; its environment must have been `settings`."""
+    torch.set_num_threads(1)
+    short = numerics == "cuda-tf32"
+    torch.backends.cuda.matmul.allow_tf32 = short
+    torch.backends.cudnn.allow_tf32 = short
+
+
+def in_use(numerics: Numerics) -> str:
+    """What a worker computes with, as the ledger records it."""
+    where = device(numerics)
+    if where.type == "cuda":
+        return f"{numerics} {torch.cuda.get_device_name()}"
+    if where.type == "mps":
+        return numerics
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{capability} MKL_CBWR={os.environ.get('MKL_CBWR', '')}"
+    if not torch.backends.mkl.is_available():
+        return f"{numerics} {capability} without MKL"
+    return f"{numerics} {capability} MKL_CBWR={os.environ.get('MKL_CBWR', '')}"

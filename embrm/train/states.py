@@ -17,10 +17,7 @@ BLOCK_BYTES = 8 << 20
 """States are shuffled and read ahead in blocks of about this size."""
 
 WINDOW_BLOCKS = 32
-"""Blocks whose states are in use at a time: 256 MiB."""
-
-_RESIDENT_BYTES = WINDOW_BLOCKS * BLOCK_BYTES * 5 // 4
-"""A streaming process lets go of everything when it has touched more: a window, and strays."""
+"""Blocks whose pairs are shuffled together: 256 MiB of states, best kept at a time."""
 
 _FAULT_BYTES = 64 << 10
 """Linux maps this much around a page that is touched."""
@@ -32,24 +29,25 @@ class States:
     Shapes: rows and row numbers are int64 [n].
     """
 
-    def __init__(self, values: Tensor, mapping: mmap.mmap | None = None) -> None:
+    def __init__(self, values: Tensor, mapping: mmap.mmap | None = None, resident: int = 0) -> None:
         """values: the states, on the device that trains. mapping: the file they are mapped from,
-        if its pages shall be let go of once they were used."""
+        if no more than `resident` bytes of it shall stay in memory."""
         self.values = values
-        self._mapping = mapping
+        self._mapping, self._resident = mapping, resident
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._touched = np.zeros(len(mapping) // _FAULT_BYTES + 1 if mapping else 0, np.bool_)
 
     @classmethod
     def of_file(
-        cls, path: Path, shape: tuple[int, int], dtype: torch.dtype, *, resident: bool
+        cls, path: Path, shape: tuple[int, int], dtype: torch.dtype, *, resident: int | None
     ) -> "States":
-        """Map a file of rows. resident: pages stay in memory as long as the system lets them."""
+        """Map a file of rows. resident: bytes of it to keep in memory; None: as many as the system
+        lets us."""
         with path.open("rb") as file:
             # Copy on write, because torch wants a buffer it could write to; it never does.
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         values = torch.frombuffer(mapping, dtype=dtype).reshape(shape)
-        return cls(values, None if resident else mapping)
+        return cls(values) if resident is None else cls(values, mapping, resident)
 
     @property
     def width(self) -> int:
@@ -94,7 +92,7 @@ class States:
         """Note the pages that reading `rows` maps; let go first when they become too many."""
         first = rows * self._row_bytes // _FAULT_BYTES
         last = (rows * self._row_bytes + self._row_bytes - 1) // _FAULT_BYTES
-        if np.count_nonzero(self._touched) * _FAULT_BYTES > _RESIDENT_BYTES:
+        if np.count_nonzero(self._touched) * _FAULT_BYTES > self._resident:
             self.let_go()
         self._touched[first] = self._touched[last] = True
 
