@@ -1,0 +1,62 @@
+"""Which runs are trained together, and in which order. Results depend on neither."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from embrm.sweep.grid import Run
+from embrm.sweep.pack import Pack
+
+_LINEAR = 128
+"""Linear heads in a pack: so many that moving the states costs little beside multiplying them."""
+
+_COLUMNS = 512
+"""Columns of an MLP pack's first product, for the same reason."""
+
+_FIRST = 16
+"""Runs of the first pack: small, so that something is finished soon."""
+
+_MOVING = 64
+"""Columns of a product that cost as much as moving a minibatch's states."""
+
+_GPU = 8
+"""Times as wide are the packs of a GPU."""
+
+
+def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> list[Pack]:
+    """Runs that can share a pack: a small one first, then the largest.
+
+    No pack is so wide that a worker would be left without one.
+    """
+    groups: dict[Any, list[Run]] = {}
+    for run in todo:
+        spec = run.spec
+        groups.setdefault((spec.state, spec.pairs_limit, spec.pack_key()), []).append(run)
+
+    def cost(pack: Pack) -> float:
+        """In columns, pairs and epochs."""
+        spec = pack.runs[0].spec
+        columns = _columns(pack.runs[0]) * len(pack.runs)
+        epochs = max(run.spec.epochs for run in pack.runs)
+        return epochs * (spec.pairs_limit or training_pairs) * (_MOVING + columns)
+
+    found: list[Pack] = []
+    share = -(-len(todo) // jobs)
+    for group in groups.values():
+        width = max(1, min(_width(group[0]) * (_GPU if gpu else 1), share))
+        found += [Pack(tuple(group[i : i + width])) for i in range(0, len(group), width)]
+    if not found:
+        return []
+    quick = min(found, key=cost)
+    found.remove(quick)
+    first, rest = Pack(quick.runs[:_FIRST]), quick.runs[_FIRST:]
+    found += [Pack(rest)] if rest else []
+    return [first, *sorted(found, key=cost, reverse=True)]
+
+
+def _columns(run: Run) -> int:
+    """Columns that one run adds to the product with the states."""
+    return run.spec.head.widths[0] if run.spec.head.widths else 1
+
+
+def _width(run: Run) -> int:
+    return max(1, _COLUMNS // _columns(run)) if run.spec.head.widths else _LINEAR
