@@ -50,7 +50,10 @@ def test_a_grid_is_a_product_over_defaults(tmp_path: Path) -> None:
 
 def _ids(text: str, tmp_path: Path, selection: Selection = SELECTION) -> dict[str, str]:
     found = _configurations('baseline = "a"\n' + text, tmp_path)
-    return {f"{run.name} {run.spec.seed}": run.run_id for run in runs(found, (0, 1), selection, "native")}
+    return {
+        f"{run.name} {run.spec.seed}": run.run_id
+        for run in runs(found, (0, 1), selection, "native")
+    }
 
 
 def test_ids_depend_on_content_alone(tmp_path: Path) -> None:

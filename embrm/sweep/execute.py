@@ -53,7 +53,7 @@ def sweep(
             "cache": str(prepared.cache.folder),
             "cache_id": prepared.cache.cache_id,
             "leaked": leaked(prepared),
-            "environment": {**provenance(), "numerics": settings(mode)},
+            "environment": {**provenance(), "numerics": {"mode": mode, **settings(mode)}},
         }
         write_results(
             out, prepared.spec, prepared.runs, prepared.evaluate, header, prompt_table(splits)

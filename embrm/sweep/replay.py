@@ -18,7 +18,7 @@ from embrm.sweep.ledger import Results, cache_of, load_run, open_results
 from embrm.sweep.material import evaluation_splits, laid_out
 from embrm.sweep.pack import Pack
 from embrm.sweep.workers import run_packs, worker_count
-from embrm.train.numerics import Numerics, settings
+from embrm.train.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
 """Where bits differ, what a report shows may differ by this much: see `REPORTED`."""
@@ -70,6 +70,7 @@ def replay(
     """Train runs of the sweep at `folder` again, alone in their packs, and compare.
 
     run: this run alone; sample: so many, evenly spaced in the ledger; neither: all.
+    The sweep's numerics are used, native ones where this machine lacks them.
     cache: where the cache is now, if it has moved. memory: as for a sweep. Nothing below
     `folder` is changed.
 
@@ -80,7 +81,8 @@ def replay(
     source = cache_of(results, cache)
     selection = Selection(results.cache_id, results.spec.train, results.spec.validation)
     packs = [Pack((_run(row),)) for row in rows]
-    mode = results.spec.numerics
+    wanted = results.spec.numerics
+    mode = "native" if why_unavailable(wanted) else wanted
     workers = worker_count(jobs, mode)
     views = sorted({pack.runs[0].spec.state for pack in packs})
     with (
@@ -172,7 +174,7 @@ def _distance(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, An
 
 def _changes(then: dict[str, Any], mode: Numerics) -> dict[str, tuple[Any, Any]]:
     before = _flat(then)
-    after = _flat({**provenance(), "numerics": settings(mode)})
+    after = _flat({**provenance(), "numerics": {"mode": mode, **settings(mode)}})
     return {
         name: (before.get(name), after.get(name))
         for name in sorted(before.keys() | after.keys())
