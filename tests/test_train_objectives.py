@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embrm.errors import UserError
+from embrm.train.heads import HeadSpec, initialise, pair_rewards, stack
 from embrm.train.objectives import (
     Objective,
     ObjectiveBank,
@@ -112,6 +113,48 @@ def test_gradients_are_those_of_the_textbook(soft: bool) -> None:
         torch.testing.assert_close(
             gradient[slot].double(), expected_gradient, rtol=2e-5, atol=2e-7, msg=str(objective)
         )
+
+
+HEADS = (HeadSpec(), HeadSpec(kind="mlp", widths=(7, 5)))
+
+
+def _reward(parameters: dict[str, Tensor], slot: int, h: Tensor) -> Tensor:
+    """One slot's reward as a textbook writes it: h is [n, d]."""
+    for layer in range(len(parameters) // 2):
+        weight, bias = (parameters[f"hidden.{layer}.{name}"][slot] for name in ("weight", "bias"))
+        h = torch.clamp(h @ weight.T + bias, min=0)
+    return h @ parameters["output.weight"][slot]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+def test_parameter_gradients_in_the_bank_are_those_of_the_textbook(
+    head: HeadSpec, soft: bool
+) -> None:
+    """Every objective in one bank, pairs that share responses, against float64 autograd."""
+    generator = torch.Generator().manual_seed(2)
+    X = torch.randn(20, 6, generator=generator)
+    chosen, rejected = torch.randint(20, (2, 33), generator=generator)
+    label = torch.rand(33, generator=generator) if soft else torch.ones(33)
+    weight, margin = torch.rand(2, 33, generator=generator)
+    objectives = [o.model_copy(update={"l2": 0.1 * (i % 2)}) for i, o in enumerate(OBJECTIVES)]
+    bank = stack([initialise(head, 6, seed) for seed in range(len(objectives))])
+    leaves = [tensor.requires_grad_() for tensor in bank.values()]
+    loss = ObjectiveBank(objectives, 33, soft_labels=soft)
+    r = pair_rewards(bank, X, chosen, rejected, loss.totals, loss.means)
+    total = loss.data_loss(r, label, weight, margin) + loss.weight_loss(leaves)
+    gradients = torch.autograd.grad(total.sum(), leaves)
+
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in bank.items()}
+    expected = torch.zeros((), dtype=torch.float64)
+    for slot, objective in enumerate(objectives):
+        c, r = (_reward(wide, slot, X[side].double()) for side in (chosen, rejected))
+        own = _textbook(objective, c, r, label.double(), weight.double(), margin.double())
+        squares = sum((tensor[slot] ** 2).sum() for tensor in wide.values())
+        expected = expected + own + objective.l2 / 2 * squares
+    reference = torch.autograd.grad(expected, [*wide.values()])
+    for found, known in zip(gradients, reference, strict=True):
+        torch.testing.assert_close(found.double(), known, rtol=2e-4, atol=2e-6)
 
 
 @settings(max_examples=200, deadline=None)
