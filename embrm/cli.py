@@ -501,6 +501,8 @@ def bench_sweep(
     """Compare whole sweeps with what they replace, and with what this machine can do."""
     from embrm.bench.run import measure_sweep
 
+    # An interrupt must not leave the temporary caches behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     measured = {}
     for part, rows in measure_sweep(parts or [], folder, cache):
         measured[part] = rows

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "evaluate": GROUND,
     "sweep": GROUND | {"data", "cache", "train", "evaluate"},
     "report": GROUND | {"cache", "evaluate", "sweep"},
+    "bench": GROUND | {"data", "cache", "train", "evaluate", "sweep"},
     "demo": GROUND | {"data", "extract", "sweep", "report"},
 }
 LANGUAGE_MODEL_LIBRARIES = {"transformers", "vllm", "trl", "peft", "datasets", "tokenizers"}

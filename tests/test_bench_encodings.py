@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from embrm.cache.bench import measure_encodings
+from embrm.bench.encodings import measure_encodings
 
 
 def test_ratios_are_to_plain_pages_of_the_same_dtype() -> None:

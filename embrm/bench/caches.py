@@ -1,0 +1,186 @@
+"""Caches to measure on: made-up states and preferences, through the real writer."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from embrm.cache.reader import open_cache
+from embrm.cache.schema import ShardRows
+from embrm.cache.writer import open_writer
+from embrm.data.splits import holdout
+from embrm.progress import progress
+from embrm.specs import content_id
+
+_SHARD_BYTES = 64 << 20
+_MEMBERS = pl.Schema(
+    {
+        "split": pl.String(),
+        "subset": pl.String(),
+        "prompt_id": pl.String(),
+        "response": pl.Int32(),
+        "model": pl.String(),
+        "gold": pl.Float64(),
+    }
+)
+_LEAKS = pl.Schema(
+    {
+        "train_split": pl.String(),
+        "eval_split": pl.String(),
+        "prompt_ids": pl.List(pl.String()),
+    }
+)
+
+HELD_OUT = "held-out"
+
+
+def synthetic(
+    folder: Path, splits: Mapping[str, int], width: int, *, held_out: float = 0.0
+) -> Path:
+    """Write a cache of bfloat16 states of `width` components; returns `folder`.
+
+    splits: pairs of each split, every pair with a prompt and two adjacent responses of its own.
+    held_out: share of the prompts of "train" that go to the split `HELD_OUT`. Chosen is what
+    Bradley-Terry noise makes of the gold of `_World`. Memory does not grow with the cache.
+    """
+    random = np.random.default_rng(0)
+    count = sum(splits.values())
+    first = random.integers(0, 2, count)  # whether the first response is the rejected one
+    pairs = _pairs(splits, first)
+    if held_out:
+        pairs = _with_held_out(pairs, held_out)
+    shard_pairs = max(1, _SHARD_BYTES // (4 * width))
+    states = _World(width).shards(torch.from_numpy(first), shard_pairs)
+    _write(folder, pairs, states, rows=2 * count, shard_rows=2 * shard_pairs)
+    return folder
+
+
+def resplit(folder: Path, source: Path, held_out: float) -> Path:
+    """Write the states "last" of another cache, and its split "train" parted as above."""
+    cache = open_cache(source)
+    pairs = _with_held_out(cache.pairs.filter(pl.col("split") == "train"), held_out)
+    rows, shard_rows = cache.manifest.n_responses, cache.manifest.shard_rows
+    _write(folder, pairs, cache.state_shards("last"), rows=rows, shard_rows=shard_rows)
+    return folder
+
+
+def _with_held_out(pairs: pl.DataFrame, share: float) -> pl.DataFrame:
+    out = pl.Series(holdout(pairs["prompt_id"], share, 0, "bench"))
+    asked = out & (pairs["split"] == "train")
+    return pairs.with_columns(split=pl.when(asked).then(pl.lit(HELD_OUT)).otherwise("split"))
+
+
+def _pairs(splits: Mapping[str, int], first: np.ndarray) -> pl.DataFrame:
+    rows = np.arange(len(first), dtype=np.int32) * 2
+    names = [hashlib.blake2b(b"%d" % row, digest_size=8).hexdigest() for row in rows]
+    return pl.DataFrame(
+        {
+            "pair_id": names,  # in another order than the rows, as in any cache
+            "split": [*chain.from_iterable([name] * count for name, count in splits.items())],
+            "subset": pl.Series([None] * len(rows), dtype=pl.String),
+            "prompt_id": names,
+            "chosen": (rows + first).astype(np.int32),
+            "rejected": (rows + 1 - first).astype(np.int32),
+            "margin": pl.Series([None] * len(rows), dtype=pl.Float64),
+            "label": np.ones(len(rows)),
+            "weight": np.ones(len(rows)),
+        }
+    )
+
+
+class _World:
+    """States and their gold.
+
+    State: independent normal components whose variances fall as 1/(10 + j), scaled to a mean
+    square of 1. Gold: four parts in five of its variance along one direction, the rest a random
+    layer of 64 ReLUs, of which about half is linear again. A response wins with the probability
+    that Bradley-Terry gives its gold, so that nobody can be right in more than 79 % of pairs.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._random = random = torch.Generator().manual_seed(0)
+        variances = 1 / (10 + torch.arange(width))
+        self._scale = (variances / variances.mean()).sqrt()
+        self._direction = torch.randn(width, generator=random)
+        self._layer = torch.randn(width, 64, generator=random)
+        self._output = torch.randn(64, generator=random)
+        self._lines = [(0.0, 1.0), (0.0, 1.0)]
+        parts = self._parts(self._states(4096))
+        self._lines = [(float(part.mean()), float(part.std())) for part in parts]
+
+    def shards(self, first: Tensor, pairs: int) -> Iterator[Tensor]:
+        """States of `pairs` pairs after another, rows 2i and 2i + 1 of pair i; `first`: int64,
+        which of them is chosen."""
+        for some in first.split(pairs):
+            states = self._states(2 * len(some))
+            linear, curved = self._parts(states)
+            gold = 2**0.5 * (0.8**0.5 * linear + 0.2**0.5 * curved)
+            wins = torch.sigmoid(gold[::2] - gold[1::2])
+            won = torch.rand(len(some), generator=self._random) < wins
+            # Responses change places where the other one than `first` says has won.
+            order = torch.arange(len(states)).view(-1, 2)
+            order[won == some.bool()] = order[won == some.bool()].flip(1)
+            yield states[order.flatten()].bfloat16()
+
+    def _states(self, rows: int) -> Tensor:
+        return torch.randn(rows, len(self._scale), generator=self._random) * self._scale
+
+    def _parts(self, states: Tensor) -> list[Tensor]:
+        """Linear and curved part of the gold, each of mean 0 and variance 1."""
+        curved = torch.relu(states @ self._layer) @ self._output
+        parts = (states @ self._direction, curved)
+        return [(part - mean) / sd for part, (mean, sd) in zip(parts, self._lines, strict=True)]
+
+
+def _write(
+    folder: Path, pairs: pl.DataFrame, shards: Iterable[Tensor], *, rows: int, shard_rows: int
+) -> None:
+    tables = {
+        "pairs": pairs,
+        "members": pl.DataFrame(schema=_MEMBERS),
+        "exclusions": pl.DataFrame(schema={"row": pl.Int64}),
+        "leaks": pl.DataFrame(schema=_LEAKS),
+    }
+    with (
+        open_writer(
+            folder,
+            identity={"bench": content_id(pairs["pair_id"].to_list()), "rows": rows},
+            environment={},
+            extraction={},
+            data={},
+            tables=tables,
+            n_responses=rows,
+            shard_rows=shard_rows,
+            lm_head=lambda: {"weight": torch.zeros(1, 1)},
+        ) as writer,
+        progress("writing the cache to measure on", writer.n_shards, "shards") as bar,
+    ):
+        first = 0
+        for index, states in enumerate(shards):
+            writer.write_shard(index, _shard_rows(first, states), None)
+            first += len(states)
+            bar.advance()
+        writer.finish()
+
+
+def _shard_rows(first: int, states: Tensor) -> ShardRows:
+    count = len(states)
+    names = [str(row) for row in range(first, first + count)]
+    return ShardRows(
+        first=first,
+        response_id=names,
+        prompt_id=names,
+        n_prompt=np.ones(count, np.int32),
+        n_response=np.arange(first, first + count, dtype=np.int32) % 50 + 1,
+        truncated=np.zeros(count, np.bool_),
+        final_position=np.ones(count, np.int32),
+        final_token=np.zeros(count, np.int32),
+        S=np.zeros(count),
+        states={"last": states},
+        norms={"last": states.float().norm(dim=1)},
+    )

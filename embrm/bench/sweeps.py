@@ -1,0 +1,47 @@
+"""One whole sweep, as `embrm sweep` runs it, timed in a process of its own."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from embrm.bench.footprint import Footprint
+from embrm.bench.processes import measure
+from embrm.sweep.execute import sweep
+from embrm.sweep.ledger import Results, open_results
+from embrm.sweep.workers import worker_count
+
+
+@dataclass(frozen=True)
+class Swept:
+    """seconds: of the sweep. Since its process was started: total_seconds until its end,
+    first_seconds until the first pack was finished. memory: of it and its workers."""
+
+    seconds: float
+    total_seconds: float
+    first_seconds: float
+    memory: Footprint
+    results: Results
+
+
+def cores() -> int:
+    """Cores that a sweep uses here."""
+    return worker_count(None, "native")
+
+
+def swept(spec: str, cache: Path, out: Path, *, memory: int | None = None) -> Swept:
+    """Run the sweep that `spec`, the text of a TOML file, asks for; its results go to `out`."""
+    path = out.with_suffix(".toml")
+    path.write_text(spec)
+    start = time.time()
+    done = measure(_sweep, path, cache, out, memory, threads=cores())
+    end = time.time()
+    first = min(ledger.stat().st_mtime for ledger in out.glob("parts/*/ledger.parquet"))
+    return Swept(done.seconds, end - start, first - start, done.memory, open_results(out))
+
+
+def _sweep(path: Path, cache: Path, out: Path, memory: int | None) -> Callable[[], None]:
+    def work() -> None:
+        sweep(path, cache, out=out, memory=memory)
+
+    return work

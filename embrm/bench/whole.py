@@ -1,0 +1,80 @@
+"""A large sweep as one command: how long, how soon, and what is spent beside the arithmetic."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from embrm.bench.caches import synthetic
+from embrm.bench.sweeps import cores, swept
+
+_SEEDS = (0, 1, 2, 3, 4)
+_VALIDATION = 0.1
+
+
+def measure_whole(
+    folder: Path,
+    *,
+    linear: int = 1_000,
+    mlp: int = 200,
+    pairs: int = 45_000,
+    evaluation_pairs: Sequence[int] = (1_000, 1_400, 1_800, 2_200, 2_600, 3_000),
+    width: int = 2048,
+    epochs: int = 10,
+) -> list[dict[str, Any]]:
+    """One row: a sweep of `linear` linear heads and `mlp` MLPs of 64, five seeds each.
+
+    pairs: trained on, about; another tenth validates. Times count from the start of the process
+    that sweeps, its imports included. overhead: cores' time that neither trained nor scored, a
+    run: starting, reading, evaluating, writing, waiting for the last pack.
+    """
+    count = cores()
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        splits = {"train": round(pairs / (1 - _VALIDATION))}
+        splits |= {f"ood/{index}": count for index, count in enumerate(evaluation_pairs)}
+        cache = synthetic(Path(name) / "cache", splits, width)
+        out = Path(name) / "sweep"
+        done = swept(_spec(linear // len(_SEEDS), mlp // len(_SEEDS), epochs), cache, out)
+        timings = done.results.timings
+        runs = timings.height
+        total = timings.sum()
+        busy = total["train_seconds"][0] + total["score_seconds"][0]
+        kept = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
+        return [
+            {
+                "runs": runs,
+                "training pairs": done.results.ledger["train_pairs"][0],
+                "width": width,
+                "epochs": epochs,
+                "seconds": done.total_seconds,
+                "to the first pack": done.first_seconds,
+                "training": total["train_seconds"][0] / count,
+                "overhead ms a run": 1e3 * (done.total_seconds * count - busy) / runs,
+                "evaluation ms a run": 1e3 * total["evaluate_seconds"][0] / runs,
+                "results MB": sum(kept) / 1e6,
+                "peak RSS MB": done.memory.rss / 1e6,
+                "peak PSS MB": done.memory.pss / 1e6,
+            }
+        ]
+
+
+def _spec(linear: int, mlp: int, epochs: int) -> str:
+    def penalties(count: int) -> list[float]:
+        return [1e-6 * (1 + index) for index in range(count)]
+
+    return f"""
+baseline = "base"
+seeds = {[*_SEEDS]}
+validation = {_VALIDATION}
+[defaults]
+epochs = {epochs}
+[[runs]]
+name = "base"
+[[runs]]
+name = "linear"
+grid.l2 = {penalties(linear - 1)}
+[[runs]]
+name = "mlp"
+head = {{ kind = "mlp", widths = [64] }}
+grid.l2 = {penalties(mlp)}
+"""
