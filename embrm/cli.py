@@ -39,8 +39,8 @@ CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, such as cache/N
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="States that all workers together keep in memory, such as 4GB; a larger cache is "
-        "streamed [default: all of them]."
+        help="What all workers together may take, such as 4GB; a larger cache is streamed "
+        "[default: no limit]."
     ),
 ]
 SweepFolder = Annotated[Path, typer.Argument(help="Results folder, such as sweeps/NAME.")]

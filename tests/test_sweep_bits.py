@@ -19,7 +19,7 @@ from embrm.specs import canonical_json
 from embrm.sweep import material as material_module
 from embrm.sweep.execute import sweep
 from embrm.sweep.grid import Run, Selection, SweepSpec, configurations, runs
-from embrm.sweep.material import evaluation_splits, laid_out
+from embrm.sweep.material import laid_out
 from embrm.sweep.pack import Pack, Trainer
 from embrm.train.numerics import Numerics, in_use, why_unavailable
 
@@ -97,7 +97,8 @@ def test_a_sweep_has_the_same_bytes_in_any_order_over_any_workers_streamed_or_no
         sweep(folder / "one.toml", cache, jobs=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "2")
-        patch.setattr(material_module, "LEAST_MEMORY", 1)
+        patch.setattr(material_module, "PROCESS_BYTES", 0)
+        patch.setattr(material_module, "LEAST_RESIDENT", 1)
         sweep(folder / "two.toml", cache, jobs=2, memory=20_000)
     one, two = _contents(folder / "one"), _contents(folder / "two")
     assert len(one) == 4 + 2 * len(entries)
@@ -117,8 +118,7 @@ def _of_packs(
     source = open_cache(cache)
     selection = Selection(source.cache_id, ("train",), 0.3)
     digests: dict[str, str] = {}
-    splits = evaluation_splits(source, selection)
-    with laid_out(source, selection, splits, ["last"], folder) as material:
+    with laid_out(source, selection, ["last"], folder) as material:
         if stream:
             streamed = {view: replace(file, resident=1) for view, file in material.states.items()}
             material = replace(material, states=streamed)

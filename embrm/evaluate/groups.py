@@ -5,7 +5,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import kendalltau
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -81,6 +80,8 @@ class Rankings:
         taus = np.full(self.count, np.nan)
         for batch in self.batches:
             taus[batch.groups] = batch.taus(rewards)
+        if self.large:
+            from scipy.stats import kendalltau  # slow to load, and large groups are rare
         for group, members, gold in self.large:
             # Not method="auto": only the p value differs, and nobody asks for it.
             taus[group] = kendalltau(rewards[members], gold, method="asymptotic").statistic

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embrm.errors import UserError
-from embrm.evaluate.accuracy import EvaluationSplit
 from embrm.files import exclusive, remove_temporaries
 from embrm.progress import progress
 from embrm.provenance import provenance
@@ -42,11 +41,10 @@ def sweep(
         remove_temporaries(out)
         done = finished(out)
         todo = [run for run in prepared.runs if run.run_id not in done]
-        splits = evaluation_splits(prepared.cache, prepared.selection)
         failures: dict[str, str] = {}
         interrupted = False
         try:
-            failures = _train(prepared, splits, todo, out=out, jobs=jobs, memory=memory)
+            failures = _train(prepared, todo, out=out, jobs=jobs, memory=memory)
         except KeyboardInterrupt:
             interrupted = True
         header = {
@@ -55,9 +53,8 @@ def sweep(
             "leaked": leaked(prepared),
             "environment": {**provenance(), "numerics": {"mode": mode, **settings(mode)}},
         }
-        write_results(
-            out, prepared.spec, prepared.runs, prepared.evaluate, header, prompt_table(splits)
-        )
+        prompts = prompt_table(evaluation_splits(prepared.cache, prepared.selection))
+        write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header, prompts)
     if interrupted:
         raise KeyboardInterrupt
     if failures:
@@ -72,7 +69,6 @@ def sweep(
 
 def _train(
     prepared: Prepared,
-    splits: dict[str, EvaluationSplit],
     todo: Sequence[Run],
     *,
     out: Path,
@@ -89,7 +85,7 @@ def _train(
     views = sorted({run.spec.state for run in todo})
     with (
         laid_out(
-            prepared.cache, prepared.selection, splits, views, out, memory=memory, jobs=jobs
+            prepared.cache, prepared.selection, views, out, memory=memory, jobs=jobs
         ) as material,
         progress("training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)) as bar,
     ):

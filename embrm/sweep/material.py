@@ -4,9 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
 from embrm.data.splits import holdout
@@ -18,10 +21,15 @@ from embrm.sweep.grid import Selection
 from embrm.train.objectives import Pairs
 from embrm.train.states import States
 
-LEAST_MEMORY = 50_000_000
-"""Bytes of states a worker must be allowed to keep."""
+PROCESS_BYTES = 400_000_000
+"""What a worker takes before it keeps any state: Python, libraries, buffers."""
+
+LEAST_RESIDENT = 50_000_000
+"""Bytes of states that a worker must be able to keep."""
 
 _TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
+_PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
+_MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,24 @@ class StatesFile:
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a worker reads. training, validation: chosen, rejected, label, weight, margin, by
-    pair id; splits: all that are not trained on, by name."""
+    """Everything a worker reads: files, so that starting a worker hands over names alone.
+
+    states: by view. tables: Arrow files of training and validation (chosen, rejected, label,
+    weight, margin, by pair id), and of the pairs, members and lengths to evaluate on.
+    """
 
     selection: Selection
     states: dict[str, StatesFile]
-    training: pl.DataFrame
-    validation: pl.DataFrame
-    splits: dict[str, EvaluationSplit]
+    tables: dict[str, Path]
+
+    def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
+        """Pairs to train on, or to validate on."""
+        return pl.read_ipc(self.tables[side])
+
+    def splits(self) -> dict[str, EvaluationSplit]:
+        """Every split that is not trained on, by name."""
+        found = {name: pl.read_ipc(self.tables[name]) for name in ("pairs", "members", "lengths")}
+        return _splits(found["pairs"], found["members"], found["lengths"]["n_response"].to_numpy())
 
 
 def select(
@@ -85,14 +103,25 @@ def to_pairs(table: pl.DataFrame) -> Pairs:
 
 def evaluation_splits(cache: Cache, selection: Selection) -> dict[str, EvaluationSplit]:
     """Every split that is not trained on, prepared for evaluation."""
+    return _splits(*_evaluated(cache, selection), cache.n_response)
+
+
+def _evaluated(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Pairs and members that are not trained on."""
+    other = ~pl.col("split").is_in(selection.train)
+    return cache.pairs.filter(other).select(_PAIRS), cache.members.filter(other).select(_MEMBERS)
+
+
+def _splits(
+    pairs: pl.DataFrame, members: pl.DataFrame, n_response: NDArray[np.int32]
+) -> dict[str, EvaluationSplit]:
     return {
         split: EvaluationSplit.of(
-            cache.pairs.filter(pl.col("split") == split),
-            cache.members.filter(pl.col("split") == split),
-            cache.n_response,
+            pairs.filter(pl.col("split") == split),
+            members.filter(pl.col("split") == split),
+            n_response,
         )
-        for split in cache.splits
-        if split not in selection.train
+        for split in sorted({*pairs["split"], *members["split"]})
     }
 
 
@@ -108,48 +137,61 @@ def prompt_table(splits: Mapping[str, EvaluationSplit]) -> pl.DataFrame:
 def laid_out(
     cache: Cache,
     selection: Selection,
-    splits: dict[str, EvaluationSplit],
     views: Sequence[str],
     folder: Path,
     *,
     memory: int | None = None,
     jobs: int = 1,
 ) -> Iterator[Material]:
-    """Prepare the material of a sweep; its states lie below `folder` until the block is left.
+    """Prepare the material of a sweep; it lies below `folder` until the block is left.
 
-    memory: bytes of states that all `jobs` workers together may keep; where the views are larger,
-    workers stream them. None: no limit of our own.
+    memory: bytes that `jobs` workers together may take, their libraries included; where the views
+    do not fit, workers stream them. None: no limit of our own.
 
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
-    if memory is not None and memory < jobs * LEAST_MEMORY:
-        raise UserError(
-            f"memory = {memory / 1e6:,.0f} MB: {jobs} workers need at least "
-            f"{jobs * LEAST_MEMORY / 1e6:,.0f} MB for states: raise it, or lower --jobs"
-        )
-    size = cache.states_bytes * len(views)
-    resident = None if memory is None or size <= memory else memory // jobs
-    files: dict[str, StatesFile] = {}
+    resident = _resident(cache.states_bytes * len(views), memory, jobs)
     training, validation = select(cache, selection)
+    pairs, members = _evaluated(cache, selection)
+    tables = {
+        "training": training.select(_TRAINED_ON),
+        "validation": validation.select(_TRAINED_ON),
+        "pairs": pairs,
+        "members": members,
+        "lengths": pl.DataFrame({"n_response": cache.n_response}),
+    }
+    table_paths = {name: folder / f"{TEMPORARY}{name}" for name in tables}
+    state_paths = {view: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
+    shape, dtype = (cache.manifest.n_responses, cache.width), cache.layout.torch_dtype
     try:
+        for name, table in tables.items():
+            with disk_errors(table_paths[name]):
+                folder.mkdir(parents=True, exist_ok=True)
+                table.write_ipc(table_paths[name], compression="uncompressed")
         with progress("reading states", len(views) * len(cache.manifest.shards), "shards") as bar:
-            for number, view in enumerate(views):
-                path = folder / f"{TEMPORARY}states-{number}"
-                files[view] = StatesFile(
-                    path,
-                    (cache.manifest.n_responses, cache.width),
-                    cache.layout.torch_dtype,
-                    resident,
-                )
-                with disk_errors(path):
-                    folder.mkdir(parents=True, exist_ok=True)
-                    with path.open("wb") as file:
-                        for part in cache.state_shards(view):
-                            file.write(part.contiguous().view(torch.uint8).numpy().data)
-                            bar.advance()
-        yield Material(
-            selection, files, training.select(_TRAINED_ON), validation.select(_TRAINED_ON), splits
-        )
+            for view, path in state_paths.items():
+                with disk_errors(path), path.open("wb") as file:
+                    for part in cache.state_shards(view):
+                        file.write(part.contiguous().view(torch.uint8).numpy().data)
+                        bar.advance()
+        states = {
+            view: StatesFile(path, shape, dtype, resident) for view, path in state_paths.items()
+        }
+        yield Material(selection, states, table_paths)
     finally:
-        for states in files.values():
-            states.path.unlink(missing_ok=True)
+        for path in (*table_paths.values(), *state_paths.values()):
+            path.unlink(missing_ok=True)
+
+
+def _resident(size: int, memory: int | None, jobs: int) -> int | None:
+    """Bytes of states that each worker may keep; None: all of them, `size` together."""
+    if memory is None:
+        return None
+    left = memory - jobs * PROCESS_BYTES
+    if left < jobs * LEAST_RESIDENT:
+        least = jobs * (PROCESS_BYTES + LEAST_RESIDENT) / 1e9
+        raise UserError(
+            f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
+            "raise it, or lower --jobs"
+        )
+    return None if size <= left else left // jobs

@@ -82,16 +82,18 @@ class Trainer:
         self._material, self._mode = material, mode
         self._states: dict[str, States] = {}
         self._data: dict[tuple[str, int | None], TrainingData] = {}
-        self._label = material.validation["label"].to_numpy()
-        self._weight = material.validation["weight"].to_numpy()
+        self._training, self._validation = material.pairs("training"), material.pairs("validation")
+        self._splits = material.splits()
+        self._label = self._validation["label"].to_numpy()
+        self._weight = self._validation["weight"].to_numpy()
         # Rewards are wanted of these responses alone.
-        sides = [material.validation[side].to_numpy() for side in ("chosen", "rejected")]
-        split_rows = [split.rows for split in material.splits.values()]
+        sides = [self._validation[side].to_numpy() for side in ("chosen", "rejected")]
+        split_rows = [split.rows for split in self._splits.values()]
         rows = np.unique(np.concatenate([*sides, *split_rows]).astype(np.int64))
         self._rows = torch.from_numpy(rows)
         self._chosen, self._rejected = (np.searchsorted(rows, side) for side in sides)
         self._places = {
-            name: np.searchsorted(rows, split.rows) for name, split in material.splits.items()
+            name: np.searchsorted(rows, split.rows) for name, split in self._splits.items()
         }
 
     def run(self, pack: Pack) -> dict[str, bytes]:
@@ -117,7 +119,7 @@ class Trainer:
                     run, cache_id, result.parameters, result.preprocess
                 )
                 files[f"weights/{run.run_id}.safetensors"] = content
-                for name, split in self._material.splits.items():
+                for name, split in self._splits.items():
                     metrics, sums = split.evaluate(own[self._places[name]], temperature)
                     row |= {f"{metric}@{name}": value for metric, value in metrics.items()}
                     outcomes.append({"run_id": run.run_id, "split": name, **sums})
@@ -152,11 +154,10 @@ class Trainer:
         if key not in self._data:
             if view not in self._states:
                 self._states[view] = self._material.states[view].open(numerics.device(self._mode))
-            training = self._material.training
             self._data[key] = TrainingData(
                 self._states[view],
-                to_pairs(training.head(pairs_limit or training.height)),
-                to_pairs(self._material.validation),
+                to_pairs(self._training.head(pairs_limit or self._training.height)),
+                to_pairs(self._validation),
             )
         return self._data[key]
 

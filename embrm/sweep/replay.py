@@ -15,7 +15,7 @@ from embrm.progress import progress
 from embrm.provenance import provenance
 from embrm.sweep.grid import Run, RunSpec, Selection
 from embrm.sweep.ledger import Results, cache_of, load_run, open_results
-from embrm.sweep.material import evaluation_splits, laid_out
+from embrm.sweep.material import laid_out
 from embrm.sweep.pack import Pack
 from embrm.sweep.workers import run_packs, worker_count
 from embrm.train.numerics import Numerics, settings, why_unavailable
@@ -90,7 +90,6 @@ def replay(
         laid_out(
             source,
             selection,
-            evaluation_splits(source, selection),
             views,
             Path(name),
             memory=memory,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK_BYTES = 8 << 20
@@ -19,8 +18,8 @@ BLOCK_BYTES = 8 << 20
 WINDOW_BLOCKS = 32
 """Blocks whose pairs are shuffled together: 256 MiB of states, best kept at a time."""
 
-_FAULT_BYTES = 64 << 10
-"""Linux maps this much around a page that is touched."""
+_MAPPED_BYTES = 2 << 20
+"""Linux may map this much around a page that is touched."""
 
 
 class States:
@@ -35,7 +34,7 @@ class States:
         self.values = values
         self._mapping, self._resident = mapping, resident
         self._buffers: dict[torch.dtype, Tensor] = {}
-        self._touched = np.zeros(len(mapping) // _FAULT_BYTES + 1 if mapping else 0, np.bool_)
+        self._touched = np.zeros(len(mapping) // _MAPPED_BYTES + 2 if mapping else 0, np.bool_)
 
     @classmethod
     def of_file(
@@ -61,10 +60,12 @@ class States:
 
     def take(self, rows: Tensor) -> Tensor:
         """float32 [n, width], in a buffer that the next call overwrites."""
-        if self._mapping is not None:
-            self._count(rows.numpy())
+        rows = rows.to(self.values.device)
         narrow = self._buffer(self.values.dtype, len(rows))
-        torch.index_select(self.values, 0, rows.to(self.values.device), out=narrow)
+        if self._mapping is None:
+            torch.index_select(self.values, 0, rows, out=narrow)
+        else:
+            self._read(rows, narrow)
         if self.values.dtype == torch.float32:
             return narrow
         return self._buffer(torch.float32, len(rows)).copy_(narrow)
@@ -88,13 +89,22 @@ class States:
     def _row_bytes(self) -> int:
         return self.width * self.values.element_size()
 
-    def _count(self, rows: NDArray[np.int64]) -> None:
-        """Note the pages that reading `rows` maps; let go first when they become too many."""
-        first = rows * self._row_bytes // _FAULT_BYTES
-        last = (rows * self._row_bytes + self._row_bytes - 1) // _FAULT_BYTES
-        if np.count_nonzero(self._touched) * _FAULT_BYTES > self._resident:
+    def _read(self, rows: Tensor, out: Tensor) -> None:
+        """Copy rows of the file to `out`; let go of others first when too many would be mapped."""
+        # What is mapped around a page is aligned in memory, not in the file.
+        start = self.values.data_ptr() % _MAPPED_BYTES + rows.numpy() * self._row_bytes
+        wanted = np.unique([start // _MAPPED_BYTES, (start + self._row_bytes - 1) // _MAPPED_BYTES])
+        allowed = max(1, self._resident // _MAPPED_BYTES)
+        if len(wanted) > allowed and len(rows) > 1:
+            half = len(rows) // 2
+            self._read(rows[:half], out[:half])
+            self._read(rows[half:], out[half:])
+            return
+        new = len(wanted) - np.count_nonzero(self._touched[wanted])
+        if np.count_nonzero(self._touched) + new > allowed:
             self.let_go()
-        self._touched[first] = self._touched[last] = True
+        torch.index_select(self.values, 0, rows, out=out)
+        self._touched[wanted] = True
 
     def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
         buffer = self._buffers.get(dtype)
