@@ -33,8 +33,8 @@ class Case:
 
 
 CASES = (
-    Case(HeadSpec(), 256, 10),
-    Case(HeadSpec(kind="mlp", widths=(64,)), 16, 4),
+    Case(HeadSpec(), 256, 20),
+    Case(HeadSpec(kind="mlp", widths=(64,)), 32, 6),
     Case(HeadSpec(kind="mlp", widths=(256,)), 8, 3),
     Case(HeadSpec(kind="mlp", widths=(1024, 512)), 4, 2),
 )

@@ -12,7 +12,7 @@ from embrm.sweep.ledger import finished, write_results
 from embrm.sweep.material import evaluation_splits, laid_out, prompt_table
 from embrm.sweep.packing import packs
 from embrm.sweep.prepare import Prepared, leaked, prepare
-from embrm.sweep.workers import run_packs, worker_count
+from embrm.sweep.workers import worker_count, workers
 from embrm.train.numerics import Numerics, device, settings
 
 
@@ -84,9 +84,10 @@ def _train(
     )
     views = sorted({run.spec.state for run in todo})
     with (
+        workers(min(jobs, len(found)), mode) as running,
         laid_out(
             prepared.cache, prepared.selection, views, out, memory=memory, jobs=jobs
         ) as material,
         progress("training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)) as bar,
     ):
-        return run_packs(material, found, mode=mode, jobs=jobs, out=out, bar=bar)
+        return running.run(material, found, out=out, bar=bar)

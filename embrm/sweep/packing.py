@@ -23,7 +23,7 @@ _GPU = 8
 
 
 def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> list[Pack]:
-    """Runs that can share a pack: a small one first, then the largest.
+    """Runs that can share a pack: in a long sweep a small one first, then the largest.
 
     No pack is so wide that a worker would be left without one.
     """
@@ -44,8 +44,8 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
     for group in groups.values():
         width = max(1, min(_width(group[0]) * (_GPU if gpu else 1), share))
         found += [Pack(tuple(group[i : i + width])) for i in range(0, len(group), width)]
-    if not found:
-        return []
+    if len(found) <= jobs:
+        return sorted(found, key=cost, reverse=True)
     quick = min(found, key=cost)
     found.remove(quick)
     first, rest = Pack(quick.runs[:_FIRST]), quick.runs[_FIRST:]

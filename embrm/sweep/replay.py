@@ -17,7 +17,7 @@ from embrm.sweep.grid import Run, RunSpec, Selection
 from embrm.sweep.ledger import Results, cache_of, load_run, open_results
 from embrm.sweep.material import laid_out
 from embrm.sweep.pack import Pack
-from embrm.sweep.workers import run_packs, worker_count
+from embrm.sweep.workers import worker_count, workers
 from embrm.train.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
@@ -83,22 +83,16 @@ def replay(
     packs = [Pack((_run(row),)) for row in rows]
     wanted = results.spec.numerics
     mode = "native" if why_unavailable(wanted) else wanted
-    workers = worker_count(jobs, mode)
+    jobs = worker_count(jobs, mode)
     views = sorted({pack.runs[0].spec.state for pack in packs})
     with (
+        workers(min(jobs, len(packs)), mode) as running,
         tempfile.TemporaryDirectory() as name,
-        laid_out(
-            source,
-            selection,
-            views,
-            Path(name),
-            memory=memory,
-            jobs=workers,
-        ) as material,
+        laid_out(source, selection, views, Path(name), memory=memory, jobs=jobs) as material,
         progress("replay", len(packs), "runs") as bar,
     ):
         out = Path(name)
-        failures = run_packs(material, packs, mode=mode, jobs=workers, out=out, bar=bar)
+        failures = running.run(material, packs, out=out, bar=bar)
         if failures:
             first, why = next(iter(failures.items()))
             raise UserError(f"{len(failures)} runs failed in the replay, first {first}: {why}")

@@ -9,11 +9,10 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
 
 from embrm.errors import UserError
@@ -45,52 +44,36 @@ def worker_count(jobs: int | None, mode: Numerics) -> int:
     return jobs
 
 
-def run_packs(
-    material: Material,
-    packs: Sequence[Pack],
-    *,
-    mode: Numerics,
-    jobs: int,
-    out: Path,
-    bar: Progress,
-) -> dict[str, str]:
-    """Run `packs` over `jobs` worker processes, writing each below `out` as it finishes.
+class Workers:
+    """Processes that train packs. Create them with `workers`."""
 
-    A pack that fails is tried again run by run. Returns the runs that failed, with the reason.
-    Raises: UserError when a worker was killed or the disk is full; what is finished is kept.
-    """
-    failures: dict[str, str] = {}
-    if not packs:
-        return failures
-    context = multiprocessing.get_context("spawn")
-    # The workers watch the other end: it closes when this process lets go of it or dies.
-    watched, lifeline = context.Pipe(duplex=False)
-    waiting: dict[Future[dict[str, bytes]], Pack] = {}
-    with (
-        environment(settings(mode)),
-        ProcessPoolExecutor(
-            min(jobs, len(packs)), context, _start_worker, (watched, material, mode)
-        ) as pool,
-    ):
+    def __init__(self, pool: ProcessPoolExecutor, mode: Numerics) -> None:
+        self._pool, self._mode = pool, mode
+
+    def run(
+        self, material: Material, packs: Sequence[Pack], *, out: Path, bar: Progress
+    ) -> dict[str, str]:
+        """Run `packs`, writing each below `out` as it finishes.
+
+        A pack that fails is tried again run by run. Returns the runs that failed, with the reason.
+        Raises: UserError when a worker was killed or the disk is full; what is finished is kept.
+        """
+        failures: dict[str, str] = {}
+        waiting: dict[Future[dict[str, bytes]], Pack] = {}
 
         def submit(pack: Pack) -> None:
-            future = pool.submit(_run, pack)
-            waiting[future] = pack
+            waiting[self._pool.submit(_run, material, self._mode, pack)] = pack
 
         try:
-            with _ignoring_interrupts():  # workers inherit it: Ctrl-C is for this process
-                for pack in packs:
-                    submit(pack)
+            for pack in packs:
+                submit(pack)
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     pack = waiting.pop(future)
                     try:
                         files = future.result()
                     except BrokenProcessPool:
-                        raise UserError(
-                            "a worker process was killed, perhaps for lack of memory: finished "
-                            "runs are kept; run the same command again with fewer --jobs"
-                        ) from None
+                        raise
                     except Exception as error:
                         if len(pack.runs) > 1:
                             for run in pack.runs:
@@ -102,11 +85,33 @@ def run_packs(
                         for name, content in files.items():
                             write_bytes(out / name, content)
                     bar.advance(len(pack.runs))
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory: finished "
+                "runs are kept; run the same command again with fewer --jobs"
+            ) from None
+        return failures
+
+
+@contextmanager
+def workers(jobs: int, mode: Numerics) -> Iterator[Workers]:
+    """`jobs` worker processes, loading their libraries while this one goes on."""
+    context = multiprocessing.get_context("spawn")
+    # The workers watch the other end: it closes when this process lets go of it or dies.
+    watched, lifeline = context.Pipe(duplex=False)
+    with (
+        environment(settings(mode)),
+        ProcessPoolExecutor(jobs, context, _start_worker, (watched, mode)) as pool,
+    ):
+        try:
+            with _ignoring_interrupts():  # workers inherit it: Ctrl-C is for this process
+                for _ in range(jobs):
+                    pool.submit(_nothing)
+            yield Workers(pool, mode)
         except BaseException:
             lifeline.close()
             raise
     lifeline.close()
-    return failures
 
 
 def _one_line(error: Exception) -> str:
@@ -126,16 +131,8 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-_trainer: Callable[[], Trainer]
-"""Of this worker process."""
-
-
-def _start_worker(
-    lifeline: multiprocessing.connection.Connection, material: Material, mode: Numerics
-) -> None:
-    global _trainer
+def _start_worker(lifeline: multiprocessing.connection.Connection, mode: Numerics) -> None:
     begin(mode)
-    _trainer = cache(partial(Trainer, material, mode))
 
     def follow() -> None:
         lifeline.poll(None)
@@ -144,6 +141,16 @@ def _start_worker(
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _run(pack: Pack) -> dict[str, bytes]:
-    # The trainer is made here and not at the start, so that what it raises reaches the parent.
-    return _trainer().run(pack)
+def _nothing() -> None:
+    """Work whose only use is to start a worker."""
+
+
+_trainer: tuple[Material, Trainer] | None = None
+"""Of this worker process."""
+
+
+def _run(material: Material, mode: Numerics, pack: Pack) -> dict[str, bytes]:
+    global _trainer
+    if _trainer is None or _trainer[0] != material:
+        _trainer = material, Trainer(material, mode)
+    return _trainer[1].run(pack)

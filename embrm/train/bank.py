@@ -305,7 +305,7 @@ class _Monitor:
             names = ("validation_nll", "validation_accuracy", "reward_mean", "reward_sd")
             return dict.fromkeys(names, absent) | {"weight_norm": norm.tolist()}
         r = score(parameters, self._preprocess, self._states, self._rows)
-        delta = r[:, self._chosen] - r[:, self._rejected]
+        delta = r.index_select(1, self._chosen) - r.index_select(1, self._rejected)
         label, weight = self._pairs.label.double(), self._pairs.weight.double()
         nll = -(label * logsigmoid(delta) + (1 - label) * logsigmoid(-delta))
         right = label * (delta > 0) + (1 - label) * (delta < 0) + 0.5 * (delta == 0)

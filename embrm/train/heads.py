@@ -3,8 +3,8 @@
 Slot p of a bank is one run's head. The states are multiplied by the weights of all slots at once,
 and a head's arithmetic is the same alone and beside any others: in `embrm.train.numerics` an
 element of a product has the same bits whatever its position and however many columns there are,
-from `_COLUMNS` on; narrower products are filled up with zeros. Everything behind the first product
-has a shape that does not depend on the number of slots.
+if they are a multiple of `_COLUMNS`: products are filled up with zeros. Everything behind the first
+product has a shape that does not depend on the number of slots.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,12 @@ from embrm.train.streams import stream
 Parameters = dict[str, Tensor]
 
 _COLUMNS = 32
-"""Least columns of a product with the states: narrower ones are multiplied by other kernels."""
+"""A product with the states has a multiple of this many columns: other kernels multiply a rest."""
 
-_ROWS = 4096
+_PAIRS = 64
+"""Pairs whose states are subtracted at a time."""
+
+_ROWS = 512
 """States widened at a time when many are scored."""
 
 
@@ -125,19 +128,30 @@ def pair_rewards(
         total = won + lost
         return PairRewards(won - lost, total[totals], total[means].mean(1))
     weight = parameters["output.weight"]
-    won, lost = X.index_select(0, chosen), X.index_select(0, rejected)
-    difference = _product(won - lost, weight).T.contiguous()
-    total = weight.new_empty(0, len(chosen))
+    pairs = len(chosen)
+    apart = X.new_empty(pairs, X.shape[1])
+    sums = X.new_empty(pairs if len(totals) else 0, X.shape[1])
+    for first in range(0, pairs, _PAIRS):  # few enough to stay in the processor's cache
+        some = slice(first, first + _PAIRS)
+        won, lost = X.index_select(0, chosen[some]), X.index_select(0, rejected[some])
+        torch.sub(won, lost, out=apart[some])
+        if len(totals):
+            torch.add(won, lost, out=sums[some])
+    difference = _product(apart, weight).T.contiguous()
+    total = weight.new_empty(0, pairs)
     if len(totals):
-        total = _product(won + lost, weight[totals]).T.contiguous()
-    mean = won.mean(0) + lost.mean(0) if len(means) else X.new_zeros(X.shape[1])
-    return PairRewards(difference, total, (weight[means] * mean).sum(1))
+        total = _product(sums, weight[totals]).T.contiguous()
+    mean_total = weight.new_empty(0)
+    if len(means):
+        uses = torch.cat([chosen, rejected]).bincount(minlength=len(X)).to(X.dtype)
+        mean_total = (weight[means] * (uses @ X / pairs)).sum(1)
+    return PairRewards(difference, total, mean_total)
 
 
 def _product(X: Tensor, weight: Tensor) -> Tensor:
     """X @ weightᵀ: [n, d] by [columns, d]."""
     columns = len(weight)
-    padded = F.pad(weight, (0, 0, 0, max(0, _COLUMNS - columns)))
+    padded = F.pad(weight, (0, 0, 0, -columns % _COLUMNS))
     return (X @ padded.T)[:, :columns]
 
 

@@ -18,6 +18,8 @@ BLOCK_BYTES = 8 << 20
 WINDOW_BLOCKS = 32
 """Blocks whose pairs are shuffled together: 256 MiB of states, best kept at a time."""
 
+_PART_BYTES = 512 << 10
+
 _MAPPED_BYTES = 2 << 20
 """Linux may map this much around a page that is touched."""
 
@@ -61,14 +63,17 @@ class States:
     def take(self, rows: Tensor) -> Tensor:
         """float32 [n, width], in a buffer that the next call overwrites."""
         rows = rows.to(self.values.device)
-        narrow = self._buffer(self.values.dtype, len(rows))
-        if self._mapping is None:
-            torch.index_select(self.values, 0, rows, out=narrow)
-        else:
-            self._read(rows, narrow)
-        if self.values.dtype == torch.float32:
-            return narrow
-        return self._buffer(torch.float32, len(rows)).copy_(narrow)
+        wide = self._buffer(torch.float32, len(rows))
+        # In parts that stay in the processor's cache between being read and being widened.
+        size = max(1, _PART_BYTES // self._row_bytes) if rows.device.type == "cpu" else len(rows)
+        for some, part in zip(rows.split(size), wide.split(size), strict=True):
+            if self.values.dtype == torch.float32:
+                self._read(some, part)
+            else:
+                narrow = self._buffer(self.values.dtype, len(some))
+                self._read(some, narrow)
+                part.copy_(narrow)
+        return wide
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
         """Have the system fetch these blocks while others are worked on."""
@@ -90,21 +95,23 @@ class States:
         return self.width * self.values.element_size()
 
     def _read(self, rows: Tensor, out: Tensor) -> None:
-        """Copy rows of the file to `out`; let go of others first when too many would be mapped."""
-        # What is mapped around a page is aligned in memory, not in the file.
-        start = self.values.data_ptr() % _MAPPED_BYTES + rows.numpy() * self._row_bytes
-        wanted = np.unique([start // _MAPPED_BYTES, (start + self._row_bytes - 1) // _MAPPED_BYTES])
-        allowed = max(1, self._resident // _MAPPED_BYTES)
-        if len(wanted) > allowed and len(rows) > 1:
-            half = len(rows) // 2
-            self._read(rows[:half], out[:half])
-            self._read(rows[half:], out[half:])
-            return
-        new = len(wanted) - np.count_nonzero(self._touched[wanted])
-        if np.count_nonzero(self._touched) + new > allowed:
-            self.let_go()
+        """Copy rows to `out`; let go of others first when too many pages would be mapped."""
+        if self._mapping is not None:
+            # What is mapped around a page is aligned in memory, not in the file.
+            start = self.values.data_ptr() % _MAPPED_BYTES + rows.numpy() * self._row_bytes
+            end = start + self._row_bytes - 1
+            wanted = np.unique([start // _MAPPED_BYTES, end // _MAPPED_BYTES])
+            allowed = max(1, self._resident // _MAPPED_BYTES)
+            if len(wanted) > allowed and len(rows) > 1:
+                half = len(rows) // 2
+                self._read(rows[:half], out[:half])
+                self._read(rows[half:], out[half:])
+                return
+            new = len(wanted) - np.count_nonzero(self._touched[wanted])
+            if np.count_nonzero(self._touched) + new > allowed:
+                self.let_go()
+            self._touched[wanted] = True
         torch.index_select(self.values, 0, rows, out=out)
-        self._touched[wanted] = True
 
     def _buffer(self, dtype: torch.dtype, rows: int) -> Tensor:
         buffer = self._buffers.get(dtype)
