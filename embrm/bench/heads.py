@@ -118,7 +118,8 @@ def _case(case: Case, cache: Path, out: Path, count: int, width: int) -> list[di
     training = float(done.results.timings["train_seconds"].sum()) / count
     rows.append(row("sweep, its training alone", case.runs, training, work / training))
     if case.head.kind == "linear":
-        seconds = _products_seconds(done, count, width, pairs) * case.epochs
+        validated = 2 * done.results.ledger["validation_pairs"][0]
+        seconds = _products_seconds(done, count, width, pairs, validated) * case.epochs
         rows.append(row("its bare products", case.runs, seconds, work / seconds))
         fit = measure(logistic, cache, _VALIDATION, threads=count)
         speed = SKLEARN_EPOCHS * pairs / fit.seconds
@@ -147,19 +148,20 @@ grid.l2 = {[1e-6 * (1 + index) for index in range(case.runs - 1)]}
 """
 
 
-def _products_seconds(done: Swept, count: int, width: int, pairs: int) -> float:
+def _products_seconds(done: Swept, count: int, width: int, pairs: int, validated: int) -> float:
     """Of the products of one epoch of a linear sweep, in the shapes of its packs, with all cores
-    at work: differences by weights, and gradients by differences."""
+    at work: differences by weights, gradients by differences, and validation's states by weights.
+    """
     packs = done.results.timings.select("started", "pack_seconds", "pack_runs").unique()
     sizes = packs["pack_runs"].to_list()
     seconds = {
-        size: measure(_products, size, width, pairs, processes=count, rounds=2).seconds
+        size: measure(_products, size, width, pairs, validated, processes=count, rounds=2).seconds
         for size in set(sizes)
     }
     return sum(seconds[size] for size in sizes) / count
 
 
-def _products(heads: int, width: int, pairs: int) -> Callable[[], None]:
+def _products(heads: int, width: int, pairs: int, validated: int) -> Callable[[], None]:
     D, W, G = torch.randn(BATCH, width), torch.randn(heads, width), torch.randn(heads, BATCH)
     rewards, gradient = torch.empty(BATCH, heads), torch.empty(heads, width)
 
@@ -168,6 +170,9 @@ def _products(heads: int, width: int, pairs: int) -> Callable[[], None]:
             size = min(BATCH, pairs - first)
             torch.mm(D[:size], W.T, out=rewards[:size])
             torch.mm(G[:, :size], D[:size], out=gradient)
+        for first in range(0, validated, BATCH):
+            size = min(BATCH, validated - first)
+            torch.mm(D[:size], W.T, out=rewards[:size])
 
     work()
     return work
