@@ -39,8 +39,8 @@ CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, such as cache/N
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="What all workers together may take, such as 4GB; a larger cache is streamed "
-        "[default: no limit]."
+        help="What this process and its workers together may take, such as 4GB; a larger cache is "
+        "streamed [default: no limit]."
     ),
 ]
 SweepFolder = Annotated[Path, typer.Argument(help="Results folder, such as sweeps/NAME.")]

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,16 +26,23 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        number = _number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"disk full while writing {path}: finished work is kept; "
                 "free some space and run the same command again"
             ) from None
-        if error.errno in _REFUSED:
+        if number in _REFUSED:
             raise UserError(
-                f"cannot write {path}: {os.strerror(error.errno).lower()}; choose another folder"
+                f"cannot write {path}: {os.strerror(number).lower()}; choose another folder"
             ) from None
         raise
+
+
+def _number(error: OSError) -> int:
+    """Its errno, which polars has in its text alone; 0: none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return error.errno or (int(found[1]) if found else 0)
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:

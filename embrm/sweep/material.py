@@ -19,13 +19,13 @@ from embrm.files import TEMPORARY, disk_errors
 from embrm.progress import progress
 from embrm.sweep.grid import Selection
 from embrm.train.objectives import Pairs
-from embrm.train.states import States
+from embrm.train.states import WINDOW_BYTES, States
 
-PROCESS_BYTES = 400_000_000
-"""What a worker takes before it keeps any state: Python, libraries, buffers."""
+PROCESS_BYTES = 380_000_000
+"""What this process and each worker take before any state is kept: Python, libraries, buffers."""
 
-LEAST_RESIDENT = 50_000_000
-"""Bytes of states that a worker must be able to keep."""
+LEAST_RESIDENT = WINDOW_BYTES * 5 // 4
+"""Bytes of states that a worker must be able to keep: a window, and strays."""
 
 _TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
 _PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
@@ -145,8 +145,8 @@ def laid_out(
 ) -> Iterator[Material]:
     """Prepare the material of a sweep; it lies below `folder` until the block is left.
 
-    memory: bytes that `jobs` workers together may take, their libraries included; where the views
-    do not fit, workers stream them. None: no limit of our own.
+    memory: bytes that this process and `jobs` workers together may take, their libraries included;
+    where the views do not fit, workers stream them. None: no limit of our own.
 
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
@@ -187,9 +187,9 @@ def _resident(size: int, memory: int | None, jobs: int) -> int | None:
     """Bytes of states that each worker may keep; None: all of them, `size` together."""
     if memory is None:
         return None
-    left = memory - jobs * PROCESS_BYTES
+    left = memory - (jobs + 1) * PROCESS_BYTES
     if left < jobs * LEAST_RESIDENT:
-        least = jobs * (PROCESS_BYTES + LEAST_RESIDENT) / 1e9
+        least = ((jobs + 1) * PROCESS_BYTES + jobs * LEAST_RESIDENT) / 1e9
         raise UserError(
             f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
             "raise it, or lower --jobs"

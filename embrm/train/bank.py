@@ -34,6 +34,9 @@ from embrm.train.streams import stream
 
 _ADAM_EPS = 1e-8
 
+_MEASURED_SLOTS = 8
+"""Slots whose validation rewards are measured at a time: it takes several copies of them."""
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -305,18 +308,24 @@ class _Monitor:
             names = ("validation_nll", "validation_accuracy", "reward_mean", "reward_sd")
             return dict.fromkeys(names, absent) | {"weight_norm": norm.tolist()}
         r = score(parameters, self._preprocess, self._states, self._rows)
+        parts = [self._of_rewards(some) for some in r.split(_MEASURED_SLOTS)]
+        found = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        return found | {"weight_norm": norm.tolist()}
+
+    def _of_rewards(self, r: Tensor) -> dict[str, list[Any]]:
+        """Of rewards float32 [p, n] of the validation responses."""
         delta = r.index_select(1, self._chosen) - r.index_select(1, self._rejected)
         label, weight = self._pairs.label.double(), self._pairs.weight.double()
         nll = -(label * logsigmoid(delta) + (1 - label) * logsigmoid(-delta))
         right = label * (delta > 0) + (1 - label) * (delta < 0) + 0.5 * (delta == 0)
         # Not std(): its bits depend on the number of slots.
-        centred = r.double() - r.double().mean(1, keepdim=True)
+        wide = r.double()
+        mean = wide.mean(1, keepdim=True)
         return {
             "validation_nll": ((nll * weight).sum(1) / weight.sum()).tolist(),
             "validation_accuracy": ((right * weight).sum(1) / weight.sum()).tolist(),
-            "reward_mean": r.double().mean(1).tolist(),
-            "reward_sd": (centred * centred).mean(1).sqrt().tolist(),
-            "weight_norm": norm.tolist(),
+            "reward_mean": mean[:, 0].tolist(),
+            "reward_sd": (wide - mean).square().mean(1).sqrt().tolist(),
         }
 
 

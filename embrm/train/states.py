@@ -15,8 +15,11 @@ from torch import Tensor
 BLOCK_BYTES = 8 << 20
 """States are shuffled and read ahead in blocks of about this size."""
 
-WINDOW_BLOCKS = 32
-"""Blocks whose pairs are shuffled together: 256 MiB of states, best kept at a time."""
+WINDOW_BLOCKS = 16
+"""Blocks whose pairs are shuffled together."""
+
+WINDOW_BYTES = WINDOW_BLOCKS * BLOCK_BYTES
+"""States that are best kept in memory at a time."""
 
 _PART_BYTES = 512 << 10
 
