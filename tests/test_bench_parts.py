@@ -60,7 +60,9 @@ def test_the_whole_sweep_has_a_first_pack_before_its_end(tmp_path: Path) -> None
     )
     assert row["runs"] == 30
     assert 0 < row["training"] < row["to the first pack"] < row["seconds"]
-    assert row["overhead ms a run"] > row["evaluation ms a run"] > 0
+    assert row["overhead ms a run"] > 0
+    assert 0 < row["before training"] < row["to the first pack"] < row["seconds"]
+    assert row["waiting"] >= 0
     assert row["results MB"] > 0
     assert not [*tmp_path.iterdir()]
 

@@ -14,12 +14,13 @@ from embrm.sweep.workers import worker_count
 
 @dataclass(frozen=True)
 class Swept:
-    """seconds: of the sweep. Since its process was started: total_seconds until its end,
-    first_seconds until the first pack was finished. memory: of it and its workers."""
+    """seconds: of the sweep. Its process started and ended at these times since the epoch, and its
+    first pack was finished at first_ended. memory: of it and its workers."""
 
     seconds: float
-    total_seconds: float
-    first_seconds: float
+    started: float
+    first_ended: float
+    ended: float
     memory: Footprint
     results: Results
 
@@ -37,7 +38,7 @@ def swept(spec: str, cache: Path, out: Path, *, memory: int | None = None) -> Sw
     done = measure(_sweep, path, cache, out, memory, threads=cores())
     end = time.time()
     first = min(ledger.stat().st_mtime for ledger in out.glob("parts/*/ledger.parquet"))
-    return Swept(done.seconds, end - start, first - start, done.memory, open_results(out))
+    return Swept(done.seconds, start, first, end, done.memory, open_results(out))
 
 
 def _sweep(path: Path, cache: Path, out: Path, memory: int | None) -> Callable[[], None]:

@@ -25,8 +25,9 @@ def measure_whole(
     """One row: a sweep of `linear` linear heads and `mlp` MLPs of 64, five seeds each.
 
     pairs: trained on, about; another tenth validates. Times count from the start of the process
-    that sweeps, its imports included. overhead: cores' time that neither trained nor scored, a
-    run: starting, reading, evaluating, writing, waiting for the last pack.
+    that sweeps, its imports included. "before training": until the first pack began. "overhead": a
+    run's share of the time that evaluating its pack and compacting all results took. "waiting": of
+    workers for the last pack.
     """
     count = cores()
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -38,7 +39,10 @@ def measure_whole(
         timings = done.results.timings
         runs = timings.height
         total = timings.sum()
-        busy = total["train_seconds"][0] + total["score_seconds"][0]
+        packs = timings.unique("started")
+        ends = (packs["started"] + packs["pack_seconds"]).sort()
+        compaction = done.ended - ends[-1]
+        evaluation = total["evaluate_seconds"][0] / count
         kept = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
         return [
             {
@@ -46,11 +50,12 @@ def measure_whole(
                 "training pairs": done.results.ledger["train_pairs"][0],
                 "width": width,
                 "epochs": epochs,
-                "seconds": done.total_seconds,
-                "to the first pack": done.first_seconds,
-                "training": total["train_seconds"][0] / count,
-                "overhead ms a run": 1e3 * (done.total_seconds * count - busy) / runs,
-                "evaluation ms a run": 1e3 * total["evaluate_seconds"][0] / runs,
+                "seconds": done.ended - done.started,
+                "to the first pack": done.first_ended - done.started,
+                "before training": packs["started"].sort()[0] - done.started,
+                "training": (total["train_seconds"][0] + total["score_seconds"][0]) / count,
+                "overhead ms a run": 1e3 * (evaluation + compaction) / runs,
+                "waiting": ends[-1] - ends[-count],
                 "results MB": sum(kept) / 1e6,
                 "peak RSS MB": done.memory.rss / 1e6,
                 "peak PSS MB": done.memory.pss / 1e6,

@@ -1,6 +1,7 @@
 """What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,9 +171,8 @@ def laid_out(
                 table.write_ipc(table_paths[name], compression="uncompressed")
         with progress("reading states", len(views) * len(cache.manifest.shards), "shards") as bar:
             for view, path in state_paths.items():
-                with disk_errors(path), path.open("wb") as file:
-                    for part in cache.state_shards(view):
-                        file.write(part.contiguous().view(torch.uint8).numpy().data)
+                with disk_errors(path):
+                    for _ in _written(cache.state_shards(view), path):
                         bar.advance()
         states = {
             view: StatesFile(path, shape, dtype, resident) for view, path in state_paths.items()
@@ -181,6 +181,20 @@ def laid_out(
     finally:
         for path in (*table_paths.values(), *state_paths.values()):
             path.unlink(missing_ok=True)
+
+
+def _written(parts: Iterator[torch.Tensor], path: Path) -> Iterator[None]:
+    """Write `parts` one after another; each is read while the one before it is written."""
+    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
+        before: Future[int] | None = None
+        for part in parts:
+            if before:
+                before.result()
+            yield
+            rows = part.contiguous().view(torch.uint8).numpy()
+            before = thread.submit(file.write, rows.data)
+        if before:
+            before.result()
 
 
 def _resident(size: int, memory: int | None, jobs: int) -> int | None:

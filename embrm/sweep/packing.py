@@ -12,7 +12,7 @@ _LINEAR = 128
 _COLUMNS = 512
 """Columns of an MLP pack's first product, for the same reason."""
 
-_FIRST = 16
+_FIRST = 8
 """Runs of the first pack: small, so that something is finished soon."""
 
 _MOVING = 64
@@ -32,11 +32,12 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
         spec = run.spec
         groups.setdefault((spec.state, spec.pairs_limit, spec.pack_key()), []).append(run)
 
-    def cost(pack: Pack) -> float:
-        """In columns, pairs and epochs."""
-        spec = pack.runs[0].spec
-        columns = _columns(pack.runs[0]) * len(pack.runs)
-        epochs = max(run.spec.epochs for run in pack.runs)
+    def cost(pack: Pack, runs: int | None = None) -> float:
+        """Of its first `runs`, or of all, in columns, pairs and epochs."""
+        some = pack.runs[:runs]
+        spec = some[0].spec
+        columns = _columns(some[0]) * len(some)
+        epochs = max(run.spec.epochs for run in some)
         return epochs * (spec.pairs_limit or training_pairs) * (_MOVING + columns)
 
     found: list[Pack] = []
@@ -46,7 +47,7 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
         found += [Pack(tuple(group[i : i + width])) for i in range(0, len(group), width)]
     if len(found) <= jobs:
         return sorted(found, key=cost, reverse=True)
-    quick = min(found, key=cost)
+    quick = min(found, key=lambda pack: cost(pack, _FIRST))
     found.remove(quick)
     first, rest = Pack(quick.runs[:_FIRST]), quick.runs[_FIRST:]
     found += [Pack(rest)] if rest else []
