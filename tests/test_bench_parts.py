@@ -69,10 +69,10 @@ def test_the_whole_sweep_has_a_first_pack_before_its_end(tmp_path: Path) -> None
 
 def test_memory_is_measured_with_and_without_the_limit(tmp_path: Path) -> None:
     free, limited = measure_memory(
-        tmp_path, pairs=15_000, width=2048, runs=3, epochs=1, memory=100_000_000
+        tmp_path, pairs=15_000, width=8192, runs=3, epochs=1, memory=1_500_000_000
     )
-    assert (free["memory"], limited["memory"]) == ("no limit", "0.1 GB")
-    assert free["cache MB"] == limited["cache MB"] > 2 * 15_000 * 2048 * 2 / 1e6
+    assert (free["memory"], limited["memory"]) == ("no limit", "1.5 GB")
+    assert free["cache MB"] == limited["cache MB"] > 2 * 15_000 * 8192 * 2 / 1e6
     assert limited["times in memory"] == pytest.approx(limited["seconds"] / free["seconds"])
     assert limited["peak RSS MB"] < free["peak RSS MB"]
 

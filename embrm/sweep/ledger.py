@@ -261,11 +261,13 @@ def write_results(
     """
     parts = finished(folder)
     done = {run.run_id: run.name for run in found if run.run_id in parts}
+    seeds = {run.run_id: run.spec.seed for run in found}
     if not done:
         return
     prompts = prompts.filter(pl.col("split").is_in(evaluate)).sort("split", maintain_order=True)
     write_bytes(folder / "prompts.parquet", parquet(prompts))
-    part_of = {run_id: parts[run_id] for run_id in sorted(done)}
+    # Runs of a pack share their seed: so ordered, few parts are read for more than one row group.
+    part_of = {run_id: parts[run_id] for run_id in sorted(done, key=lambda run: (seeds[run], run))}
     runs_at_once = max(1, _CELLS // max(1, prompts.height))
     write_atomic(
         folder / "outcomes.parquet",

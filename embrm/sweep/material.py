@@ -76,12 +76,13 @@ class Material:
 def select(
     cache: Cache, selection: Selection, pairs_limit: int | None = None
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Training and validation pairs of `cache`, both sorted by pair id.
+    """Training and validation pairs of `cache`, both sorted by pair id; what training reads.
 
     The sides are split by prompt; the limit takes the first training pairs by pair id, a hash,
     and leaves the validation pairs alone.
     """
-    pairs = cache.pairs.filter(pl.col("split").is_in(selection.train)).sort("pair_id")
+    trained_on = cache.pairs.lazy().filter(pl.col("split").is_in(selection.train))
+    pairs = trained_on.select("pair_id", "prompt_id", *_TRAINED_ON).sort("pair_id").collect()
     held = pl.Series(holdout(pairs["prompt_id"], selection.validation, 0))
     training = pairs.filter(~held)
     return training.head(pairs_limit or training.height), pairs.filter(held)
