@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from embrm.cache.reader import Cache
+from embrm.cache.reader import Cache, open_cache
 from embrm.data.splits import holdout
 from embrm.errors import UserError
 from embrm.evaluate.accuracy import EvaluationSplit
@@ -22,12 +22,13 @@ from embrm.sweep.grid import Selection
 from embrm.train.objectives import Pairs
 from embrm.train.states import WINDOW_BYTES, States
 
-PROCESS_BYTES = 380_000_000
+PROCESS_BYTES = 410_000_000
 """What this process and each worker take before any state is kept: Python, libraries, buffers."""
 
-LEAST_RESIDENT = WINDOW_BYTES * 5 // 4
-"""Bytes of states that a worker must be able to keep: a window, and strays."""
+LEAST_RESIDENT = WINDOW_BYTES
+"""Bytes of states that a worker must be able to keep."""
 
+_TABLES = ("training", "validation", "pairs", "members", "lengths")
 _TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
 _PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
 _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
@@ -153,23 +154,15 @@ def laid_out(
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
     resident = _resident(cache.states_bytes * len(views), memory, jobs)
-    training, validation = select(cache, selection)
-    pairs, members = _evaluated(cache, selection)
-    tables = {
-        "training": training.select(_TRAINED_ON),
-        "validation": validation.select(_TRAINED_ON),
-        "pairs": pairs,
-        "members": members,
-        "lengths": pl.DataFrame({"n_response": cache.n_response}),
-    }
-    table_paths = {name: folder / f"{TEMPORARY}{name}" for name in tables}
+    table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
     state_paths = {view: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
     shape, dtype = (cache.manifest.n_responses, cache.width), cache.layout.torch_dtype
     try:
-        for name, table in tables.items():
+        for name, table in _tables(cache, selection):
             with disk_errors(table_paths[name]):
                 folder.mkdir(parents=True, exist_ok=True)
                 table.write_ipc(table_paths[name], compression="uncompressed")
+            del table
         with progress("reading states", len(views) * len(cache.manifest.shards), "shards") as bar:
             for view, path in state_paths.items():
                 with disk_errors(path):
@@ -182,6 +175,19 @@ def laid_out(
     finally:
         for path in (*table_paths.values(), *state_paths.values()):
             path.unlink(missing_ok=True)
+
+
+def _tables(cache: Cache, selection: Selection) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The tables of `_TABLES`; none of them is kept, nor what they are made from."""
+    cache = open_cache(cache.folder)
+    training, validation = select(cache, selection)
+    yield "training", training.select(_TRAINED_ON)
+    yield "validation", validation.select(_TRAINED_ON)
+    del training, validation
+    pairs, members = _evaluated(cache, selection)
+    yield "pairs", pairs
+    yield "members", members
+    yield "lengths", pl.DataFrame({"n_response": cache.n_response})
 
 
 def _written(parts: Iterator[torch.Tensor], path: Path) -> Iterator[None]:

@@ -88,7 +88,7 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
     return Prepared(
         training_pairs=len(training),
         spec=spec,
-        cache=cache,
+        cache=open_cache(folder),  # without the tables read so far: a sweep takes hours
         selection=selection,
         runs=runs(found, spec.seeds, selection, spec.numerics),
         evaluate=list(spec.evaluate) if spec.evaluate is not None else others,
