@@ -152,7 +152,14 @@ def extract(
     token_rows: Annotated[
         int | None, typer.Option(help="Sampled response positions a row [default: 0].")
     ] = None,
+    token_positions: Annotated[
+        str | None, typer.Option(help="How they are sampled: random or spaced [default: random].")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Logits kept a token row [32].")] = None,
+    tail_mean: Annotated[
+        bool | None,
+        typer.Option("--tail-mean", help="Keep the mean gradient of all other logits too."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the position sampling [0].")] = None,
     limit: Annotated[
         int | None,
@@ -197,7 +204,9 @@ def extract(
         "dtype": dtype,
         "states": [view.strip() for view in ",".join(states).split(",")] if states else None,
         "token_rows": token_rows,
+        "token_positions": token_positions,
         "top_k": top_k,
+        "tail_mean": tail_mean,
         "seed": seed,
         "limit": limit,
         "pad_token": pad_token,
@@ -252,7 +261,7 @@ def cache_show(
         _show(described, as_json)
         return
     words = ("name", "state", "cache_id", "model", "dtype", "width", "views", "responses",
-             "token_rows", "bytes")  # fmt: skip
+             "token_rows", "top_k", "tail_mean", "bytes")  # fmt: skip
     _lines({word: described[word] for word in words}, "")
     _table(splits(folder))
 

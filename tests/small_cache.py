@@ -81,6 +81,7 @@ def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenRows]:
         states=(states[:m] * 3).to(DTYPES[dtype]),
         top_ids=random.integers(0, 8, (m, TOP_K), dtype=np.int32),
         top_logits=random.standard_normal((m, TOP_K)).astype(np.float32),
+        tail_means=(states[:m] / 7).to(DTYPES[dtype]),
     )
     return rows, tokens
 

@@ -30,6 +30,7 @@ def test_a_complete_cache(tmp_path: Path) -> None:
         "leaks": 0,
         "token_rows": 18,
         "top_k": 3,
+        "tail_mean": True,
         "bytes": size,
         "files": 15,
         "state": "complete",
@@ -62,6 +63,7 @@ def test_every_state_a_folder_may_be_in(tmp_path: Path) -> None:
         23,
         11,
     )
+    assert table["tokens"].to_list() == ["5, top 3, tail mean", "18, top 3, tail mean", "", None]
 
 
 def test_no_caches(tmp_path: Path) -> None:

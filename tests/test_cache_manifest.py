@@ -40,6 +40,18 @@ def test_it_is_canonical_json_that_carries_the_digest_of_the_rest(folder: Path) 
     assert hashlib.sha256(canonical_json(body).encode()).hexdigest() == digest
 
 
+def test_one_from_before_tail_means_opens(folder: Path, tmp_path: Path) -> None:
+    body = json.loads((folder / NAME).read_text())
+    body.pop("digest")
+    assert body["layout"].pop("tail_mean") is True
+    assert body["layout"].keys() == {"dtype", "width", "views", "top_k"}
+    body["digest"] = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    (tmp_path / NAME).write_text(canonical_json(body) + "\n")
+    layout = read_manifest(tmp_path).layout
+    assert layout is not None
+    assert layout.tail_mean is False
+
+
 def test_every_finished_file_is_named(folder: Path) -> None:
     on_disk = {
         path.relative_to(folder).as_posix()

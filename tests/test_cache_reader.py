@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,9 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         np.testing.assert_array_equal(column, expected)
     got = cache.token_rows()
     assert torch.equal(got.states, torch.cat([tokens.states for _, tokens in shards]))
+    assert got.tail_means is not None
+    assert got.tail_means.dtype == getattr(torch, dtype)
+    assert torch.equal(got.tail_means, torch.cat([tokens.tail_means for _, tokens in shards]))
     for name in (
         "response position target target_logit logsumexp top_ids top_logits".split()  # noqa: SIM905
     ):
@@ -84,6 +88,16 @@ def test_without_sampled_positions(tmp_path: Path) -> None:
         writer.finish()
     with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
         open_cache(tmp_path).token_rows()
+
+
+def test_without_tail_means(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(writer.n_shards):
+            rows, tokens = shard(index)
+            writer.write_shard(index, rows, replace(tokens, tail_means=None))
+        writer.finish()
+    assert '"tail_mean"' not in (tmp_path / NAME).read_text()
+    assert open_cache(tmp_path).token_rows().tail_means is None
 
 
 def test_an_unknown_view_names_the_nearest(folder: Path) -> None:
@@ -148,9 +162,11 @@ def everything(cache: Cache) -> list[bytes]:
     frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
     tokens = cache.token_rows()
     tensors = [*map(cache.states, cache.views), tokens.states, cache.lm_head()["weight"]]
+    assert tokens.tail_means is not None
+    tensors.append(tokens.tail_means)
     arrays = [
         *(tensor.flatten().view(torch.uint8).numpy() for tensor in tensors),
-        *(getattr(tokens, name) for name in vars(tokens) if name != "states"),
+        *(value for value in vars(tokens).values() if isinstance(value, np.ndarray)),
     ]
     return [frame.write_csv().encode() for frame in frames] + [a.tobytes() for a in arrays]
 
@@ -192,6 +208,19 @@ def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
         cache.states("mean")
 
 
+def test_a_flipped_tail_mean_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / tokens_file(3)
+    tail_means = shard(3)[1].tail_means
+    assert tail_means is not None
+    vector = encode(tail_means)[2].as_py()
+    content = path.read_bytes()
+    assert content.count(vector) == 1
+    path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
+    with pytest.raises(UserError, match=r"tokens/part-00003\.parquet is damaged \(.*CRC.*\)"):
+        open_cache(copy).token_rows()
+
+
 @pytest.mark.parametrize("flipped", [b"dtyp\xff", b"dtypf"])
 def test_flipped_metadata_of_a_footer_is_refused(
     folder: Path, tmp_path: Path, flipped: bytes
@@ -227,7 +256,7 @@ def test_a_nan_that_another_program_wrote_is_refused(folder: Path, tmp_path: Pat
     rows, _ = shard(1)
     rows.states["last"][0, 0] = float("nan")
     forge(copy, 1, rows)
-    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(it holds a state that"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(it holds a vector that"):
         open_cache(copy).states("last")
 
 

@@ -1,5 +1,6 @@
 """Shards to Parquet and back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,7 @@ def test_a_shard_survives_parquet(tmp_path: Path, dtype: str) -> None:
     rows, tokens = shard(0, dtype)
     layout = Layout.of(rows, tokens)
     assert (layout.dtype, layout.width, layout.top_k) == (dtype, 6, 3)
+    assert layout.tail_mean
     path = tmp_path / "part.parquet"
     path.write_bytes(to_parquet(responses_table(rows, layout)))
     schema = layout.responses()
@@ -83,6 +85,15 @@ def test_a_shard_survives_parquet(tmp_path: Path, dtype: str) -> None:
     assert torch.equal(decode(table["state"], layout.torch_dtype, layout.width), tokens.states)
     top_ids = decode(table["top_ids"], torch.int32, 3)
     np.testing.assert_array_equal(top_ids.numpy(), tokens.top_ids)
+    tail_means = decode(table["tail_mean"], layout.torch_dtype, layout.width)
+    assert torch.equal(tail_means, tokens.tail_means)
+
+
+def test_without_tail_means_files_are_as_before_them() -> None:
+    rows, tokens = shard(0)
+    layout = Layout.of(rows, replace(tokens, tail_means=None))
+    assert layout.model_dump(mode="json").keys() == {"dtype", "width", "views", "top_k"}
+    assert layout.tokens().names[-3:] == ["state", "top_ids", "top_logits"]
 
 
 def test_one_column_is_read_without_the_others(tmp_path: Path) -> None:
@@ -112,6 +123,10 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 def test_states_that_disagree_are_refused() -> None:
     rows, tokens = shard(0)
+    assert tokens.tail_means is not None
+    for narrow in (tokens.tail_means.half(), tokens.tail_means[:, 1:]):
+        with pytest.raises(ValueError, match="differ"):
+            Layout.of(rows, replace(tokens, tail_means=narrow))
     rows.states["mean"] = rows.states["mean"].to(torch.bfloat16)
     with pytest.raises(ValueError, match="differ"):
         Layout.of(rows, tokens)

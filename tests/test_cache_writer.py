@@ -299,7 +299,9 @@ def test_a_non_finite_state_is_refused_by_name(
     )
 
 
-@pytest.mark.parametrize("field", ["S", "norm 'mean'", "token states", "token top_logits"])
+@pytest.mark.parametrize(
+    "field", ["S", "norm 'mean'", "token states", "token top_logits", "token tail_means"]
+)
 def test_other_non_finite_numbers_are_refused_too(tmp_path: Path, field: str) -> None:
     rows, tokens = shard(2)
     places: dict[str, Any] = {
@@ -307,6 +309,7 @@ def test_other_non_finite_numbers_are_refused_too(tmp_path: Path, field: str) ->
         "norm 'mean'": rows.norms["mean"],
         "token states": tokens.states,
         "token top_logits": tokens.top_logits,
+        "token tail_means": tokens.tail_means,
     }
     places[field][1] = np.nan
     with (
@@ -322,8 +325,11 @@ def test_a_shard_of_another_layout_is_refused(tmp_path: Path) -> None:
         message = r"shard 1 has dtype = 'float32', not 'float16': extract into a new folder"
         with pytest.raises(UserError, match=message):
             writer.write_shard(1, *shard(1, "float16"))
-        with pytest.raises(UserError, match="top_k = 3, not None"):
+        with pytest.raises(UserError, match=r"tail_mean = True, not False \(also: top_k\)"):
             writer.write_shard(1, shard(1)[0], None)
+        rows, tokens = shard(1)
+        with pytest.raises(UserError, match="tail_mean = True, not False:"):
+            writer.write_shard(1, rows, dataclasses.replace(tokens, tail_means=None))
 
 
 def test_wrong_calls_are_errors_of_the_caller(tmp_path: Path) -> None:

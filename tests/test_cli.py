@@ -183,7 +183,8 @@ def test_dry_run_prints_rows_tokens_bytes_time_and_writes_nothing(
     planned = json.loads(outcome.out)
     assert planned["splits"]["train"]["pairs"] == 40
     assert planned["tokens"] > 0
-    assert planned["cache_bytes"] > 0
+    assert planned["cache_bytes"]["states"] > 0
+    assert planned["cache_bytes"].pop("total") == sum(planned["cache_bytes"].values())
     assert planned["seconds"] > 0
     assert not (tmp_path / "out").exists()
 

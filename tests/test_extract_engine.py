@@ -4,6 +4,8 @@ against a plain forward of one sequence at a time."""
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from embrm.errors import UserError
 from embrm.extract.engine import (
     Batch,
     LmHead,
+    PositionsRule,
     Request,
     TokenStatistics,
     predicting_positions,
@@ -85,7 +88,9 @@ def plain_forward(folder: Path, kind: str, request: Request) -> dict:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_states_s_and_token_rows_equal_a_plain_forward(folders: dict[str, Path], kind: str) -> None:
-    engine = load_engine(folders[kind], dtype="float32", device="cpu", views=VIEWS, top_k=5)
+    engine = load_engine(
+        folders[kind], dtype="float32", device="cpu", views=VIEWS, top_k=5, tail_mean=True
+    )
     requests = requests_of()
     together = read(engine, requests, 100_000)
     alone = read(engine, requests, 1)
@@ -109,6 +114,9 @@ def test_states_s_and_token_rows_equal_a_plain_forward(folders: dict[str, Path],
                 _near(batch.tokens.logsumexp[row], logits.logsumexp(0))
                 _near(batch.tokens.top_logits[row], logits.topk(5).values)
                 _near(logits[batch.tokens.top_ids[row].long()], logits.topk(5).values)
+                top_ids = batch.tokens.top_ids[row]
+                tail = dense_tail_mean(engine.head, expected["post"][position], target, top_ids)
+                _near(batch.tokens.tail_means[row], tail)
             row += 1
     assert row == len(together.targets) > 0
 
@@ -145,6 +153,109 @@ def test_half_precision_runs_near_float32(folders: dict[str, Path], kind: str, d
     assert np.allclose(low.S, high.S, rtol=0.05, atol=0.5)
 
 
+def dense_tail_mean(
+    head: LmHead, state: torch.Tensor, target: int, top_ids: torch.Tensor
+) -> torch.Tensor:
+    """E_tail[∂z_j/∂h] in float64: every token's own gradient by autograd, weighted one by one."""
+    weight = head.weight.detach().double()
+    bias = 0 if head.bias is None else head.bias.detach().double()
+
+    def logits(h: torch.Tensor) -> torch.Tensor:
+        z = head.scale * (weight @ h + bias)
+        return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+    state = state.detach().double()
+    gradients = torch.autograd.functional.jacobian(logits, state)
+    p = torch.softmax(logits(state), 0)
+    tail = torch.ones_like(p, dtype=torch.bool)
+    tail[top_ids.long()] = False
+    tail[target] = False
+    if p[tail].sum() < 1e-6:
+        return torch.zeros_like(state)
+    return (p[tail, None] * gradients[tail]).sum(0) / p[tail].sum()
+
+
+HEADS = {
+    "plain": {},
+    "scaled": {"scale": 0.25},
+    "soft-capped": {"softcap": 1.5},
+    "all": {"bias": torch.linspace(-1, 1, 300), "scale": 0.5, "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, 299, 300])
+@pytest.mark.parametrize("kind", HEADS)
+def test_tail_means_equal_a_dense_computation(kind: str, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    head = LmHead(torch.randn(300, 12, generator=generator), **HEADS[kind])
+    states = torch.randn(40, 12, generator=generator)
+    order = head.logits(states).argsort(dim=1, descending=True)
+    # Targets among the largest logits in even rows, the first left out and others in odd ones.
+    targets = order[:, min(max(top_k - 1, 0), 299)].clone()
+    targets[1::2] = order[1::2, min(top_k, 299)]
+    targets[3::4] = order[3::4, min(top_k + 20, 299)]
+    found = statistics(head, states, targets, top_k, tail_mean=True)
+    assert found.tail_means is not None
+    for row, state in enumerate(states):
+        expected = dense_tail_mean(head, state, int(targets[row]), found.top_ids[row])
+        assert (found.tail_means[row] - expected).abs().max() <= 1e-5
+    if top_k == 300:
+        assert not found.tail_means.any()
+    plain = statistics(head, states, targets, top_k)
+    assert plain.tail_means is None
+    assert torch.equal(plain.logsumexp, found.logsumexp)
+
+
+def test_a_tail_too_unlikely_for_float32_has_no_mean() -> None:
+    # Token 0 is the target and nearly sure, token 1 is nearly all of the tail.
+    head = LmHead(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
+    for gap, there in ((-13.0, True), (-15.0, False)):  # exp(-13.82) = 1e-6
+        found = statistics(
+            head, torch.tensor([[gap, gap - 40]]), torch.tensor([0]), tail_mean=True
+        ).tail_means
+        assert found is not None
+        assert torch.allclose(found, torch.tensor([[float(there), 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tail_means_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    # So wide that the head is widened in several blocks, the last one not full.
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, width = 3000, 512
+    head = LmHead((torch.randn(vocabulary, width, generator=generator) / 40).to(dtype))
+    states = torch.randn(20, width, generator=generator).to(dtype)
+    targets = torch.arange(20)
+    found = statistics(head, states, targets, 5, tail_mean=True)
+    assert found.tail_means is not None
+    assert found.tail_means.dtype == dtype
+    # The logits are the model's own, in its dtype: what is left is one rounding of the result.
+    odds = torch.softmax(head.logits(states).double(), 1)
+    odds.scatter_(1, targets[:, None], 0).scatter_(1, found.top_ids.long(), 0)
+    expected = odds @ head.weight.double() / odds.sum(1, keepdim=True)
+    error = (found.tail_means.double() - expected).abs()
+    assert (error <= torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
+
+
+def test_tail_means_are_what_other_logits_are_to_first_order() -> None:
+    """lse over the tail moves by mean·δ: the use that a regularizer makes of them."""
+    generator = torch.Generator().manual_seed(1)
+    head = LmHead(torch.randn(50, 6, generator=generator), softcap=3.0)
+    states = torch.randn(9, 6, generator=generator)
+    found = statistics(head, states, torch.zeros(9, dtype=torch.long), 4, tail_mean=True)
+    assert found.tail_means is not None
+    out = torch.zeros(9, 50, dtype=torch.bool).scatter(1, found.top_ids.long(), True)
+    out[:, 0] = True
+
+    def tails(h: torch.Tensor) -> torch.Tensor:
+        z = 3 * torch.tanh(h @ head.weight.double().T / 3)
+        return z.masked_fill(out, -torch.inf).logsumexp(1)
+
+    delta = 1e-3 * torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    moved = tails(states.double() + delta) - tails(states.double())
+    predicted = (found.tail_means.double() * delta).sum(1)
+    assert (moved - predicted).abs().max() < 0.01 * moved.abs().max()
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 300])
 @pytest.mark.parametrize("vocabulary", [7, 60_000])
 def test_statistics_in_chunks_equal_full_logits(rows: int, vocabulary: int) -> None:
@@ -169,9 +280,12 @@ def test_statistics_survive_logits_beyond_the_range_of_exp() -> None:
 
 
 def test_statistics_of_nothing_are_empty() -> None:
-    found = statistics(LmHead(torch.eye(3)), torch.empty(0, 3), torch.empty(0, dtype=torch.long), 2)
+    nothing = torch.empty(0, 3), torch.empty(0, dtype=torch.long)
+    found = statistics(LmHead(torch.eye(3)), *nothing, 2)
     assert found.logsumexp.shape == (0,)
+    assert found.tail_means is None
     assert found.top_logits.shape == (0, 2)
+    assert statistics(LmHead(torch.eye(3)), *nothing, tail_mean=True).tail_means.shape == (0, 3)
 
 
 @given(
@@ -179,18 +293,24 @@ def test_statistics_of_nothing_are_empty() -> None:
     n_response=st.integers(1, 80),
     k=st.integers(0, 20),
     seed=st.integers(0, 9),
+    rule=st.sampled_from(get_args(PositionsRule)),
 )
 @settings(max_examples=200, deadline=None)
 def test_drawn_positions_are_distinct_sorted_and_predict_the_response(
-    n_prompt: int, n_response: int, k: int, seed: int
+    n_prompt: int, n_response: int, k: int, seed: int, rule: PositionsRule
 ) -> None:
     length = n_prompt + n_response
-    drawn = token_positions("id", n_prompt, length, k, seed)
+    drawn = token_positions("id", n_prompt, length, k, seed, rule)
     allowed = predicting_positions(n_prompt, length)
     assert len(drawn) == min(k, len(allowed))
     assert all(position in allowed for position in drawn)
     assert (np.diff(drawn) > 0).all()
-    assert (drawn == token_positions("id", n_prompt, length, k, seed)).all()
+    assert (drawn == token_positions("id", n_prompt, length, k, seed, rule)).all()
+    if rule == "spaced" and len(drawn) == k > 0:
+        n = len(allowed)
+        assert set(np.diff(drawn)) <= {n // k, -(-n // k)}
+        assert drawn[0] - allowed.start < n / k
+        assert allowed.stop - drawn[-1] <= -(-n // k)
 
 
 def test_drawn_positions_depend_on_seed_and_id_and_are_uniform() -> None:
@@ -203,12 +323,40 @@ def test_drawn_positions_depend_on_seed_and_id_and_are_uniform() -> None:
     assert (draws[0] != token_positions("0", 10, 30, 4, 1)).any()
 
 
-def test_the_draw_is_frozen() -> None:
-    """Caches made by one version resume in the next: the stream may never change."""
-    assert token_positions("0123456789abcdef", 10, 30, 4, 7).tolist() == FROZEN
+@pytest.mark.parametrize(("n", "k"), [(20, 4), (23, 5), (7, 6), (100, 8), (9, 1)])
+def test_every_position_is_as_likely_under_the_spaced_rule(
+    n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 2^64 raw draws fall into n intervals of a size; k of n draw a position."""
+    counts = np.zeros(n, int)
+    for i in range(n):
+        samples = []
+        for raw in (-(-(i << 64) // n), -(-(i + 1 << 64) // n) - 1):  # an interval's two ends
+            stream = SimpleNamespace(random_raw=lambda raw=raw: raw)
+            monkeypatch.setattr(np.random, "Philox", lambda stream=stream, **_: stream)
+            samples.append(token_positions("id", 1, n + 1, k, 0, "spaced").tolist())
+        assert samples[0] == samples[1]
+        assert len(samples[0]) == k
+        counts[samples[0]] += 1
+    assert (counts == k).all()
 
 
-FROZEN = [9, 10, 19, 26]
+def test_spaced_positions_depend_on_seed_and_id_and_are_uniform() -> None:
+    draws = np.array([token_positions(str(i), 10, 30, 3, 0, "spaced") for i in range(4000)])
+    counts = np.bincount(draws.ravel(), minlength=30)
+    assert counts.sum() == counts[9:29].sum() == 12_000
+    # 20 positions, 3 of 20 drawn: 600 expected each, standard deviation 23.
+    assert np.abs(counts[9:29] - 600).max() < 5 * 23
+    seeds = [token_positions("0", 10, 30, 3, seed, "spaced").tolist() for seed in range(9)]
+    assert any(drawn != seeds[0] for drawn in seeds)
+
+
+@pytest.mark.parametrize(
+    ("rule", "drawn"), [("random", [9, 10, 19, 26]), ("spaced", [10, 15, 20, 25])]
+)
+def test_the_draw_is_frozen(rule: PositionsRule, drawn: list[int]) -> None:
+    """Caches made by one version resume in the next: the streams may never change."""
+    assert token_positions("0123456789abcdef", 10, 30, 4, 7, rule).tolist() == drawn
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), budget=st.integers(1, 200))

@@ -55,6 +55,8 @@ def spec_of(world: dict[str, str], **changes) -> ExtractSpec:
         "states": ["last", "mean"],
         "token_rows": 3,
         "top_k": 4,
+        "tail_mean": True,
+        "token_positions": "spaced",
     }
     return ExtractSpec.parse(values | changes, "test")
 
@@ -109,6 +111,43 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path
     assert logits.logsumexp(1).numpy() == pytest.approx(tokens.logsumexp, rel=1e-4)
     chosen = logits[torch.arange(len(logits)), torch.from_numpy(tokens.target).long()]
     assert chosen.numpy() == pytest.approx(tokens.target_logit, rel=1e-3, abs=1e-4)
+    tail = logits.softmax(1).scatter(1, torch.from_numpy(tokens.top_ids).long(), 0)
+    tail = tail.scatter(1, torch.from_numpy(tokens.target).long()[:, None], 0)
+    expected = tail @ head["weight"] / tail.sum(1, keepdim=True)
+    assert tokens.tail_means is not None
+    assert torch.allclose(tokens.tail_means, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
+    world: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    """Ids and bytes of caches made before there were any."""
+    spec = spec_of(world, tail_mean=False, token_positions="random")
+    opened = open_cache(make(world, tmp_path / "plain", spec))
+    assert opened.manifest.identity["token_rows"] == {
+        "rule": "Philox keyed by SHA-256 of seed:response_id, without replacement",
+        "rows": 3,
+        "top_k": 4,
+        "seed": 0,
+    }
+    assert opened.manifest.extraction.keys() == ExtractSpec.model_fields.keys() - {
+        "tail_mean",
+        "token_positions",
+    }
+    assert "tail" not in (tmp_path / "plain" / "manifest.json").read_text()
+    assert opened.token_rows().tail_means is None
+    for name in content(cache):
+        if name.startswith("responses"):
+            assert (tmp_path / "plain" / name).read_bytes() == (cache / name).read_bytes()
+    recorded = open_cache(cache).manifest
+    assert recorded.identity["token_rows"] == {
+        "rule": "Philox keyed by SHA-256 of seed:response_id, evenly spaced from a random start",
+        "rows": 3,
+        "top_k": 4,
+        "seed": 0,
+        "tail_mean": True,
+    }
+    assert ExtractSpec.parse(recorded.extraction, "manifest") == spec_of(world)
 
 
 def test_extracting_twice_gives_the_same_bytes(
@@ -161,6 +200,8 @@ def test_other_batch_sizes_change_rounding_only(
         ("max_length", {"max_length": 100}),
         ("views", {"states": ["last"]}),
         ("seed", {"seed": 1}),
+        (r"tail_mean = True, not None", {"tail_mean": False}),
+        ("rule", {"token_positions": "random"}),
     ],
 )
 def test_a_folder_of_other_settings_is_refused(
@@ -184,7 +225,9 @@ def test_moving_model_and_data_keeps_the_identity(
 
 
 def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> None:
-    spec = spec_of(world, dtype="bfloat16", token_rows=0, states=["prenorm", "layer:1"])
+    spec = spec_of(
+        world, dtype="bfloat16", token_rows=0, tail_mean=False, states=["prenorm", "layer:1"]
+    )
     opened = open_cache(make(world, tmp_path / "half", spec))
     assert opened.dtype == "bfloat16"
     assert opened.views == ("layer:1", "prenorm")
@@ -253,10 +296,42 @@ def test_the_plan_says_what_the_extraction_does(world: dict[str, str], cache: Pa
         sum(path.stat().st_size for path in cache.rglob("part-*.parquet"))
         + (cache / "lm_head.safetensors").stat().st_size
     )
-    assert planned.cache_bytes == pytest.approx(vectors, rel=0.5)
+    assert planned.cache_bytes["total"] == pytest.approx(vectors, rel=0.5)
     assert planned.tokens_per_second > 0
     assert planned.seconds == pytest.approx(planned.tokens / planned.tokens_per_second)
     assert planned.leaks["prompts_shared"].to_list() == opened.leaks["prompts_shared"].to_list()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16", "states": ["last"], "top_k": 1000},
+        {"token_rows": 50, "tail_mean": False, "token_positions": "random"},
+        {"token_rows": 0, "tail_mean": False},
+    ],
+)
+def test_the_plan_prices_every_part_to_the_byte(
+    world: dict[str, str], tmp_path: Path, changes: dict
+) -> None:
+    spec = spec_of(world, **changes)
+    priced = plan(spec, device="cpu").cache_bytes
+    opened = open_cache(make(world, tmp_path / "out", spec))
+    vectors = {
+        "states": sum(opened.states(view).nbytes for view in opened.views),
+        "token_states": 0,
+        "top_logits": 0,
+        "tail_means": 0,
+        "lm_head": sum(tensor.nbytes for tensor in opened.lm_head().values()),
+    }
+    if spec.token_rows:
+        tokens = opened.token_rows()
+        vectors["token_states"] = tokens.states.nbytes
+        vectors["top_logits"] = tokens.top_ids.nbytes + tokens.top_logits.nbytes
+        vectors["tail_means"] = 0 if tokens.tail_means is None else tokens.tail_means.nbytes
+    assert (vectors["tail_means"] > 0) == spec.tail_mean
+    scalars = priced["scalars"]
+    assert priced == vectors | {"scalars": scalars, "total": sum(vectors.values()) + scalars}
 
 
 def test_all_rows_excluded_is_an_error_with_counts(world: dict[str, str], tmp_path: Path) -> None:
@@ -296,6 +371,8 @@ def test_token_ids_beyond_the_model_are_refused(world: dict[str, str], tmp_path:
         ({"token_row": 3}, "did you mean 'token_rows'"),
         ({"data": []}, "data"),
         ({"seed": -1}, "seed"),
+        ({"token_rows": 0}, "tail_mean = true needs sampled positions, and token_rows = 0"),
+        ({"token_positions": "evenly"}, "token_positions"),
     ],
 )
 def test_wrong_specs_are_refused(world: dict[str, str], changes: dict, words: str) -> None:

@@ -16,6 +16,7 @@ _COLUMNS = {
     "views": pl.String,
     "responses": pl.Int64,
     "pairs": pl.Int64,
+    "tokens": pl.String,
     "bytes": pl.Int64,
     "state": pl.String,
 }
@@ -43,6 +44,7 @@ def describe(folder: Path) -> dict[str, Any]:
         **{name: entry.rows for name, entry in manifest.tables.items()},
         "token_rows": sum(tokens),
         "top_k": layout.top_k if layout else None,
+        "tail_mean": layout.tail_mean if layout else None,
         "bytes": sum(entry.bytes for entry in files.values()),
         "files": len(files),
         "state": "complete" if manifest.complete else finished,
@@ -65,10 +67,19 @@ def list_caches(root: Path) -> pl.DataFrame:
         try:
             described = describe(path.parent)
             described["views"] = ", ".join(described["views"])
+            described["tokens"] = _tokens(described)
         except UserError as error:
             described = {"name": path.parent.name, "state": str(error)}
         rows.append({name: described.get(name) for name in _COLUMNS})
     return pl.DataFrame(rows, schema=_COLUMNS)
+
+
+def _tokens(described: dict[str, Any]) -> str:
+    """Sampled positions in words: "438,204, top 32, tail mean"; "" without any."""
+    if described["top_k"] is None:
+        return ""
+    tail = ", tail mean" if described["tail_mean"] else ""
+    return f"{described['token_rows']:,}, top {described['top_k']}{tail}"
 
 
 def splits(folder: Path) -> list[dict[str, Any]]:

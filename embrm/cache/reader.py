@@ -127,7 +127,7 @@ class Cache:
         if view not in self.views:
             raise UserError(f"view {view!r} is not in {self.folder}: {nearest(view, self.views)}")
         for index, table in enumerate(self._read_responses([f"state.{view}"])):
-            yield self._decode_states(table.column(0), responses_file(index))
+            yield self._decode_vectors(table.column(0), responses_file(index))
 
     def token_rows(self) -> TokenRows:
         """All sampled response positions. Raises: UserError when none were sampled."""
@@ -136,7 +136,12 @@ class Cache:
             name: np.concatenate([getattr(shard, name) for shard in shards])
             for name in (*TOKEN_SCALARS, "top_ids", "top_logits")
         }
-        return TokenRows(states=torch.cat([shard.states for shard in shards]), **columns)
+        tails = [shard.tail_means for shard in shards if shard.tail_means is not None]
+        return TokenRows(
+            states=torch.cat([shard.states for shard in shards]),
+            tail_means=torch.cat(tails) if tails else None,
+            **columns,
+        )
 
     def token_shards(self) -> Iterator[TokenRows]:
         """`token_rows`, one shard at a time."""
@@ -153,13 +158,16 @@ class Cache:
             rows = table.num_rows
             yield TokenRows(
                 **{name: table[name].to_numpy() for name in TOKEN_SCALARS},
-                states=self._decode_states(table["state"], tokens_file(index)),
+                states=self._decode_vectors(table["state"], tokens_file(index)),
                 top_ids=decode(table["top_ids"], torch.int32, k).numpy()
                 if k
                 else np.empty((rows, 0), np.int32),
                 top_logits=decode(table["top_logits"], torch.float32, k).numpy()
                 if k
                 else np.empty((rows, 0), np.float32),
+                tail_means=self._decode_vectors(table["tail_mean"], tokens_file(index))
+                if self.layout.tail_mean
+                else None,
             )
 
     def lm_head(self) -> dict[str, torch.Tensor]:
@@ -194,12 +202,12 @@ class Cache:
             raise damaged(self.folder / name, f"{table.num_rows} rows instead of {entry.rows}")
         return table
 
-    def _decode_states(self, column: pa.ChunkedArray, name: str) -> torch.Tensor:
-        states = decode(column, self.layout.torch_dtype, self.width)
+    def _decode_vectors(self, column: pa.ChunkedArray, name: str) -> torch.Tensor:
+        vectors = decode(column, self.layout.torch_dtype, self.width)
         # aminmax passes NaN on, and is many times faster than isfinite of every number.
-        if states.numel() and not all(torch.isfinite(end) for end in torch.aminmax(states)):
-            raise damaged(self.folder / name, "it holds a state that is NaN or infinite")
-        return states
+        if vectors.numel() and not all(torch.isfinite(end) for end in torch.aminmax(vectors)):
+            raise damaged(self.folder / name, "it holds a vector that is NaN or infinite")
+        return vectors
 
 
 def open_cache(folder: Path) -> Cache:

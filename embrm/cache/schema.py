@@ -1,5 +1,6 @@
 """What a shard holds, and its one translation to and from Parquet."""
 
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from embrm.errors import UserError, nearest
 from embrm.specs import Spec
@@ -70,6 +71,9 @@ class TokenRows:
     """int32 [rows, k], ids of the k largest logits."""
     top_logits: np.ndarray
     """float32 [rows, k]."""
+    tail_means: torch.Tensor | None = None
+    """[rows, width] in the cache's dtype: ∂logit/∂state averaged over the tail, every token that is
+    neither the target nor among the k largest; zero where the tail's probability is under 1e-6."""
 
 
 def known_views(views: tuple[str, ...]) -> tuple[str, ...]:
@@ -91,6 +95,9 @@ class Layout(Spec):
     """Sorted names of the stored states: last, mean, prenorm, layer:K."""
     top_k: int | None
     """Logits kept at a sampled position; None where no positions were sampled."""
+    tail_mean: bool = Field(default=False, exclude_if=operator.not_)
+    """Whether a sampled position has the mean of its tail; not written where it has none, so that
+    manifests have the one spelling they had before."""
 
     @field_validator("dtype")
     @classmethod
@@ -107,7 +114,9 @@ class Layout(Spec):
     @classmethod
     def of(cls, rows: ShardRows, tokens: TokenRows | None) -> "Layout":
         """The layout a shard has. Raises: ValueError when its tensors disagree."""
+        tail_means = tokens.tail_means if tokens else None
         tensors = [*rows.states.values(), *([tokens.states] if tokens else [])]
+        tensors += [tail_means] if tail_means is not None else []
         shapes = {(str(tensor.dtype).removeprefix("torch."), tensor.shape[1]) for tensor in tensors}
         if len(shapes) != 1 or rows.states.keys() != rows.norms.keys():
             raise ValueError(
@@ -119,6 +128,7 @@ class Layout(Spec):
             width=width,
             views=tuple(sorted(rows.states)),
             top_k=tokens.top_ids.shape[1] if tokens else None,
+            tail_mean=tail_means is not None,
         )
 
     @property
@@ -135,12 +145,14 @@ class Layout(Spec):
         )
 
     def tokens(self) -> pa.Schema:
-        """Columns of a token file. With top_k = 0 the two top columns are absent."""
+        """Columns of a token file. With top_k = 0 the two top columns are absent, and without tail
+        means theirs."""
         top = pa.binary(4 * (self.top_k or 0))
         return self._schema(
             *_TOKEN_COLUMNS,
             ("state", self._vector()),
             *([("top_ids", top), ("top_logits", top)] if self.top_k else []),
+            *([("tail_mean", self._vector())] if self.tail_mean else []),
         )
 
     def _vector(self) -> pa.DataType:
@@ -171,7 +183,7 @@ _TOKEN_COLUMNS = (
 RESPONSE_SCALARS = [name for name, _ in _RESPONSE_COLUMNS]
 """Columns of a response file beside its states and norms."""
 TOKEN_SCALARS = [name for name, _ in _TOKEN_COLUMNS]
-"""Columns of a token file beside its states and top logits."""
+"""Columns of a token file beside its states, top logits and tail means."""
 
 
 def responses_table(rows: ShardRows, layout: Layout) -> pa.Table:
@@ -189,6 +201,8 @@ def tokens_table(tokens: TokenRows, layout: Layout) -> pa.Table:
     if layout.top_k:
         columns.append(encode(torch.from_numpy(tokens.top_ids.astype(np.int32, copy=False))))
         columns.append(encode(torch.from_numpy(tokens.top_logits.astype(np.float32, copy=False))))
+    if tokens.tail_means is not None:
+        columns.append(encode(tokens.tail_means))
     return _table(columns, layout.tokens())
 
 

@@ -232,7 +232,8 @@ def _refuse_non_finite(rows: ShardRows, tokens: TokenRows | None) -> None:
     _refuse_rows(numbers, rows.response_id)
     if tokens:
         owners = [rows.response_id[index - rows.first] for index in tokens.response]
-        names = ("states", "target_logit", "logsumexp", "top_logits")
+        names = ["states", "target_logit", "logsumexp", "top_logits"]
+        names += ["tail_means"] if tokens.tail_means is not None else []
         _refuse_rows({f"token {name}": getattr(tokens, name) for name in names}, owners)
 
 
@@ -270,7 +271,7 @@ def _defining(manifest: Manifest) -> dict[str, Any]:
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Nested mappings as one, keyed by dotted path."""
     if isinstance(value, Layout):
-        value = value.model_dump(mode="json")
+        value = dict(value)
     if not isinstance(value, dict) or not value:
         return {name: value}
     flat: dict[str, Any] = {}

@@ -8,7 +8,7 @@ differ by the states themselves.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,12 @@ from torch import Tensor
 
 _LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20, "mps": 64 << 20}
 """Size of a float32 block of logits: about the cache of a CPU, far below the memory of a GPU."""
+
+_NO_TAIL = 1e-6
+"""A tail's probability under which float32 logits hold nothing to average."""
+
+PositionsRule = Literal["random", "spaced"]
+"""How token rows are sampled: see `token_positions`."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,12 @@ class LmHead:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
+    def slopes(self, logits: Tensor) -> Tensor | float:
+        """∂z/∂(W h) of logits [n, V]: of the same shape, or one number without soft-capping."""
+        if self.softcap is None:
+            return self.scale
+        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a cache stores of the head: weight, scale, and bias and softcap where they exist."""
         stored = {"weight": self.weight.detach().cpu().contiguous()}
@@ -71,21 +83,35 @@ class LmHead:
 @dataclass(frozen=True)
 class TokenStatistics:
     """LM statistics of n positions: float32 [n] target_logit and logsumexp; the k largest logits,
-    float32 [n, k], descending, and their int32 ids."""
+    float32 [n, k], descending, and their int32 ids; where asked for, the tail means [n, d] in the
+    states' dtype.
+
+    A tail mean is E_tail[∂z_j/∂h] = Σ_j p_j·slope_j·w_j / Σ_j p_j over the tail, every token that
+    is neither the target nor among the k largest: p the softmax over the whole vocabulary, w_j the
+    head's rows, slope_j = scale·(1 - (z_j/softcap)²), or scale without soft-capping. It is zero
+    where the tail's probability is under 1e-6.
+    """
 
     target_logit: Tensor
     logsumexp: Tensor
     top_logits: Tensor
     top_ids: Tensor
+    tail_means: Tensor | None = None
 
     def cpu(self) -> "TokenStatistics":
         """The same on the CPU."""
         return TokenStatistics(
-            self.target_logit.cpu(), self.logsumexp.cpu(), self.top_logits.cpu(), self.top_ids.cpu()
+            self.target_logit.cpu(),
+            self.logsumexp.cpu(),
+            self.top_logits.cpu(),
+            self.top_ids.cpu(),
+            None if self.tail_means is None else self.tail_means.cpu(),
         )
 
 
-def statistics(head: LmHead, states: Tensor, targets: Tensor, top_k: int = 0) -> TokenStatistics:
+def statistics(
+    head: LmHead, states: Tensor, targets: Tensor, top_k: int = 0, *, tail_mean: bool = False
+) -> TokenStatistics:
     """Statistics of states [n, d] whose next tokens are targets int64 [n], without ever holding
     all logits: log p(target) = target_logit - logsumexp.
     """
@@ -96,6 +122,7 @@ def statistics(head: LmHead, states: Tensor, targets: Tensor, top_k: int = 0) ->
     logsumexp = torch.empty_like(target_logit)
     top_logits = torch.empty(n, k, dtype=torch.float32, device=device)
     top_ids = torch.empty(n, k, dtype=torch.int32, device=device)
+    tail_means = torch.empty_like(states) if tail_mean else None
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         logits = head.logits(states[part])
@@ -103,9 +130,27 @@ def statistics(head: LmHead, states: Tensor, targets: Tensor, top_k: int = 0) ->
         if k:
             top_logits[part], ids = logits.topk(k, dim=1)
             top_ids[part] = ids.int()
+        slopes = head.slopes(logits) if tail_mean else 1.0
         largest = logits.amax(1, keepdim=True)
-        logsumexp[part] = logits.sub_(largest).exp_().sum(1).log_().add_(largest[:, 0])
-    return TokenStatistics(target_logit, logsumexp, top_logits, top_ids)
+        odds = logits.sub_(largest).exp_()
+        total = odds.sum(1)
+        logsumexp[part] = total.log().add_(largest[:, 0])
+        if tail_means is not None:
+            odds.scatter_(1, targets[part, None], 0.0).scatter_(1, top_ids[part].long(), 0.0)
+            tail = odds.sum(1, keepdim=True)
+            means = _weighted_sum(odds.mul_(slopes), head.weight) / tail
+            tail_means[part] = means.where(tail >= _NO_TAIL * total[:, None], 0.0)
+    return TokenStatistics(target_logit, logsumexp, top_logits, top_ids, tail_means)
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """float32 [n, V] by [V, d] of any dtype, which is widened to float32 a block at a time."""
+    size = max(1, _LOGIT_BYTES[rows.device.type] // (4 * rows.shape[1]))
+    out = weights.new_zeros(len(weights), rows.shape[1])
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        out.addmm_(weights[:, block], rows[block].float())
+    return out
 
 
 @dataclass(frozen=True)
@@ -163,17 +208,31 @@ def predicting_positions(n_prompt: int, length: int) -> range:
 
 
 def token_positions(
-    response_id: str, n_prompt: int, length: int, k: int, seed: int
+    response_id: str,
+    n_prompt: int,
+    length: int,
+    k: int,
+    seed: int,
+    rule: PositionsRule = "random",
 ) -> npt.NDArray[np.int32]:
     """k predicting positions drawn without replacement, sorted; all of them when fewer exist.
 
     The draw is a counter-based stream (Philox) keyed by seed and response id alone, so it depends
-    neither on order nor on what was extracted before: positions of the k smallest raw 64-bit draws.
+    neither on order nor on what was extracted before.
+    "random": positions of the k smallest raw 64-bit draws. "spaced": evenly spaced from a random
+    start (systematic sampling): each position is as likely as any other, as under "random", and a
+    mean over the sample varies less where neighbours are alike.
     """
     candidates = predicting_positions(n_prompt, length)
+    n = len(candidates)
     digest = hashlib.sha256(f"{seed}:{response_id}".encode()).digest()
-    draws = np.random.Philox(key=int.from_bytes(digest[:16])).random_raw(len(candidates))
-    chosen = np.sort(np.argsort(draws, kind="stable")[:k])
+    stream = np.random.Philox(key=int.from_bytes(digest[:16]))
+    if rule == "spaced" and n > k > 0:
+        # The n starts and k multiples of n are every number under n·k once: k of them a position.
+        start = int(stream.random_raw()) * n >> 64
+        chosen = (start + n * np.arange(k)) // k
+    else:
+        chosen = np.sort(np.argsort(stream.random_raw(n), kind="stable")[:k])
     return (candidates.start + chosen).astype(np.int32)
 
 
@@ -198,6 +257,7 @@ def read(
     back = torch.from_numpy(np.argsort(order))
     owner = np.repeat(order, [len(requests[index].positions) for index in order])
     back_tokens = torch.from_numpy(np.argsort(owner, kind="stable"))
+    tails = [part.tokens.tail_means for part in parts if part.tokens.tail_means is not None]
 
     return Batch(
         states={v: torch.cat([part.states[v] for part in parts])[back] for v in parts[0].states},
@@ -210,6 +270,7 @@ def read(
             torch.cat([part.tokens.logsumexp for part in parts])[back_tokens],
             torch.cat([part.tokens.top_logits for part in parts])[back_tokens],
             torch.cat([part.tokens.top_ids for part in parts])[back_tokens],
+            torch.cat(tails)[back_tokens] if tails else None,
         ),
     )
 

@@ -1,6 +1,7 @@
 """Extraction: a spec in, a verified cache folder out, resumable at any moment."""
 
 import hashlib
+import operator
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from embrm.cache.schema import ShardRows, TokenRows, known_views
 from embrm.cache.writer import open_writer
@@ -20,6 +21,7 @@ from embrm.errors import UserError
 from embrm.extract.engine import (
     Batch,
     Engine,
+    PositionsRule,
     Request,
     predicting_positions,
     read,
@@ -41,6 +43,11 @@ from embrm.specs import Spec
 SHARD_ROWS = 2048
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
+
+_RULES: dict[PositionsRule, str] = {
+    "random": "without replacement",
+    "spaced": "evenly spaced from a random start",
+}
 
 
 class ExtractSpec(Spec):
@@ -65,8 +72,15 @@ class ExtractSpec(Spec):
     """Views to store: last, mean, prenorm, layer:K."""
     token_rows: int = Field(default=0, ge=0)
     """Sampled positions a response."""
+    # What came after the first caches is recorded only where it is set: others keep their bytes.
+    token_positions: PositionsRule = Field(
+        default="random", exclude_if=lambda rule: rule == "random"
+    )
+    """random: drawn without replacement; spaced: evenly spaced from a random start."""
     top_k: int = Field(default=32, ge=0)
     """Largest logits kept at a sampled position."""
+    tail_mean: bool = Field(default=False, exclude_if=operator.not_)
+    """Keep at a sampled position the mean gradient of all other logits, a vector like a state."""
     seed: int = Field(default=0, ge=0)
     """Of the sampled positions."""
     pad_token: str | None = None
@@ -85,6 +99,14 @@ class ExtractSpec(Spec):
         if not states or len(set(states)) < len(states):
             raise ValueError("name at least one view, and each once")
         return states
+
+    @model_validator(mode="after")
+    def _tails_have_rows(self) -> "ExtractSpec":
+        if self.tail_mean and not self.token_rows:
+            raise ValueError(
+                "tail_mean = true needs sampled positions, and token_rows = 0: set token_rows"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,12 @@ class Prepared:
                 entry.n_prompt,
                 entry.final_position,
                 token_positions(
-                    ids[row], entry.n_prompt, len(entry.ids), self.spec.token_rows, self.spec.seed
+                    ids[row],
+                    entry.n_prompt,
+                    len(entry.ids),
+                    self.spec.token_rows,
+                    self.spec.seed,
+                    self.spec.token_positions,
                 ),
             )
             for row, entry in ((row, self.encoded[row]) for row in rows)
@@ -128,7 +155,8 @@ class Plan:
     splits: dict[str, dict[str, int]]
     """Split → pairs, prompts, responses."""
     tokens: int
-    cache_bytes: int
+    cache_bytes: dict[str, int]
+    """Part of the cache → its size, and the total: all but Parquet's headers and the tables."""
     exclusions: dict[str, int]
     """Reason → source rows left out."""
     leaks: pl.DataFrame
@@ -228,10 +256,12 @@ def _identity(
             "position": "rightmost token that is not the pad token; mean: all response tokens",
         },
         "token_rows": {
-            "rule": "Philox keyed by SHA-256 of seed:response_id, without replacement",
+            "rule": f"Philox keyed by SHA-256 of seed:response_id, {_RULES[spec.token_positions]}",
             "rows": spec.token_rows,
             "top_k": spec.top_k,
             "seed": spec.seed,
+            # Named only where it is there: caches made before it keep their ids.
+            **({"tail_mean": True} if spec.tail_mean else {}),
         }
         if spec.token_rows
         else None,
@@ -273,7 +303,7 @@ def _check_batch(batch_tokens: int | None) -> None:
         )
 
 
-def _cache_bytes(prepared: Prepared, engine: Engine) -> int:
+def _cache_bytes(prepared: Prepared, engine: Engine) -> dict[str, int]:
     """Size of the vectors and scalars, which is the cache up to Parquet's headers and tables."""
     spec, rows = prepared.spec, len(prepared.encoded)
     width = engine.width * engine.head.weight.element_size()
@@ -281,9 +311,15 @@ def _cache_bytes(prepared: Prepared, engine: Engine) -> int:
         min(spec.token_rows, len(predicting_positions(entry.n_prompt, len(entry.ids))))
         for entry in prepared.encoded
     )
-    head = engine.head.weight.numel() * engine.head.weight.element_size()
-    a_response = len(spec.states) * (width + 4) + 61
-    return rows * a_response + sampled * (width + 20 + 8 * spec.top_k) + head
+    parts = {
+        "states": rows * len(spec.states) * width,
+        "token_states": sampled * width,
+        "top_logits": sampled * 8 * min(spec.top_k, len(engine.head.weight)),
+        "tail_means": sampled * width if spec.tail_mean else 0,
+        "lm_head": sum(tensor.nbytes for tensor in engine.head.tensors().values()),
+        "scalars": rows * (4 * len(spec.states) + 61) + sampled * 20,
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def _splits(dataset: Dataset) -> dict[str, dict[str, int]]:
@@ -373,6 +409,7 @@ def engine_for(prepared: Prepared, device: str) -> TransformersEngine:
         device=device,
         views=spec.states,
         top_k=spec.top_k,
+        tail_mean=spec.tail_mean,
         trust_remote_code=spec.trust_remote_code,
     )
 
@@ -407,4 +444,5 @@ def _shard(
         states=batch.token_states,
         top_ids=batch.tokens.top_ids.numpy(),
         top_logits=batch.tokens.top_logits.numpy(),
+        tail_means=batch.tokens.tail_means,
     )

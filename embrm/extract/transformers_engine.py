@@ -107,6 +107,7 @@ def load_engine(
     device: str = "auto",
     views: Sequence[str] = ("last",),
     top_k: int = 0,
+    tail_mean: bool = False,
     trust_remote_code: bool = False,
 ) -> "TransformersEngine":
     """Load a causal LM. dtype: float32, bfloat16 or float16; device: auto, cpu, cuda, mps.
@@ -147,7 +148,7 @@ def load_engine(
             f"model {folder}: the weights lack {missing[0]!r} ({len(missing)} tensors in all), "
             "which would be random: use a complete causal LM, LM head included"
         )
-    return TransformersEngine(model, views, top_k)
+    return TransformersEngine(model, views, top_k, tail_mean)
 
 
 def _remote(trust_remote_code: bool) -> dict[str, bool]:
@@ -204,7 +205,9 @@ def longest(config: Any, max_length: int | None) -> int:
 class TransformersEngine:
     """A causal LM in memory. Create it with `load_engine`."""
 
-    def __init__(self, model: Any, views: Sequence[str], top_k: int) -> None:
+    def __init__(
+        self, model: Any, views: Sequence[str], top_k: int, tail_mean: bool = False
+    ) -> None:
         """Wrap a model that is in evaluation mode.
 
         Raises: UserError when its logits are computed in a way embrm does not know, when its
@@ -221,6 +224,7 @@ class TransformersEngine:
         self._model = model
         self._views = tuple(views)
         self._top_k = top_k
+        self._tail_mean = tail_mean
         self._layers = [int(view.removeprefix("layer:")) for view in views if ":" in view]
         self._before_norm: Tensor | None = None
         with torch.inference_mode():
@@ -262,6 +266,9 @@ class TransformersEngine:
         )
         terms = (response.target_logit - response.logsumexp).cpu().double()
         token_states, targets = _gather(post, ids, [request.positions for request in requests])
+        tokens = statistics(
+            self.head, token_states, targets, self._top_k, tail_mean=self._tail_mean
+        )
         dtype = self.head.weight.dtype
         return Batch(
             states={view: state.to(dtype).cpu() for view, state in states.items()},
@@ -269,7 +276,7 @@ class TransformersEngine:
             S=np.array([float(part.sum()) for part in terms.split([len(s) for s in spans])]),
             token_states=token_states.cpu(),
             targets=targets.int().cpu(),
-            tokens=statistics(self.head, token_states, targets, self._top_k).cpu(),
+            tokens=tokens.cpu(),
         )
 
     def _hidden(self, ids: Tensor) -> dict[str, Tensor]:
