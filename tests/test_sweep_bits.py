@@ -118,7 +118,7 @@ def _of_packs(
     source = open_cache(cache)
     selection = Selection(source.cache_id, ("train",), 0.3)
     digests: dict[str, str] = {}
-    with laid_out(source, selection, ["last"], folder) as material:
+    with laid_out(source, selection, [run for pack in found for run in pack], folder) as material:
         if stream:
             streamed = {view: replace(file, resident=1) for view, file in material.states.items()}
             material = replace(material, states=streamed)

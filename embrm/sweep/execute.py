@@ -82,11 +82,15 @@ def _train(
     found = packs(
         todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=device(mode).type != "cpu"
     )
-    views = sorted({run.spec.state for run in todo})
     with (
         workers(min(jobs, len(found)), mode) as running,
         laid_out(
-            prepared.cache, prepared.selection, views, out, memory=memory, jobs=jobs
+            prepared.cache,
+            prepared.selection,
+            todo,
+            out,
+            memory=memory,
+            jobs=jobs,
         ) as material,
         progress("training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)) as bar,
     ):

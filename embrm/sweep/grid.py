@@ -19,7 +19,8 @@ class RunSpec(TrainSpec):
     """One run: what it reads of the cache, and how it is trained."""
 
     state: str = "last"
-    """View of the cache: "last", "mean", "prenorm" or "layer:K"."""
+    """View of the cache: "last", "mean", "prenorm" or "layer:K"; "tokens": the mean of a response's
+    sampled token rows; any of them with "+S": and the response's log-probability."""
     pairs_limit: int | None = Field(default=None, gt=0)
     """Train on this many pairs, the first by pair id (a hash); smaller limits nest in larger."""
 

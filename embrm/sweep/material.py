@@ -1,7 +1,6 @@
 """What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from embrm.errors import UserError
 from embrm.evaluate.accuracy import EvaluationSplit
 from embrm.files import TEMPORARY, disk_errors
 from embrm.progress import progress
-from embrm.sweep.grid import Selection
+from embrm.sweep.grid import Run, Selection
+from embrm.sweep.mapped import MappedFile, TokenFiles, write_rows
+from embrm.sweep.views import open_view
 from embrm.train.objectives import Pairs
-from embrm.train.states import WINDOW_BYTES, States
+from embrm.train.states import WINDOW_BYTES
 
 PROCESS_BYTES = 410_000_000
 """What this process and each worker take before any state is kept: Python, libraries, buffers."""
@@ -35,33 +36,17 @@ _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
 
 
 @dataclass(frozen=True)
-class StatesFile:
-    """All states of one view as one flat file of rows, which every worker maps.
-
-    resident: bytes of it that a worker may keep in memory; None: whatever the system lets it.
-    """
-
-    path: Path
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    resident: int | None
-
-    def open(self, device: torch.device) -> States:
-        """Map it; for a GPU, copy it there."""
-        states = States.of_file(self.path, self.shape, self.dtype, resident=self.resident)
-        return states if device.type == "cpu" else States(states.values.to(device))
-
-
-@dataclass(frozen=True)
 class Material:
     """Everything a worker reads: files, so that starting a worker hands over names alone.
 
-    states: by view. tables: Arrow files of training and validation (chosen, rejected, label,
-    weight, margin, by pair id), and of the pairs, members and lengths to evaluate on.
+    states: by view. tokens: what regularizers read, if any run has one. tables: Arrow files of
+    training and validation (chosen, rejected, label, weight, margin, by pair id), and of the pairs,
+    members and lengths to evaluate on.
     """
 
     selection: Selection
-    states: dict[str, StatesFile]
+    states: dict[str, MappedFile]
+    tokens: TokenFiles | None
     tables: dict[str, Path]
 
     def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
@@ -140,40 +125,46 @@ def prompt_table(splits: Mapping[str, EvaluationSplit]) -> pl.DataFrame:
 def laid_out(
     cache: Cache,
     selection: Selection,
-    views: Sequence[str],
+    runs: Sequence[Run],
     folder: Path,
     *,
     memory: int | None = None,
     jobs: int = 1,
 ) -> Iterator[Material]:
-    """Prepare the material of a sweep; it lies below `folder` until the block is left.
+    """Prepare what `runs` need; it lies below `folder` until the block is left.
 
     memory: bytes that this process and `jobs` workers together may take, their libraries included;
-    where the views do not fit, workers stream them. None: no limit of our own.
+    where what they map does not fit, workers stream it. None: no limit of our own.
 
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
-    resident = _resident(cache.states_bytes * len(views), memory, jobs)
+    views = [open_view(cache, name) for name in sorted({run.spec.state for run in runs})]
+    with_tokens = any(run.spec.active_regularizer for run in runs)
+    token_bytes = TokenFiles.size(cache) if with_tokens else 0
+    share = _share(sum(view.size for view in views) + token_bytes, memory, jobs)
     table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
-    state_paths = {view: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
-    shape, dtype = (cache.manifest.n_responses, cache.width), cache.layout.torch_dtype
+    state_paths = {view.name: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
+    token_paths = TokenFiles.paths(folder)
+    shards = len(cache.manifest.shards)
     try:
         for name, table in _tables(cache, selection):
             with disk_errors(table_paths[name]):
                 folder.mkdir(parents=True, exist_ok=True)
                 table.write_ipc(table_paths[name], compression="uncompressed")
             del table
-        with progress("reading states", len(views) * len(cache.manifest.shards), "shards") as bar:
-            for view, path in state_paths.items():
-                with disk_errors(path):
-                    for _ in _written(cache.state_shards(view), path):
-                        bar.advance()
-        states = {
-            view: StatesFile(path, shape, dtype, resident) for view, path in state_paths.items()
-        }
-        yield Material(selection, states, table_paths)
+        states: dict[str, MappedFile] = {}
+        tokens = None
+        with progress("reading states", (len(views) + with_tokens) * shards, "shards") as bar:
+            for view in views:
+                path = state_paths[view.name]
+                write_rows(path, view.shards(), bar)
+                resident = None if share is None else int(share * view.size)
+                states[view.name] = MappedFile(path, view.shape, view.dtype, resident)
+            if with_tokens:
+                tokens = TokenFiles.write(cache, folder, share, bar)
+        yield Material(selection, states, tokens, table_paths)
     finally:
-        for path in (*table_paths.values(), *state_paths.values()):
+        for path in (*table_paths.values(), *state_paths.values(), *token_paths.values()):
             path.unlink(missing_ok=True)
 
 
@@ -190,22 +181,8 @@ def _tables(cache: Cache, selection: Selection) -> Iterator[tuple[str, pl.DataFr
     yield "lengths", pl.DataFrame({"n_response": cache.n_response})
 
 
-def _written(parts: Iterator[torch.Tensor], path: Path) -> Iterator[None]:
-    """Write `parts` one after another; each is read while the one before it is written."""
-    with path.open("wb") as file, ThreadPoolExecutor(1) as thread:
-        before: Future[int] | None = None
-        for part in parts:
-            if before:
-                before.result()
-            yield
-            rows = part.contiguous().view(torch.uint8).numpy()
-            before = thread.submit(file.write, rows.data)
-        if before:
-            before.result()
-
-
-def _resident(size: int, memory: int | None, jobs: int) -> int | None:
-    """Bytes of states that each worker may keep; None: all of them, `size` together."""
+def _share(size: int, memory: int | None, jobs: int) -> float | None:
+    """Part of the `size` bytes of mapped files that each worker may keep; None: all."""
     if memory is None:
         return None
     left = memory - (jobs + 1) * PROCESS_BYTES
@@ -215,4 +192,4 @@ def _resident(size: int, memory: int | None, jobs: int) -> int | None:
             f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
             "raise it, or lower --jobs"
         )
-    return None if size <= left else left // jobs
+    return None if size <= left else left / jobs / size

@@ -54,6 +54,7 @@ _CURVES = pl.Schema(
         "epoch": pl.Int64(),
         "step": pl.Int64(),
         "train_loss": pl.Float64(),
+        "regularizer": pl.Float64(),
         "validation_nll": pl.Float64(),
         "validation_accuracy": pl.Float64(),
         "reward_mean": pl.Float64(),
@@ -81,6 +82,7 @@ class Trainer:
     def __init__(self, material: Material, mode: Numerics) -> None:
         self._material, self._mode = material, mode
         self._states: dict[str, States] = {}
+        self._tokens = material.tokens.open() if material.tokens else None
         self._data: dict[tuple[str, int | None], TrainingData] = {}
         self._training, self._validation = material.pairs("training"), material.pairs("validation")
         self._splits = material.splits()
@@ -153,13 +155,18 @@ class Trainer:
         key = view, pairs_limit
         if key not in self._data:
             if view not in self._states:
-                self._states[view] = self._material.states[view].open(numerics.device(self._mode))
+                self._states[view] = self._on_device(self._material.states[view].open())
             self._data[key] = TrainingData(
                 self._states[view],
                 to_pairs(self._training.head(pairs_limit or self._training.height)),
                 to_pairs(self._validation),
+                self._tokens,
             )
         return self._data[key]
+
+    def _on_device(self, states: States) -> States:
+        device = numerics.device(self._mode)
+        return states if device.type == "cpu" else States(states.values.to(device))
 
     def _rewards(self, trained: Sequence[Trained], data: TrainingData) -> list[Rewards | None]:
         """Rewards of the responses `_rows` under every run; None where not all are finite."""

@@ -10,13 +10,16 @@ _LINEAR = 128
 """Linear heads in a pack: so many that moving the states costs little beside multiplying them."""
 
 _COLUMNS = 512
-"""Columns of an MLP pack's first product, for the same reason."""
+"""Columns of the first product of a pack of MLPs or adapters, for the same reason."""
 
 _FIRST = 8
 """Runs of the first pack: small, so that something is finished soon."""
 
 _MOVING = 64
 """Columns of a product that cost as much as moving a minibatch's states."""
+
+_REGULARIZED = 6
+"""Times as much as its reward costs a run whose regularizer reads token rows, about."""
 
 _GPU = 8
 """Times as wide are the packs of a GPU."""
@@ -37,6 +40,8 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
         some = pack.runs[:runs]
         spec = some[0].spec
         columns = _columns(some[0]) * len(some)
+        if spec.active_regularizer:
+            columns *= _REGULARIZED
         epochs = max(run.spec.epochs for run in some)
         return epochs * (spec.pairs_limit or training_pairs) * (_MOVING + columns)
 
@@ -56,8 +61,10 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
 
 def _columns(run: Run) -> int:
     """Columns that one run adds to the product with the states."""
-    return run.spec.head.widths[0] if run.spec.head.widths else 1
+    head = run.spec.head
+    first = head.widths[0] if head.widths else 1
+    return first + (head.adapter.width if head.adapter else 0)
 
 
 def _width(run: Run) -> int:
-    return max(1, _COLUMNS // _columns(run)) if run.spec.head.widths else _LINEAR
+    return max(1, _COLUMNS // _columns(run)) if _columns(run) > 1 else _LINEAR

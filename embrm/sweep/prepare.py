@@ -1,5 +1,6 @@
 """A sweep checked against its cache, before anything is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import polars as pl
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError, nearest
 from embrm.specs import read_toml
-from embrm.sweep.grid import Run, Selection, SweepSpec, configurations, runs
+from embrm.sweep.grid import Configuration, Run, Selection, SweepSpec, configurations, runs
 from embrm.sweep.material import select
+from embrm.sweep.views import AFTER_FINAL_NORM, view_names
 from embrm.train.numerics import Numerics
+from embrm.train.regularizers import READS_S
+from embrm.train.tokens import WHOLE_VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,19 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
             "extract one with another --data, or hold out prompts with holdout in its spec"
         )
     no_margin = training["margin"].null_count()
+    views = view_names(cache)
+    _check_regularizers(found, cache, where)
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
         asked = configuration.spec
-        if asked.state not in cache.views:
+        if asked.state not in views:
             raise UserError(
-                f"{run}: state {asked.state!r} is not in {folder}: "
-                f"{nearest(asked.state, cache.views)}"
+                f"{run}: state {asked.state!r} is not in {folder}: {nearest(asked.state, views)}"
+            )
+        if (asked.head.adapter or asked.regularizer) and asked.state not in AFTER_FINAL_NORM:
+            raise UserError(
+                f"{run}: state {asked.state!r}: adapters and regularizers act on states after the "
+                f"final norm: take state = {' or '.join(map(repr, AFTER_FINAL_NORM))}"
             )
         if asked.pairs_limit and asked.pairs_limit > len(training):
             raise UserError(
@@ -93,6 +103,50 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
         runs=runs(found, spec.seeds, selection, spec.numerics),
         evaluate=list(spec.evaluate) if spec.evaluate is not None else others,
     )
+
+
+def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str) -> None:
+    """Whether the cache has what the regularizers of `found` read."""
+    users = [
+        (f"{where}: run {one.name!r}", regularizer)
+        for one in found
+        if (regularizer := one.spec.active_regularizer)
+    ]
+    if not users:
+        return
+    layout, folder = cache.layout, cache.folder
+    weight = cache.lm_head().get("weight")
+    S_missing = cache.responses["S"].is_finite().not_().sum()
+    for run, regularizer in users:
+        kind = f"regularizer {regularizer.kind!r}"
+        if layout.top_k is None:
+            raise UserError(
+                f"{run}: {kind} reads token rows, and {folder} has none: "
+                "extract with --token-rows 8"
+            )
+        if weight is None:
+            raise UserError(
+                f"{run}: {kind} reads the LM head, and {folder} has none: extract one with embrm "
+                "extract --model"
+            )
+        if regularizer.top_k == "all":
+            if len(weight) > WHOLE_VOCABULARY:
+                raise UserError(
+                    f"{run}: top_k = 'all' with {len(weight)} tokens: it is for vocabularies of at "
+                    f"most {WHOLE_VOCABULARY}: leave top_k out"
+                )
+        elif layout.top_k < (regularizer.top_k or 1):
+            raise UserError(
+                f"{run}: top_k = {regularizer.top_k or 1}, and {folder} keeps {layout.top_k} "
+                "logits a token row: lower it, or extract with "
+                f"--top-k {regularizer.top_k or 32}"
+            )
+        if regularizer.kind in READS_S and S_missing:
+            raise UserError(
+                f"{run}: {kind} reads S, the responses' log-probability, and {folder} lacks it for "
+                f"{S_missing} responses: take grm-dpo or preserve-kl, or extract them with embrm "
+                "extract"
+            )
 
 
 def leaked(prepared: Prepared) -> dict[str, list[str]]:

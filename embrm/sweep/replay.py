@@ -80,15 +80,15 @@ def replay(
     rows = _chosen(results, run, sample)
     source = cache_of(results, cache)
     selection = Selection(results.cache_id, results.spec.train, results.spec.validation)
-    packs = [Pack((_run(row),)) for row in rows]
+    runs = [_run(row) for row in rows]
+    packs = [Pack((run,)) for run in runs]
     wanted = results.spec.numerics
     mode = "native" if why_unavailable(wanted) else wanted
     jobs = worker_count(jobs, mode)
-    views = sorted({pack.runs[0].spec.state for pack in packs})
     with (
         workers(min(jobs, len(packs)), mode) as running,
         tempfile.TemporaryDirectory() as name,
-        laid_out(source, selection, views, Path(name), memory=memory, jobs=jobs) as material,
+        laid_out(source, selection, runs, Path(name), memory=memory, jobs=jobs) as material,
         progress("replay", len(packs), "runs") as bar,
     ):
         out = Path(name)

@@ -8,6 +8,7 @@ import torch
 from embrm.sweep.grid import Selection
 from embrm.sweep.ledger import cache_of, load_run, open_results
 from embrm.sweep.material import select
+from embrm.sweep.views import open_view
 from embrm.train.heads import score
 from embrm.train.states import States
 
@@ -29,7 +30,7 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
     results = open_results(folder)
     saved = load_run(folder, results.find(run)["run_id"])
     source = cache_of(results, cache)
-    states = States(source.states(saved.spec.state))
+    states = States(open_view(source, saved.spec.state).read())
     rows = torch.arange(len(states.values))
     rewards = score(saved.parameters, saved.preprocess, states, rows)[0].numpy()
     selection = Selection(results.cache_id, results.spec.train, results.spec.validation)

@@ -9,10 +9,10 @@ rounding elsewhere.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -29,8 +29,10 @@ from embrm.train.heads import (
 )
 from embrm.train.objectives import Objective, ObjectiveBank, Pairs
 from embrm.train.order import Order
+from embrm.train.regularizers import Regularizer, direction_penalty, mean_fisher, regularize
 from embrm.train.states import States
 from embrm.train.streams import stream
+from embrm.train.tokens import TokenData, TokenRows, TopK
 
 _ADAM_EPS = 1e-8
 
@@ -44,6 +46,8 @@ class TrainSpec(Objective):
     """One run: objective, head and optimisation."""
 
     head: HeadSpec = HeadSpec()
+    """A table: see below."""
+    regularizer: Regularizer | None = None
     """A table: see below."""
     preprocess: PreprocessKind = "none"
     """What is done to the states, by statistics of the training responses."""
@@ -66,29 +70,68 @@ class TrainSpec(Objective):
     seed: int = Field(default=0, ge=0)
     """Of initial weights, order and dropout; given by the sweep's seeds."""
 
-    def pack_key(self) -> tuple[HeadSpec, PreprocessKind, int, int]:
+    @model_validator(mode="after")
+    def _head_fits(self) -> Self:
+        regularizer, adapter = self.regularizer, self.head.adapter
+        if (adapter or regularizer) and self.preprocess != "none":
+            raise ValueError(
+                f"preprocess = {self.preprocess!r}: adapters and regularizers act on the states "
+                "as the LM head reads them: remove preprocess"
+            )
+        if regularizer and regularizer.moves_states and not adapter:
+            raise ValueError(
+                f"regularizer {regularizer.kind!r} without an adapter does nothing on frozen "
+                "states: add head.adapter = { kind = 'low-rank' }, or take kind = 'fisher'"
+            )
+        if regularizer and not regularizer.moves_states and str(self.head) != "linear":
+            raise ValueError(
+                f"regularizer 'fisher' with head {str(self.head)!r}: it is for a linear head "
+                "without an adapter: take one, or kind = 'preserve-fisher'"
+            )
+        return self
+
+    @property
+    def active_regularizer(self) -> Regularizer | None:
+        """The regularizer, if it adds anything."""
+        return self.regularizer if self.regularizer and self.regularizer.active else None
+
+    def pack_key(self) -> tuple[Any, ...]:
         """Runs with equal keys, on the same data, may be trained in one pack."""
-        return self.head, self.preprocess, self.batch_pairs, self.seed
+        regularizer = self.active_regularizer
+        read = regularizer and (regularizer.moves_states, *regularizer.sampling)
+        return self.head, self.preprocess, self.batch_pairs, self.seed, read
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Pairs, on the CPU, index the rows of `states`; training runs where the states are.
 
-    `validation` may be empty: then there is no early stopping and the last epoch is kept.
+    `validation` may be empty: then there is no early stopping and the last epoch is kept. tokens:
+    for regularizers.
     """
 
     states: States
     train: Pairs
     validation: Pairs
+    tokens: TokenData | None = None
     _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict, init=False, repr=False)
+    _fishers: dict[TopK, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def preprocess(self, kind: PreprocessKind) -> Preprocess:
         """Fitted on the training responses, once."""
         if kind not in self._fitted:
-            rows = torch.cat([self.train.chosen, self.train.rejected]).unique()
-            self._fitted[kind] = fit_preprocess(kind, self.states, rows)
+            self._fitted[kind] = fit_preprocess(kind, self.states, self._responses())
         return self._fitted[kind]
+
+    def fisher(self, top_k: TopK) -> Tensor:
+        """F̄ of the training responses, once."""
+        assert self.tokens is not None  # a pack that needs them is checked first
+        if top_k not in self._fishers:
+            self._fishers[top_k] = mean_fisher(self.tokens, self._responses(), top_k)
+        return self._fishers[top_k]
+
+    def _responses(self) -> Tensor:
+        return torch.cat([self.train.chosen, self.train.rejected]).unique()
 
 
 @dataclass(frozen=True)
@@ -112,8 +155,8 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
     Each slot keeps the weights of the epoch with its lowest validation NLL. A slot that has
     stopped leaves the bank at the end of its epoch: its neighbours' bits do not feel it.
 
-    Raises: UserError when there is no training pair, when a run asks for margins that the data
-    does not have, or for early stopping without validation pairs.
+    Raises: UserError when there is no training pair, when a run asks for margins or token rows that
+    the data does not have, or for early stopping without validation pairs.
     """
     _check(pack, data)
     first = pack[0]
@@ -129,7 +172,9 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
     monitor = _Monitor(data, fitted)
     for epoch in range(1, max(spec.epochs for spec in pack) + 1):
         dropout = stream(first.seed, "dropout", epoch)
+        positions = stream(first.seed, "tokens", epoch)
         total = torch.zeros(len(active), dtype=torch.float64)
+        total_R = torch.zeros(len(active), dtype=torch.float64)
         for some in order.minibatches(epoch, batch):
             some = some.to(device)
             rows, places = torch.cat([pairs.chosen[some], pairs.rejected[some]]).unique(
@@ -142,7 +187,12 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
                 .to(device)
                 for width in (first.head.widths if first.head.dropout else ())
             ]
-            loss = bank.step(
+            tokens = None
+            if data.tokens is not None and bank.reads_tokens is not None:
+                k, top_k = bank.reads_tokens.sampling
+                draws = positions.random(len(rows))
+                tokens = data.tokens.read(rows.cpu(), rows=k, top_k=top_k, draws=draws).to(device)
+            loss, R = bank.step(
                 preprocess(data.states.take(rows)),
                 places[: len(some)],
                 places[len(some) :],
@@ -152,13 +202,18 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
                     weight[some],
                     None if pairs.margin is None else pairs.margin[some],
                 ),
+                tokens,
             )
             total += loss.cpu().double() * len(some)
-        train_loss = (total / len(pairs)).tolist()
+            total_R += R.cpu().double() * len(some)
+        if data.tokens is not None:
+            data.tokens.let_go()
+        train_loss, train_R = (total / len(pairs)).tolist(), (total_R / len(pairs)).tolist()
         measured = monitor.measure(bank.parameters)
         for index, slot in enumerate(active):
             own = {name: tensor[index : index + 1] for name, tensor in bank.parameters.items()}
             row = {"epoch": epoch, "step": bank.steps, "train_loss": train_loss[index]}
+            row["regularizer"] = train_R[index] if slot.regularized else None
             slot.end_epoch(row | {key: values[index] for key, values in measured.items()}, own)
         going_on = [index for index, slot in enumerate(active) if slot.active]
         if not going_on:
@@ -182,6 +237,13 @@ class _Bank:
         self._batch = batch
         self._steps_per_epoch = -(-len(data.train) // batch)
         self._soft_labels = bool((data.train.label != 1).any())
+        first_regularizer = first.active_regularizer
+        self.reads_tokens: Regularizer | None = None
+        self._fisher: Tensor | None = None
+        if first_regularizer and first_regularizer.moves_states:
+            self.reads_tokens = first_regularizer
+        elif first_regularizer:
+            self._fisher = data.fisher(first_regularizer.top_k).to(device)
         self._optimizer = AdamW([*self.parameters.values()])
         self._set_pack(pack)
 
@@ -198,6 +260,16 @@ class _Bank:
         self._objective = ObjectiveBank(
             pack, self._batch, soft_labels=self._soft_labels, device=device
         )
+        self._regularizers = [
+            spec.active_regularizer for spec in pack if spec.active_regularizer is not None
+        ]
+        self._factors = [
+            torch.tensor(values, device=device)
+            for values in (
+                [regularizer.of_loss for regularizer in self._regularizers],
+                [regularizer.of_value for regularizer in self._regularizers],
+            )
+        ]
 
     def step(
         self,
@@ -206,18 +278,38 @@ class _Bank:
         rejected: Tensor,
         kept: Sequence[Tensor],
         of_pairs: tuple[Tensor, Tensor, Tensor | None],
-    ) -> Tensor:
-        """One update on the pairs (X[chosen], X[rejected]); the loss of each slot before it, [P].
+        tokens: TokenRows | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One update on the pairs (X[chosen], X[rejected]); of each slot before it, its loss and
+        its regularizer R, [P].
 
-        of_pairs: their label, weight and margin.
+        of_pairs: their label, weight and margin. tokens: token rows of the responses in X, where
+        the pack reads them.
         """
         objective = self._objective
         tensors = [tensor.requires_grad_() for tensor in self.parameters.values()]
         r = pair_rewards(
             self.parameters, X, chosen, rejected, objective.totals, objective.means, kept
         )
-        loss = objective.data_loss(r, *of_pairs) + objective.weight_loss(tensors)
-        gradients = torch.autograd.grad(loss.sum(), tensors)
+        loss = objective.data_loss(r, *of_pairs)
+        R = torch.zeros_like(loss)
+        outputs: list[Tensor] = []
+        output_gradients: Sequence[Tensor | None] = []
+        if self._regularizers:
+            # A pack's slots all have a regularizer, or none has: `pack_key`.
+            of_loss, of_value = self._factors
+            loss = loss * of_loss
+            if tokens is not None:
+                R, outputs, output_gradients = regularize(
+                    self._regularizers, self.parameters, tokens, chosen, rejected, of_pairs[1]
+                )
+            elif self._fisher is not None:
+                penalty = direction_penalty(self._fisher, self.parameters["output.weight"])
+                loss, R = loss + of_value * penalty, penalty.detach()
+        loss = loss + objective.weight_loss(tensors)
+        gradients = torch.autograd.grad([loss.sum(), *outputs], tensors, [None, *output_gradients])
+        if tokens is not None:
+            loss = loss + of_value * R
         for tensor in tensors:
             tensor.requires_grad_(False)
         self._optimizer.step(
@@ -229,7 +321,7 @@ class _Bank:
             decays=[spec.weight_decay for spec in self._pack],
         )
         self.steps += 1
-        return loss.detach()
+        return loss.detach(), R
 
 
 def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:
@@ -248,6 +340,11 @@ def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:
                 f"patience = {spec.patience}, but no pair is kept for validation: "
                 "raise validation, or remove patience"
             )
+        if spec.active_regularizer and data.tokens is None:
+            raise UserError(
+                f"regularizer {spec.active_regularizer.kind!r} reads token rows, and there are "
+                "none: use a cache extracted with --token-rows"
+            )
 
 
 class _Slot:
@@ -261,6 +358,7 @@ class _Slot:
         self._best_nll = math.inf
         self._diverged: int | None = None
         self.active = True
+        self.regularized = spec.active_regularizer is not None
 
     def end_epoch(self, row: dict[str, Any], parameters: Parameters) -> None:
         if not self.active:

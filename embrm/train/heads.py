@@ -24,6 +24,9 @@ from embrm.train.streams import stream
 
 Parameters = dict[str, Tensor]
 
+DOWN, DOWN_BIAS, UP = "adapter.down.weight", "adapter.down.bias", "adapter.up.weight"
+"""An adapter's parameters: [P, r, d], [P, r], [P, d, r]."""
+
 _COLUMNS = 32
 """A product with the states has a multiple of this many columns: other kernels multiply a rest."""
 
@@ -34,6 +37,18 @@ _ROWS = 512
 """States widened at a time when many are scored."""
 
 
+class AdapterSpec(Spec):
+    """A residual adapter between a state and all that reads it: h̃ = h + up·down·h, or
+    h + up·ReLU(down·h + b). It begins as the identity: up = 0."""
+
+    kind: Literal["low-rank", "mlp"] = "low-rank"
+    width: int = Field(default=16, gt=0)
+    """Rank, or hidden units."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.width}"
+
+
 class HeadSpec(Spec):
     """A head's shape: reward = w·h, or an MLP with ReLU and dropout after each hidden layer."""
 
@@ -42,6 +57,8 @@ class HeadSpec(Spec):
     """Hidden layers of an mlp."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """After every hidden layer of an mlp."""
+    adapter: AdapterSpec | None = None
+    """A table: see below. The head reads h̃ instead of h."""
 
     @model_validator(mode="after")
     def _fits_kind(self) -> Self:
@@ -52,21 +69,23 @@ class HeadSpec(Spec):
         return self
 
     def __str__(self) -> str:
+        adapter = f" on {self.adapter} adapter" if self.adapter else ""
         if self.kind == "linear":
-            return "linear"
+            return f"linear{adapter}"
         dropout = f" dropout {self.dropout:g}" if self.dropout else ""
-        return f"mlp {'-'.join(map(str, self.widths))}{dropout}"
+        return f"mlp {'-'.join(map(str, self.widths))}{dropout}{adapter}"
 
 
 def initialise(head: HeadSpec, width: int, seed: int) -> Parameters:
     """Initial parameters of one slot, float32: a tensor [1, ...] for each name.
 
     width: components of a state. The reward layer has no bias, because a bias cancels in every
-    margin; its weights are N(0, 1/(fan_in + 1)) (arXiv 2505.07271, code). Hidden layers are
-    drawn as torch.nn.Linear draws them: weights and bias uniform within ±1/√fan_in.
+    margin; its weights are N(0, 1/(fan_in + 1)) (arXiv 2505.07271, code). Hidden layers, and an
+    adapter's down, are drawn as torch.nn.Linear draws them: weights and bias uniform within
+    ±1/√fan_in. A head begins alike with and without an adapter.
     """
     random = stream(seed, "init")
-    parameters = {}
+    state_width, parameters = width, {}
     for layer, outputs in enumerate(head.widths):
         bound = width**-0.5
         for name, shape in (("weight", (1, outputs, width)), ("bias", (1, outputs))):
@@ -75,6 +94,14 @@ def initialise(head: HeadSpec, width: int, seed: int) -> Parameters:
         width = outputs
     values = (random.standard_normal((1, width)) / np.sqrt(width + 1)).astype(np.float32)
     parameters["output.weight"] = torch.from_numpy(values)
+    if head.adapter:
+        inner, bound = head.adapter.width, state_width**-0.5
+        down = random.uniform(-bound, bound, (1, inner, state_width)).astype(np.float32)
+        parameters[DOWN] = torch.from_numpy(down)
+        if head.adapter.kind == "mlp":
+            bias = random.uniform(-bound, bound, (1, inner)).astype(np.float32)
+            parameters[DOWN_BIAS] = torch.from_numpy(bias)
+        parameters[UP] = torch.zeros(1, state_width, inner)
     return parameters
 
 
@@ -88,14 +115,21 @@ def rewards(parameters: Parameters, X: Tensor, kept: Sequence[Tensor] = ()) -> T
 
     kept: one dropout mask [n, width] a hidden layer, holding 0 or 1/(1 - p), shared by the slots.
     """
-    layers = len(parameters) // 2
+    layers = sum(name.startswith("hidden.") for name in parameters) // 2
     last = parameters["output.weight"]
+    inner = adapter_inner(parameters, X) if UP in parameters else None
     if not layers:
-        return _product(X, last).T.contiguous()
+        direct = product(X, last).T.contiguous()
+        if inner is None:
+            return direct
+        ups = parameters[UP]
+        shifts = [own @ (last[slot] @ ups[slot]) for slot, own in enumerate(inner)]
+        return direct + torch.stack(shifts)
     first = parameters["hidden.0.weight"]
-    hidden = _product(X, first.flatten(0, 1)).view(len(X), *first.shape[:2])
     outputs = []
-    for slot, activations in enumerate(hidden.transpose(0, 1).contiguous().unbind()):
+    for slot, activations in enumerate(_by_slot(X, first)):
+        if inner is not None:
+            activations = activations + inner[slot] @ (first[slot] @ parameters[UP][slot]).T
         for layer in range(layers):
             bias = parameters[f"hidden.{layer}.bias"][slot]
             if layer:
@@ -106,6 +140,27 @@ def rewards(parameters: Parameters, X: Tensor, kept: Sequence[Tensor] = ()) -> T
                 activations = activations * kept[layer]
         outputs.append(activations @ last[slot])
     return torch.stack(outputs)
+
+
+def adapter_inner(parameters: Parameters, X: Tensor) -> Sequence[Tensor]:
+    """What up is multiplied by at the states X float32 [n, d]: [n, r] of each slot."""
+    inner = _by_slot(X, parameters[DOWN])
+    if DOWN_BIAS not in parameters:
+        return inner
+    return [torch.relu(x + bias) for x, bias in zip(inner, parameters[DOWN_BIAS], strict=True)]
+
+
+def adapter_readouts(parameters: Parameters, vectors: Tensor) -> Sequence[Tensor]:
+    """vectors·up, [U, r] of each slot, of vectors [U, d] that read a state: what they read of an
+    adapter's shift up·inner is readouts·inner."""
+    return _by_slot(vectors, parameters[UP].transpose(1, 2))
+
+
+def adapted(parameters: Parameters, X: Tensor) -> Tensor:
+    """h̃ of the states X [n, d] under a bank of one slot: [n, d]; without an adapter X itself."""
+    if UP not in parameters:
+        return X
+    return X + adapter_inner(parameters, X)[0] @ parameters[UP][0].T
 
 
 def pair_rewards(
@@ -137,10 +192,10 @@ def pair_rewards(
         torch.sub(won, lost, out=apart[some])
         if len(totals):
             torch.add(won, lost, out=sums[some])
-    difference = _product(apart, weight).T.contiguous()
+    difference = product(apart, weight).T.contiguous()
     total = weight.new_empty(0, pairs)
     if len(totals):
-        total = _product(sums, weight[totals]).T.contiguous()
+        total = product(sums, weight[totals]).T.contiguous()
     mean_total = weight.new_empty(0)
     if len(means):
         uses = torch.cat([chosen, rejected]).bincount(minlength=len(X)).to(X.dtype)
@@ -148,7 +203,13 @@ def pair_rewards(
     return PairRewards(difference, total, mean_total)
 
 
-def _product(X: Tensor, weight: Tensor) -> Tensor:
+def _by_slot(X: Tensor, weights: Tensor) -> Sequence[Tensor]:
+    """X @ weights[slot]ᵀ of each slot, in one product: [n, d] by [P, columns, d]."""
+    both = product(X, weights.flatten(0, 1)).view(len(X), *weights.shape[:2])
+    return both.transpose(0, 1).contiguous().unbind()
+
+
+def product(X: Tensor, weight: Tensor) -> Tensor:
     """X @ weightᵀ: [n, d] by [columns, d]."""
     columns = len(weight)
     padded = F.pad(weight, (0, 0, 0, -columns % _COLUMNS))

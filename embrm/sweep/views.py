@@ -1,0 +1,97 @@
+"""States that a run may ask for: the cache's own views, and features made of them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embrm.cache.reader import Cache
+from embrm.errors import UserError, nearest
+
+TOKENS = "tokens"
+"""Mean of a response's sampled token rows: a pooled reward, linear heads and adapters being linear
+in it."""
+
+_WITH_S = "+S"
+"""Suffix: S, the response's log-probability in nats, is one more component (a control of GRM)."""
+
+AFTER_FINAL_NORM = ("last", "mean", TOKENS)
+"""Views in the space that the LM head reads, where an adapter may act."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of a cache. Create it with `open_view`."""
+
+    cache: Cache
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Responses, components."""
+        return self.cache.manifest.n_responses, self.cache.width + self._adds_s
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The cache's; float32 with S, which is too large for 16 bits."""
+        return torch.float32 if self._adds_s else self.cache.layout.torch_dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    def shards(self) -> Iterator[torch.Tensor]:
+        """One shard after another. Raises: UserError where the cache is damaged, or a response has
+        no token row."""
+        base = self.name.removesuffix(_WITH_S)
+        parts = self._pooled() if base == TOKENS else self.cache.state_shards(base)
+        if not self._adds_s:
+            yield from parts
+            return
+        S = torch.from_numpy(self.cache.responses["S"].to_numpy().astype(np.float32))
+        first = 0
+        for part in parts:
+            own = S[first : first + len(part)]
+            first += len(part)
+            yield torch.cat([part.float(), own[:, None]], 1)
+
+    def read(self) -> torch.Tensor:
+        """All of it."""
+        return torch.cat([*self.shards()])
+
+    @property
+    def _adds_s(self) -> bool:
+        return self.name.endswith(_WITH_S)
+
+    def _pooled(self) -> Iterator[torch.Tensor]:
+        first = 0
+        for shard, rows in zip(self.cache.manifest.shards, self.cache.token_shards(), strict=True):
+            assert shard is not None  # open_cache refuses an incomplete cache
+            count = shard.responses.rows
+            owner = torch.from_numpy(rows.response.astype(np.int64)) - first
+            held = owner.bincount(minlength=count)
+            if not held.all():
+                missing = int((held == 0).sum())
+                raise UserError(
+                    f"state {TOKENS!r}: {missing} of responses {first}...{first + count - 1} have "
+                    "no token row: take state = 'last' or 'mean'"
+                )
+            total = torch.zeros(count, self.cache.width).index_add_(0, owner, rows.states.float())
+            first += count
+            yield (total / held[:, None]).to(self.dtype)
+
+
+def view_names(cache: Cache) -> list[str]:
+    """Every view that `open_view` takes."""
+    bases = [*cache.views, *([TOKENS] if cache.layout.top_k is not None else [])]
+    return [*bases, *(base + _WITH_S for base in bases)]
+
+
+def open_view(cache: Cache, name: str) -> View:
+    """Raises: UserError for a view that the cache does not have."""
+    names = view_names(cache)
+    if name not in names:
+        raise UserError(f"state {name!r} is not in {cache.folder}: {nearest(name, names)}")
+    return View(cache, name)
