@@ -522,6 +522,24 @@ def bench_sweep(
         print(json.dumps(measured, indent=1))
 
 
+@bench_app.command("grm")
+def bench_grm(
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Cache with token rows whose train split is used, instead of a made-up."),
+    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where temporary files go, 9 GB.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Compare regularizers through the frozen LM head with the same head without one."""
+    from embrm.bench.grm import measure_grm
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    rows = measure_grm(folder, cache)
+    shown = [{key: "" if v is None else v for key, v in row.items()} for row in rows]
+    print(json.dumps(rows, indent=1)) if as_json else _table(shown)
+
+
 def _show(value: dict[str, Any], as_json: bool) -> None:
     """A nested mapping as JSON, or as indented lines in the terminal."""
     if as_json:

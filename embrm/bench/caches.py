@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import open_cache
-from embrm.cache.schema import ShardRows
+from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.writer import open_writer
 from embrm.data.splits import holdout
 from embrm.progress import progress
@@ -39,14 +40,30 @@ _LEAKS = pl.Schema(
 HELD_OUT = "held-out"
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Sampled positions of every response, and the LM head they are read with. Token ids are as
+    frequent as words: Zipf's law, 1/(2.7 + rank)."""
+
+    rows: int = 8
+    top_k: int = 32
+    vocabulary: int = 128_000
+
+
 def synthetic(
-    folder: Path, splits: Mapping[str, int], width: int, *, held_out: float = 0.0
+    folder: Path,
+    splits: Mapping[str, int],
+    width: int,
+    *,
+    held_out: float = 0.0,
+    tokens: Tokens | None = None,
 ) -> Path:
     """Write a cache of bfloat16 states of `width` components; returns `folder`.
 
     splits: pairs of each split, every pair with a prompt and two adjacent responses of its own.
     held_out: share of the prompts of "train" that go to the split `HELD_OUT`. Chosen is what
-    Bradley-Terry noise makes of the gold of `_World`. Memory does not grow with the cache.
+    Bradley-Terry noise makes of the gold of `_World`. Memory does not grow with the cache. Token
+    states and logits are noise of the usual sizes.
     """
     random = np.random.default_rng(0)
     count = sum(splits.values())
@@ -56,7 +73,15 @@ def synthetic(
         pairs = _with_held_out(pairs, held_out)
     shard_pairs = max(1, _SHARD_BYTES // (4 * width))
     states = _World(width).shards(torch.from_numpy(first), shard_pairs)
-    _write(folder, pairs, states, rows=2 * count, shard_rows=2 * shard_pairs)
+    _write(
+        folder,
+        pairs,
+        states,
+        rows=2 * count,
+        shard_rows=2 * shard_pairs,
+        width=width,
+        tokens=tokens,
+    )
     return folder
 
 
@@ -65,7 +90,8 @@ def resplit(folder: Path, source: Path, held_out: float) -> Path:
     cache = open_cache(source)
     pairs = _with_held_out(cache.pairs.filter(pl.col("split") == "train"), held_out)
     rows, shard_rows = cache.manifest.n_responses, cache.manifest.shard_rows
-    _write(folder, pairs, cache.state_shards("last"), rows=rows, shard_rows=shard_rows)
+    shards = cache.state_shards("last")
+    _write(folder, pairs, shards, rows=rows, shard_rows=shard_rows, width=cache.width)
     return folder
 
 
@@ -138,7 +164,14 @@ class _World:
 
 
 def _write(
-    folder: Path, pairs: pl.DataFrame, shards: Iterable[Tensor], *, rows: int, shard_rows: int
+    folder: Path,
+    pairs: pl.DataFrame,
+    shards: Iterable[Tensor],
+    *,
+    rows: int,
+    shard_rows: int,
+    width: int,
+    tokens: Tokens | None = None,
 ) -> None:
     tables = {
         "pairs": pairs,
@@ -156,13 +189,14 @@ def _write(
             tables=tables,
             n_responses=rows,
             shard_rows=shard_rows,
-            lm_head=lambda: {"weight": torch.zeros(1, 1)},
+            lm_head=lambda: _lm_head(tokens, width),
         ) as writer,
         progress("writing the cache to measure on", writer.n_shards, "shards") as bar,
     ):
         first = 0
         for index, states in enumerate(shards):
-            writer.write_shard(index, _shard_rows(first, states), None)
+            sampled = _token_rows(first, states, tokens) if tokens else None
+            writer.write_shard(index, _shard_rows(first, states), sampled)
             first += len(states)
             bar.advance()
         writer.finish()
@@ -183,4 +217,35 @@ def _shard_rows(first: int, states: Tensor) -> ShardRows:
         S=np.zeros(count),
         states={"last": states},
         norms={"last": states.float().norm(dim=1)},
+    )
+
+
+def _lm_head(tokens: Tokens | None, width: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    weight = torch.empty(tokens.vocabulary if tokens else 1, width, dtype=torch.bfloat16)
+    for rows in weight.split(1 << 14):
+        rows.copy_(torch.randn(rows.shape, generator=random) * width**-0.5)
+    return {"weight": weight, "scale": torch.ones(1)}
+
+
+def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows:
+    random = np.random.default_rng(first)
+    count = len(states) * tokens.rows
+    # Ranks whose probability falls as 1/(2.7 + rank), by the inverse of its integral.
+    draws = random.random((count, tokens.top_k + 1))
+    ranks = 2.7 * ((1 + tokens.vocabulary / 2.7) ** draws - 1)
+    ids = ranks.astype(np.int32).clip(0, tokens.vocabulary - 1)
+    logits = -np.log(2.7 + np.arange(tokens.top_k, dtype=np.float32)).repeat(count)
+    logits = logits.reshape(tokens.top_k, count).T.copy()
+    generator = torch.Generator().manual_seed(first)
+    values = torch.randn(count, states.shape[1], generator=generator).to(states.dtype)
+    return TokenRows(
+        response=np.repeat(np.arange(first, first + len(states), dtype=np.int32), tokens.rows),
+        position=np.tile(np.arange(tokens.rows, dtype=np.int32), len(states)),
+        target=ids[:, -1].copy(),
+        target_logit=np.full(count, -3, np.float32),
+        logsumexp=np.full(count, 1.2, np.float32),
+        states=values,
+        top_ids=ids[:, :-1].copy(),
+        top_logits=logits,
     )

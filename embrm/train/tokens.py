@@ -199,6 +199,12 @@ class TokenData:
             head=self.head,
         )
 
+    def candidate_ids(self, rows: Tensor, top_k: TopK) -> Tensor:
+        """Tokens whose vectors `read` wants for token rows int64 [n]: [n, candidates]."""
+        if top_k == "all":
+            return torch.arange(len(self.head.weight.values)).expand(len(rows), -1)
+        return _truncated(self.facts.take(rows), self.top_k, top_k)[0]
+
     def let_go(self) -> None:
         """Return the pages used so far to the system."""
         for states in (self.states, self.facts, self.tail_means, self.head.weight):

@@ -1,0 +1,160 @@
+"""What a regularizer through the frozen LM head costs, beside the same head without one."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embrm.bench.caches import Tokens, synthetic
+from embrm.bench.processes import measure
+from embrm.cache.reader import open_cache
+from embrm.errors import UserError
+from embrm.progress import progress
+from embrm.sweep.grid import Run, RunSpec, Selection
+from embrm.sweep.material import Material, laid_out, to_pairs
+from embrm.train.bank import TrainingData, train
+from embrm.train.numerics import settings
+from embrm.train.order import Order
+from embrm.train.streams import stream
+
+_ADAPTERS = {
+    "low-rank 16": {"kind": "low-rank", "width": 16},
+    "mlp 64": {"kind": "mlp", "width": 64},
+}
+_REGULARIZERS: dict[str, dict[str, Any] | None] = {
+    "none (bt)": None,
+    "grm-sft": {"kind": "grm-sft"},
+    "grm-sft, 8 candidates": {"kind": "grm-sft", "top_k": 8},
+    "grm-sft, 1 token row": {"kind": "grm-sft", "token_rows": 1},
+    "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": None},
+    "grm-dpo": {"kind": "grm-dpo"},
+    "preserve-kl": {"kind": "preserve-kl"},
+}
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Bytes of token rows and token vectors that one epoch reads, and the least it could: every
+    token row that is used, and every token vector that occurs, once."""
+
+    moved: int
+    least: int
+
+
+def measure_grm(
+    folder: Path,
+    cache: Path | None = None,
+    *,
+    runs: int = 16,
+    adapters: Sequence[str] = tuple(_ADAPTERS),
+    regularizers: Sequence[str] = tuple(_REGULARIZERS),
+    pairs: int = 45_000,
+    width: int = 2048,
+    tokens: Tokens = Tokens(),  # noqa: B008
+) -> list[dict[str, Any]]:
+    """One row an adapter and regularizer: one pack of `runs`, trained for an epoch on one thread,
+    in a process set up as a worker is.
+
+    cache: its split "train" is trained on; without, `pairs` made-up pairs of width `width` below
+    `folder`, with token rows as `tokens` says. "times bt": of the run with the same head and no
+    regularizer. "times least": bytes of token rows and token vectors read, to the least that must
+    be; None where none are.
+    Raises: UserError when the cache has no token rows or no split "train".
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        here = cache or synthetic(Path(name) / "cache", {"train": pairs}, width, tokens=tokens)
+        opened = open_cache(here)
+        if opened.layout.top_k is None or "train" not in opened.splits:
+            raise UserError(
+                f"{here}: the cost is measured on token rows of a split 'train': extract with "
+                "--token-rows 8"
+            )
+        cases = {
+            (adapter, regularizer): _runs(adapter, regularizer, runs)
+            for adapter in adapters
+            for regularizer in regularizers
+        }
+        rows: list[dict[str, Any]] = []
+        selection = Selection(opened.cache_id, ("train",), 0.0)
+        every = [run for own in cases.values() for run in own]
+        with (
+            laid_out(opened, selection, every, Path(name)) as material,
+            progress("grm", len(cases), "packs") as bar,
+        ):
+            twins: dict[str, float] = {}
+            for (adapter, regularizer), own in cases.items():
+                done = measure(_pack, material, own, settings=settings("native"))
+                read = _read(material, own[0].spec)
+                seconds = done.seconds / runs
+                twin = twins.setdefault(adapter, seconds)
+                rows.append(
+                    {
+                        "adapter": adapter,
+                        "regularizer": regularizer,
+                        "runs": runs,
+                        "seconds a run": seconds,
+                        "times bt": seconds / twin,
+                        "GB read": read.moved / 1e9 if read else None,
+                        "times least": read.moved / read.least if read else None,
+                        "peak RSS MB": done.memory.rss / 1e6,
+                    }
+                )
+                bar.advance()
+    return rows
+
+
+def _runs(adapter: str, regularizer: str, runs: int) -> list[Run]:
+    spec = RunSpec.model_validate(
+        {
+            "head": {"adapter": _ADAPTERS[adapter]},
+            "regularizer": _REGULARIZERS[regularizer],
+            "epochs": 1,
+        }
+    )
+    many = [spec.model_copy(update={"lr": 1e-4 * (1 + index)}) for index in range(runs)]
+    return [Run("", "", "", one) for one in many]
+
+
+def _pack(material: Material, runs: Sequence[Run]) -> Callable[[], None]:
+    data = _data(material)
+
+    def work() -> None:
+        train([run.spec for run in runs], data)
+
+    return work
+
+
+def _data(material: Material) -> TrainingData:
+    return TrainingData(
+        material.states["last"].open(),
+        to_pairs(material.pairs("training")),
+        to_pairs(material.pairs("validation")),
+        material.tokens.open() if material.tokens else None,
+    )
+
+
+def _read(material: Material, spec: RunSpec) -> _Read | None:
+    """What an epoch of `spec` reads of token rows and vectors, counted over its minibatches."""
+    data, regularizer = _data(material), spec.active_regularizer
+    if regularizer is None or data.tokens is None:
+        return None
+    k, top_k = regularizer.sampling
+    tokens = data.tokens
+    row = tokens.states.width * tokens.states.values.element_size() + 4 * tokens.facts.width
+    vector = tokens.head.weight.width * tokens.head.weight.values.element_size()
+    draws = stream(spec.seed, "tokens", 1)
+    rows, vectors = 0, 0
+    used = torch.zeros(len(tokens.head.weight.values), dtype=torch.bool)
+    seen = torch.zeros(len(tokens.states.values), dtype=torch.bool)
+    order = Order(data.train.chosen, data.states, spec.seed)
+    for some in order.minibatches(1, spec.batch_pairs):
+        responses = torch.cat([data.train.chosen[some], data.train.rejected[some]]).unique()
+        numbers, _ = tokens.sample(responses.numpy(), k, draws.random(len(responses)))
+        ids = tokens.candidate_ids(torch.from_numpy(numbers), top_k).unique()
+        rows, vectors = rows + len(numbers), vectors + len(ids)
+        used[ids], seen[numbers] = True, True
+    moved = rows * row + vectors * vector
+    return _Read(moved, int(seen.sum()) * row + int(used.sum()) * vector)

@@ -1,0 +1,54 @@
+"""The cost of regularizers is that of real packs on a real cache."""
+
+from pathlib import Path
+
+import pytest
+
+from embrm.bench.caches import Tokens, synthetic
+from embrm.bench.grm import measure_grm
+from embrm.cache.reader import open_cache
+from embrm.cache.verify import verify
+from embrm.errors import UserError
+
+_TOKENS = Tokens(rows=3, top_k=5, vocabulary=40)
+
+
+def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path) -> None:
+    folder = synthetic(tmp_path / "cache", {"train": 200}, 8, tokens=_TOKENS)
+    assert verify(folder) == []
+    cache = open_cache(folder)
+    rows = cache.token_rows()
+    assert len(rows.target) == 3 * 400
+    assert rows.top_ids.shape == (1200, 5)
+    assert 0 <= rows.top_ids.min() < rows.top_ids.max() < 40
+    assert cache.lm_head()["weight"].shape == (40, 8)
+
+
+def test_a_regularizer_costs_more_than_its_twin_and_reads_no_less_than_it_must(
+    tmp_path: Path,
+) -> None:
+    rows = measure_grm(
+        tmp_path,
+        runs=2,
+        adapters=["low-rank 16"],
+        regularizers=["none (bt)", "grm-sft", "grm-sft, all token rows"],
+        pairs=2_000,
+        width=64,
+        tokens=_TOKENS,
+    )
+    twin, sampled, every = rows
+    assert twin["times bt"] == 1
+    assert twin["GB read"] is None
+    assert sampled["times bt"] > 1
+    assert every["GB read"] > sampled["GB read"] > 0
+    assert every["times least"] >= 1
+    row = 64 * 2 + 4 * (3 + 2 * 5)
+    most = 4_000 * 3 * row + 40 * 64 * 2 * 4  # four minibatches
+    assert every["GB read"] == pytest.approx(most / 1e9, rel=0.02)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_cache_without_token_rows_is_refused(tmp_path: Path) -> None:
+    cache = synthetic(tmp_path / "cache", {"train": 20}, 8)
+    with pytest.raises(UserError, match="--token-rows"):
+        measure_grm(tmp_path, cache)
