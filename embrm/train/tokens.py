@@ -75,9 +75,10 @@ class TokenRows:
     X: float32 [n, d]. response: int64 [n], which of the minibatch's m responses, ascending. share:
     float32 [n], positions of the response that a row stands for, |R|/k. S: float32 [m].
     vectors: float32 [U, d], ∂(w·h)/∂h of the tokens that are somebody's candidate; a tail's is
-    ∂z/∂h, averaged over it where the cache has tail means, else 0. candidates: int64 [n, C], rows
-    of `vectors`; None: they are the whole vocabulary, C = U = V. target: int64 [n], the column of
-    the target. uncapped: float32 [n, C]. log_p: float32 [n, C], -inf where a candidate is void.
+    ∂z/∂h, averaged over it where the cache has tail means and all cached logits are candidates,
+    else 0. candidates: int64 [n, C], rows of `vectors`; None: they are the whole vocabulary,
+    C = U = V. target: int64 [n], the column of the target. uncapped: float32 [n, C]. log_p:
+    float32 [n, C], -inf where a candidate is void.
     """
 
     X: Tensor
@@ -215,7 +216,8 @@ class TokenData:
         """Vectors of tokens `ids` [n, C - 1] and of the tails, and the candidates' rows there."""
         used, where = ids.unique(return_inverse=True)
         words = self.head.weight.take(used)
-        if self.tail_means is None:
+        # A cached mean is that of the tokens beyond all cached logits: of no larger tail.
+        if self.tail_means is None or ids.shape[1] <= self.top_k:
             tails, at = words.new_zeros(1, words.shape[1]), torch.zeros(len(ids), 1).long()
         else:
             tails, at = self.tail_means.take(places), torch.arange(len(ids))[:, None]
