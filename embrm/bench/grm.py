@@ -28,7 +28,7 @@ _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "none (bt)": None,
     "grm-sft": {"kind": "grm-sft"},
     "grm-sft, 8 candidates": {"kind": "grm-sft", "top_k": 8},
-    "grm-sft, 1 token row": {"kind": "grm-sft", "token_rows": 1},
+    "grm-sft, 8 candidates, 1 token row": {"kind": "grm-sft", "top_k": 8, "token_rows": 1},
     "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": None},
     "grm-dpo": {"kind": "grm-dpo"},
     "preserve-kl": {"kind": "preserve-kl"},

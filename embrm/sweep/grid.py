@@ -23,6 +23,13 @@ class RunSpec(TrainSpec):
     sampled token rows; any of them with "+S": and the response's log-probability."""
     pairs_limit: int | None = Field(default=None, gt=0)
     """Train on this many pairs, the first by pair id (a hash); smaller limits nest in larger."""
+    label_noise: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the training pairs whose label is flipped, by a hash of the pair id: the same pairs
+    for every seed, and more of them nest fewer. Validation pairs keep theirs."""
+
+    def data_key(self) -> tuple[str, int | None, float]:
+        """Runs with equal keys are trained on the same data."""
+        return self.state, self.pairs_limit, self.label_noise
 
 
 class SweepSpec(Spec):

@@ -1,6 +1,6 @@
 """What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ PROCESS_BYTES = 410_000_000
 LEAST_RESIDENT = WINDOW_BYTES
 """Bytes of states that a worker must be able to keep."""
 
-_TABLES = ("training", "validation", "pairs", "members", "lengths")
+_TABLES = ("training", "validation", "pairs", "members", "responses")
 _TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
 _PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
 _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
@@ -41,7 +41,7 @@ class Material:
 
     states: by view. tokens: what regularizers read, if any run has one. tables: Arrow files of
     training and validation (chosen, rejected, label, weight, margin, by pair id), and of the pairs,
-    members and lengths to evaluate on.
+    members and responses (n_response, S) to evaluate on.
     """
 
     selection: Selection
@@ -55,8 +55,12 @@ class Material:
 
     def splits(self) -> dict[str, EvaluationSplit]:
         """Every split that is not trained on, by name."""
-        found = {name: pl.read_ipc(self.tables[name]) for name in ("pairs", "members", "lengths")}
-        return _splits(found["pairs"], found["members"], found["lengths"]["n_response"].to_numpy())
+        pairs, members = (pl.read_ipc(self.tables[name]) for name in ("pairs", "members"))
+        return _splits(pairs, members, self.responses()["n_response"].to_numpy())
+
+    def responses(self) -> pl.DataFrame:
+        """Tokens (n_response) and log-probability (S) of every response."""
+        return pl.read_ipc(self.tables["responses"])
 
 
 def select(
@@ -74,8 +78,12 @@ def select(
     return training.head(pairs_limit or training.height), pairs.filter(held)
 
 
-def to_pairs(table: pl.DataFrame) -> Pairs:
-    """Pairs as tensors."""
+def to_pairs(table: pl.DataFrame, label_noise: float = 0.0) -> Pairs:
+    """Pairs as tensors; with noise, those of `Material.pairs("training")`."""
+    if label_noise:
+        wrong = pl.col(_flip(label_noise))
+        label = pl.when(wrong).then(1 - pl.col("label")).otherwise("label")
+        table = table.with_columns(label=label)
 
     def tensor(column: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(table[column].to_numpy(), dtype=dtype)
@@ -87,6 +95,10 @@ def to_pairs(table: pl.DataFrame) -> Pairs:
         weight=tensor("weight", torch.float32),
         margin=None if table["margin"].null_count() else tensor("margin", torch.float32),
     )
+
+
+def _flip(share: float) -> str:
+    return f"flipped {share!r}"
 
 
 def evaluation_splits(cache: Cache, selection: Selection) -> dict[str, EvaluationSplit]:
@@ -147,7 +159,7 @@ def laid_out(
     token_paths = TokenFiles.paths(folder)
     shards = len(cache.manifest.shards)
     try:
-        for name, table in _tables(cache, selection):
+        for name, table in _tables(cache, selection, {run.spec.label_noise for run in runs}):
             with disk_errors(table_paths[name]):
                 folder.mkdir(parents=True, exist_ok=True)
                 table.write_ipc(table_paths[name], compression="uncompressed")
@@ -168,17 +180,26 @@ def laid_out(
             path.unlink(missing_ok=True)
 
 
-def _tables(cache: Cache, selection: Selection) -> Iterator[tuple[str, pl.DataFrame]]:
+def flipped(table: pl.DataFrame, share: float) -> pl.Series:
+    """Which training pairs have their label flipped at this `RunSpec.label_noise`."""
+    return pl.Series(holdout(table["pair_id"], share, 0, "label noise"))
+
+
+def _tables(
+    cache: Cache, selection: Selection, noises: Set[float]
+) -> Iterator[tuple[str, pl.DataFrame]]:
     """The tables of `_TABLES`; none of them is kept, nor what they are made from."""
     cache = open_cache(cache.folder)
     training, validation = select(cache, selection)
-    yield "training", training.select(_TRAINED_ON)
+    flips = [flipped(training, share).alias(_flip(share)) for share in noises if share]
+    yield "training", training.select(*_TRAINED_ON, *flips)
     yield "validation", validation.select(_TRAINED_ON)
     del training, validation
     pairs, members = _evaluated(cache, selection)
     yield "pairs", pairs
     yield "members", members
-    yield "lengths", pl.DataFrame({"n_response": cache.n_response})
+    del pairs, members
+    yield "responses", cache.responses.select("n_response", "S")
 
 
 def _share(size: int, memory: int | None, jobs: int) -> float | None:

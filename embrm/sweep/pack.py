@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from embrm.evaluate.calibration import fit_temperature
 from embrm.specs import canonical_json, content_id
-from embrm.sweep.grid import Run
+from embrm.sweep.grid import Run, RunSpec
 from embrm.sweep.ledger import OUTCOMES_SCHEMA, TABLES, parquet, weights_file
 from embrm.sweep.material import Material, to_pairs
 from embrm.train import numerics
@@ -83,7 +83,7 @@ class Trainer:
         self._material, self._mode = material, mode
         self._states: dict[str, States] = {}
         self._tokens = material.tokens.open() if material.tokens else None
-        self._data: dict[tuple[str, int | None], TrainingData] = {}
+        self._data: dict[tuple[str, int | None, float], TrainingData] = {}
         self._training, self._validation = material.pairs("training"), material.pairs("validation")
         self._splits = material.splits()
         self._label = self._validation["label"].to_numpy()
@@ -102,7 +102,7 @@ class Trainer:
         """Train and evaluate `pack`: the files to write below the results folder, in order."""
         start = time.time()
         asked = pack.runs[0].spec
-        data = self._training_data(asked.state, asked.pairs_limit)
+        data = self._training_data(asked)
         trained = train([run.spec for run in pack.runs], data)
         after_training = time.time()
         rewards = self._rewards(trained, data)
@@ -151,14 +151,14 @@ class Trainer:
         folder = f"parts/{pack.pack_id}"
         return files | {f"{folder}/{name}.parquet": parquet(tables[name]) for name in TABLES}
 
-    def _training_data(self, view: str, pairs_limit: int | None) -> TrainingData:
-        key = view, pairs_limit
+    def _training_data(self, spec: RunSpec) -> TrainingData:
+        key = view, pairs_limit, noise = spec.data_key()
         if key not in self._data:
             if view not in self._states:
                 self._states[view] = self._on_device(self._material.states[view].open())
             self._data[key] = TrainingData(
                 self._states[view],
-                to_pairs(self._training.head(pairs_limit or self._training.height)),
+                to_pairs(self._training.head(pairs_limit or self._training.height), noise),
                 to_pairs(self._validation),
                 self._tokens,
             )

@@ -33,7 +33,7 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
     groups: dict[Any, list[Run]] = {}
     for run in todo:
         spec = run.spec
-        groups.setdefault((spec.state, spec.pairs_limit, spec.pack_key()), []).append(run)
+        groups.setdefault((spec.data_key(), spec.pack_key()), []).append(run)
 
     def cost(pack: Pack, runs: int | None = None) -> float:
         """Of its first `runs`, or of all, in columns, pairs and epochs."""

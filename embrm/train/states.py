@@ -63,10 +63,12 @@ class States:
         """Rows of a block: it depends on the states' shape and dtype alone."""
         return max(1, BLOCK_BYTES // self._row_bytes)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """float32 [n, width], in a buffer that the next call overwrites."""
+    def take(self, rows: Tensor, spare: int = 0) -> Tensor:
+        """float32 [n + spare, width], in a buffer that the next call overwrites; what the spare
+        rows at its end hold is the caller's affair."""
         rows = rows.to(self.values.device)
-        wide = self._buffer(torch.float32, len(rows))
+        whole = self._buffer(torch.float32, len(rows) + spare)
+        wide = whole[: len(rows)]
         # In parts that stay in the processor's cache between being read and being widened.
         size = max(1, _PART_BYTES // self._row_bytes) if rows.device.type == "cpu" else len(rows)
         for some, part in zip(rows.split(size), wide.split(size), strict=True):
@@ -76,7 +78,7 @@ class States:
                 narrow = self._buffer(self.values.dtype, len(some))
                 self._read(some, narrow)
                 part.copy_(narrow)
-        return wide
+        return whole
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
         """Have the system fetch these blocks while others are worked on."""

@@ -215,13 +215,15 @@ class TokenData:
     def _vectors(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of tokens `ids` [n, C - 1] and of the tails, and the candidates' rows there."""
         used, where = ids.unique(return_inverse=True)
-        words = self.head.weight.take(used)
         # A cached mean is that of the tokens beyond all cached logits: of no larger tail.
         if self.tail_means is None or ids.shape[1] <= self.top_k:
-            tails, at = words.new_zeros(1, words.shape[1]), torch.zeros(len(ids), 1).long()
+            vectors, own = self.head.weight.take(used, spare=1), torch.zeros(len(ids), 1).long()
+            vectors[len(used) :] = 0
         else:
-            tails, at = self.tail_means.take(places), torch.arange(len(ids))[:, None]
-        return torch.cat([words, tails]), torch.cat([where, len(used) + at], 1)
+            vectors = self.head.weight.take(used, spare=len(places))
+            vectors[len(used) :] = self.tail_means.take(places)
+            own = torch.arange(len(ids))[:, None]
+        return vectors, torch.cat([where, len(used) + own], 1)
 
 
 def facts(
