@@ -63,7 +63,7 @@ class Regularizer(Spec):
     """Token rows of a response in a minibatch, drawn anew each epoch; None: all that are cached."""
     top_k: int | Literal["all"] | None = None
     """Candidates of a position beside its target: so many of the largest logits, those cached
-    (None), or all: the whole vocabulary, exactly. Cached tail means serve with None."""
+    (None), or all: the whole vocabulary, exactly."""
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:

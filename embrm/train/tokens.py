@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from embrm.train.states import States
 
@@ -75,10 +76,9 @@ class TokenRows:
     X: float32 [n, d]. response: int64 [n], which of the minibatch's m responses, ascending. share:
     float32 [n], positions of the response that a row stands for, |R|/k. S: float32 [m].
     vectors: float32 [U, d], ∂(w·h)/∂h of the tokens that are somebody's candidate; a tail's is
-    ∂z/∂h, averaged over it where the cache has tail means and all cached logits are candidates,
-    else 0. candidates: int64 [n, C], rows of `vectors`; None: they are the whole vocabulary,
-    C = U = V. target: int64 [n], the column of the target. uncapped: float32 [n, C]. log_p:
-    float32 [n, C], -inf where a candidate is void.
+    ∂z/∂h, averaged over it where the cache has tail means, else 0. candidates: int64 [n, C], rows
+    of `vectors`; None: they are the whole vocabulary, C = U = V. target: int64 [n], the column of
+    the target. uncapped: float32 [n, C]. log_p: float32 [n, C], -inf where a candidate is void.
     """
 
     X: Tensor
@@ -185,7 +185,8 @@ class TokenData:
             target = facts[:, 0].contiguous().view(torch.int32).long()
         else:
             ids, logits, log_p = _truncated(facts, self.top_k, top_k)
-            vectors, candidates = self._vectors(ids, places)
+            tails = self._tails(facts, ids.shape[1] - 1, places)
+            vectors, candidates = self._vectors(ids, tails)
             target = torch.zeros(len(X), dtype=torch.int64)
         return TokenRows(
             X=X,
@@ -204,7 +205,8 @@ class TokenData:
         """Tokens whose vectors `read` wants for token rows int64 [n]: [n, candidates]."""
         if top_k == "all":
             return torch.arange(len(self.head.weight.values)).expand(len(rows), -1)
-        return _truncated(self.facts.take(rows), self.top_k, top_k)[0]
+        k = top_k if self.tail_means is None else None
+        return _truncated(self.facts.take(rows), self.top_k, k)[0]
 
     def let_go(self) -> None:
         """Return the pages used so far to the system."""
@@ -212,17 +214,29 @@ class TokenData:
             if states is not None:
                 states.let_go()
 
-    def _vectors(self, ids: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def _tails(self, facts: Tensor, k: int, places: Tensor) -> Tensor:
+        """Vectors of the tails beyond the k largest logits: [n, d]; [1, d], 0, without means."""
+        if self.tail_means is None:
+            return torch.zeros(1, self.states.width)
+        means = self.tail_means.take(places)
+        if k == self.top_k:
+            return means
+        # The cached tail is what lies beyond all cached logits: those beyond the k join it.
+        ids, logits, log_p = _truncated(facts, self.top_k, None)
+        p, slopes = log_p.exp(), self.head.slopes(self.head.uncapped(logits))
+        used, where = ids[:, 1 + k :].unique(return_inverse=True)
+        weights = (p * slopes)[:, 1 + k : -1]
+        words = self.head.weight.take(used)
+        joining = embedding_bag(where, words, per_sample_weights=weights, mode="sum")
+        mass = p[:, 1 + k :].sum(1, keepdim=True)
+        return (joining + means * p[:, -1:]) / mass.clamp_min(_NO_TAIL)
+
+    def _vectors(self, ids: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors of tokens `ids` [n, C - 1] and of the tails, and the candidates' rows there."""
         used, where = ids.unique(return_inverse=True)
-        # A cached mean is that of the tokens beyond all cached logits: of no larger tail.
-        if self.tail_means is None or ids.shape[1] <= self.top_k:
-            vectors, own = self.head.weight.take(used, spare=1), torch.zeros(len(ids), 1).long()
-            vectors[len(used) :] = 0
-        else:
-            vectors = self.head.weight.take(used, spare=len(places))
-            vectors[len(used) :] = self.tail_means.take(places)
-            own = torch.arange(len(ids))[:, None]
+        vectors = self.head.weight.take(used, spare=len(tails))
+        vectors[len(used) :] = tails
+        own = torch.arange(len(tails)).expand(len(ids))[:, None]
         return vectors, torch.cat([where, len(used) + own], 1)
 
 
