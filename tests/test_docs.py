@@ -28,12 +28,14 @@ from embrm.demo.run import demo
 from embrm.extract.run import ExtractSpec, plan
 from embrm.specs import Spec, read_toml
 from embrm.sweep.grid import RunSpec, SweepSpec, configurations
-from embrm.train.heads import HeadSpec
+from embrm.train.heads import AdapterSpec, HeadSpec
+from embrm.train.regularizers import Regularizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
     ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"], ["bench", "sweep"],
+    ["bench", "grm"],
 ]  # fmt: skip
 SPECS = {
     "Extraction": ExtractSpec,
@@ -43,6 +45,8 @@ SPECS = {
     "Sweep": SweepSpec,
     "Sweep: `[defaults]` and `[[runs]]`": RunSpec,
     "Sweep: `head`": HeadSpec,
+    "Sweep: `head.adapter`": AdapterSpec,
+    "Sweep: `regularizer`": Regularizer,
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

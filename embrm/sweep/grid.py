@@ -27,6 +27,13 @@ class RunSpec(TrainSpec):
     """Share of the training pairs whose label is flipped, by a hash of the pair id: the same pairs
     for every seed, and more of them nest fewer. Validation pairs keep theirs."""
 
+    members: int = Field(default=1, gt=0)
+    """Heads of an ensemble: each trained with a seed of its own, their rewards averaged."""
+
+    def member(self, number: int) -> "RunSpec":
+        """One head of the ensemble; the first has the run's seed."""
+        return self.model_copy(update={"seed": self.seed + number * 2**32})
+
     def data_key(self) -> tuple[str, int | None, float]:
         """Runs with equal keys are trained on the same data."""
         return self.state, self.pairs_limit, self.label_noise

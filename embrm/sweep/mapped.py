@@ -146,6 +146,28 @@ class TokenFiles:
         return rows * (row + 4 * (3 + 2 * (layout.top_k or 0))) + (head.bytes if head else 0)
 
 
+def first_tokens(cache: Cache) -> TokenData:
+    """The token rows of a cache's first shard, in memory."""
+    rows, head = next(cache.token_shards()), cache.lm_head()
+    known = facts(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
+    table = _responses(cache, rows.response)
+    bias, softcap = head.get("bias"), head.get("softcap")
+    return TokenData(
+        states=States(rows.states),
+        facts=States(torch.from_numpy(known)),
+        tail_means=None if rows.tail_means is None else States(rows.tail_means),
+        head=LmHead(
+            States(head["weight"]),
+            None if bias is None else bias.float(),
+            float(head["scale"]),
+            None if softcap is None else float(softcap),
+        ),
+        starts=np.append(table["start"].to_numpy(), len(rows.response)),
+        positions=table["positions"].to_numpy(),
+        S=table["S"].to_numpy(),
+    )
+
+
 def _responses(cache: Cache, response: np.ndarray) -> pl.DataFrame:
     """start, positions and S of every response; response: that of each token row, ascending."""
     scalars = cache.responses.select("S", "n_prompt", "n_response")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.evaluate.calibration import fit_temperature
+from embrm.evaluate.geometry import sample
 from embrm.specs import canonical_json, content_id
+from embrm.sweep.geometry import Geometry, Sample
 from embrm.sweep.grid import Run, RunSpec
-from embrm.sweep.ledger import OUTCOMES_SCHEMA, TABLES, parquet, weights_file
+from embrm.sweep.ledger import OUTCOMES_SCHEMA, TABLES, parquet, training_name, weights_file
 from embrm.sweep.material import Material, to_pairs
 from embrm.train import numerics
 from embrm.train.bank import Trained, TrainingData, train
@@ -88,14 +90,20 @@ class Trainer:
         self._splits = material.splits()
         self._label = self._validation["label"].to_numpy()
         self._weight = self._validation["weight"].to_numpy()
+        samples = self._samples()
         # Rewards are wanted of these responses alone.
         sides = [self._validation[side].to_numpy() for side in ("chosen", "rejected")]
         split_rows = [split.rows for split in self._splits.values()]
-        rows = np.unique(np.concatenate([*sides, *split_rows]).astype(np.int64))
+        sampled = [own.rows.numpy() for own in samples.values()]
+        rows = np.unique(np.concatenate([*sides, *split_rows, *sampled]).astype(np.int64))
         self._rows = torch.from_numpy(rows)
         self._chosen, self._rejected = (np.searchsorted(rows, side) for side in sides)
         self._places = {
             name: np.searchsorted(rows, split.rows) for name, split in self._splits.items()
+        }
+        self._geometry = Geometry(samples, self._tokens)
+        self._sampled = {
+            name: np.searchsorted(rows, own.rows.numpy()) for name, own in samples.items()
         }
 
     def run(self, pack: Pack) -> dict[str, bytes]:
@@ -103,7 +111,7 @@ class Trainer:
         start = time.time()
         asked = pack.runs[0].spec
         data = self._training_data(asked)
-        trained = train([run.spec for run in pack.runs], data)
+        trained = _train([run.spec for run in pack.runs], data)
         after_training = time.time()
         rewards = self._rewards(trained, data)
         after_scoring = time.time()
@@ -126,6 +134,7 @@ class Trainer:
                     row |= {f"{metric}@{name}": value for metric, value in metrics.items()}
                     outcomes.append({"run_id": run.run_id, "split": name, **sums})
             ledger.append(row)
+        geometry = self._measured(pack, trained, rewards, data)
         end = time.time()
         runs = len(pack.runs)
         tables = {
@@ -134,6 +143,7 @@ class Trainer:
                 {name: [row[name] for row in outcomes] for name in OUTCOMES_SCHEMA},
                 schema=OUTCOMES_SCHEMA,
             ),
+            "geometry": geometry,
             "timings": pl.DataFrame(
                 {
                     "run_id": [run.run_id for run in pack.runs],
@@ -150,6 +160,37 @@ class Trainer:
         }
         folder = f"parts/{pack.pack_id}"
         return files | {f"{folder}/{name}.parquet": parquet(tables[name]) for name in TABLES}
+
+    def _samples(self) -> dict[str, Sample]:
+        """What geometry is measured on: of every split, and of the training pairs' responses,
+        whatever a run's limit."""
+        trained_on = [self._training[side].to_numpy() for side in ("chosen", "rejected")]
+        responses = self._material.responses()
+        lengths, S = (responses[name].cast(pl.Float64).to_numpy() for name in responses.columns)
+        name = training_name(self._material.selection.train)
+        every = {name: np.unique(np.concatenate(trained_on).astype(np.int64))}
+        every |= {name: split.rows for name, split in self._splits.items()}
+        some = {name: sample(rows) for name, rows in every.items()}
+        return {
+            name: Sample(torch.from_numpy(rows), lengths[rows], S[rows])
+            for name, rows in some.items()
+        }
+
+    def _measured(
+        self,
+        pack: Pack,
+        trained: Sequence[Trained],
+        rewards: Sequence[Rewards | None],
+        data: TrainingData,
+    ) -> pl.DataFrame:
+        """Geometry of the runs that did not diverge."""
+        heads, rewarded = {}, {}
+        for run, result, own in zip(pack.runs, trained, rewards, strict=True):
+            if own is not None:
+                heads[run.run_id] = result.parameters
+                rewarded[run.run_id] = {name: own[at] for name, at in self._sampled.items()}
+        spec, preprocess = pack.runs[0].spec, trained[0].preprocess
+        return self._geometry.measure(spec, data.states, preprocess, heads, rewarded)
 
     def _training_data(self, spec: RunSpec) -> TrainingData:
         key = view, pairs_limit, noise = spec.data_key()
@@ -174,8 +215,9 @@ class Trainer:
         good = [index for index, result in enumerate(trained) if result.diverged is None]
         if good:
             bank = stack([trained[index].parameters for index in good])
-            scored = score(bank, trained[0].preprocess, data.states, self._rows).numpy()
-            for index, own in zip(good, scored, strict=True):
+            scored = score(bank, trained[0].preprocess, data.states, self._rows)
+            of_runs = scored.unflatten(0, (len(good), -1)).mean(1).numpy()
+            for index, own in zip(good, of_runs, strict=True):
                 rewards[index] = own if np.isfinite(own).all() else None
         return rewards
 
@@ -217,6 +259,27 @@ class Trainer:
             **{name: best.get(name) for name in kept},
             "numerics": numerics.in_use(self._mode),
         }
+
+
+def _train(specs: Sequence[RunSpec], data: TrainingData) -> list[Trained]:
+    """Train the runs of a pack, ensembles one member after the other.
+
+    An ensemble's parameters are its members', [members, ...]; its curve and best epoch are the
+    first member's, and it has diverged where any member has.
+    """
+    members = [
+        train([spec.member(number) for spec in specs], data) for number in range(specs[0].members)
+    ]
+    return [_ensemble(heads) for heads in zip(*members, strict=True)]
+
+
+def _ensemble(heads: Sequence[Trained]) -> Trained:
+    diverged = next((head.diverged for head in heads if head.diverged is not None), None)
+    if len(heads) == 1 or heads[0].diverged is not None:
+        return heads[0]
+    if diverged is not None:
+        return replace(heads[0], parameters={}, best_epoch=0, diverged=diverged)
+    return replace(heads[0], parameters=stack([head.parameters for head in heads]))
 
 
 def _ledger(rows: Sequence[dict[str, Any]]) -> pl.DataFrame:

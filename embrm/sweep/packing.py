@@ -33,15 +33,14 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
     groups: dict[Any, list[Run]] = {}
     for run in todo:
         spec = run.spec
-        groups.setdefault((spec.data_key(), spec.pack_key()), []).append(run)
+        groups.setdefault((spec.data_key(), spec.members, spec.pack_key()), []).append(run)
 
     def cost(pack: Pack, runs: int | None = None) -> float:
         """Of its first `runs`, or of all, in columns, pairs and epochs."""
         some = pack.runs[:runs]
         spec = some[0].spec
         columns = _columns(some[0]) * len(some)
-        if spec.active_regularizer:
-            columns *= _REGULARIZED
+        columns *= spec.members * (_REGULARIZED if spec.active_regularizer else 1)
         epochs = max(run.spec.epochs for run in some)
         return epochs * (spec.pairs_limit or training_pairs) * (_MOVING + columns)
 

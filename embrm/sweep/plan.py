@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from embrm.sweep.ledger import finished
+from embrm.sweep.mapped import first_tokens
 from embrm.sweep.material import evaluation_splits
 from embrm.sweep.pack import Pack
 from embrm.sweep.packing import packs
 from embrm.sweep.prepare import Prepared, prepare
+from embrm.sweep.views import open_view
 from embrm.sweep.workers import worker_count
 from embrm.train.bank import TrainingData, train
 from embrm.train.numerics import Numerics, device
@@ -72,11 +74,12 @@ def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
         steps_of: dict[Any, float] = {}
         for pack in found:
             first = pack.runs[0].spec
-            key = first.state, first.head, first.batch_pairs, len(pack.runs)
+            key = first.state, first.pack_key(), first.members, len(pack.runs)
             if key not in steps_of:
                 steps_of[key] = _step_seconds(prepared, pack)
             steps = -(-(first.pairs_limit or prepared.training_pairs) // first.batch_pairs)
             epochs = max(run.spec.epochs for run in pack.runs)
+            steps *= first.members
             total += epochs * steps * steps_of[key] + len(pack.runs) * evaluation
     finally:
         torch.set_num_threads(threads)
@@ -86,7 +89,8 @@ def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
 def _step_seconds(prepared: Prepared, pack: Pack) -> float:
     """Of one minibatch of a pack, on made-up pairs of the cache's first shard."""
     first = pack.runs[0].spec
-    states = States(next(prepared.cache.state_shards(first.state)))
+    cache = prepared.cache
+    states = States(next(open_view(cache, first.state).shards()))
     pairs = min(_TIMED_STEPS * first.batch_pairs, prepared.training_pairs)
     rows = torch.randint(len(states.values), (2, pairs), generator=torch.Generator().manual_seed(0))
     one, none = torch.ones(pairs), torch.zeros(0)
@@ -94,6 +98,7 @@ def _step_seconds(prepared: Prepared, pack: Pack) -> float:
         states,
         Pairs(rows[0], rows[1], one, one, one),
         Pairs(none.long(), none.long(), none, none, None),
+        first_tokens(cache) if first.active_regularizer else None,
     )
     specs = [run.spec.model_copy(update={"epochs": 1, "patience": None}) for run in pack.runs]
     start = time.perf_counter()
