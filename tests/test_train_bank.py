@@ -390,6 +390,7 @@ def test_the_curve_counts_what_happened() -> None:
     assert last["reward_mean"] == pytest.approx(float(seen.mean()), rel=1e-5)
     assert last["reward_sd"] == pytest.approx(float(seen.std(correction=0)), rel=1e-5)
     assert last["weight_norm"] == pytest.approx(float(result.parameters["output.weight"].norm()))
+    assert last.pop("regularizer") is None
     assert all(math.isfinite(value) for value in last.values())
 
 

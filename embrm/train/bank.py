@@ -301,7 +301,7 @@ class _Bank:
             loss = loss * of_loss
             if tokens is not None:
                 R, outputs, output_gradients = regularize(
-                    self._regularizers, self.parameters, tokens, chosen, rejected, of_pairs[1]
+                    self._regularizers, self.parameters, tokens, chosen, rejected, *of_pairs[:2]
                 )
             elif self._fisher is not None:
                 penalty = direction_penalty(self._fisher, self.parameters["output.weight"])

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag, logsigmoid
 
@@ -36,6 +36,8 @@ class Regularizer(Spec):
       grm-sft: R = mean -logsigmoid(β·S̃_c); grm-sft-unsquashed: R = mean -S̃_c;
       grm-dpo: R = mean -logsigmoid(β·((S̃_c - S_c) - (S̃_r - S_r)));
       grm-dpo-noref: R = mean -logsigmoid(β·(S̃_c - S̃_r)).
+    A pair whose chosen response is better with probability p has p times this, and 1-p times the
+    same with c and r exchanged, as in the pair loss.
     preserve-*: loss + weight·R, over the token rows of all responses:
       preserve-kl: R = mean KL(p_t ‖ p̃_t); preserve-fisher: R = mean ½·Var_{j~p_t}(z̃_j - z_j), its
       second order.
@@ -65,6 +67,13 @@ class Regularizer(Spec):
     """Candidates of a position beside its target: so many of the largest logits, those cached
     (None), or all: the whole vocabulary, exactly."""
 
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _some_or_all(cls, top_k: object) -> object:
+        if top_k not in (None, "all") and not (isinstance(top_k, int) and top_k > 0):
+            raise ValueError("take a number of at least 1, or 'all'")
+        return top_k
+
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
         given = self.model_fields_set
@@ -74,8 +83,6 @@ class Regularizer(Spec):
             for field in ("alpha", "beta"):
                 if field in given:
                     raise ValueError(f"{field} is of grm-*: {self.kind} has a weight")
-        if isinstance(self.top_k, int) and self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k}: take at least 1, or 'all'")
         if self.kind == _ADAPTER_FREE and "token_rows" in given:
             raise ValueError("fisher is computed once, from all token rows: remove token_rows")
         return self
@@ -112,13 +119,14 @@ def regularize(
     tokens: TokenRows,
     chosen: Tensor,
     rejected: Tensor,
+    label: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """R of P slots, float32 [P], and outputs of theirs with gradients of Σ of_value·R.
 
     parameters: of those slots alone, with an adapter. chosen, rejected: int64 [B], the pairs as
-    numbers of the m responses; weight: [B], of mean 1. The slots are differentiated one after the
-    other, so that what is kept of the token rows is one slot's.
+    numbers of the m responses; label, weight: theirs, [B], the weights of mean 1. The slots are
+    differentiated one after the other, so that what is kept of the token rows is one slot's.
     """
     inner = adapter_inner(parameters, tokens.X)
     readouts = adapter_readouts(parameters, tokens.vectors)
@@ -127,7 +135,7 @@ def regularize(
     gradients: list[Tensor] = []
     for spec, own_inner, own_readouts in zip(specs, inner, readouts, strict=True):
         leaves = [leaf.detach().requires_grad_() for leaf in (own_inner, own_readouts)]
-        value = of_slot(spec, tokens, moved(tokens, *leaves), chosen, rejected, weight)
+        value = of_slot(spec, tokens, moved(tokens, *leaves), chosen, rejected, label, weight)
         gradients += torch.autograd.grad(spec.of_value * value, leaves)
         outputs += [own_inner, own_readouts]
         values.append(value.detach())
@@ -140,6 +148,7 @@ def of_slot(
     moved: Tensor,
     chosen: Tensor,
     rejected: Tensor,
+    label: Tensor,
     weight: Tensor,
 ) -> Tensor:
     """R of one slot, a scalar; see `Regularizer` for the formulas.
@@ -152,14 +161,17 @@ def of_slot(
         return divergence(tokens, moved).mean()
     change = summed_change(tokens, moved)
     S = tokens.S + change
-    if spec.kind == "grm-sft-unsquashed":
-        return -(S[chosen] * weight).mean()
-    if spec.kind == "grm-sft":
-        preferred = S[chosen]
-    else:
+
+    def of_pairs(better: Tensor, worse: Tensor) -> Tensor:
+        if spec.kind == "grm-sft-unsquashed":
+            return -S[better]
+        if spec.kind == "grm-sft":
+            return -logsigmoid(spec.beta * S[better])
         compared = change if spec.kind == "grm-dpo" else S
-        preferred = compared[chosen] - compared[rejected]
-    return -(logsigmoid(spec.beta * preferred) * weight).mean()
+        return -logsigmoid(spec.beta * (compared[better] - compared[worse]))
+
+    each = label * of_pairs(chosen, rejected) + (1 - label) * of_pairs(rejected, chosen)
+    return (each * weight).mean()
 
 
 def log_probability_change(tokens: TokenRows, moved: Tensor) -> Tensor:
