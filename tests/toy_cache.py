@@ -6,8 +6,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from embrm.cache.schema import ShardRows
+from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.writer import open_writer
+from embrm.extract.engine import LmHead, statistics
 from embrm.specs import content_id
 
 _NO_EXCLUSIONS = pl.DataFrame(schema={"row": pl.Int64})
@@ -20,10 +21,27 @@ _NO_LEAKS = pl.DataFrame(
 )
 
 
+VOCABULARY, TOP_K = 40, 6
+"""Tokens of the language model whose token rows a toy cache may have, and logits kept of a row."""
+
+
 def toy_cache(
-    folder: Path, *, prompts: int = 60, width: int = 12, seed: int = 0, margins: bool = True
+    folder: Path,
+    *,
+    prompts: int = 60,
+    width: int = 12,
+    seed: int = 0,
+    margins: bool = True,
+    token_rows: int | None = None,
+    top_k: int = TOP_K,
+    S: float | None = None,
+    lm_head: bool = True,
 ) -> Path:
-    """Four responses a prompt; splits train, id and ood/far (its members are groups of four)."""
+    """Four responses a prompt; splits train, id and ood/far (its members are groups of four).
+
+    token_rows: so many of every response, with tail means. S: of the first response, instead of
+    its own. lm_head: whether its weights are there.
+    """
     random = np.random.default_rng(seed)
     n = prompts * 4
     states = random.standard_normal((n, width)).astype(np.float32)
@@ -67,16 +85,22 @@ def toy_cache(
         "exclusions": _NO_EXCLUSIONS,
         "leaks": _NO_LEAKS,
     }
+    identity = {"toy": seed, "prompts": prompts, "width": width, "margins": margins}
+    head = LmHead(torch.zeros(1, width))
+    if token_rows is not None:
+        identity |= {"token_rows": token_rows, "top_k": top_k, "S": str(S), "lm_head": lm_head}
+        weight = np.random.default_rng([seed, 1]).standard_normal((VOCABULARY, width))
+        head = LmHead(torch.from_numpy(weight / width**0.5).bfloat16())
     with open_writer(
         folder,
-        identity={"toy": seed, "prompts": prompts, "width": width, "margins": margins},
+        identity=identity,
         environment={},
         extraction={},
         data={},
         tables=tables,
         n_responses=n,
         shard_rows=n,
-        lm_head=lambda: {"weight": torch.zeros(1, width)},
+        lm_head=lambda: head.tensors() if lm_head else {"scale": torch.ones(1)},
     ) as writer:
         rows = ShardRows(
             first=0,
@@ -91,7 +115,41 @@ def toy_cache(
             states=views,
             norms={name: view.float().norm(dim=1) for name, view in views.items()},
         )
+        if S is not None:
+            rows.S[0] = S
+        tokens = None if token_rows is None else _token_rows(rows, head, token_rows, top_k, seed)
         if 0 not in writer.done:
-            writer.write_shard(0, rows, None)
+            writer.write_shard(0, rows, tokens)
         writer.finish()
     return folder
+
+
+def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int) -> TokenRows:
+    """At most so many token rows of every response, of states drawn for them."""
+    random = np.random.default_rng([seed, 2])
+    held = np.minimum(rows.n_response, most)
+    count, width = int(held.sum()), head.weight.shape[1]
+    states = torch.from_numpy(random.standard_normal((count, width)) * 2).bfloat16()
+    target = random.integers(0, VOCABULARY, count).astype(np.int32)
+    found = statistics(
+        LmHead(head.weight.float()),
+        states.float(),
+        torch.from_numpy(target).long(),
+        top_k,
+        tail_mean=True,
+    )
+    assert found.tail_means is not None
+    ends = np.cumsum(held)
+    return TokenRows(
+        response=np.repeat(np.arange(len(held)), held).astype(np.int32),
+        position=(rows.n_prompt[0] + np.arange(count) - np.repeat(ends - held, held)).astype(
+            np.int32
+        ),
+        target=target,
+        target_logit=found.target_logit.numpy(),
+        logsumexp=found.logsumexp.numpy(),
+        states=states,
+        top_ids=found.top_ids.numpy(),
+        top_logits=found.top_logits.numpy(),
+        tail_means=found.tail_means.bfloat16(),
+    )
