@@ -284,14 +284,40 @@ def cache_verify(folder: CacheFolder) -> None:
 @cache_app.command("probe")
 def cache_probe(
     folder: CacheFolder,
-    sample: Annotated[int, typer.Option(help="Responses to extract again.", min=1)] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    sample: Annotated[
+        int, typer.Option(help="Responses to extract again, or to read.", min=1)
+    ] = 64,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or mps [default: auto].")
+    ] = None,
+    regularizer: Annotated[
+        bool,
+        typer.Option(
+            "--regularizer",
+            help="Instead, compare the regularizers' estimators with the whole vocabulary; "
+            "needs the cache alone.",
+        ),
+    ] = False,
+    target: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error that --regularizer recommends settings for [default: 0.05].",
+            min=0,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Extract a sample again at other batch sizes; report errors and changed pair orders."""
+    if regularizer:
+        if device is not None:
+            raise UserError("--device is for extracting again: leave it out with --regularizer")
+        _probe_estimators(folder, sample, 0.05 if target is None else target, as_json)
+        return
+    if target is not None:
+        raise UserError("--target is for --regularizer: add it, or leave --target out")
     from embrm.extract.probe import probe
 
-    result = probe(folder, sample=sample, device=device)
+    result = probe(folder, sample=sample, device=device or "auto")
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
@@ -303,6 +329,60 @@ def cache_probe(
         )
     if not result.within_tolerance:
         raise UserError(f"{folder}: states or S differ by more than the tolerance: see above")
+
+
+def _probe_estimators(folder: Path, sample: int, target: float, as_json: bool) -> None:
+    from embrm.sweep.estimators import advice, measure_estimators
+
+    result = measure_estimators(folder, sample=sample, target=target)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))
+        return
+
+    def short(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.2g}"
+
+    print("top_k: probability of the tail, and relative errors of ℓ̃ - ℓ, of KL and of gradients")
+    _table(
+        [
+            {
+                "drift": entry.drift,
+                "top_k": entry.top_k,
+                "tail mean": "yes" if entry.tail_mean else "no",
+                "tail": short(entry.tail),
+                "95 %": short(entry.tail_95),
+                "largest": short(entry.tail_max),
+                "ℓ̃ - ℓ": short(entry.change),
+                "gradient": short(entry.change_gradient),
+                "KL": short(entry.kl),
+                "its gradient": short(entry.kl_gradient),
+            }
+            for entry in result.truncation
+        ]
+    )
+    print("\ntoken_rows: standard error of a response's S̃ - S in one minibatch")
+    _table(
+        [
+            {
+                "drift": entry.drift,
+                "token_rows": entry.token_rows,
+                "nats": short(entry.nats),
+                "relative": short(entry.relative),
+            }
+            for entry in result.sampling
+        ]
+    )
+    print(
+        f"\n{result.responses} responses, {result.rows:,} token rows, {result.vocabulary:,} "
+        f"tokens. For a relative error of {target:g} at drift {result.truncation[-1].drift:g}:"
+    )
+    grm = result.grm_top_k or f"none cached: {advice(result, 'grm')}"
+    preserve = result.preserve_top_k or f"none cached: {advice(result, 'preserve')}"
+    error = result.token_rows_error
+    known = "" if error is not None and error <= target else f", all cached: error {short(error)}"
+    print(f"grm-*: top_k = {grm}")
+    print(f"grm-*: token_rows = {result.token_rows}{known}")
+    print(f"preserve-*: top_k = {preserve}")
 
 
 @app.command()
