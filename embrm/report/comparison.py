@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 
 from embrm.errors import UserError, nearest
+from embrm.evaluate.geometry import MEASURES as GEOMETRY
 from embrm.evaluate.intervals import Replicates, compare, mean, replicate
 from embrm.evaluate.outcomes import Outcomes
 
@@ -40,6 +41,9 @@ class Comparison:
     leak_free: split, removed, prompts and the columns of `intervals.compare`, without the prompts
     that occur in training.
     validation: name and accuracy on the training prompts held out for validation, mean over seeds.
+    geometry: split, name and `geometry.MEASURES`, means over seeds as in measures; trained_on is
+    one of its splits. Empty where no run was measured.
+    trained_on: what the training responses are called there.
     unfinished: name, status and runs, of the runs that have no result.
     """
 
@@ -58,6 +62,8 @@ class Comparison:
     lengths: pl.DataFrame
     leak_free: pl.DataFrame
     validation: pl.DataFrame
+    geometry: pl.DataFrame
+    trained_on: str
     unfinished: pl.DataFrame
 
     def longer_is_better(self) -> float | None:
@@ -78,6 +84,8 @@ def compare_runs(
     baseline: str | None,
     rank_by: str | None = None,
     leaked: Mapping[str, Collection[str]] | None = None,
+    geometry: pl.DataFrame | None = None,
+    trained_on: str = "train",
 ) -> Comparison:
     """Compare the configurations of a sweep.
 
@@ -89,6 +97,8 @@ def compare_runs(
     rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
         for the mean over the splits whose names do not start with "train".
     leaked: per split, the ids of its prompts that occur in training.
+    geometry: run_id, split and `geometry.MEASURES`. trained_on: the split there that is the
+        training responses.
 
     Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing, or
     `baseline` diverged in every seed.
@@ -191,6 +201,8 @@ def compare_runs(
         .group_by("name")
         .agg(pl.col("validation_accuracy").mean().alias("accuracy"))
         .sort("name"),
+        geometry=_geometry(geometry, runs, [trained_on, *parts]),
+        trained_on=trained_on,
         unfinished=ledger.join(runs, on="run_id", how="anti")
         .group_by("name", "status")
         .agg(pl.len().alias("runs"))
@@ -279,14 +291,28 @@ def _length(split: str, part: Outcomes) -> pl.DataFrame:
     )
 
 
-def _measures(ledger: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
-    def mean_over_seeds(column: str) -> pl.Expr:
-        return pl.when(pl.col(column).null_count() == 0).then(pl.col(column).mean())
+def _geometry(geometry: pl.DataFrame | None, runs: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
+    if geometry is None or geometry.is_empty():
+        return pl.DataFrame()
+    return pl.concat(
+        runs.join(geometry.filter(pl.col("split") == split), on="run_id", how="left")
+        .group_by("name")
+        .agg(_mean_over_seeds(name).alias(name) for name in GEOMETRY)
+        .sort("name")
+        .select(pl.lit(split).alias("split"), pl.all())
+        for split in splits
+    )
 
+
+def _mean_over_seeds(column: str) -> pl.Expr:
+    return pl.when(pl.col(column).null_count() == 0).then(pl.col(column).mean())
+
+
+def _measures(ledger: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
     return pl.concat(
         ledger.group_by("name")
         .agg(
-            mean_over_seeds(f"{metric}@{split}").alias(metric)
+            _mean_over_seeds(f"{metric}@{split}").alias(metric)
             if f"{metric}@{split}" in ledger.columns
             else pl.lit(None, dtype=pl.Float64).alias(metric)
             for metric in MEASURES

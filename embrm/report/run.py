@@ -12,7 +12,7 @@ from embrm.files import write_bytes
 from embrm.report.comparison import Comparison, compare_runs
 from embrm.report.figures import figures
 from embrm.report.tables import Table, escape, further_tables, main_tables, markdown
-from embrm.sweep.ledger import open_results
+from embrm.sweep.ledger import open_results, training_name
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
@@ -63,6 +63,8 @@ def report(
         baseline or results.spec.baseline,
         rank_by,
         results.leaked,
+        results.geometry,
+        training_name(results.spec.train),
     )
     names = results.ledger.select("run_id", name="config")
     curves = results.curves.join(names, on="run_id", maintain_order="left")

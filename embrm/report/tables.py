@@ -13,6 +13,7 @@ from rich.measure import Measurement
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
+from embrm.evaluate.geometry import SAMPLE
 from embrm.report.comparison import MEAN, Comparison
 
 _ACROSS = 8
@@ -29,6 +30,30 @@ _TEMPERATURE = {
     "of them right, or no more than chance would, and then none fits.",
 }
 """Notes on the calibration of runs with a temperature and without."""
+
+_GEOMETRY = {
+    "norm": "norm",
+    "CV": "norm_cv",
+    "effective rank": "effective_rank",
+    "drift": "drift",
+    "KL token rows": "kl_tokens",
+    "KL reward position": "kl_reward",
+    "corr length": "corr_length",
+    "corr S": "corr_S",
+}
+
+_MOVED = (
+    "Compare the two KLs, in nats: regularizers act on token rows, before the last token, and the "
+    "reward reads the last, so an adapter may move it and leave token rows alone."
+)
+_NOT_MOVED = (
+    "n/a: drift and KL are of adapters; KL needs a cache with token rows, and at the reward "
+    "position state = last."
+)
+_SAMPLED = (
+    f"Of the states that the reward reads, on {SAMPLE} responses a split, fewer where it has "
+    "fewer; formulas: docs/methods.md."
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +72,8 @@ class Table:
 
 
 def main_tables(comparison: Comparison, top: int) -> list[Table]:
-    """What the terminal shows: ranking, splits, accuracy and difference per split, calibration.
+    """What the terminal shows: ranking, splits, accuracy and difference per split, calibration, and
+    where a run has an adapter, geometry.
 
     top: configurations to show; the baseline is always among them.
     """
@@ -59,15 +85,18 @@ def main_tables(comparison: Comparison, top: int) -> list[Table]:
         *_by_split(comparison, shown, "tau"),
         *_leak_free(comparison, shown),
         _calibration(comparison, shown, comparison.ranked_splits),
+        *(_geometry(comparison, shown) if _moves_states(comparison) else []),
     ]
 
 
 def further_tables(comparison: Comparison, top: int) -> list[Table]:
-    """What only the Markdown adds: subsets, and calibration on every split by itself."""
+    """What only the Markdown adds: subsets, calibration on every split by itself, and geometry
+    where the terminal does not show it."""
     shown = _shown(comparison, top)
     return [
         *_subsets(comparison),
         *(_calibration(comparison, shown, (split,)) for split in comparison.splits),
+        *([] if _moves_states(comparison) else _geometry(comparison, shown)),
     ]
 
 
@@ -345,6 +374,57 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
     )
 
 
+def _moves_states(comparison: Comparison) -> bool:
+    geometry = comparison.geometry
+    return not geometry.is_empty() and geometry["drift"].null_count() < geometry.height
+
+
+def _geometry(comparison: Comparison, shown: list[str]) -> list[Table]:
+    """On the training responses, and on average out of distribution where names say so."""
+    if comparison.geometry.is_empty():
+        return []
+    outside = tuple(split for split in comparison.splits if split.startswith("ood"))
+    ranks = dict(comparison.ranking.select("name", "rank").iter_rows())
+    tables = []
+    for splits in ((comparison.trained_on,), outside or comparison.ranked_splits):
+        measures = comparison.geometry.filter(
+            pl.col("split").is_in(splits), pl.col("name").is_in(shown)
+        )
+        # Without adapters nothing moves: such columns would be empty.
+        columns = {
+            label: name
+            for label, name in _GEOMETRY.items()
+            if measures[name].null_count() < measures.height
+        }
+        rows = []
+        for name in shown:
+            own = measures.filter(pl.col("name") == name)
+            values = {column: _mean(own[column]) for column in columns.values()}
+            rows.append(
+                (
+                    str(ranks[name] or ""),
+                    name,
+                    *(
+                        _small(value) if column.startswith("kl") else _number(value)
+                        for column, value in values.items()
+                    ),
+                )
+            )
+        where = splits[0] if len(splits) == 1 else f"mean over {', '.join(splits)}"
+        notes = [_MOVED, _NOT_MOVED] if "drift" in columns else []
+        tables.append(
+            Table(
+                f"Geometry: {where}",
+                ("#", "configuration", *columns),
+                tuple(rows),
+                " ".join([*notes, _SAMPLED]),
+                left=2,
+                wide=("norm",),
+            )
+        )
+    return tables
+
+
 def _subsets(comparison: Comparison) -> list[Table]:
     if comparison.subsets.is_empty():
         return []
@@ -436,6 +516,10 @@ def _p(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return _MISSING if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def _small(value: float | None) -> str:
+    return _MISSING if value is None else f"{value:.2g}"
 
 
 def _mean(values: pl.Series) -> float | None:

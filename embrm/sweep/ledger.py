@@ -10,6 +10,9 @@
     outcomes.parquet             one row a run and split: lists of wins, ties, nll, brier (sums over
                                  a prompt's pairs) and tau, float32, in the order of the split's
                                  rows of prompts.parquet; tau is NaN where it is undefined
+    geometry.parquet             one row a run and split, the training responses as one more split,
+                                 called `training_name`: responses measured, `geometry.MEASURES`;
+                                 no row of a run that an older embrm finished
     timings.parquet              the only file that differs between two executions
     weights/<run_id>.safetensors
 
@@ -39,13 +42,14 @@ import safetensors.torch
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
 from embrm.evaluate.accuracy import OUTCOMES
+from embrm.evaluate.geometry import MEASURES
 from embrm.files import write_atomic, write_bytes
 from embrm.specs import canonical_json
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
 from embrm.train.heads import Parameters, Preprocess
 
 FORMAT = "embrm-head 1"
-TABLES = ("curves", "outcomes", "timings", "ledger")
+TABLES = ("curves", "outcomes", "geometry", "timings", "ledger")
 """Tables of a part, in the order they are written."""
 
 OUTCOMES_SCHEMA = pl.Schema(
@@ -56,7 +60,21 @@ OUTCOMES_SCHEMA = pl.Schema(
     }
 )
 
-_SORT = {"curves": ["run_id", "epoch"], "timings": ["run_id"], "ledger": ["run_id"]}
+GEOMETRY_SCHEMA = pl.Schema(
+    {
+        "run_id": pl.String(),
+        "split": pl.String(),
+        "responses": pl.Int64(),
+        **dict.fromkeys(MEASURES, pl.Float64()),
+    }
+)
+
+_SORT = {
+    "curves": ["run_id", "epoch"],
+    "geometry": ["run_id", "split"],
+    "timings": ["run_id"],
+    "ledger": ["run_id"],
+}
 _CELLS = 1 << 22
 """Runs times prompts whose outcomes are compacted at once: 80 MiB."""
 
@@ -93,6 +111,12 @@ class Results:
     def outcomes(self) -> pl.DataFrame:
         """One row a run and evaluation split, with lists in the order of `prompts`."""
         return _read(self.folder / "outcomes.parquet")
+
+    @cached_property
+    def geometry(self) -> pl.DataFrame:
+        """One row a run and split, the training responses among them; none of an older sweep."""
+        path = self.folder / "geometry.parquet"
+        return _read(path) if path.exists() else GEOMETRY_SCHEMA.to_frame()
 
     @cached_property
     def timings(self) -> pl.DataFrame:
@@ -229,6 +253,11 @@ def parquet(table: pl.DataFrame) -> bytes:
     return stream.getvalue()
 
 
+def training_name(splits: Sequence[str]) -> str:
+    """What geometry.parquet calls the responses that are trained on: no evaluated split's name."""
+    return " + ".join(sorted(splits))
+
+
 def finished(folder: Path) -> dict[str, Path]:
     """Every finished run, whatever spec it was made for: run_id → its part folder.
 
@@ -275,6 +304,8 @@ def write_results(
     )
     for name, order in _SORT.items():
         table = _gather(part_of, name).sort(order)
+        if name == "geometry":
+            table = table.filter(pl.col("split").is_in([*evaluate, training_name(spec.train)]))
         if name == "ledger":
             fixed = [column for column in table.columns if "@" not in column]
             metrics = sorted(c for c in table.columns if c.partition("@")[2] in evaluate)
@@ -321,11 +352,12 @@ def _gather(part_of: Mapping[str, Path], name: str) -> pl.DataFrame:
     by_part: dict[Path, list[str]] = {}
     for run_id, part in part_of.items():
         by_part.setdefault(part, []).append(run_id)
-    tables = (
+    tables = [
         _read(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
         for part, own in by_part.items()
-    )
-    return pl.concat(tables, how="diagonal")
+        if name != "geometry" or (part / "geometry.parquet").exists()  # not so in older parts
+    ]
+    return pl.concat(tables, how="diagonal") if tables else GEOMETRY_SCHEMA.to_frame()
 
 
 def _read(path: Path, columns: list[str] | None = None) -> pl.DataFrame:

@@ -39,9 +39,9 @@ _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
 class Material:
     """Everything a worker reads: files, so that starting a worker hands over names alone.
 
-    states: by view. tokens: what regularizers read, if any run has one. tables: Arrow files of
-    training and validation (chosen, rejected, label, weight, margin, by pair id), and of the pairs,
-    members and responses (n_response, S) to evaluate on.
+    states: by view. tokens: what regularizers read, if any run has one or an adapter. tables: Arrow
+    files of training and validation (chosen, rejected, label, weight, margin, by pair id), and of
+    the pairs, members and responses (n_response, S) to evaluate on.
     """
 
     selection: Selection
@@ -151,7 +151,7 @@ def laid_out(
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
     views = [open_view(cache, name) for name in sorted({run.spec.state for run in runs})]
-    with_tokens = any(run.spec.active_regularizer for run in runs)
+    with_tokens = _reads_tokens(cache, runs)
     token_bytes = TokenFiles.size(cache) if with_tokens else 0
     share = _share(sum(view.size for view in views) + token_bytes, memory, jobs)
     table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
@@ -178,6 +178,15 @@ def laid_out(
     finally:
         for path in (*table_paths.values(), *state_paths.values(), *token_paths.values()):
             path.unlink(missing_ok=True)
+
+
+def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:
+    """Regularizers do, and an adapter's geometry where it can: a run's numbers must not depend on
+    which other runs are left to do."""
+    if any(run.spec.active_regularizer for run in runs):
+        return True
+    adapters = any(run.spec.head.adapter for run in runs)
+    return adapters and cache.layout.top_k is not None and "weight" in cache.lm_head()
 
 
 def flipped(table: pl.DataFrame, share: float) -> pl.Series:
