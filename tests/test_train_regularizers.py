@@ -763,7 +763,7 @@ ADAPTER = {"adapter": {"kind": "low-rank", "width": 4}}
             ["alpha", "preserve-kl", "weight"],
         ),
         (
-            {"regularizer": {"kind": "preserve-fisher", "beta": 0.1}, "head": ADAPTER},
+            {"regularizer": {"kind": "preserve-fisher", "beta": 0.2}, "head": ADAPTER},
             ["beta", "preserve-fisher", "weight"],
         ),
         (
@@ -771,7 +771,7 @@ ADAPTER = {"adapter": {"kind": "low-rank", "width": 4}}
             ["grm-dpo", "alpha", "remove weight"],
         ),
         (
-            {"regularizer": {"kind": "fisher", "token_rows": 2}},
+            {"regularizer": {"kind": "fisher", "token_rows": 3}},
             ["fisher", "remove token_rows"],
         ),
         ({"regularizer": {"kind": "grm-sft", "top_k": 0}, "head": ADAPTER}, ["top_k = 0", "'all'"]),
@@ -810,3 +810,10 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (Regularizer(kind="grm-sft").alpha, Regularizer(kind="grm-sft").beta) == (0.01, 0.1)
     assert Regularizer(kind="grm-sft").of_loss == 0.99
     assert math.isclose(Regularizer(kind="grm-sft").of_value, 0.01)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fisher"])
+def test_a_spec_that_was_written_out_in_full_can_be_read_again(kind: str) -> None:
+    head = HeadSpec() if kind == "fisher" else HeadSpec(adapter=ADAPTERS[0])
+    spec = TrainSpec.parse({"head": head.model_dump(), "regularizer": {"kind": kind}}, "test")
+    assert TrainSpec.parse(spec.model_dump(mode="json"), "test") == spec

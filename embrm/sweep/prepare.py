@@ -11,7 +11,7 @@ from embrm.errors import UserError, nearest
 from embrm.specs import read_toml
 from embrm.sweep.grid import Configuration, Run, Selection, SweepSpec, configurations, runs
 from embrm.sweep.material import select
-from embrm.sweep.views import AFTER_FINAL_NORM, view_names
+from embrm.sweep.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.train.numerics import Numerics
 from embrm.train.regularizers import READS_S
 from embrm.train.tokens import WHOLE_VOCABULARY
@@ -71,15 +71,14 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
             "extract one with another --data, or hold out prompts with holdout in its spec"
         )
     no_margin = training["margin"].null_count()
-    views = view_names(cache)
     _check_regularizers(found, cache, where)
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
         asked = configuration.spec
-        if asked.state not in views:
-            raise UserError(
-                f"{run}: state {asked.state!r} is not in {folder}: {nearest(asked.state, views)}"
-            )
+        try:
+            open_view(cache, asked.state)
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from None
         if (asked.head.adapter or asked.regularizer) and asked.state not in AFTER_FINAL_NORM:
             raise UserError(
                 f"{run}: state {asked.state!r}: adapters and regularizers act on states after the "
@@ -116,7 +115,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
         return
     layout, folder = cache.layout, cache.folder
     weight = cache.lm_head().get("weight")
-    S_missing = cache.responses["S"].is_finite().not_().sum()
+    S_missing = missing_S(cache)
     for run, regularizer in users:
         kind = f"regularizer {regularizer.kind!r}"
         if layout.top_k is None:

@@ -91,7 +91,22 @@ def view_names(cache: Cache) -> list[str]:
 
 def open_view(cache: Cache, name: str) -> View:
     """Raises: UserError for a view that the cache does not have."""
-    names = view_names(cache)
+    names, base = view_names(cache), name.removesuffix(_WITH_S)
+    if base == TOKENS and cache.layout.top_k is None:
+        raise UserError(
+            f"state {name!r} is made of token rows, and {cache.folder} has none: "
+            "extract with --token-rows 8"
+        )
     if name not in names:
         raise UserError(f"state {name!r} is not in {cache.folder}: {nearest(name, names)}")
+    if name != base and (missing := missing_S(cache)):
+        raise UserError(
+            f"state {name!r} reads S, the responses' log-probability, and {cache.folder} lacks it "
+            f"for {missing} responses: take state = {base!r}, or extract them with embrm extract"
+        )
     return View(cache, name)
+
+
+def missing_S(cache: Cache) -> int:  # noqa: N802
+    """Responses without log-probability."""
+    return int(cache.responses["S"].is_finite().not_().sum())

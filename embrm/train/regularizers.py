@@ -76,7 +76,9 @@ class Regularizer(Spec):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        given = self.model_fields_set
+        # Not model_fields_set: a stored spec names every field, and is read again to replay it.
+        fields = type(self).model_fields
+        given = {name for name in fields if getattr(self, name) != fields[name].default}
         if self.kind in GRM and "weight" in given:
             raise ValueError(f"{self.kind} is weighted by alpha: remove weight")
         if self.kind not in GRM:
