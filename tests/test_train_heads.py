@@ -12,10 +12,16 @@ from strict_process import strict_process
 
 from embrm.errors import UserError
 from embrm.train.heads import (
+    DOWN,
+    DOWN_BIAS,
+    UP,
+    AdapterSpec,
     HeadSpec,
     Preprocess,
+    adapted,
     fit_preprocess,
     initialise,
+    pair_rewards,
     rewards,
     score,
     stack,
@@ -24,6 +30,7 @@ from embrm.train.states import States
 from embrm.train.streams import stream
 
 MLP = HeadSpec(kind="mlp", widths=(7, 5))
+ADAPTERS = (AdapterSpec(kind="low-rank", width=3), AdapterSpec(kind="mlp", width=18))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +40,11 @@ def strict() -> Iterator[Callable[..., Any]]:
 
 
 def _bank(head: HeadSpec, width: int, slots: int) -> dict[str, torch.Tensor]:
-    return stack([initialise(head, width, seed) for seed in range(slots)])
+    """Heads as they begin, but for adapters that are not the identity."""
+    bank = stack([initialise(head, width, seed) for seed in range(slots)])
+    if UP in bank:
+        bank[UP].normal_(generator=torch.Generator().manual_seed(1))
+    return bank
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,8 @@ def test_shapes_that_make_no_sense_are_refused(values: dict[str, object], messag
 def test_names_of_heads() -> None:
     assert str(HeadSpec()) == "linear"
     assert str(HeadSpec(kind="mlp", widths=(64, 32), dropout=0.1)) == "mlp 64-32 dropout 0.1"
+    adapter = AdapterSpec(kind="mlp", width=8)
+    assert str(HeadSpec(adapter=adapter)) == "linear on mlp 8 adapter"
 
 
 def test_reward_weights_start_with_variance_one_over_fan_in_plus_one() -> None:
@@ -130,6 +143,50 @@ def test_a_dropout_mask_silences_its_units() -> None:
     assert torch.equal(rewards(bank, X, kept), torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+@pytest.mark.parametrize("head", [HeadSpec(), MLP], ids=str)
+def test_an_adapter_moves_what_the_head_reads(head: HeadSpec, adapter: AdapterSpec) -> None:
+    X = torch.randn(11, 6)
+    bank = _bank(head.model_copy(update={"adapter": adapter}), 6, 3)
+    plain = {name: tensor for name, tensor in bank.items() if not name.startswith("adapter.")}
+    found = rewards(bank, X)
+    chosen, rejected = torch.tensor([0, 4, 4, 10]), torch.tensor([1, 2, 3, 0])
+    pairs = pair_rewards(bank, X, chosen, rejected, torch.tensor([0, 2]), torch.tensor([1]))
+    for slot in range(3):
+        own = {name: tensor[slot : slot + 1] for name, tensor in bank.items()}
+        inner = X @ bank[DOWN][slot].T
+        if adapter.kind == "mlp":
+            inner = torch.relu(inner + bank[DOWN_BIAS][slot])
+        moved = X + inner @ bank[UP][slot].T
+        torch.testing.assert_close(adapted(own, X), moved)
+        r = rewards({name: plain[name][slot : slot + 1] for name in plain}, moved)[0]
+        torch.testing.assert_close(found[slot], r, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            pairs.difference[slot], r[chosen] - r[rejected], rtol=1e-4, atol=1e-5
+        )
+    total = found[:, chosen] + found[:, rejected]
+    torch.testing.assert_close(pairs.total, total[[0, 2]])
+    torch.testing.assert_close(pairs.mean_total, total[[1]].mean(1))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+@pytest.mark.parametrize("head", [HeadSpec(), MLP], ids=str)
+def test_a_head_begins_alike_with_and_without_an_adapter(
+    head: HeadSpec, adapter: AdapterSpec
+) -> None:
+    plain = initialise(head, 20, 4)
+    found = initialise(head.model_copy(update={"adapter": adapter}), 20, 4)
+    for name, tensor in plain.items():
+        assert torch.equal(found.pop(name), tensor)
+    assert not found.pop(UP).any()
+    assert {*found} == {DOWN} | ({DOWN_BIAS} if adapter.kind == "mlp" else set())
+    for tensor in found.values():
+        assert 0.5 / 20**0.5 < tensor.abs().max() <= 1 / 20**0.5
+    X = torch.randn(5, 20)
+    begun = initialise(head.model_copy(update={"adapter": adapter}), 20, 4)
+    torch.testing.assert_close(rewards(begun, X), rewards(plain, X))
+
+
 def _slot_bits(head: HeadSpec, width: int, rows: int, slots: int) -> list[list[bytes]]:
     """Bits of rewards and gradients of every slot: of the bank, then of each slot alone."""
     bank = _bank(head, width, slots)
@@ -149,20 +206,27 @@ def _slot_bits(head: HeadSpec, width: int, rows: int, slots: int) -> list[list[b
 
 
 @settings(max_examples=100, deadline=None)
-@example(width=1, rows=1, slots=2, mlp=True)
-@example(width=5, rows=1, slots=6, mlp=True)
-@example(width=17, rows=3, slots=35, mlp=False)
+@example(width=1, rows=1, slots=2, mlp=True, adapter=None)
+@example(width=5, rows=1, slots=6, mlp=True, adapter=None)
+@example(width=17, rows=3, slots=35, mlp=False, adapter=None)
 @given(
     width=st.integers(1, 70),
     rows=st.integers(1, 90),
     slots=st.integers(1, 40),
     mlp=st.booleans(),
+    adapter=st.sampled_from([None, *ADAPTERS]),
 )
 def test_rewards_and_gradients_of_a_slot_have_the_same_bits_alone(
-    strict: Callable[..., Any], width: int, rows: int, slots: int, mlp: bool
+    strict: Callable[..., Any],
+    width: int,
+    rows: int,
+    slots: int,
+    mlp: bool,
+    adapter: AdapterSpec | None,
 ) -> None:
-    slots = min(slots, 6) if mlp else slots
-    found = strict(_slot_bits, MLP if mlp else HeadSpec(), width, rows, slots)
+    slots = min(slots, 6) if mlp or adapter else slots
+    head = (MLP if mlp else HeadSpec()).model_copy(update={"adapter": adapter})
+    found = strict(_slot_bits, head, width, rows, slots)
     assert found[:slots] == found[slots:]
 
 
