@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from embrm.evaluate.accuracy import OUTCOMES, PROMPTS
+from embrm.evaluate.geometry import MEASURES
 
 SKILL = {"bt": 0.60, "bsr[lr=0.01]": 0.72, "hinge|$x_1$ [red]*": 0.60, "bad": 0.45}
 SPLITS = ("id", "ood/chat_hard", "ood/maths", "groups", "absent")
@@ -70,6 +71,20 @@ def small_sweep(seeds: int = 3) -> SmallSweep:
         _prompts(),
         pl.DataFrame(outcomes, schema={"run_id": pl.String(), "split": pl.String()} | lists),
     )
+
+
+def small_geometry(adapters: tuple[str, ...] = ("bsr[lr=0.01]",), seeds: int = 3) -> pl.DataFrame:
+    """Of the training responses and the splits with pairs: "norm" tells the split and the seed;
+    what is of adapters, null for the other configurations, is 0.001 times as much."""
+    rows = []
+    for name in SKILL:
+        for seed in range(seeds - (name == "bad" and seeds > 1)):
+            for place, split in enumerate(("train", *SPLITS[:3])):
+                row = dict.fromkeys(MEASURES, 0.5) | {"norm": 10.0 * place + seed}
+                for column in ("drift", "drift_tokens", "kl_tokens", "kl_reward"):
+                    row[column] = 0.001 * row["norm"] if name in adapters else None
+                rows.append({"run_id": f"{name}-{seed}", "split": split, "responses": 256} | row)
+    return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def _prompts() -> pl.DataFrame:

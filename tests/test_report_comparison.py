@@ -4,9 +4,10 @@ import dataclasses
 
 import polars as pl
 import pytest
-from small_sweep import SKILL, SPLITS, SmallSweep, small_sweep
+from small_sweep import SKILL, SPLITS, SmallSweep, small_geometry, small_sweep
 
 from embrm.errors import UserError
+from embrm.evaluate.geometry import MEASURES as GEOMETRY
 from embrm.report.comparison import MEASURES, Comparison, compare_runs
 
 SWEEP = small_sweep()
@@ -216,6 +217,28 @@ def test_a_measure_that_one_seed_lacks_is_no_mean_over_the_others() -> None:
     assert measures["nll"].null_count() == 0
 
 
+def test_geometry_is_the_mean_over_seeds_on_training_responses_and_splits() -> None:
+    found = compared(geometry=small_geometry()).geometry
+    assert found.columns == ["split", "name", *GEOMETRY]
+    assert found["split"].unique(maintain_order=True).to_list() == ["train", *SPLITS[:4]]
+    norms = {row["split"]: row["norm"] for row in found.filter(name="bt").iter_rows(named=True)}
+    assert norms == {"train": 1, "id": 11, "ood/chat_hard": 21, "ood/maths": 31, "groups": None}
+    assert found.filter(name="bad", split="id")["norm"].item() == 10.5  # one seed diverged
+    drifts = {row["name"]: row["drift"] for row in found.filter(split="id").iter_rows(named=True)}
+    assert drifts.pop("bsr[lr=0.01]") == pytest.approx(0.011)
+    assert set(drifts.values()) == {None}
+
+
+def test_geometry_that_a_seed_lacks_is_no_mean_over_the_others() -> None:
+    geometry = small_geometry().filter(pl.col("run_id") != "bt-1")
+    geometry = geometry.drop("drift_tokens")  # a column that older results lack
+    found = compared(geometry=geometry).geometry.filter(split="train")
+    assert found.filter(pl.col("norm").is_null())["name"].to_list() == ["bt"]
+    assert found["drift_tokens"].null_count() == 4
+    assert compared(geometry=geometry.clear()).geometry.is_empty()
+    assert compared().geometry.is_empty()
+
+
 def test_leak_free_accuracy_leaves_the_leaked_prompts_out() -> None:
     leaked = {"id": [f"id {prompt}" for prompt in range(15)], "ood/maths": {"elsewhere"}}
     comparison = compared(leaked=leaked)
@@ -242,11 +265,13 @@ def test_no_baseline_gives_a_ranking_without_differences() -> None:
     assert comparison.ranking["difference"].is_null().all()
 
 
-def test_order_of_rows_does_not_matter(comparison: Comparison) -> None:
+def test_order_of_rows_does_not_matter() -> None:
     shuffled = compared(
         ledger=SWEEP.ledger.sample(fraction=1, shuffle=True, seed=1),
         outcomes=SWEEP.outcomes.sample(fraction=1, shuffle=True, seed=2),
+        geometry=small_geometry().sample(fraction=1, shuffle=True, seed=3),
     )
+    comparison = compared(geometry=small_geometry())
     for field in dataclasses.fields(Comparison):
         left, right = getattr(comparison, field.name), getattr(shuffled, field.name)
         assert left.equals(right) if isinstance(left, pl.DataFrame) else left == right

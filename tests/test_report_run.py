@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from small_sweep import SKILL, SPLITS, small_sweep
+from small_sweep import SKILL, SPLITS, small_geometry, small_sweep
 
 from embrm.errors import UserError
 from embrm.report.run import report
@@ -88,6 +88,22 @@ def test_another_baseline_reaches_the_differences(folder: Path) -> None:
 def test_leaked_prompts_reach_the_table(folder: Path) -> None:
     titles = [table.title for table in report(folder).tables]
     assert "Accuracy % without prompts seen in training" in titles
+
+
+def test_geometry_reaches_tables_and_json_where_it_was_measured(folder: Path) -> None:
+    assert json.loads(report(folder).json())["geometry"] == []
+    assert "Geometry" not in (folder / "report.md").read_text()
+    (folder / "geometry.parquet").write_bytes(parquet(small_geometry()))
+    found = report(folder)
+    assert found.tables[-2].title == "Geometry: train"
+    assert "## Geometry: train\n" in (folder / "report.md").read_text()
+    content = json.loads(found.json())
+    assert content["trained_on"] == "train"
+    rows = [row for row in content["geometry"] if row["split"] == "train"]
+    assert [row["name"] for row in rows] == sorted(SKILL)
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["bt"]["drift"] is None
+    assert by_name["bsr[lr=0.01]"]["drift"] == 0.001
 
 
 def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:

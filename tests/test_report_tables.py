@@ -6,9 +6,9 @@ import re
 import polars as pl
 import pytest
 from rich.console import Console
-from small_sweep import SKILL, SPLITS, small_sweep
+from small_sweep import SKILL, SPLITS, small_geometry, small_sweep
 
-from embrm.report.comparison import compare_runs
+from embrm.report.comparison import Comparison, compare_runs
 from embrm.report.tables import Table, escape, further_tables, main_tables, markdown, terminal
 
 SWEEP = small_sweep()
@@ -250,6 +250,58 @@ def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
     assert set.union(*at_t(none).values()) == {"n/a"}
     assert fitted not in none.note
     assert none_fits in none.note
+
+
+def measured(geometry: pl.DataFrame, splits: tuple[str, ...] = SPLITS) -> Comparison:
+    tables = SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes
+    return compare_runs("moved", *tables, splits, "bt", geometry=geometry)
+
+
+def of_geometry(tables: list[Table]) -> list[Table]:
+    return [table for table in tables if table.title.startswith("Geometry")]
+
+
+def test_geometry_of_adapters_is_shown_on_train_and_out_of_distribution() -> None:
+    comparison = measured(small_geometry())
+    trained, outside = of_geometry(main_tables(comparison, 9))
+    assert not of_geometry(further_tables(comparison, 9))
+    assert trained.title == "Geometry: train"
+    assert outside.title == "Geometry: mean over ood/chat_hard, ood/maths"
+    columns = ("norm", "CV", "effective rank", "drift", "drift token rows", "KL token rows")
+    assert trained.columns == (
+        *("#", "configuration", *columns, "KL reward position", "corr length", "corr S"),
+    )
+    by_name = {row[1]: row[2:] for row in outside.rows}
+    moved = ("26.000", "0.5", "0.500", "0.026", "0.026", "0.026", "0.026", "0.500", "0.500")
+    assert by_name["bsr[lr=0.01]"] == moved
+    assert by_name["bt"] == (*moved[:3], *["n/a"] * 4, *moved[7:])
+    assert "an adapter may move it and leave token rows alone" in trained.note
+    assert outside.note.startswith("n/a: drift and KL are of adapters")
+    everywhere = of_geometry(main_tables(measured(small_geometry(tuple(SKILL))), 9))
+    assert "n/a" not in "".join(table.note for table in everywhere)
+    few = of_geometry(main_tables(comparison, 1))
+    assert [row[1] for row in few[0].rows] == ["bsr[lr=0.01]", "bt"]
+
+
+def test_geometry_without_adapters_is_in_the_long_form_without_empty_columns() -> None:
+    comparison = measured(small_geometry(adapters=()), splits=("id",))
+    assert not of_geometry(main_tables(comparison, 9))
+    found = of_geometry(further_tables(comparison, 9))
+    assert [table.title for table in found] == ["Geometry: train", "Geometry: id"]
+    columns = ("#", "configuration", "norm", "CV", "effective rank", "corr length", "corr S")
+    assert {table.columns for table in found} == {columns}
+    assert "adapter" not in found[0].note + found[1].note
+    assert not of_geometry(further_tables(COMPARISON, 9))
+
+
+def test_small_divergences_keep_their_digits_and_fit_eighty_columns() -> None:
+    geometry = small_geometry(tuple(SKILL)).with_columns(kl_reward=pl.lit(3.21e-7))
+    table = of_geometry(main_tables(measured(geometry), 9))[0]
+    text = shown(table, width=80)
+    assert "3.2e-07" in text
+    assert all(cell in text for row in table.rows for cell in row[3:-1])
+    assert max(map(len, text.splitlines())) <= 80
+    assert "corr S" in markdown(table)
 
 
 def test_leaks_are_counted() -> None:

@@ -27,6 +27,7 @@ from embrm.train.states import States
 NONE = Preprocess(None, None)
 ADAPTER = {"kind": "linear", "adapter": {"kind": "low-rank", "width": 2}}
 N, WIDTH = 12, 6
+OF_ADAPTERS = ("drift", "drift_tokens", "kl_tokens", "kl_reward")
 
 
 def spec(**fields: Any) -> RunSpec:
@@ -95,6 +96,9 @@ def test_divergences_are_those_of_dense_softmaxes(model: dict[str, Any]) -> None
         row = found["a", name]
         token_rows = setting.dense.H[at.rows]
         assert row["kl_tokens"] == pytest.approx(setting.dense_kl(own, token_rows), rel=1e-4)
+        moved = adapted(own, token_rows.float()) - token_rows
+        drifts = moved.norm(dim=1) / token_rows.norm(dim=1)
+        assert row["drift_tokens"] == pytest.approx(drifts.mean().item(), rel=1e-5)
         reward_states = setting.X[at.rows].double()
         assert row["kl_reward"] == pytest.approx(setting.dense_kl(own, reward_states), rel=1e-4)
         assert row["responses"] == len(at.rows)
@@ -142,8 +146,8 @@ def test_an_identity_adapter_moves_nothing(exact: int, monkeypatch: pytest.Monke
     unmoved = setting.measure({"b": plain}, head={"kind": "linear"})
     for name in setting.samples:
         row = found["a", name]
-        assert (row["drift"], row["kl_tokens"], row["kl_reward"]) == (0.0, 0.0, 0.0)
-        same = [key for key in MEASURES if key not in ("drift", "kl_tokens", "kl_reward")]
+        assert [row[key] for key in OF_ADAPTERS] == [0.0] * 4
+        same = [key for key in MEASURES if key not in OF_ADAPTERS]
         assert {key: row[key] for key in same} == {key: unmoved["b", name][key] for key in same}
 
 
@@ -151,9 +155,9 @@ def test_what_a_run_does_not_have_is_null() -> None:
     setting = Setting()
     moving, plain = {"a": head(1)}, {"a": head(1, head={"kind": "linear"})}
     nothing = setting.measure(plain, head={"kind": "linear"})["a", "ood"]
-    assert [key for key in MEASURES if nothing[key] is None] == ["drift", "kl_tokens", "kl_reward"]
+    assert [key for key in MEASURES if nothing[key] is None] == [*OF_ADAPTERS]
     no_rows = setting.measure(moving, tokens=False)["a", "ood"]
-    assert [key for key in MEASURES if no_rows[key] is None] == ["kl_tokens", "kl_reward"]
+    assert [key for key in MEASURES if no_rows[key] is None] == [*OF_ADAPTERS[1:]]
     pooled = setting.measure(moving, state="tokens")["a", "ood"]
     assert [key for key in MEASURES if pooled[key] is None] == ["kl_reward"]
     setting.samples["ood"].S[:] = np.nan
@@ -193,7 +197,7 @@ def test_an_ensemble_is_the_mean_of_its_members() -> None:
     setting, members = Setting(), [head(seed) for seed in (1, 2, 3)]
     alone = [setting.measure({"a": own})["a", "ood"] for own in members]
     together = setting.measure({"a": stack(members)})["a", "ood"]
-    for name in ("norm", "norm_cv", "effective_rank", "drift", "kl_tokens", "kl_reward"):
+    for name in ("norm", "norm_cv", "effective_rank", *OF_ADAPTERS):
         assert together[name] == pytest.approx(np.mean([row[name] for row in alone]))
 
 

@@ -15,8 +15,8 @@ SAMPLE = 256
 """Responses of a split that are measured. The effective rank cannot exceed it."""
 
 MEASURES = (
-    *("norm", "norm_sd", "norm_cv", "effective_rank", "drift", "kl_tokens", "kl_reward"),
-    *("corr_length", "corr_S"),
+    *("norm", "norm_sd", "norm_cv", "effective_rank", "drift", "drift_tokens"),
+    *("kl_tokens", "kl_reward", "corr_length", "corr_S"),
 )
 """Of a run on a split; formulas and what has none: `docs/methods.md`."""
 

@@ -297,7 +297,12 @@ def _geometry(geometry: pl.DataFrame | None, runs: pl.DataFrame, splits: list[st
     return pl.concat(
         runs.join(geometry.filter(pl.col("split") == split), on="run_id", how="left")
         .group_by("name")
-        .agg(_mean_over_seeds(name).alias(name) for name in GEOMETRY)
+        .agg(
+            _mean_over_seeds(name).alias(name)
+            if name in geometry.columns
+            else pl.lit(None, dtype=pl.Float64).alias(name)
+            for name in GEOMETRY
+        )
         .sort("name")
         .select(pl.lit(split).alias("split"), pl.all())
         for split in splits

@@ -36,24 +36,29 @@ _GEOMETRY = {
     "CV": "norm_cv",
     "effective rank": "effective_rank",
     "drift": "drift",
+    "drift token rows": "drift_tokens",
     "KL token rows": "kl_tokens",
     "KL reward position": "kl_reward",
     "corr length": "corr_length",
     "corr S": "corr_S",
 }
 
+_OF_ANY_SIZE = ("norm_cv", "kl_tokens", "kl_reward")
+
 _MOVED = (
-    "Compare the two KLs, in nats: regularizers act on token rows, before the last token, and the "
-    "reward reads the last, so an adapter may move it and leave token rows alone."
+    "Compare drift with drift at token rows: regularizers act there, before the last token, and "
+    "the reward reads the last, so an adapter may move it and leave token rows alone. KL, in nats, "
+    "is near 0 wherever the next token is certain, as it often is at the reward position."
 )
 _NOT_MOVED = (
-    "n/a: drift and KL are of adapters; KL needs a cache with token rows, and at the reward "
-    "position state = last."
+    "n/a: drift and KL are of adapters; token rows must be in the cache; KL at the reward position "
+    "is of state = last."
 )
 _SAMPLED = (
-    f"Of the states that the reward reads, on {SAMPLE} responses a split, fewer where it has "
-    "fewer; formulas: docs/methods.md."
+    f"On at most {SAMPLE} responses a split, whose number bounds the effective rank; what does not "
+    "say token rows is of the states that the reward reads."
 )
+"""Notes on geometry: what to look for, what is missing, what it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -386,7 +391,8 @@ def _geometry(comparison: Comparison, shown: list[str]) -> list[Table]:
     outside = tuple(split for split in comparison.splits if split.startswith("ood"))
     ranks = dict(comparison.ranking.select("name", "rank").iter_rows())
     tables = []
-    for splits in ((comparison.trained_on,), outside or comparison.ranked_splits):
+    inside = (comparison.trained_on,)
+    for splits in (inside, outside or comparison.ranked_splits):
         measures = comparison.geometry.filter(
             pl.col("split").is_in(splits), pl.col("name").is_in(shown)
         )
@@ -405,21 +411,25 @@ def _geometry(comparison: Comparison, shown: list[str]) -> list[Table]:
                     str(ranks[name] or ""),
                     name,
                     *(
-                        _small(value) if column.startswith("kl") else _number(value)
+                        _small(value) if column in _OF_ANY_SIZE else _number(value)
                         for column, value in values.items()
                     ),
                 )
             )
         where = splits[0] if len(splits) == 1 else f"mean over {', '.join(splits)}"
-        notes = [_MOVED, _NOT_MOVED] if "drift" in columns else []
+        if splits == inside:
+            notes = [_MOVED] if "drift" in columns else []
+        else:
+            notes = [_NOT_MOVED] if any(_MISSING in row for row in rows) else []
+            notes.append(_SAMPLED)
         tables.append(
             Table(
                 f"Geometry: {where}",
                 ("#", "configuration", *columns),
                 tuple(rows),
-                " ".join([*notes, _SAMPLED]),
+                " ".join(notes),
                 left=2,
-                wide=("norm",),
+                wide=("norm", "corr S"),
             )
         )
     return tables

@@ -123,7 +123,8 @@ class Geometry:
         moving: Mapping[str, Sequence[Parameters]],
         measured: dict[str, dict[str, float]],
     ) -> None:
-        """Enter the mean KL of every run at token rows and at the reward position."""
+        """Enter the mean KL of every run at token rows and at the reward position, and the drift at
+        token rows."""
         assert self.tokens is not None
         rows = self.samples[split].rows
         exact = len(self.tokens.head.weight.values) <= _EXACT
@@ -138,6 +139,9 @@ class Geometry:
             tokens = data.read(responses, rows=_TOKEN_ROWS, top_k=top_k, draws=draws)
             for run_id, slots in moving.items():
                 measured[run_id] |= _mean([{name: _divergence(tokens, slot)} for slot in slots])
+                if data is self.tokens:
+                    drifts = [drift(tokens.X, adapted(slot, tokens.X)) for slot in slots]
+                    measured[run_id]["drift_tokens"] = sum(drifts) / len(drifts)
             data.let_go()
 
     def _rewarded_at(self, split: str, states: States) -> TokenData:
