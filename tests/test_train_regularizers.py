@@ -586,7 +586,7 @@ def test_training_is_torch_adamw_on_the_textbook_loss(kind: str) -> None:
     label, weight = torch.rand(2, 60, generator=generator)
     data, dense = _training_data(label=label, weight=weight)
     asked = {"alpha": 0.3, "beta": 0.2} if kind in GRM else {"weight": 2.0}
-    regularizer = Regularizer(kind=kind, token_rows=None, top_k="all", **asked)
+    regularizer = Regularizer(kind=kind, token_rows="all", top_k="all", **asked)
     head = HeadSpec(adapter=ADAPTERS[1])
     spec = TrainSpec(
         head=head, regularizer=regularizer, lr=0.02, epochs=4, batch_pairs=500, l2=0.01, seed=3
@@ -783,6 +783,10 @@ ADAPTER = {"adapter": {"kind": "low-rank", "width": 4}}
         (
             {"regularizer": {"kind": "grm-sft", "top_k": "some"}, "head": ADAPTER},
             ["top_k", "'all'"],
+        ),
+        (
+            {"regularizer": {"kind": "grm-sft", "token_rows": 0}, "head": ADAPTER},
+            ["token_rows = 0", "'all'"],
         ),
         ({"head": {"adapter": {"width": 0}}}, ["head.adapter.width", "greater than 0"]),
         ({"head": {"adapter": {"rank": 4}}}, ["rank", "width"]),

@@ -29,7 +29,7 @@ _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "grm-sft": {"kind": "grm-sft"},
     "grm-sft, 8 candidates": {"kind": "grm-sft", "top_k": 8},
     "grm-sft, 8 candidates, 1 token row": {"kind": "grm-sft", "top_k": 8, "token_rows": 1},
-    "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": None},
+    "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": "all"},
     "grm-dpo": {"kind": "grm-dpo"},
     "preserve-kl": {"kind": "preserve-kl"},
 }

@@ -61,18 +61,18 @@ class Regularizer(Spec):
     """β of grm-*."""
     weight: float = Field(default=1.0, ge=0)
     """Of preserve-* and fisher."""
-    token_rows: int | None = Field(default=2, gt=0)
-    """Token rows of a response in a minibatch, drawn anew each epoch; None: all that are cached."""
+    token_rows: int | Literal["all"] = 2
+    """Token rows of a response in a minibatch, drawn anew each epoch; all: those cached."""
     top_k: int | Literal["all"] | None = None
     """Candidates of a position beside its target: so many of the largest logits, those cached
     (None), or all: the whole vocabulary, exactly."""
 
-    @field_validator("top_k", mode="before")
+    @field_validator("token_rows", "top_k", mode="before")
     @classmethod
-    def _some_or_all(cls, top_k: object) -> object:
-        if top_k not in (None, "all") and not (isinstance(top_k, int) and top_k > 0):
+    def _some_or_all(cls, count: object) -> object:
+        if count not in (None, "all") and not (isinstance(count, int) and count > 0):
             raise ValueError("take a number of at least 1, or 'all'")
-        return top_k
+        return count
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -112,7 +112,7 @@ class Regularizer(Spec):
     @property
     def sampling(self) -> tuple[int | None, TopK]:
         """What it reads of every response: runs that read the same may share a pack."""
-        return self.token_rows, self.top_k
+        return None if self.token_rows == "all" else self.token_rows, self.top_k
 
 
 def regularize(
