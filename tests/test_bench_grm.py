@@ -30,7 +30,6 @@ def test_a_regularizer_costs_more_than_its_twin_and_reads_no_less_than_it_must(
     rows = measure_grm(
         tmp_path,
         runs=2,
-        adapters=["low-rank 16"],
         regularizers=["none (bt)", "grm-sft", "grm-sft, all token rows"],
         pairs=2_000,
         width=64,

@@ -20,10 +20,7 @@ from embrm.train.numerics import settings
 from embrm.train.order import Order
 from embrm.train.streams import stream
 
-_ADAPTERS = {
-    "low-rank 16": {"kind": "low-rank", "width": 16},
-    "mlp 64": {"kind": "mlp", "width": 64},
-}
+_HEAD = {"adapter": {"kind": "low-rank", "width": 16}}
 _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "none (bt)": None,
     "grm-sft": {"kind": "grm-sft"},
@@ -49,18 +46,17 @@ def measure_grm(
     cache: Path | None = None,
     *,
     runs: int = 16,
-    adapters: Sequence[str] = tuple(_ADAPTERS),
     regularizers: Sequence[str] = tuple(_REGULARIZERS),
     pairs: int = 45_000,
     width: int = 2048,
     tokens: Tokens = Tokens(),  # noqa: B008
 ) -> list[dict[str, Any]]:
-    """One row an adapter and regularizer: one pack of `runs`, trained for an epoch on one thread,
-    in a process set up as a worker is.
+    """One row a regularizer: one pack of `runs` linear heads on low-rank adapters, trained for an
+    epoch on one thread, in a process set up as a worker is.
 
     cache: its split "train" is trained on; without, `pairs` made-up pairs of width `width` below
-    `folder`, with token rows as `tokens` says. "times bt": of the run with the same head and no
-    regularizer. "times least": bytes of token rows and token vectors read, to the least that must
+    `folder`, with token rows as `tokens` says. "times bt": of the first row, the same head without
+    a regularizer. "times least": bytes of token rows and token vectors read, to the least that must
     be; None where none are.
     Raises: UserError when the cache has no token rows or no split "train".
     """
@@ -72,11 +68,7 @@ def measure_grm(
                 f"{here}: the cost is measured on token rows of a split 'train': extract with "
                 "--token-rows 8"
             )
-        cases = {
-            (adapter, regularizer): _runs(adapter, regularizer, runs)
-            for adapter in adapters
-            for regularizer in regularizers
-        }
+        cases = {regularizer: _runs(regularizer, runs) for regularizer in regularizers}
         rows: list[dict[str, Any]] = []
         selection = Selection(opened.cache_id, ("train",), 0.0)
         every = [run for own in cases.values() for run in own]
@@ -84,19 +76,16 @@ def measure_grm(
             laid_out(opened, selection, every, Path(name)) as material,
             progress("grm", len(cases), "packs") as bar,
         ):
-            twins: dict[str, float] = {}
-            for (adapter, regularizer), own in cases.items():
+            for regularizer, own in cases.items():
                 done = measure(_pack, material, own, settings=settings("native"))
                 read = _read(material, own[0].spec)
                 seconds = done.seconds / runs
-                twin = twins.setdefault(adapter, seconds)
                 rows.append(
                     {
-                        "adapter": adapter,
                         "regularizer": regularizer,
                         "runs": runs,
                         "seconds a run": seconds,
-                        "times bt": seconds / twin,
+                        "times bt": seconds / rows[0]["seconds a run"] if rows else 1.0,
                         "GB read": read.moved / 1e9 if read else None,
                         "times least": read.moved / read.least if read else None,
                         "peak RSS MB": done.memory.rss / 1e6,
@@ -106,10 +95,10 @@ def measure_grm(
     return rows
 
 
-def _runs(adapter: str, regularizer: str, runs: int) -> list[Run]:
+def _runs(regularizer: str, runs: int) -> list[Run]:
     spec = RunSpec.model_validate(
         {
-            "head": {"adapter": _ADAPTERS[adapter]},
+            "head": _HEAD,
             "regularizer": _REGULARIZERS[regularizer],
             "epochs": 1,
         }
