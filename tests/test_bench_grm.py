@@ -24,7 +24,7 @@ def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path) -> None:
     assert cache.lm_head()["weight"].shape == (40, 8)
 
 
-def test_a_regularizer_costs_more_than_its_twin_and_reads_no_less_than_it_must(
+def test_a_regularizer_reads_no_less_than_it_must(
     tmp_path: Path,
 ) -> None:
     rows = measure_grm(
@@ -38,7 +38,6 @@ def test_a_regularizer_costs_more_than_its_twin_and_reads_no_less_than_it_must(
     twin, sampled, every = rows
     assert twin["times bt"] == 1
     assert twin["GB read"] is None
-    assert sampled["times bt"] > 1
     assert every["GB read"] > sampled["GB read"] > 0
     assert every["times least"] >= 1
     row = 64 * 2 + 4 * (3 + 2 * 5)
