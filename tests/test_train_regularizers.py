@@ -579,11 +579,15 @@ def test_alpha_0_is_bradley_terry_with_that_adapter_to_the_bit(adapter: AdapterS
         assert _bits(moved_away) != _bits(bt)
 
 
+@pytest.mark.parametrize("labels", ["soft", "flipped"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_is_torch_adamw_on_the_textbook_loss(kind: str) -> None:
-    """Four full-batch steps with soft labels, weights and l2 against float64 autograd."""
+def test_training_is_torch_adamw_on_the_textbook_loss(kind: str, labels: str) -> None:
+    """Four full-batch steps with weights and l2 against float64 autograd. With flipped labels
+    grm-sft reads the better response of each pair alone."""
     generator = torch.Generator().manual_seed(7)
     label, weight = torch.rand(2, 60, generator=generator)
+    if labels == "flipped":
+        label = (label > 0.3).float()
     data, dense = _training_data(label=label, weight=weight)
     asked = {"alpha": 0.3, "beta": 0.2} if kind in GRM else {"weight": 2.0}
     regularizer = Regularizer(kind=kind, token_rows="all", top_k="all", **asked)
@@ -642,6 +646,17 @@ def test_training_is_torch_adamw_on_the_textbook_loss(kind: str) -> None:
         torch.testing.assert_close(
             found.parameters[name].double(), reference.detach(), rtol=1e-3, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", GRM)
+def test_only_grm_sft_may_leave_out_a_response(kind: str) -> None:
+    """Of hard labels: that of nobody's better response. With soft ones R depends on all."""
+    pairs = torch.tensor([0, 1, 2]), torch.tensor([1, 3, 4])
+    regularizer = Regularizer(kind=kind)
+    hard = regularizer.weighed(6, *pairs, torch.tensor([1.0, 1.0, 0.0])).tolist()
+    soft = regularizer.weighed(5, *pairs, torch.tensor([0.9, 0.5, 0.1])).tolist()
+    assert soft == [True] * 5
+    assert hard == ([True, True, False, False, True, False] if "sft" in kind else [True] * 6)
 
 
 # Fisher

@@ -130,7 +130,7 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
     data, regularizer = _data(material), spec.active_regularizer
     if regularizer is None or data.tokens is None:
         return None
-    k, top_k = regularizer.sampling
+    _, k, top_k = regularizer.reads
     tokens = data.tokens
     row = tokens.states.width * tokens.states.values.element_size() + 4 * tokens.facts.width
     vector = tokens.head.weight.width * tokens.head.weight.values.element_size()
@@ -140,8 +140,14 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
     seen = torch.zeros(len(tokens.states.values), dtype=torch.bool)
     order = Order(data.train.chosen, data.states, spec.seed)
     for some in order.minibatches(1, spec.batch_pairs):
-        responses = torch.cat([data.train.chosen[some], data.train.rejected[some]]).unique()
-        numbers, _ = tokens.sample(responses.numpy(), k, draws.random(len(responses)))
+        both = torch.stack([data.train.chosen[some], data.train.rejected[some]])
+        responses, places = both.unique(return_inverse=True)
+        chosen, rejected = places
+        weighed = regularizer.weighed(
+            len(responses), chosen, rejected, data.train.label[some]
+        ).numpy()
+        drawn = draws.random(len(responses))[weighed]
+        numbers, _ = tokens.sample(responses.numpy()[weighed], k, drawn)
         ids = tokens.candidate_ids(torch.from_numpy(numbers), top_k).unique()
         rows, vectors = rows + len(numbers), vectors + len(ids)
         used[ids], seen[numbers] = True, True

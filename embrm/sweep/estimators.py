@@ -17,6 +17,7 @@ from torch import Tensor
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
+from embrm.sweep.mapped import positions_by_response
 from embrm.train.regularizers import divergence, log_probability_change, moved
 from embrm.train.states import States
 from embrm.train.streams import stream
@@ -171,22 +172,16 @@ def _sampled(cache: Cache, size: int) -> TokenData:
         if rows.tail_means is not None:
             tail_means.append(rows.tail_means[torch.from_numpy(own)])
     head = cache.lm_head()
-    bias, softcap = head.get("bias"), head.get("softcap")
-    scalars = cache.responses.select("S", "n_prompt", "n_response")[chosen]
+    kept = np.concatenate(response)
+    table = positions_by_response(cache, kept)[chosen]
     return TokenData(
         states=States(torch.cat(states)),
         facts=States(torch.from_numpy(np.concatenate(known))),
         tail_means=States(torch.cat(tail_means)) if tail_means else None,
-        head=LmHead(
-            States(head["weight"]),
-            None if bias is None else bias.float(),
-            float(head["scale"]),
-            None if softcap is None else float(softcap),
-        ),
-        starts=np.searchsorted(np.concatenate(response), [*chosen, count]),
-        # A response that begins the sequence has no state before its first token.
-        positions=(scalars["n_response"] - (scalars["n_prompt"] == 0)).to_numpy().astype(np.int64),
-        S=scalars["S"].to_numpy(),
+        head=LmHead.of(head, States(head["weight"])),
+        starts=np.append(table["start"].to_numpy(), len(kept)),
+        positions=table["positions"].to_numpy(),
+        S=table["S"].to_numpy(),
     )
 
 

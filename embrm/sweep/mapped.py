@@ -59,9 +59,7 @@ class TokenFiles:
     facts: MappedFile
     tail_means: MappedFile | None
     weight: MappedFile
-    bias: torch.Tensor | None
-    scale: float
-    softcap: float | None
+    head: dict[str, torch.Tensor]
     responses: Path
 
     def open(self) -> TokenData:
@@ -72,7 +70,7 @@ class TokenFiles:
             states=self.states.open(),
             facts=self.facts.open(),
             tail_means=self.tail_means.open() if self.tail_means else None,
-            head=LmHead(self.weight.open(), self.bias, self.scale, self.softcap),
+            head=LmHead.of(self.head, self.weight.open()),
             starts=np.append(starts, self.states.shape[0]).astype(np.int64),
             positions=table["positions"].to_numpy(),
             S=table["S"].to_numpy(),
@@ -107,7 +105,7 @@ class TokenFiles:
                     _append(files["tail_means"], rows.tail_means)
                 responses.append(rows.response)
                 bar.advance()
-            _responses(cache, np.concatenate(responses)).write_ipc(
+            positions_by_response(cache, np.concatenate(responses)).write_ipc(
                 paths["responses"], compression="uncompressed"
             )
 
@@ -118,15 +116,12 @@ class TokenFiles:
                 paths[name], (size // (width * dtype.itemsize), width), dtype, resident
             )
 
-        bias, softcap = head.get("bias"), head.get("softcap")
         return cls(
             states=mapped("states"),
             facts=mapped("facts"),
             tail_means=mapped("tail_means") if layout.tail_mean else None,
             weight=mapped("weight"),
-            bias=None if bias is None else bias.float(),
-            scale=float(head["scale"]),
-            softcap=None if softcap is None else float(softcap),
+            head={name: tensor for name, tensor in head.items() if name != "weight"},
             responses=paths["responses"],
         )
 
@@ -150,25 +145,19 @@ def first_tokens(cache: Cache) -> TokenData:
     """The token rows of a cache's first shard, in memory."""
     rows, head = next(cache.token_shards()), cache.lm_head()
     known = facts(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
-    table = _responses(cache, rows.response)
-    bias, softcap = head.get("bias"), head.get("softcap")
+    table = positions_by_response(cache, rows.response)
     return TokenData(
         states=States(rows.states),
         facts=States(torch.from_numpy(known)),
         tail_means=None if rows.tail_means is None else States(rows.tail_means),
-        head=LmHead(
-            States(head["weight"]),
-            None if bias is None else bias.float(),
-            float(head["scale"]),
-            None if softcap is None else float(softcap),
-        ),
+        head=LmHead.of(head, States(head["weight"])),
         starts=np.append(table["start"].to_numpy(), len(rows.response)),
         positions=table["positions"].to_numpy(),
         S=table["S"].to_numpy(),
     )
 
 
-def _responses(cache: Cache, response: np.ndarray) -> pl.DataFrame:
+def positions_by_response(cache: Cache, response: np.ndarray) -> pl.DataFrame:
     """start, positions and S of every response; response: that of each token row, ascending."""
     scalars = cache.responses.select("S", "n_prompt", "n_response")
     # A response that begins the sequence has no state before its first token.

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -98,7 +100,7 @@ class TrainSpec(Objective):
     def pack_key(self) -> tuple[Any, ...]:
         """Runs with equal keys, on the same data, may be trained in one pack."""
         regularizer = self.active_regularizer
-        read = regularizer and (regularizer.moves_states, *regularizer.sampling)
+        read = regularizer and (regularizer.moves_states, *regularizer.reads)
         return self.head, self.preprocess, self.batch_pairs, self.seed, read
 
 
@@ -187,18 +189,19 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
                 .to(device)
                 for width in (first.head.widths if first.head.dropout else ())
             ]
+            chosen, rejected = places.view(2, -1)
+            label = pairs.label[some]
             tokens = None
             if data.tokens is not None and bank.reads_tokens is not None:
-                k, top_k = bank.reads_tokens.sampling
                 draws = positions.random(len(rows))
-                tokens = data.tokens.read(rows.cpu(), rows=k, top_k=top_k, draws=draws).to(device)
+                tokens = _read(data.tokens, bank.reads_tokens, rows, chosen, rejected, label, draws)
             loss, R = bank.step(
                 preprocess(data.states.take(rows)),
-                places[: len(some)],
-                places[len(some) :],
+                chosen,
+                rejected,
                 kept,
                 (
-                    pairs.label[some],
+                    label,
                     weight[some],
                     None if pairs.margin is None else pairs.margin[some],
                 ),
@@ -278,13 +281,13 @@ class _Bank:
         rejected: Tensor,
         kept: Sequence[Tensor],
         of_pairs: tuple[Tensor, Tensor, Tensor | None],
-        tokens: TokenRows | None,
+        tokens: tuple[TokenRows, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """One update on the pairs (X[chosen], X[rejected]); of each slot before it, its loss and
         its regularizer R, [P].
 
-        of_pairs: their label, weight and margin. tokens: token rows of the responses in X, where
-        the pack reads them.
+        of_pairs: their label, weight and margin. tokens: what `_read` returns, where the pack
+        reads token rows.
         """
         objective = self._objective
         tensors = [tensor.requires_grad_() for tensor in self.parameters.values()]
@@ -301,7 +304,7 @@ class _Bank:
             loss = loss * of_loss
             if tokens is not None:
                 R, outputs, output_gradients = regularize(
-                    self._regularizers, self.parameters, tokens, chosen, rejected, *of_pairs[:2]
+                    self._regularizers, self.parameters, *tokens, *of_pairs[:2]
                 )
             elif self._fisher is not None:
                 penalty = direction_penalty(self._fisher, self.parameters["output.weight"])
@@ -322,6 +325,27 @@ class _Bank:
         )
         self.steps += 1
         return loss.detach(), R
+
+
+def _read(
+    data: TokenData,
+    regularizer: Regularizer,
+    rows: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    label: Tensor,
+    draws: NDArray[np.float64],
+) -> tuple[TokenRows, Tensor, Tensor]:
+    """Token rows of those of the responses `rows` that the regularizer weighs, and the chosen and
+    the rejected of each pair as numbers of those: any number where its weight is 0.
+
+    chosen, rejected: places in `rows`; label: of the pairs; draws: of the rows.
+    """
+    weighed = regularizer.weighed(len(rows), chosen, rejected, label)
+    number = (weighed.cumsum(0) - 1).clamp_min(0)
+    _, k, top_k = regularizer.reads
+    tokens = data.read(rows[weighed].cpu(), rows=k, top_k=top_k, draws=draws[weighed.cpu().numpy()])
+    return tokens.to(rows.device), number[chosen], number[rejected]
 
 
 def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:

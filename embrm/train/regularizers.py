@@ -25,6 +25,9 @@ GRM = ("grm-sft", "grm-sft-unsquashed", "grm-dpo", "grm-dpo-noref")
 READS_S = ("grm-sft", "grm-sft-unsquashed", "grm-dpo-noref")
 """Kinds that read the cached log-probability S itself; grm-dpo reads its change alone."""
 
+_ONE_SIDED = ("grm-sft", "grm-sft-unsquashed")
+"""Kinds that read the better response of a pair alone."""
+
 _ADAPTER_FREE = "fisher"
 
 
@@ -110,9 +113,21 @@ class Regularizer(Spec):
         return self.alpha if self.kind in GRM else self.weight
 
     @property
-    def sampling(self) -> tuple[int | None, TopK]:
-        """What it reads of every response: runs that read the same may share a pack."""
-        return None if self.token_rows == "all" else self.token_rows, self.top_k
+    def reads(self) -> tuple[bool, int | None, TopK]:
+        """Whether of both responses of a pair or of the better one, how many token rows of each,
+        and of how many candidates: runs that read the same may share a pack."""
+        rows = None if self.token_rows == "all" else self.token_rows
+        return self.kind not in _ONE_SIDED, rows, self.top_k
+
+    def weighed(self, responses: int, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
+        """Which of so many responses R depends on, bool; chosen, rejected: of the pairs, as numbers
+        of them; label: theirs."""
+        if self.kind not in _ONE_SIDED:
+            return torch.ones(responses, dtype=torch.bool, device=label.device)
+        weighed = torch.zeros(responses, dtype=torch.bool, device=label.device)
+        weighed[chosen[label > 0]] = True
+        weighed[rejected[label < 1]] = True
+        return weighed
 
 
 def regularize(

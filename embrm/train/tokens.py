@@ -5,7 +5,7 @@ the cached logits and the change it makes to them: the logit of a candidate toke
 w_j·δ_t (through logit scale and soft-capping), so at δ = 0 nothing changes, to the bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,6 +39,17 @@ class LmHead:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], weight: States) -> "LmHead":
+        """That of a cache: `tensors` as `Cache.lm_head` returns them, with `weight` for its own."""
+        bias, softcap = tensors.get("bias"), tensors.get("softcap")
+        return cls(
+            weight,
+            None if bias is None else bias.float(),
+            float(tensors["scale"]),
+            None if softcap is None else float(softcap),
+        )
 
     def logits(self, states: Tensor) -> Tensor:
         """Of states [n, d], over the whole vocabulary: [n, V]."""
