@@ -35,7 +35,9 @@ def test_a_regularizer_reads_no_less_than_it_must(
         width=64,
         tokens=_TOKENS,
     )
-    twin, sampled, every = rows
+    twin, sampled, every, limited = rows
+    assert limited["GB read"] == every["GB read"]
+    assert limited["regularizer"] == "grm-sft, all token rows, --memory 2GB"
     assert twin["times bt"] == 1
     assert twin["GB read"] is None
     assert every["GB read"] > sampled["GB read"] > 0

@@ -27,9 +27,11 @@ _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "grm-sft, 8 candidates": {"kind": "grm-sft", "top_k": 8},
     "grm-sft, 8 candidates, 1 token row": {"kind": "grm-sft", "top_k": 8, "token_rows": 1},
     "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": "all"},
-    "grm-dpo": {"kind": "grm-dpo"},
     "preserve-kl": {"kind": "preserve-kl"},
+    "grm-dpo": {"kind": "grm-dpo"},
 }
+_MEMORY = 2_000_000_000
+"""Bytes that the last regularizer is measured within once more."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def measure_grm(
     tokens: Tokens = Tokens(),  # noqa: B008
 ) -> list[dict[str, Any]]:
     """One row a regularizer: one pack of `runs` linear heads on low-rank adapters, trained for an
-    epoch on one thread, in a process set up as a worker is.
+    epoch on one thread, in a process set up as a worker is; and the last of them once more, within
+    a limit of memory that parent and worker share.
 
     cache: its split "train" is trained on; without, `pairs` made-up pairs of width `width` below
     `folder`, with token rows as `tokens` says. "times bt": of the first row, the same head without
@@ -72,25 +75,30 @@ def measure_grm(
         rows: list[dict[str, Any]] = []
         selection = Selection(opened.cache_id, ("train",), 0.0)
         every = [run for own in cases.values() for run in own]
-        with (
-            laid_out(opened, selection, every, Path(name)) as material,
-            progress("grm", len(cases), "packs") as bar,
-        ):
-            for regularizer, own in cases.items():
-                done = measure(_pack, material, own, settings=settings("native"))
-                read = _read(material, own[0].spec)
-                seconds = done.seconds / runs
-                rows.append(
-                    {
-                        "regularizer": regularizer,
-                        "runs": runs,
-                        "seconds a run": seconds,
-                        "times bt": seconds / rows[0]["seconds a run"] if rows else 1.0,
-                        "GB read": read.moved / 1e9 if read else None,
-                        "times least": read.moved / read.least if read else None,
-                        "peak RSS MB": done.memory.rss / 1e6,
-                    }
-                )
+
+        def row(name: str, material: Material, own: Sequence[Run]) -> dict[str, Any]:
+            done = measure(_pack, material, own, settings=settings("native"))
+            read = _read(material, own[0].spec)
+            seconds = done.seconds / runs
+            return {
+                "regularizer": name,
+                "runs": runs,
+                "seconds a run": seconds,
+                "times bt": seconds / rows[0]["seconds a run"] if rows else 1.0,
+                "GB read": read.moved / 1e9 if read else None,
+                "times least": read.moved / read.least if read else None,
+                "peak RSS MB": done.memory.rss / 1e6,
+                "peak PSS MB": done.memory.pss / 1e6,
+            }
+
+        with progress("grm", len(cases) + 1, "packs") as bar:
+            with laid_out(opened, selection, every, Path(name)) as material:
+                for regularizer, own in cases.items():
+                    rows.append(row(regularizer, material, own))
+                    bar.advance()
+            last, own = [*cases.items()][-1]
+            with laid_out(opened, selection, own, Path(name), memory=_MEMORY, jobs=1) as material:
+                rows.append(row(f"{last}, --memory {_MEMORY / 1e9:g}GB", material, own))
                 bar.advance()
     return rows
 
