@@ -608,14 +608,24 @@ def bench_grm(
         Path | None,
         typer.Option(help="Cache with token rows whose train split is used, instead of a made-up."),
     ] = None,
-    folder: Annotated[Path, typer.Option(help="Where temporary files go, 9 GB.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Where temporary files go, 10 to 15 GB.")] = Path(),
+    top_k: Annotated[
+        int | None, typer.Option(help="Logits kept a token row of the made-up cache [32].", min=1)
+    ] = None,
+    tail_mean: Annotated[
+        bool, typer.Option("--tail-mean", help="The made-up cache has tail means too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare regularizers through the frozen LM head with the same head without one."""
+    from embrm.bench.caches import Tokens
     from embrm.bench.grm import measure_grm
 
+    if cache and (top_k or tail_mean):
+        raise UserError("--top-k and --tail-mean are of a made-up cache: leave --cache out")
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    rows = measure_grm(folder, cache)
+    tokens = Tokens(top_k=top_k or Tokens.top_k, tail_mean=tail_mean)
+    rows = measure_grm(folder, cache, tokens=tokens)
     shown = [{key: "" if v is None else v for key, v in row.items()} for row in rows]
     print(json.dumps(rows, indent=1)) if as_json else _table(shown)
 

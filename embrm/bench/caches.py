@@ -47,6 +47,7 @@ class Tokens:
 
     rows: int = 8
     top_k: int = 32
+    tail_mean: bool = False
     vocabulary: int = 128_000
 
 
@@ -239,6 +240,9 @@ def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows:
     logits = logits.reshape(tokens.top_k, count).T.copy()
     generator = torch.Generator().manual_seed(first)
     values = torch.randn(count, states.shape[1], generator=generator).to(states.dtype)
+    tail_means = None
+    if tokens.tail_mean:
+        tail_means = torch.randn(values.shape, generator=generator).mul_(values.shape[1] ** -0.5)
     return TokenRows(
         response=np.repeat(np.arange(first, first + len(states), dtype=np.int32), tokens.rows),
         position=np.tile(np.arange(tokens.rows, dtype=np.int32), len(states)),
@@ -248,4 +252,5 @@ def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows:
         states=values,
         top_ids=ids[:, :-1].copy(),
         top_logits=logits,
+        tail_means=None if tail_means is None else tail_means.to(states.dtype),
     )

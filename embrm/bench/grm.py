@@ -140,7 +140,8 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
         return None
     _, k, top_k = regularizer.reads
     tokens = data.tokens
-    row = tokens.states.width * tokens.states.values.element_size() + 4 * tokens.facts.width
+    parts = [tokens.states, tokens.facts, *([tokens.tail_means] if tokens.tail_means else [])]
+    row = sum(part.width * part.values.element_size() for part in parts)
     vector = tokens.head.weight.width * tokens.head.weight.values.element_size()
     draws = stream(spec.seed, "tokens", 1)
     rows, vectors = 0, 0
