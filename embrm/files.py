@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ TEMPORARY = ".tmp-"
 _REFUSED = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
+
+_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS}
+"""Another file system, one without hard links, or a file that may not have another."""
 
 
 @contextmanager
@@ -65,6 +69,25 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` atomically."""
     write_atomic(path, lambda stream: stream.write(content))
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make `path` a hard link of `source`, or a copy where there can be none, atomically."""
+    temporary = path.with_name(TEMPORARY + path.name)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.hardlink_to(source)
+        except OSError as error:
+            if error.errno not in _NO_LINK:
+                raise
+            with source.open("rb") as content:
+                write_atomic(path, lambda stream: shutil.copyfileobj(content, stream, 1 << 20))
+            return
+        temporary.replace(path)
+        temporary.unlink(missing_ok=True)  # a link onto itself is not renamed
+        _fsync_folder(path.parent)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -1,6 +1,9 @@
 """Files: old or new, never half; one writer a folder; a full disk is one line."""
 
+import errno
 import multiprocessing
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -8,7 +11,15 @@ from typing import IO
 import pytest
 
 from embrm.errors import UserError
-from embrm.files import TEMPORARY, exclusive, remove_temporaries, sha256, write_atomic, write_bytes
+from embrm.files import (
+    TEMPORARY,
+    exclusive,
+    link_or_copy,
+    remove_temporaries,
+    sha256,
+    write_atomic,
+    write_bytes,
+)
 
 
 def test_a_failing_writer_leaves_the_old_content_and_no_rubbish(tmp_path: Path) -> None:
@@ -72,3 +83,45 @@ def test_sha256_of_a_known_message(tmp_path: Path) -> None:
     (tmp_path / "abc").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(tmp_path / "abc") == known
+
+
+@pytest.mark.parametrize("number", [0, errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EIO])
+def test_link_or_copy_replaces_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A refusal that a copy cannot help is not taken for one that it can."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    source, path = tmp_path / "source", tmp_path / "sub" / "file"
+    write_bytes(source, b"new")
+    write_bytes(path, b"old")
+    if number:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            link_or_copy(source, path)
+        assert path.read_bytes() == b"old"
+    else:
+        link_or_copy(source, path)
+        link_or_copy(source, path)
+        assert path.read_bytes() == b"new"
+        assert path.samefile(source) == (number == 0)
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_copy_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    with (tmp_path / "source").open("wb") as stream:
+        stream.truncate(64 << 20)
+    tracemalloc.start()
+    try:
+        link_or_copy(tmp_path / "source", tmp_path / "file")
+        assert sha256(tmp_path / "file") == sha256(tmp_path / "source")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()

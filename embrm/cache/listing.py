@@ -32,7 +32,8 @@ def describe(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     layout, files = manifest.layout, manifest.files()
     tokens = [shard.tokens.rows for shard in manifest.shards if shard and shard.tokens]
-    finished = f"{len(manifest.done)} of {len(manifest.shards)} shards"
+    part = f"part {manifest.part.name}, " if manifest.part else ""
+    finished = f"{part}{len(manifest.done)} of {len(manifest.share)} shards"
     return {
         "name": folder.name,
         "cache_id": manifest.cache_id,
@@ -58,7 +59,8 @@ def describe(folder: Path) -> dict[str, Any]:
 def list_caches(root: Path) -> pl.DataFrame:
     """One row a cache in the folders directly below `root`, by name.
 
-    `state` is "complete", "K of N shards", or why the manifest cannot be read.
+    `state` is "complete", "K of N shards", "part 0/4, K of N shards", or why the manifest cannot be
+    read.
     """
     if not root.is_dir():
         raise UserError(f"no folder {root}: name the folder that holds the caches")
@@ -86,7 +88,7 @@ def splits(folder: Path) -> list[dict[str, Any]]:
     """One row a split of the cache at `folder`: what it has, and what was left out of it.
 
     Keys: split, pairs, prompts, responses, `left out` ("3 over_long, 1 empty_response"), `seen in
-    training` (prompts).
+    training` (prompts). What is left out, and why, only the first part of a cache in parts knows.
     """
     manifest = read_manifest(folder)
     counts: dict[str, dict[str, int]] = manifest.data.get("splits", {})
@@ -99,12 +101,13 @@ def splits(folder: Path) -> list[dict[str, Any]]:
             out.setdefault(split, []).append(f"{count:,} {reason}")
         leaks = pl.read_parquet(folder / "leaks.parquet")
         leaked = dict(leaks.group_by("eval_split").agg(pl.col("prompts_shared").max()).rows())
+    nothing, none = ("none", 0) if manifest.has_tables else ("see part 0", "see part 0")
     return [
         {
             "split": split,
             **{name: counts.get(split, {}).get(name, 0) for name in _COUNTS},
-            "left out": ", ".join(out.get(split, [])) or "none",
-            "seen in training": leaked.get(split, 0),
+            "left out": ", ".join(out.get(split, [])) or nothing,
+            "seen in training": leaked.get(split, none),
         }
         for split in sorted(counts.keys() | out.keys())
     ]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -33,6 +34,30 @@ class ShardEntry(Spec):
     tokens: FileEntry | None
 
 
+class Part(Spec):
+    """What one of several processes makes of a cache: shards `first` up to, not including, `stop`.
+
+    Part 0 also has what is not sharded: the tables and the head.
+    """
+
+    index: NonNegativeInt
+    """Among the parts, from 0."""
+    count: PositiveInt
+    """Parts the cache is made in."""
+    first: NonNegativeInt
+    stop: NonNegativeInt
+
+    @property
+    def name(self) -> str:
+        """As the command line has it: 0/4."""
+        return f"{self.index}/{self.count}"
+
+    @property
+    def shards(self) -> range:
+        """Indices of its shards among all of the cache; there may be none."""
+        return range(self.first, self.stop)
+
+
 class Manifest(Spec):
     """Content of manifest.json, without its digest. File names follow from `files`."""
 
@@ -58,6 +83,8 @@ class Manifest(Spec):
     """`rows` counts its tensors."""
     shards: tuple[ShardEntry | None, ...]
     """None where not finished."""
+    part: Part | None = Field(default=None, exclude_if=operator.not_)
+    """None, and not written, in a whole cache. A part is never complete: see `finished`."""
     complete: bool = False
 
     @model_validator(mode="after")
@@ -68,16 +95,32 @@ class Manifest(Spec):
             raise ValueError("shards do not cover the responses")
         if any(self.shards) and self.layout is None:
             raise ValueError("a finished shard without a layout")
-        if self.complete and not (
-            all(self.shards) and self.lm_head and self.tables.keys() == {*TABLES}
-        ):
+        if self.complete and (self.part or not self.finished):
             raise ValueError("complete, but files are missing")
+        if not self.done <= {*self.share} <= {*range(len(self.shards))}:
+            raise ValueError("shards outside the part, or a part outside the shards")
         return self
 
     @property
     def done(self) -> frozenset[int]:
         """Indices of the finished shards."""
         return frozenset(index for index, entry in enumerate(self.shards) if entry)
+
+    @property
+    def share(self) -> range:
+        """Indices of the shards that belong into this folder: all, or its part's."""
+        return self.part.shards if self.part else range(len(self.shards))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every file that belongs into this folder is there."""
+        unsharded = self.lm_head is not None and self.tables.keys() == {*TABLES}
+        return self.done == {*self.share} and (unsharded or not self.has_tables)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether tables and head belong into this folder: they are in the first part alone."""
+        return self.part is None or self.part.index == 0
 
     def rows_of(self, index: int) -> range:
         """The responses that shard `index` holds."""

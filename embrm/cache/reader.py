@@ -226,10 +226,14 @@ def open_cache(folder: Path) -> Cache:
 
 
 def incomplete(folder: Path, manifest: Manifest) -> UserError:
-    """The error for a cache that is not finished."""
+    """The error for a cache that is not finished, or only a part of one."""
+    done = f"{len(manifest.done)} of {len(manifest.share)} shards are finished"
+    if manifest.part is None:
+        return UserError(f"{folder} is incomplete ({done}): run the same extract command again")
+    first = "" if manifest.finished else "run the same extract command again, then "
     return UserError(
-        f"{folder} is incomplete ({len(manifest.done)} of {len(manifest.shards)} shards are "
-        "finished): run the same extract command again"
+        f"{folder} is only part {manifest.part.name} of a cache ({done}): {first}join all "
+        f"{manifest.part.count} with embrm cache merge PART... --out FOLDER"
     )
 
 

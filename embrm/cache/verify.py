@@ -27,7 +27,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def _listing(folder: Path, manifest: Manifest) -> Iterator[str]:
-    if not manifest.complete:
+    if not (manifest.complete or (manifest.part and manifest.finished)):
         yield str(incomplete(folder, manifest))
     expected = {*manifest.files(), NAME, ".lock"}
     for path in sorted(folder.rglob("*")):

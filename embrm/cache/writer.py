@@ -19,6 +19,7 @@ from embrm.cache.manifest import (
     TABLES,
     FileEntry,
     Manifest,
+    Part,
     ShardEntry,
     read_manifest,
     responses_file,
@@ -64,16 +65,18 @@ class CacheWriter:
         """
         expected = self._manifest.rows_of(index)
         given = range(rows.first, rows.first + len(rows.response_id))
-        if given != expected or index in self.done:
-            raise ValueError(f"shard {index} holds {expected}, got {given}, done: {self.done}")
+        share = self._manifest.share
+        if given != expected or index in self.done or index not in share:
+            raise ValueError(
+                f"shard {index} holds {expected}, got {given}; of {share}, done: {self.done}"
+            )
         if tokens and not np.isin(tokens.response, expected).all():
             raise ValueError(f"token rows of shard {index} name responses outside {expected}")
         layout = Layout.of(rows, tokens)
         known = self._manifest.layout or layout
         if layout != known:
             raise UserError(
-                f"shard {index} has {_first_difference(_flat(known), _flat(layout))}: "
-                "extract into a new folder"
+                f"shard {index} has {difference(known, layout)}: extract into a new folder"
             )
         _refuse_non_finite(rows, tokens)
         stored = ShardEntry(
@@ -91,10 +94,10 @@ class CacheWriter:
         self._update(layout=layout, shards=tuple(shards))
 
     def finish(self) -> None:
-        """Mark the cache complete. Raises: ValueError while a shard is missing."""
-        if len(self.done) < self.n_shards:
-            raise ValueError(f"{len(self.done)} of {self.n_shards} shards are finished")
-        if not self._manifest.complete:
+        """Mark a whole cache complete. Raises: ValueError while a shard is missing."""
+        if not self._manifest.finished:
+            raise ValueError(f"{len(self.done)} of {len(self._manifest.share)} shards are finished")
+        if not self._manifest.part and not self._manifest.complete:
             self._update(complete=True)
 
     def store_tables(
@@ -104,6 +107,8 @@ class CacheWriter:
     ) -> None:
         """Store what is not sharded, unless it is there; `lm_head` is called only when needed."""
         have = self._manifest
+        if not have.has_tables:
+            return
         entries = {
             name: have.tables.get(name)
             or self._store(table_file(name), _table_bytes(tables[name]), tables[name].height)
@@ -145,16 +150,18 @@ def open_writer(
     n_responses: int,
     shard_rows: int,
     lm_head: Callable[[], dict[str, torch.Tensor]],
+    part: Part | None = None,
 ) -> Iterator[CacheWriter]:
     """Begin the cache at `folder`, or resume it; this process alone may write it meanwhile.
 
     `identity` defines the content and gives the cache id. `tables` are the dataset's pairs,
-    members, exclusions and leaks. `environment`, `extraction` and `data` are recorded.
+    members, exclusions and leaks. `environment`, `extraction` and `data` are recorded. With `part`
+    the folder holds only that part of the cache, for `merge` to join.
 
     Raises: UserError when the folder holds something else, another identity or a damaged
     manifest, when another process writes it, or when the disk is full.
     """
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     with exclusive(folder):
         with disk_errors(folder):
             remove_temporaries(folder)
@@ -167,6 +174,7 @@ def open_writer(
             n_responses=n_responses,
             shard_rows=shard_rows,
             shards=(None,) * -(-n_responses // shard_rows),
+            part=part,
         )
         if (folder / NAME).exists():
             manifest = _resumed(folder, manifest)
@@ -180,10 +188,10 @@ def open_writer(
 def _resumed(folder: Path, fresh: Manifest) -> Manifest:
     """The stored manifest, rewritten without the entries whose files are not there any more."""
     stored = read_manifest(folder)
-    difference = _first_difference(_defining(stored), _defining(fresh))
-    if difference:
+    differs = difference(defining(stored), defining(fresh))
+    if differs:
         raise UserError(
-            f"{folder} was extracted with {difference}: use the same settings or another --out"
+            f"{folder} was extracted with {differs}: use the same settings or another --out"
         )
     lost = {
         name for name, entry in stored.files().items() if not _has_size(folder / name, entry.bytes)
@@ -214,7 +222,8 @@ def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
+    """Raises: UserError when `folder` is a file, or a folder that holds anything but a cache."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder for the cache")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -258,14 +267,15 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _defining(manifest: Manifest) -> dict[str, Any]:
-    return _flat(
-        {
-            **manifest.identity,
-            "n_responses": manifest.n_responses,
-            "shard_rows": manifest.shard_rows,
-        }
-    )
+def defining(manifest: Manifest) -> dict[str, Any]:
+    """What two manifests must agree in to list files of one extraction."""
+    part = manifest.part
+    return {
+        **manifest.identity,
+        "n_responses": manifest.n_responses,
+        "shard_rows": manifest.shard_rows,
+        "part": part and f"{part.name}, shards from {part.first} to before {part.stop}",
+    }
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -280,8 +290,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _first_difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
+def difference(was: dict[str, Any] | Layout, given: dict[str, Any] | Layout) -> str:
     """The first field that differs with both values, and the names of the others; "" if equal."""
+    stored, given = _flat(was), _flat(given)
     # Digests of the data differ whenever a setting does: they explain least, so they come last.
     known = sorted(stored.keys() | given.keys(), key=lambda name: (name.startswith("data."), name))
     names = [
