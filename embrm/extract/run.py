@@ -27,6 +27,7 @@ from embrm.extract.engine import (
     read,
     token_positions,
 )
+from embrm.extract.parts import Share
 from embrm.extract.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
 from embrm.extract.transformers_engine import (
     TransformersEngine,
@@ -352,8 +353,12 @@ def extract(
     device: str = "auto",
     batch_tokens: int | None = None,
     shard_rows: int = SHARD_ROWS,
+    share: Share | None = None,
 ) -> Path:
     """Make the cache of `spec` at `out`, or finish it; returns `out`.
+
+    With a `share`, one process of several: only its part of the cache, beside `out`, whose folder
+    is returned. `merge` joins the parts to the bytes that one process writes.
 
     Stopped at any moment and run again, it keeps the finished shards and ends with the same bytes
     (on the same machine, with the same `batch_tokens`; otherwise within the dtype's tolerance).
@@ -365,10 +370,14 @@ def extract(
     engine = engine_for(prepared, device)
     budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
-    shards = [
+    ranges = [
         range(first, min(first + shard_rows, len(lengths)))
         for first in range(0, len(lengths), shard_rows)
     ]
+    shards, part = dict(enumerate(ranges)), None
+    if share:
+        part = share.part([int(lengths[rows].sum()) for rows in ranges])
+        out, shards = share.folder(out), {index: ranges[index] for index in part.shards}
     with open_writer(
         out,
         identity=prepared.identity,
@@ -388,10 +397,12 @@ def extract(
         n_responses=len(lengths),
         shard_rows=shard_rows,
         lm_head=engine.head.tensors,
+        part=part,
     ) as writer:
-        done = sum(int(lengths[shards[index]].sum()) for index in writer.done)
-        with progress("extract", int(lengths.sum()), "tokens", done) as bar:
-            for index, rows in enumerate(shards):
+        tokens = {index: int(lengths[rows].sum()) for index, rows in shards.items()}
+        done = sum(tokens[index] for index in writer.done)
+        with progress("extract", sum(tokens.values()), "tokens", done) as bar:
+            for index, rows in shards.items():
                 if index not in writer.done:
                     requests = prepared.requests(rows)
                     batch = read(engine, requests, budget, bar.advance)

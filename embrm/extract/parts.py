@@ -1,0 +1,56 @@
+"""Parts: one extraction shared out among processes, whole shards each."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from embrm.cache.manifest import Part
+from embrm.data.tables import quoted
+from embrm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Share:
+    """The index-th of count processes, counted from 0."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """From i/n. Raises: UserError unless 0 ≤ i < n."""
+        numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        share = cls(int(numbers[1]), int(numbers[2])) if numbers else None
+        if share is None or share.index >= share.count:
+            raise UserError(
+                f"--shard {quoted(text)}: write i/n with i from 0 to n - 1, "
+                "such as 0/4, 1/4, 2/4 and 3/4 for four processes"
+            )
+        return share
+
+    def folder(self, out: Path) -> Path:
+        """Where this part of the cache at `out` goes: beside it, cache/NAME.0-of-4."""
+        return Path(f"{out}.{self.index}-of-{self.count}")
+
+    def part(self, tokens: Sequence[int]) -> Part:
+        """The shards of this part, given the tokens of every shard of the cache.
+
+        The tokens are cut into `count` equal stretches, and a shard belongs to the stretch that its
+        middle lies in. So the parts are contiguous, cover all shards, and depend on the data alone;
+        none has more than an equal stretch and one shard's tokens. With few shards some are empty.
+        """
+        ends = accumulate(tokens, initial=0)
+        total = sum(tokens)
+        owners = [
+            self.count * (2 * start + size) // (2 * total)
+            for start, size in zip(ends, tokens, strict=False)
+        ]
+        first = sum(owner < self.index for owner in owners)
+        return Part(
+            index=self.index,
+            count=self.count,
+            first=first,
+            stop=first + owners.count(self.index),
+        )
