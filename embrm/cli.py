@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(
-    help="List, show, verify and probe caches.", no_args_is_help=True, rich_markup_mode=None
+    help="List, show, verify, merge and probe caches.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(cache_app, name="cache")
 bench_app = typer.Typer(
@@ -174,9 +174,18 @@ def extract(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1 (one GPU of several) or mps.")
+    ] = "auto",
     batch_tokens: Annotated[
         int | None, typer.Option(help="Token budget of a batch, padding included.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: be the i-th of n processes, from 0, and write only that part, into "
+            "OUT.i-of-n; then embrm cache merge."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print rows, tokens, bytes and time; write nothing.")
@@ -185,6 +194,7 @@ def extract(
 ) -> None:
     """Cache a language model's final states and LM statistics over preference data."""
     from embrm.data.sources import parse_source
+    from embrm.extract.parts import Share
     from embrm.extract.run import ExtractSpec, plan
     from embrm.extract.run import extract as run_extract
     from embrm.specs import read_toml
@@ -215,16 +225,23 @@ def extract(
     }
     values |= {name: value for name, value in given.items() if value is not None}
     parsed = ExtractSpec.parse(values, str(spec) if spec else "command line")
+    share = Share.parse(shard) if shard is not None else None
     if dry_run:
+        if share:
+            raise UserError("--dry-run is for all shards together: leave --shard out")
         planned = dataclasses.asdict(plan(parsed, device=device, batch_tokens=batch_tokens))
         planned["leaks"] = planned["leaks"].to_dicts()
         _show(planned, as_json)
         return
     if folder is None:
         raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
-    run_extract(parsed, folder, device=device, batch_tokens=batch_tokens)
-    cache_show(folder, as_json=as_json)
-    if not as_json:
+    made = run_extract(parsed, folder, device=device, batch_tokens=batch_tokens, share=share)
+    cache_show(made, as_json=as_json)
+    if as_json:
+        return
+    if share:
+        print(f"next, with all parts: embrm cache merge {folder}.*-of-{share.count} --out {folder}")
+    else:
         print(f"next: embrm sweep SPEC.toml --cache {folder}")
 
 
@@ -279,6 +296,20 @@ def cache_verify(folder: CacheFolder) -> None:
     if problems:
         raise UserError(f"{folder} has {len(problems)} problems: see the lines above")
     print(f"{folder} is sound: every byte is as it was written")
+
+
+@cache_app.command("merge")
+def cache_merge(
+    parts: Annotated[
+        list[Path], typer.Argument(help="All folders that embrm extract --shard i/n wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Cache folder to write, such as cache/NAME.")],
+) -> None:
+    """Join the parts of a cache, to the bytes that one process would have written."""
+    from embrm.cache.merge import merge
+
+    merge(parts, out)
+    print(f"{out} is complete, every byte as it was written: its parts can be removed")
 
 
 @cache_app.command("probe")

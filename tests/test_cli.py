@@ -189,6 +189,30 @@ def test_dry_run_prints_rows_tokens_bytes_time_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_processes_and_a_merge_equal_one(
+    embrm: Callable[..., Outcome], model: Path, data: Path, cache: Path, spec: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = extract_words(model, data, out)
+    parts = [tmp_path / f"out.{index}-of-2" for index in range(2)]
+    for index, part in enumerate(parts):
+        outcome = embrm(*words, "--shard", f"{index}/2")
+        assert outcome.code == 0, outcome.err
+        assert f"state: part {index}/2, " in outcome.out
+        assert f"embrm cache merge {out}.*-of-2 --out {out}" in outcome.out
+        assert embrm("cache", "verify", part).code == 0
+        refused(embrm("sweep", spec, "--cache", part), f"part {index}/2", "embrm cache merge")
+    refused(embrm("cache", "merge", parts[1], "--out", out), "missing part 0/2", "--shard 0/2")
+    assert not out.exists()
+    merged = embrm("cache", "merge", parts[1], parts[0], "--out", out)
+    assert merged.code == 0
+    assert "is complete" in merged.out
+    assert embrm("cache", "verify", out).code == 0
+    for name, entry in open_cache(cache).manifest.files().items():
+        assert open_cache(out).manifest.files()[name] == entry
+    assert json.loads(embrm(*words, "--shard", "0/2", "--json").out)["state"].startswith("part 0/2")
+
+
 # Data
 
 
@@ -298,6 +322,41 @@ def test_corrupt_shard(embrm: Callable[..., Outcome], own_cache: Path, spec: Pat
     shard.write_bytes(content)
     refused(embrm("cache", "verify", own_cache), "part-00000.parquet is damaged")
     refused(embrm("sweep", spec, "--cache", own_cache, "--jobs", 1), "part-00000.parquet")
+
+
+@pytest.mark.parametrize("share", ["2/2", "-1/2", "1", "x/y", ""])
+def test_wrong_shares(
+    embrm: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path, share: str
+) -> None:
+    outcome = embrm(*extract_words(model, data, tmp_path / "out"), "--shard", share)
+    refused(outcome, f"--shard '{share}'", "from 0 to n - 1")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_dry_run_is_of_the_whole(
+    embrm: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path
+) -> None:
+    words = extract_words(model, data, tmp_path / "out")
+    refused(embrm(*words, "--dry-run", "--shard", "0/2"), "leave --shard out")
+
+
+def test_merging_what_does_not_belong_together(
+    embrm: Callable[..., Outcome], model: Path, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    words = extract_words(model, data, tmp_path / "one")
+    assert embrm(*words, "--shard", "0/2").code == 0
+    words = extract_words(model, data, tmp_path / "two")
+    assert embrm(*words, "--template", "plain", "--shard", "1/2").code == 0
+    one, two, out = tmp_path / "one.0-of-2", tmp_path / "two.1-of-2", tmp_path / "out"
+    refused(
+        embrm("cache", "merge", one, two, "--out", out),
+        "tokenizer.chat_template = '", "not None", str(one), str(two), "same settings",
+    )  # fmt: skip
+    refused(embrm("cache", "merge", one, cache, "--out", out), "is a whole cache, not a part")
+    refused(embrm("cache", "merge", one, tmp_path / "none", "--out", out), "no cache at")
+    assert embrm("cache", "merge", "--out", out).code == 2
+    assert embrm("cache", "merge", one).code == 2
+    assert not out.exists()
 
 
 def test_truncated_manifest(embrm: Callable[..., Outcome], own_cache: Path, spec: Path) -> None:

@@ -33,9 +33,9 @@ from embrm.train.regularizers import Regularizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
-    ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "probe"],
-    ["sweep"], ["replay"], ["report"], ["scores"], ["demo"], ["bench", "cache"], ["bench", "sweep"],
-    ["bench", "grm"],
+    ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "merge"],
+    ["cache", "probe"], ["sweep"], ["replay"], ["report"], ["scores"], ["demo"],
+    ["bench", "cache"], ["bench", "sweep"], ["bench", "grm"],
 ]  # fmt: skip
 SPECS = {
     "Extraction": ExtractSpec,
