@@ -174,9 +174,16 @@ def extract(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, transformers or vllm [default: auto: vllm if installed on CUDA]."),
+    ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1 (one GPU of several) or mps.")
     ] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs that share the model, with vllm.", min=1)
+    ] = 1,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Token budget of a batch, padding included.")
     ] = None,
@@ -222,20 +229,26 @@ def extract(
         "pad_token": pad_token,
         "allow_pad_eos": allow_pad_eos,
         "trust_remote_code": trust_remote_code,
+        "engine": engine,
     }
     values |= {name: value for name, value in given.items() if value is not None}
     parsed = ExtractSpec.parse(values, str(spec) if spec else "command line")
     share = Share.parse(shard) if shard is not None else None
+    here: dict[str, Any] = {
+        "device": device,
+        "tensor_parallel": tensor_parallel,
+        "batch_tokens": batch_tokens,
+    }
     if dry_run:
         if share:
             raise UserError("--dry-run is for all shards together: leave --shard out")
-        planned = dataclasses.asdict(plan(parsed, device=device, batch_tokens=batch_tokens))
+        planned = dataclasses.asdict(plan(parsed, **here))
         planned["leaks"] = planned["leaks"].to_dicts()
         _show(planned, as_json)
         return
     if folder is None:
         raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
-    made = run_extract(parsed, folder, device=device, batch_tokens=batch_tokens, share=share)
+    made = run_extract(parsed, folder, share=share, **here)
     cache_show(made, as_json=as_json)
     if as_json:
         return
@@ -321,6 +334,10 @@ def cache_probe(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda or mps [default: auto].")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, transformers or vllm [default: what made the cache]."),
+    ] = None,
     regularizer: Annotated[
         bool,
         typer.Option(
@@ -340,26 +357,37 @@ def cache_probe(
 ) -> None:
     """Extract a sample again at other batch sizes; report errors and changed pair orders."""
     if regularizer:
-        if device is not None:
-            raise UserError("--device is for extracting again: leave it out with --regularizer")
+        for option, value in (("--device", device), ("--engine", engine)):
+            if value is not None:
+                raise UserError(
+                    f"{option} is for extracting again: leave it out with --regularizer"
+                )
         _probe_estimators(folder, sample, 0.05 if target is None else target, as_json)
         return
     if target is not None:
         raise UserError("--target is for --regularizer: add it, or leave --target out")
     from embrm.extract.probe import probe
+    from embrm.extract.run import EngineName
 
-    result = probe(folder, sample=sample, device=device or "auto")
+    if engine is not None and engine not in get_args(EngineName):
+        raise UserError(f"--engine {engine!r}: {nearest(engine, get_args(EngineName))}")
+    chosen = cast("EngineName | None", engine)
+    result = probe(folder, sample=sample, device=device or "auto", engine=chosen)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
-        _table([dataclasses.asdict(entry) for entry in result.deviations])
-        changed = max(entry.orders_changed for entry in result.deviations)
+        rows = [dataclasses.asdict(entry) for entry in result.deviations]
+        _table([{k: "n/a" if v is None else v for k, v in row.items()} for row in rows])
+        changed = max(entry.orders_changed or 0 for entry in result.deviations)
         print(
-            f"{result.responses} responses, {result.pairs} pairs: order changed in {changed}; "
+            f"{result.responses} responses, {result.pairs} pairs, made by {result.made_by}, read "
+            f"by {result.engine}: order changed in {changed}; "
             f"relative tolerance of {result.dtype}: {result.tolerance:g}"
         )
     if not result.within_tolerance:
-        raise UserError(f"{folder}: states or S differ by more than the tolerance: see above")
+        raise UserError(
+            f"{folder}: states, S or logsumexp differ by more than the tolerance: see above"
+        )
 
 
 def _probe_estimators(folder: Path, sample: int, target: float, as_json: bool) -> None:

@@ -93,12 +93,23 @@ CONFIGS = {
 
 
 def save_model(folder: Path, kind: str, fast: PreTrainedTokenizerFast, seed: int = 0) -> Path:
-    """A causal LM with random weights, wide enough that every part of it matters."""
+    """One of `CONFIGS` with random weights, wide enough that every part of it matters."""
+    return save_config(folder, CONFIGS[kind], fast, seed)
+
+
+def save_config(
+    folder: Path,
+    config: Any,
+    fast: PreTrainedTokenizerFast,
+    seed: int = 0,
+    noise: float = 0.2,
+) -> Path:
+    """A causal LM of any configuration with such weights."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return folder

@@ -28,13 +28,14 @@ def test_a_sound_cache_passes(cache: Path) -> None:
     result = probe(cache, sample=20, device="cpu", batch_tokens=(1, 300))
     assert result.within_tolerance
     assert result.tolerance == 1e-4
+    assert result.engine == result.made_by == "transformers"
     assert result.pairs == 10
     assert 10 < result.responses <= 20
     seen = {(entry.quantity, entry.batch_tokens) for entry in result.deviations}
-    assert seen == {(q, b) for q in ("last", "mean", "S") for b in (1, 300)}
+    assert seen == {(q, b) for q in ("last", "mean", "S", "logsumexp") for b in (1, 300)}
     for entry in result.deviations:
         assert entry.relative < 1e-5
-        assert entry.orders_changed == 0
+        assert entry.orders_changed == (None if entry.quantity == "logsumexp" else 0)
 
 
 def test_bfloat16_passes_within_its_own_tolerance(world: dict[str, str], tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_cache_that_says_other_numbers_fails(
     assert not result.within_tolerance
     for entry in result.deviations:
         assert (entry.relative > 1e-4) == (entry.quantity == quantity)
-        assert (entry.orders_changed > 0) == (entry.quantity == quantity)
+        assert bool(entry.orders_changed) == (entry.quantity == quantity)
 
 
 def test_other_weights_or_data_are_refused(tmp_path: Path) -> None:

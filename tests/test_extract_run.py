@@ -133,7 +133,9 @@ def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
     assert opened.manifest.extraction.keys() == ExtractSpec.model_fields.keys() - {
         "tail_mean",
         "token_positions",
+        "engine",
     }
+    assert "engine" not in opened.manifest.identity
     assert "tail" not in (tmp_path / "plain" / "manifest.json").read_text()
     assert opened.token_rows().tail_means is None
     for name in content(cache):

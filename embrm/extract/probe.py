@@ -1,4 +1,4 @@
-"""Probe: does a cache still say what the model says, whatever the batch size?
+"""Probe: does a cache still say what the model says, whatever the batch size and the engine?
 
 A sample of its responses is extracted again, one at a time and in batches of several sizes, and
 compared with what is stored.
@@ -15,7 +15,14 @@ import torch
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
 from embrm.extract.engine import read
-from embrm.extract.run import ExtractSpec, Prepared, engine_for, prepare
+from embrm.extract.run import (
+    EngineName,
+    ExtractSpec,
+    Prepared,
+    engine_for,
+    prepare,
+    with_engine,
+)
 from embrm.extract.transformers_engine import TOLERANCE
 
 BATCH_TOKENS = (1, 1024, 8192)
@@ -26,17 +33,18 @@ BATCH_TOKENS = (1, 1024, 8192)
 class Deviation:
     """One quantity under one batch size, over the sample.
 
-    quantity: a view's name, or S. absolute: the largest |new - stored| of any component. relative:
-    the largest of ‖new - stored‖ / ‖stored‖ over the responses (for S, |new - stored| / |stored|).
-    orders_changed: pairs of the sample whose two sides swapped, ranked by S, or for a view by a
-    fixed random linear readout.
+    quantity: a view's name, S, or the logsumexp of the sampled positions. absolute: the largest
+    |new - stored| of any component. relative: the largest of ‖new - stored‖ / ‖stored‖ over the
+    responses (for a number, |new - stored| / |stored|). orders_changed: pairs of the sample whose
+    two sides swapped, ranked by S, or for a view by a fixed random linear readout; None for the
+    logsumexp, which is no property of a response.
     """
 
     quantity: str
     batch_tokens: int
     absolute: float
     relative: float
-    orders_changed: int
+    orders_changed: int | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ class ProbeResult:
 
     responses: int
     pairs: int
+    engine: str
+    """What read the sample; `made_by` is what made the cache."""
+    made_by: str
     dtype: str
     tolerance: float
     """Of the dtype: float32 1e-4, float16 1e-2, bfloat16 5e-2."""
@@ -62,37 +73,54 @@ def probe(
     sample: int = 64,
     batch_tokens: Sequence[int] = BATCH_TOKENS,
     device: str = "auto",
+    engine: EngineName | None = None,
 ) -> ProbeResult:
     """Extract about `sample` responses of the cache at `folder` again and compare.
 
-    Model and data are read from where the extraction read them.
+    Model and data are read from where the extraction read them. engine: what to read them with;
+    None: what made the cache.
 
     Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
     longer those it was made from.
     """
     cache = open_cache(folder)
-    prepared = prepare(ExtractSpec.parse(cache.manifest.extraction, str(folder / "manifest.json")))
+    made_by = cache.manifest.identity.get("engine", "transformers")
+    recorded = cache.manifest.extraction | {"engine": engine or made_by}
+    spec = ExtractSpec.parse(recorded, str(folder / "manifest.json"))
+    prepared = prepare(with_engine(spec, device))
     _refuse_other(cache, prepared)
     rows, pairs = _sample(cache, sample)
-    engine = engine_for(prepared, device)
+    reader = engine_for(prepared, device)
     requests = prepared.requests(rows)
     stored = {view: cache.states(view)[rows].double().numpy() for view in cache.views}
     stored["S"] = cache.responses["S"].to_numpy()[rows][:, None]
+    if prepared.spec.token_rows:
+        parts = [shard.logsumexp[np.isin(shard.response, rows)] for shard in cache.token_shards()]
+        stored["logsumexp"] = np.concatenate(parts).astype(np.float64)[:, None]
     deviations = []
     for budget in batch_tokens:
-        batch = read(engine, requests, budget)
+        batch = read(reader, requests, budget)
         found = {view: batch.states[view].double().numpy() for view in cache.views}
         found["S"] = batch.S[:, None]
+        found["logsumexp"] = batch.tokens.logsumexp.double().numpy()[:, None]
         deviations += [
             _deviation(quantity, budget, stored[quantity], found[quantity], pairs)
             for quantity in stored
         ]
-    return ProbeResult(len(rows), len(pairs), cache.dtype, TOLERANCE[cache.dtype], (*deviations,))
+    return ProbeResult(
+        len(rows),
+        len(pairs),
+        str(prepared.spec.engine),
+        made_by,
+        cache.dtype,
+        TOLERANCE[cache.dtype],
+        (*deviations,),
+    )
 
 
 def _refuse_other(cache: Cache, prepared: Prepared) -> None:
     for part, expected in cache.manifest.identity.items():
-        if prepared.identity.get(part) != expected:
+        if part != "engine" and prepared.identity.get(part) != expected:
             raise UserError(
                 f"{cache.folder}: the {part} its spec names is not the one it was made from "
                 "any more: restore it, or extract again into a new folder"
@@ -124,15 +152,18 @@ def _deviation(
     """Compare float64 [rows, width]."""
     difference = found - stored
     scale = np.maximum(np.linalg.norm(stored, axis=1), np.finfo(np.float32).tiny)
-    readout = np.ones(1) if quantity == "S" else _readout(stored.shape[1])
-    before, after = ((values @ readout)[pairs] for values in (stored, found))
-    changed = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
+    orders_changed = None
+    if quantity != "logsumexp":
+        readout = np.ones(1) if quantity == "S" else _readout(stored.shape[1])
+        before, after = ((values @ readout)[pairs] for values in (stored, found))
+        changed = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
+        orders_changed = int(changed.sum())
     return Deviation(
         quantity,
         budget,
         float(np.abs(difference).max()),
         float((np.linalg.norm(difference, axis=1) / scale).max()),
-        int(changed.sum()),
+        orders_changed,
     )
 
 

@@ -18,6 +18,7 @@ from embrm.data.dataset import Dataset, load
 from embrm.data.leaks import leaks
 from embrm.data.sources import SourceSpec
 from embrm.errors import UserError
+from embrm.extract import vllm_engine
 from embrm.extract.engine import (
     Batch,
     Engine,
@@ -30,7 +31,6 @@ from embrm.extract.engine import (
 from embrm.extract.parts import Share
 from embrm.extract.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
 from embrm.extract.transformers_engine import (
-    TransformersEngine,
     digest,
     load_config,
     load_engine,
@@ -44,6 +44,8 @@ from embrm.specs import Spec
 SHARD_ROWS = 2048
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
+
+EngineName = Literal["auto", "transformers", "vllm"]
 
 _RULES: dict[PositionsRule, str] = {
     "random": "without replacement",
@@ -84,6 +86,9 @@ class ExtractSpec(Spec):
     """Keep at a sampled position the mean gradient of all other logits, a vector like a state."""
     seed: int = Field(default=0, ge=0)
     """Of the sampled positions."""
+    engine: EngineName = Field(default="auto", exclude_if=lambda engine: engine != "vllm")
+    """What runs the model; auto: vllm where it is installed on CUDA and has the views, otherwise
+    transformers. Two engines agree within the dtype's tolerance, not in their bytes."""
     pad_token: str | None = None
     """A vocabulary token that serves as pad token."""
     allow_pad_eos: bool = False
@@ -267,14 +272,21 @@ def _identity(
         if spec.token_rows
         else None,
         "data": {"dataset": dataset.digest(), "token_ids": tokens.hexdigest()},
+        **({"engine": "vllm"} if spec.engine == "vllm" else {}),
     }
 
 
-def plan(spec: ExtractSpec, *, device: str = "auto", batch_tokens: int | None = None) -> Plan:
+def plan(
+    spec: ExtractSpec,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    tensor_parallel: int = 1,
+) -> Plan:
     """What `extract` would do, with its speed measured on one sample batch. Writes nothing."""
     _check_batch(batch_tokens)
-    prepared = prepare(spec)
-    engine = engine_for(prepared, device)
+    prepared = prepare(with_engine(spec, device))
+    engine = engine_for(prepared, device, tensor_parallel)
     budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
     # Every n-th response by length, one batch budget in all, stands for the whole.
@@ -352,6 +364,7 @@ def extract(
     *,
     device: str = "auto",
     batch_tokens: int | None = None,
+    tensor_parallel: int = 1,
     shard_rows: int = SHARD_ROWS,
     share: Share | None = None,
 ) -> Path:
@@ -366,8 +379,8 @@ def extract(
     Raises: UserError for anything the user can put right.
     """
     _check_batch(batch_tokens)
-    prepared = prepare(spec)
-    engine = engine_for(prepared, device)
+    prepared = prepare(with_engine(spec, device))
+    engine = engine_for(prepared, device, tensor_parallel)
     budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
     ranges = [
@@ -382,7 +395,7 @@ def extract(
         out,
         identity=prepared.identity,
         environment=provenance() | engine.environment | {"batch_tokens": budget},
-        extraction=spec.model_dump(mode="json"),
+        extraction=prepared.spec.model_dump(mode="json"),
         data={
             "splits": _splits(prepared.dataset),
             "exclusions": _reasons(prepared.dataset),
@@ -411,9 +424,42 @@ def extract(
     return out
 
 
-def engine_for(prepared: Prepared, device: str) -> TransformersEngine:
-    """The engine that an extraction runs. Raises: see `load_engine`."""
+def with_engine(spec: ExtractSpec, device: str) -> ExtractSpec:
+    """`spec` with the engine named that it gets on this machine.
+
+    Raises: UserError when it names vLLM, and vLLM is not installed or cannot give its views.
+    """
+    engine = spec.engine
+    if engine == "auto":
+        fits = device in ("auto", "cuda") and vllm_engine.usable(spec.states)
+        engine = "vllm" if fits else "transformers"
+    elif engine == "vllm":
+        vllm_engine.refuse_unusable(spec.states)
+    return spec.model_copy(update={"engine": engine})
+
+
+def engine_for(prepared: Prepared, device: str, tensor_parallel: int = 1) -> Engine:
+    """The engine that an extraction runs, `tensor_parallel` GPUs together.
+
+    Raises: see `load_engine` and `load_vllm`.
+    """
     spec = prepared.spec
+    if spec.engine == "vllm":
+        return vllm_engine.load_vllm(
+            prepared.folder,
+            dtype=spec.dtype,
+            device=device,
+            views=spec.states,
+            top_k=spec.top_k,
+            tail_mean=spec.tail_mean,
+            trust_remote_code=spec.trust_remote_code,
+            max_length=int(prepared.lengths.max()),
+            tensor_parallel=tensor_parallel,
+        )
+    if tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel = {tensor_parallel} is for vLLM: add --engine vllm, or leave it out"
+        )
     return load_engine(
         prepared.folder,
         dtype=spec.dtype,

@@ -1,0 +1,221 @@
+"""vLLM against the transformers engine on random models of four families, on the CPU."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from extract_models import VOCABULARY, save_config, save_model, tokenizer
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+
+from embrm.errors import UserError
+from embrm.extract import vllm_worker
+from embrm.extract.engine import Batch, Engine, Request, token_positions
+from embrm.extract.transformers_engine import load_engine
+from embrm.extract.vllm_engine import VllmEngine, load_vllm
+
+BLOCK = 32
+LONGEST = 160
+PROMPT = 70
+
+# The CPU build's attention wants heads of 32 or more.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SIZES | {"num_attention_heads": 2}, tie_word_embeddings=False),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=3,
+        n_head=2,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    # Caps this low bend every logit; the window is shorter than the sequences.
+    "gemma2": Gemma2Config(
+        **SIZES, final_logit_softcapping=0.5, attn_logit_softcapping=0.5, sliding_window=48
+    ),
+}
+WANTED: dict[str, Any] = {"views": ("last", "mean"), "top_k": 4, "tail_mean": True}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {
+        name: save_config(root / name, config, tokenizer()) for name, config in FAMILIES.items()
+    }
+
+
+def requests() -> list[Request]:
+    """Four responses to each of four prompts; the last repeats 40 tokens of the one before."""
+    random = np.random.default_rng(0)
+    out = []
+    for prompt in range(4):
+        asked = random.integers(5, 380, size=PROMPT)
+        responses = [random.integers(5, 380, size=n) for n in (1, 25, 60, LONGEST - PROMPT)]
+        responses[3][:40] = responses[2][:40]
+        for number, response in enumerate(responses):
+            ids = np.concatenate([asked, response]).astype(np.int32)
+            positions = token_positions(f"{prompt}.{number}", PROMPT, len(ids), 3, seed=0)
+            # The pooled token of one of them stands before its last, as before padding.
+            out.append(Request(ids, PROMPT, len(ids) - 1 - (number == 1), positions))
+    return [out[index] for index in random.permutation(len(out))]
+
+
+@contextmanager
+def vllm_engine(folder: Path, **settings: Any) -> Iterator[VllmEngine]:
+    base = {"dtype": "float32", "device": "cpu", "max_length": LONGEST, "enforce_eager": True}
+    small = {"block_size": BLOCK, "kv_cache_memory_bytes": 64 << 20}
+    yield load_vllm(folder, **base | small | WANTED | settings)
+    gc.collect()
+
+
+def reference(folder: Path, dtype: str = "float32") -> Batch:
+    engine: Engine = load_engine(folder, dtype=dtype, device="cpu", **WANTED)
+    return engine.forward(requests())
+
+
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """Every number of a batch."""
+    return {
+        **{f"state {view}": states for view, states in batch.states.items()},
+        **{f"norm {view}": norms for view, norms in batch.norms.items()},
+        "S": torch.from_numpy(batch.S),
+        "token states": batch.token_states,
+        "targets": batch.targets,
+        **{name: part for name, part in vars(batch.tokens).items() if part is not None},
+    }
+
+
+def count_rows(engine: VllmEngine, calls: list[tuple[int, int]]) -> None:
+    """Note of each call the requests and the tokens computed, those of cached prefixes left out."""
+    encode = engine._llm.encode
+
+    def counted(prompts: Sequence[Any], *args: Any, **options: Any) -> Any:
+        outputs = encode(prompts, *args, **options)
+        computed = sum(len(o.prompt_token_ids) - o.num_cached_tokens for o in outputs)
+        calls.append((len(outputs), computed))
+        return outputs
+
+    engine._llm.encode = counted
+
+
+def expected_rows() -> list[tuple[int, int]]:
+    """The two calls by arithmetic: whole blocks of a prefix seen before are not computed, and a
+    request whose first response token was predicted in one is read again from its start."""
+    seen: set[bytes] = set()
+    computed, again = 0, []
+    for request in sorted(requests(), key=lambda request: request.ids.tobytes()):
+        blocks = [request.ids[:end].tobytes() for end in range(BLOCK, len(request.ids), BLOCK)]
+        hit = 0
+        while hit < len(blocks) and blocks[hit] in seen:
+            hit += 1
+        seen.update(request.ids[:end].tobytes() for end in range(BLOCK, LONGEST + 1, BLOCK))
+        computed += len(request.ids) - hit * BLOCK
+        if hit * BLOCK > request.n_prompt - 1:
+            again.append(len(request.ids))
+    return [(len(requests()), computed), (len(again), sum(again))]
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("step", [64, 8192])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_parity(
+    folders: dict[str, Path], family: str, step: int, prefix_caching: bool
+) -> None:
+    """A step of 64 tokens computes most sequences in chunks."""
+    calls: list[tuple[int, int]] = []
+    with vllm_engine(
+        folders[family],
+        enable_prefix_caching=prefix_caching,
+        enable_chunked_prefill=step == 64,
+        max_num_batched_tokens=step,
+    ) as engine:
+        count_rows(engine, calls)
+        found = tensors(engine.forward(requests()))
+        assert engine.environment["rows"] == "selected in the worker"
+    expected = tensors(reference(folders[family]))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        assert found[name].shape == values.shape, name
+        if values.is_floating_point():
+            assert (found[name] - values).abs().max() < 1e-4, name
+        else:
+            assert (found[name] == values).all(), name
+    if not prefix_caching:
+        assert calls == [(16, sum(len(request.ids) for request in requests()))]
+    elif family != "gemma2":  # whose windows keep other blocks
+        assert calls == expected_rows()
+        assert calls[1][0] == 4
+    else:
+        assert calls[0][1] < sum(len(request.ids) for request in requests())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_parity(tmp_path: Path, family: str) -> None:
+    """Weights less wild than for float32: with those, rounding alone moves states further."""
+    folder = save_config(tmp_path, FAMILIES[family], tokenizer(), noise=0.1)
+    with vllm_engine(folder, dtype="bfloat16") as engine:
+        found = engine.forward(requests())
+    expected = reference(folder, "bfloat16")
+    for view in WANTED["views"]:
+        assert found.states[view].dtype == torch.bfloat16
+        cosine = torch.cosine_similarity(
+            found.states[view].double(), expected.states[view].double(), dim=1
+        )
+        assert cosine.min() > 0.999
+    assert (found.tokens.logsumexp - expected.tokens.logsumexp).abs().max() < 1e-2
+
+
+def test_tensor_parallel_parity(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    # By itself the CPU build wants a NUMA node for each of the two processes.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with vllm_engine(folders["llama"], tensor_parallel=2) as engine:
+        found = tensors(engine.forward(requests()))
+        assert engine.environment["tensor_parallel"] == 2
+    for name, values in tensors(reference(folders["llama"])).items():
+        assert (found[name].double() - values.double()).abs().max() < 1e-4, name
+
+
+def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vllm_worker.Extension, "embrm_select", lambda *_: False)
+    calls: list[tuple[int, int]] = []
+    with vllm_engine(folders["llama"]) as engine:
+        count_rows(engine, calls)
+        found = tensors(engine.forward(requests()))
+        assert engine.environment["rows"] == "selected in the driver"
+    assert "every state crosses processes" in capsys.readouterr().err
+    assert calls == expected_rows()
+    for name, values in tensors(reference(folders["llama"])).items():
+        assert (found[name].double() - values.double()).abs().max() < 1e-4, name
+
+
+def test_a_model_vllm_does_not_start_with_is_refused_in_one_line(tmp_path: Path) -> None:
+    """Heads of 8 have no attention kernel in the CPU build."""
+    folder = save_model(tmp_path, "llama-tied", tokenizer())
+    one_line = pytest.raises(UserError, match=r"vLLM does not start with it .*transformers$")
+    with one_line as refused, vllm_engine(folder):
+        pass
+    assert "\n" not in str(refused.value)
