@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
+# vLLM pins versions of its own, so its tests have an environment of their own.
+VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-vllm lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(RUN)/embrm demo --out runs/demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadscope
+
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
@@ -24,9 +29,18 @@ docs: $(VENV)/.installed
 	$(RUN)/python tests/test_docs.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) runs build *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# uv and not pip: only uv can leave out packages whose build does not match the CPU build of torch.
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt tests/vllm/overrides.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet uv
+	$(VLLM_VENV)/bin/uv pip install --quiet --python $(VLLM_VENV)/bin/python \
+		$(or $(addprefix --find-links ,$(PIP_FIND_LINKS)),--torch-backend cpu) \
+		--override tests/vllm/overrides.txt --requirements tests/vllm/requirements.txt
 	touch $@

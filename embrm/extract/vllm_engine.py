@@ -125,8 +125,8 @@ def load_vllm(
         "enable_prefix_caching": True,
         "trust_remote_code": trust_remote_code,
     }
-    if kind == "cpu":
-        arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+    if kind == "cpu":  # for trying things out: compiling takes minutes, and a compiler
+        arguments |= {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
     else:
         share = head.weight.nbytes / current_platform.get_device_total_memory()
         # The head comes after vLLM has sized its key-value cache, whole on every device.

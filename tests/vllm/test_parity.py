@@ -83,7 +83,7 @@ def requests() -> list[Request]:
 
 @contextmanager
 def vllm_engine(folder: Path, **settings: Any) -> Iterator[VllmEngine]:
-    base = {"dtype": "float32", "device": "cpu", "max_length": LONGEST, "enforce_eager": True}
+    base = {"dtype": "float32", "device": "cpu", "max_length": LONGEST}
     small = {"block_size": BLOCK, "kv_cache_memory_bytes": 64 << 20}
     yield load_vllm(folder, **base | small | WANTED | settings)
     gc.collect()
