@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from extract_models import CONFIGS, VOCABULARY, save_config, save_model, tokenizer
 from test_extract_run import make, spec_of, world
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PhiConfig
 
 from embrm.cache.reader import open_cache
 from embrm.errors import UserError
@@ -327,6 +327,14 @@ def test_tensors_may_lack_the_prefix_but_not_be_absent(
     other = _renamed(folders["gpt2"], tmp_path / "other", lambda key: f"model.{key}")
     with pytest.raises(UserError, match=r"no tensor 'transformer.wte.weight' or 'lm_head.weight'"):
         load_head(other, "float32")
+
+
+def test_a_model_without_a_head_is_refused_in_one_line(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPT2LMHeadModel, "get_output_embeddings", lambda _: None)
+    with pytest.raises(UserError, match="the LM head that vLLM leaves out is not found"):
+        load_head(folders["gpt2"], "float32")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ from embrm.specs import Spec
 
 SHARD_ROWS = 2048
 
+_SAMPLE_TOKENS = 1 << 16  # of a dry run at most: seconds on a GPU
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
 
 EngineName = Literal["auto", "transformers", "vllm"]
@@ -290,7 +292,7 @@ def plan(
     budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
     # Every n-th response by length, one batch budget in all, stands for the whole.
-    share = max(1, int(lengths.sum() // budget))
+    share = max(1, int(lengths.sum() // min(budget, _SAMPLE_TOKENS)))
     sample = [int(row) for row in np.argsort(lengths, kind="stable")[share // 2 :: share]]
     read(engine, prepared.requests(sample[:1]), budget)  # the first call also allocates
     start = time.perf_counter()

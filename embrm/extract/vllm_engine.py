@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from embrm.errors import UserError
@@ -25,7 +26,9 @@ VIEWS = ("last", "mean")
 """The views that vLLM's pooling runner can give: it passes on post-norm states alone."""
 
 _TESTED = "0.32"
-_BATCH_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 20}
+# Of one call, inside which vLLM forms its own batches: on a GPU a whole shard, whose responses
+# then share every prefix they can.
+_BATCH_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 22}
 _STEP_TOKENS = 8192  # what vLLM computes at a time
 _MEMORY = 0.9  # of a GPU, for weights, activations and key-value cache
 _CPU_CACHE_BYTES = 1 << 30
@@ -136,7 +139,7 @@ def load_vllm(
         llm = LLM(**arguments)
     except Exception as error:  # architectures it does not know, memory, kernels a dtype lacks
         raise UserError(
-            f"model {folder}: vLLM does not start with it ({reason_of(error)}): "
+            f"model {folder}: vLLM does not start with it ({_reason(error)}): "
             "see its log above, or use --engine transformers"
         ) from None
     _refuse_other_logits(llm, head)
@@ -159,6 +162,13 @@ def load_vllm(
         "step_tokens": arguments["max_num_batched_tokens"],
     }
     return VllmEngine(llm, selection, in_worker, max_length, _BATCH_TOKENS[kind], environment)
+
+
+def _reason(error: Exception) -> str:
+    """`reason_of`, for what vLLM says inside a validation error too."""
+    if isinstance(error, ValidationError):
+        error = ValueError(error.errors()[0]["msg"])
+    return reason_of(error)
 
 
 def _refuse_other_logits(llm: Any, head: LmHead) -> None:

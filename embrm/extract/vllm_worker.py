@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from embrm.errors import UserError
 from embrm.extract.engine import LmHead, Request, predicting_positions, statistics
+from embrm.extract.tokens import reason_of
 
 
 def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> LmHead:
@@ -27,13 +28,19 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
 
     A model without memory ("meta") says what its head's tensors are called, tied or not.
 
-    Raises: UserError when the folder holds no tensor of those names.
+    Raises: UserError when the model has no such head, or the folder no tensor of those names.
     """
     remote = {"trust_remote_code": True} if trust_remote_code else {}
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **remote)
-    head = LmHead.from_model(model)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **remote)
+        head = LmHead.from_model(model)
+    except Exception as error:  # whatever an unusual architecture makes of being built this way
+        raise UserError(
+            f"model {folder}: the LM head that vLLM leaves out is not found "
+            f"({reason_of(error)}): use --engine transformers"
+        ) from None
 
     def stored(part: Tensor) -> Tensor:
         parameters = model.named_parameters(remove_duplicate=False)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from extract_models import VOCABULARY, save_config, save_model, tokenizer
+from extract_models import VOCABULARY, save_config, tokenizer
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
 
 from embrm.errors import UserError
@@ -188,7 +188,9 @@ def test_bfloat16_parity(tmp_path: Path, family: str) -> None:
 
 
 def test_tensor_parallel_parity(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    # By itself the CPU build wants a NUMA node for each of the two processes.
+    """With the engine in a process of its own too, as it is outside these tests."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # By itself the CPU build wants a NUMA node for each of the two workers.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with vllm_engine(folders["llama"], tensor_parallel=2) as engine:
         found = tensors(engine.forward(requests()))
@@ -212,10 +214,9 @@ def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
         assert (found[name].double() - values.double()).abs().max() < 1e-4, name
 
 
-def test_a_model_vllm_does_not_start_with_is_refused_in_one_line(tmp_path: Path) -> None:
-    """Heads of 8 have no attention kernel in the CPU build."""
-    folder = save_model(tmp_path, "llama-tied", tokenizer())
+def test_what_vllm_does_not_start_with_is_refused_in_one_line(folders: dict[str, Path]) -> None:
     one_line = pytest.raises(UserError, match=r"vLLM does not start with it .*transformers$")
-    with one_line as refused, vllm_engine(folder):
+    with one_line as refused, vllm_engine(folders["llama"], tensor_parallel=3):
         pass
+    assert "divisible" in str(refused.value)
     assert "\n" not in str(refused.value)
