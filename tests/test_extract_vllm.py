@@ -188,7 +188,10 @@ def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
     # Two prompts of 20 share 16 tokens, and one response of each shares 32 and is read again.
     lengths = [21, 50, 60] * 2 + [9]
     # One of the two that begin alike comes second: of 50 tokens in one prompt, 60 in the other.
-    assert engine._llm.calls == [(7, sum(lengths) - 2 * (16 + 32)), (2, 50 + 60)]
+    expected = [(7, sum(lengths) - 2 * (16 + 32)), (2, 50 + 60)]
+    assert engine._llm.calls == expected
+    engine.forward(requests())  # what was read before changes nothing
+    assert engine._llm.calls == expected * 2
 
 
 def test_where_the_hook_has_no_place_rows_are_chosen_in_the_driver(
