@@ -404,6 +404,8 @@ def test_options_of_the_other_probe_are_refused(embrm: Any, tmp_path: Path) -> N
     make(tmp_path)
     refused(embrm("cache", "probe", tmp_path, "--target", 0.1), "--target", "--regularizer")
     refused(embrm("cache", "probe", tmp_path, "--regularizer", "--device", "cpu"), "--device")
+    refused(embrm("cache", "probe", tmp_path, "--regularizer", "--engine", "vllm"), "--engine")
+    refused(embrm("cache", "probe", tmp_path, "--engine", "vlm"), "did you mean 'vllm'")
 
 
 def test_a_sample_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
