@@ -22,6 +22,7 @@ from embrm.extract.engine import (
     PositionsRule,
     Request,
     TokenStatistics,
+    by_length,
     predicting_positions,
     read,
     statistics,
@@ -271,6 +272,21 @@ def test_statistics_in_chunks_equal_full_logits(rows: int, vocabulary: int) -> N
     assert torch.allclose(logits.gather(1, found.top_ids.long()), found.top_logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", [60, 60_000])
+def test_largest_logits_of_some_rows_are_those_of_all(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    head = LmHead(torch.randn(vocabulary, 8), softcap=4.0)
+    states, targets = torch.randn(70, 8), torch.randint(0, vocabulary, (70,))
+    among = np.array([0, 3, 16, 17, 63, 69])
+    every = statistics(head, states, targets, 5, tail_mean=True)
+    found = statistics(head, states, targets, 5, tail_mean=True, among=among)
+    assert torch.equal(found.logsumexp, every.logsumexp)
+    assert torch.equal(found.top_ids, every.top_ids[among])
+    assert torch.equal(found.top_logits, every.top_logits[among])
+    assert every.tail_means is not None
+    assert torch.allclose(found.tail_means, every.tail_means[among], atol=1e-6)
+
+
 def test_statistics_survive_logits_beyond_the_range_of_exp() -> None:
     head = LmHead(torch.eye(3) * 1000)
     found = statistics(head, torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([1]))
@@ -385,6 +401,9 @@ class _Echo:
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, int]] = []
+
+    def batches(self, requests, batch_tokens):
+        return by_length([len(r.ids) for r in requests], batch_tokens)
 
     def forward(self, requests):
         self.shapes.append((len(requests), max(len(r.ids) for r in requests)))

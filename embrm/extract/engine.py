@@ -98,48 +98,53 @@ class TokenStatistics:
     top_ids: Tensor
     tail_means: Tensor | None = None
 
-    def cpu(self) -> "TokenStatistics":
-        """The same on the CPU."""
-        return TokenStatistics(
-            self.target_logit.cpu(),
-            self.logsumexp.cpu(),
-            self.top_logits.cpu(),
-            self.top_ids.cpu(),
-            None if self.tail_means is None else self.tail_means.cpu(),
-        )
-
 
 def statistics(
-    head: LmHead, states: Tensor, targets: Tensor, top_k: int = 0, *, tail_mean: bool = False
+    head: LmHead,
+    states: Tensor,
+    targets: Tensor,
+    top_k: int = 0,
+    *,
+    tail_mean: bool = False,
+    among: npt.NDArray[np.int64] | None = None,
 ) -> TokenStatistics:
     """Statistics of states [n, d] whose next tokens are targets int64 [n], without ever holding
     all logits: log p(target) = target_logit - logsumexp.
+
+    among: ascending, the m rows whose largest logits and tail means are wanted, which are then
+    [m, ...]; None: all.
     """
     n, vocabulary, device = len(states), head.weight.shape[0], states.device
     rows = max(16, _LOGIT_BYTES[device.type] // (4 * vocabulary))
     k = min(top_k, vocabulary)
+    among = np.arange(n) if among is None else among
     target_logit = torch.empty(n, dtype=torch.float32, device=device)
     logsumexp = torch.empty_like(target_logit)
-    top_logits = torch.empty(n, k, dtype=torch.float32, device=device)
-    top_ids = torch.empty(n, k, dtype=torch.int32, device=device)
-    tail_means = torch.empty_like(states) if tail_mean else None
+    top_logits = torch.empty(len(among), k, dtype=torch.float32, device=device)
+    top_ids = torch.empty(len(among), k, dtype=torch.int32, device=device)
+    tail_means = states.new_empty(len(among), states.shape[1]) if tail_mean else None
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
+        first, last = np.searchsorted(among, [part.start, part.stop])
+        wanted = torch.from_numpy(among[first:last] - start).to(device)
+        kept = slice(first, last)
         logits = head.logits(states[part])
         target_logit[part] = logits.gather(1, targets[part, None])[:, 0]
         if k:
-            top_logits[part], ids = logits.topk(k, dim=1)
-            top_ids[part] = ids.int()
-        slopes = head.slopes(logits) if tail_mean else 1.0
+            top_logits[kept], ids = logits[wanted].topk(k, dim=1)
+            top_ids[kept] = ids.int()
+        slopes = head.slopes(logits[wanted]) if tail_mean else 1.0
         largest = logits.amax(1, keepdim=True)
         odds = logits.sub_(largest).exp_()
         total = odds.sum(1)
         logsumexp[part] = total.log().add_(largest[:, 0])
         if tail_means is not None:
-            odds.scatter_(1, targets[part, None], 0.0).scatter_(1, top_ids[part].long(), 0.0)
+            odds, total = odds[wanted], total[wanted]
+            odds.scatter_(1, targets[part][wanted, None], 0.0)
+            odds.scatter_(1, top_ids[kept].long(), 0.0)
             tail = odds.sum(1, keepdim=True)
             means = _weighted_sum(odds.mul_(slopes), head.weight) / tail
-            tail_means[part] = means.where(tail >= _NO_TAIL * total[:, None], 0.0)
+            tail_means[kept] = means.where(tail >= _NO_TAIL * total[:, None], 0.0)
     return TokenStatistics(target_logit, logsumexp, top_logits, top_ids, tail_means)
 
 
@@ -193,6 +198,10 @@ class Engine(Protocol):
     """Tokens of a batch, padding included, that suit the device."""
     environment: dict[str, Any]
 
+    def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+        """Indices of the requests to read together, each once, as the requests alone decide."""
+        ...
+
     def forward(self, requests: Sequence[Request]) -> Batch:
         """Read the requests as one batch."""
         ...
@@ -242,7 +251,7 @@ def read(
     batch_tokens: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Batch:
-    """Read any number of requests, in batches of like length of at most `batch_tokens` tokens,
+    """Read any number of requests, in the engine's batches of at most `batch_tokens` tokens,
     padding included (a longer request is read alone). Results are in the order of the requests.
 
     `advance` is told the tokens of each finished batch.
@@ -250,7 +259,7 @@ def read(
     lengths = [len(request.ids) for request in requests]
     order: list[int] = []
     parts: list[Batch] = []
-    for batch in _by_length(lengths, batch_tokens):
+    for batch in engine.batches(requests, batch_tokens):
         parts.append(engine.forward([requests[index] for index in batch]))
         order.extend(batch)
         advance(sum(lengths[index] for index in batch))
@@ -275,7 +284,9 @@ def read(
     )
 
 
-def _by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences of like length, at most `batch_tokens` tokens with padding to a batch;
+    a longer sequence goes alone."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (lengths[index], index)):
         if batches and (len(batches[-1]) + 1) * lengths[index] <= batch_tokens:

@@ -1,6 +1,7 @@
 """The transformers engine: the reference implementation, on CPU, CUDA or MPS."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from embrm.errors import UserError
+from embrm.extract import packing
 from embrm.extract.engine import (
     Batch,
     LmHead,
     Request,
+    TokenStatistics,
+    by_length,
     predicting_positions,
     statistics,
 )
+from embrm.extract.packing import pack
 from embrm.extract.tokens import reason_of
 from embrm.files import sha256
 
@@ -227,63 +232,131 @@ class TransformersEngine:
         self._tail_mean = tail_mean
         self._layers = [int(view.removeprefix("layer:")) for view in views if ":" in view]
         self._before_norm: Tensor | None = None
+        self._own_attention: str = model.config._attn_implementation
+        self._longest_packed = 0
         with torch.inference_mode():
             self._check_layers()
             if "prenorm" in views:
                 self._hook_final_norm()
             self._check_logits()
             self._check_causality()
+            why_not = self._try_packing()
+        if why_not:
+            print(
+                f"warning: {type(model).__name__} is read padded and every prompt anew with each "
+                f"response: packed, {why_not}",
+                file=sys.stderr,
+            )
+        self.environment["batches"] = "padded" if why_not else "packed"
+
+    def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+        """Packed where the model allows it, otherwise of like length and padded."""
+        lengths = [len(request.ids) for request in requests]
+        some = [index for index, length in enumerate(lengths) if length <= self._longest_packed]
+        rest = [index for index, length in enumerate(lengths) if length > self._longest_packed]
+        packed = packing.batches([requests[index] for index in some], batch_tokens)
+        padded = by_length([lengths[index] for index in rest], batch_tokens)
+        return [
+            *([some[index] for index in batch] for batch in packed),
+            *([rest[index] for index in batch] for batch in padded),
+        ]
 
     @torch.inference_mode()
     def forward(self, requests: Sequence[Request]) -> Batch:
-        """Read requests as one right-padded batch.
-
-        No attention mask is passed: under causal attention no token sees the padding to its
-        right, positions count from the left, and without a mask the fast causal kernels run.
-        `_check_causality` tests the premise on the model at hand.
-        """
-        lengths = [len(request.ids) for request in requests]
-        padded = np.zeros((len(requests), max(lengths)), dtype=np.int64)
-        for row, request in zip(padded, requests, strict=True):
-            row[: len(request.ids)] = request.ids
-        ids = torch.from_numpy(padded).to(self._model.device)
-        hidden = self._hidden(ids)
-        post = hidden["last"]
-        final = torch.tensor([request.final_position for request in requests], device=ids.device)
-        rows = torch.arange(len(requests), device=ids.device)
-        hidden_mean = [
-            post[row, request.n_prompt : length].float().mean(0)
-            for row, (request, length) in enumerate(zip(requests, lengths, strict=True))
-            if "mean" in self._views
-        ]
-        states = {
-            view: torch.stack(hidden_mean) if view == "mean" else hidden[view][rows, final]
+        """Read requests as one batch: packed, or right-padded where one is too long for that."""
+        hidden, places = self.hidden(requests)
+        post, dtype = hidden["last"], self.head.weight.dtype
+        entries = list(zip(requests, places, strict=True))
+        spans = [predicting_positions(request.n_prompt, len(request.ids)) for request in requests]
+        final = _joined([own[[r.final_position]] for r, own in entries], post.device)
+        pooled = {
+            view: torch.stack([_mean(post, own[r.n_prompt :]) for r, own in entries])
+            if view == "mean"
+            else hidden[view][final]
             for view in self._views
         }
-        spans = [predicting_positions(request.n_prompt, len(request.ids)) for request in requests]
+        predicting = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
+        targets = [r.ids[s.start + 1 : s.stop + 1] for r, s in zip(requests, spans, strict=True)]
+        # Token rows are some of the rows that S sums over: their logits are computed once.
+        firsts = np.cumsum([0, *map(len, spans)])
+        sampled = [
+            first - s.start + r.positions
+            for first, s, r in zip(firsts, spans, requests, strict=False)
+        ]
+        among = np.concatenate(sampled).astype(np.int64)
+        rows = post[_joined(predicting, post.device)]
         response = statistics(
-            self.head, *_gather(post, ids, [np.arange(s.start, s.stop) for s in spans])
+            self.head,
+            rows,
+            _joined(targets, post.device),
+            self._top_k,
+            tail_mean=self._tail_mean,
+            among=among,
         )
-        terms = (response.target_logit - response.logsumexp).cpu().double()
-        token_states, targets = _gather(post, ids, [request.positions for request in requests])
-        tokens = statistics(
-            self.head, token_states, targets, self._top_k, tail_mean=self._tail_mean
+        at = torch.from_numpy(among).to(post.device)
+        found = _to_cpu(
+            {
+                **{f"state {view}": state.to(dtype) for view, state in pooled.items()},
+                **{f"norm {view}": state.float().norm(dim=1) for view, state in pooled.items()},
+                **vars(response),
+                "rows": rows[at],
+            }
         )
-        dtype = self.head.weight.dtype
+        terms = (found["target_logit"] - found["logsumexp"]).double()
         return Batch(
-            states={view: state.to(dtype).cpu() for view, state in states.items()},
-            norms={view: state.float().norm(dim=1).cpu() for view, state in states.items()},
-            S=np.array([float(part.sum()) for part in terms.split([len(s) for s in spans])]),
-            token_states=token_states.cpu(),
-            targets=targets.int().cpu(),
-            tokens=tokens.cpu(),
+            states={view: found[f"state {view}"] for view in self._views},
+            norms={view: found[f"norm {view}"] for view in self._views},
+            S=np.array([float(part.sum()) for part in terms.split([*map(len, spans)])]),
+            token_states=found["rows"],
+            targets=torch.from_numpy(np.concatenate(targets)[among]),
+            tokens=TokenStatistics(
+                found["target_logit"][among],
+                found["logsumexp"][among],
+                found["top_logits"],
+                found["top_ids"],
+                found.get("tail_means"),
+            ),
         )
 
-    def _hidden(self, ids: Tensor) -> dict[str, Tensor]:
-        """View → states [n, length, d] of right-padded ids int64 [n, length]; "last" always."""
+    @torch.inference_mode()
+    def hidden(
+        self, requests: Sequence[Request]
+    ) -> tuple[dict[str, Tensor], list[npt.NDArray[np.int64]]]:
+        """The model alone on one batch: view → states [places, d], "last" always, and for each
+        request, int64 [length], the places of its tokens.
+
+        No mask is passed. Padded, no token sees the padding to its right under causal attention,
+        positions count from the left, and without a mask the fast causal kernels run;
+        `_check_causality` tests the premise on the model at hand. Packed, see `packing`.
+        """
+        device = self._model.device
+        lengths = [len(request.ids) for request in requests]
+        if max(lengths) <= self._longest_packed:
+            self._attend_by(packing.ATTENTION)
+            packed = pack(requests, device)
+            hidden = self._hidden(packed.ids, position_ids=packed.positions, packed=packed)
+            places = packed.places
+        else:
+            self._attend_by(self._own_attention)
+            padded = np.zeros((len(requests), max(lengths)), dtype=np.int64)
+            for row, request in zip(padded, requests, strict=True):
+                row[: len(request.ids)] = request.ids
+            hidden = self._hidden(torch.from_numpy(padded).to(device))
+            firsts = padded.shape[1] * np.arange(len(requests))
+            places = [
+                first + np.arange(length) for first, length in zip(firsts, lengths, strict=True)
+            ]
+        return {view: states.flatten(0, 1) for view, states in hidden.items()}, places
+
+    def _attend_by(self, implementation: str) -> None:
+        if self._model.config._attn_implementation != implementation:
+            self._model.set_attn_implementation(implementation)
+
+    def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
         try:
             output = self._model.base_model(
-                input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers)
+                input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
             )
         except torch.OutOfMemoryError:
             raise UserError(
@@ -359,20 +432,53 @@ class TransformersEngine:
                 "follows it; use a causal LM"
             )
 
+    def _try_packing(self) -> str | None:
+        """Pack from now on, or say why not: packed texts must have the states they have alone."""
+        config = self._model.config.get_text_config()
+        ids = self._probe_ids().cpu().numpy().astype(np.int32)
+        texts = [(ids[:11], 9), (np.concatenate([ids[:9], ids[:2:-1]]), 9), (ids[::-1], 0)]
+        none = np.empty(0, np.int32)
+        requests = [Request(text, prompt, len(text) - 1, none) for text, prompt in texts]
+        alone = torch.cat([self.hidden([request])[0]["last"] for request in requests])
+        # A sliding window or a chunk of attention is a mask, which packed attention does not have:
+        # up to its length it hides nothing.
+        windows = [
+            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+        ]
+        self._longest_packed = min((size for size in windows if size), default=sys.maxsize)
+        reason = None
+        try:
+            hidden, places = self.hidden(requests)
+            if not self._close(hidden["last"][np.concatenate(places)], alone):
+                reason = "a token's state would depend on other texts"
+        except Exception as error:  # whatever a model says that cannot take packed texts
+            reason = reason_of(error)
+        if reason:
+            self._longest_packed = 0
+            self._attend_by(self._own_attention)
+        return reason
+
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         limit = TOLERANCE[str(self.head.weight.dtype).removeprefix("torch.")]
         error = (found.float() - expected.float()).abs().max()
         return bool(error <= limit * expected.float().abs().max())
 
 
-def _gather(
-    post: Tensor, ids: Tensor, positions: Sequence[npt.NDArray[Any]]
-) -> tuple[Tensor, Tensor]:
-    """States [rows, d] at each sequence's positions, and the ids int64 [rows] that follow them."""
-    length = ids.shape[1]
-    rows = [row * length + part.astype(np.int64) for row, part in enumerate(positions)]
-    flat = torch.from_numpy(np.concatenate(rows)).to(ids.device)
-    return post.flatten(0, 1)[flat], ids.flatten()[flat + 1]
+def _joined(parts: Sequence[npt.NDArray[Any]], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+
+
+def _mean(states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
+    return states[torch.from_numpy(places).to(states.device)].float().mean(0)
+
+
+def _to_cpu(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that are there, on the CPU. From a GPU all are copied at once, into pinned memory."""
+    there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    copies = {name: tensor.to("cpu", non_blocking=tensor.is_cuda) for name, tensor in there.items()}
+    if any(tensor.is_cuda for tensor in there.values()):
+        torch.cuda.current_stream().synchronize()
+    return copies
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,241 @@
+"""Packing: many texts as one sequence without padding, in which texts with one prompt share it.
+
+Everything but attention works on one token at a time, so that only attention has to know where a
+text begins. A shared prompt is computed once: its tokens stand before the responses', and each
+response attends to them and to itself. The states are those of the texts read alone, up to the
+order of float arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from embrm.extract.engine import Request
+
+ATTENTION = "embrm-packed"
+"""The name under which transformers finds `_attend`."""
+
+_WORTH = 8
+"""Tokens of the shortest prompt that is shared: to compute fewer costs less than what sharing adds,
+a call to attention and a copy of keys and values in every layer."""
+
+
+class Segment(NamedTuple):
+    """Tokens start:stop of a packed sequence, which follow each other in a text. They see each
+    other and begin:end, a prompt that other texts share (begin = end: none)."""
+
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+class _Offsets(NamedTuple):
+    """Segments as the kernel for variable lengths takes them: int32 [segments + 1] where each
+    one's queries and keys begin, the most that one has, and int64 the places of all keys."""
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Requests as one sequence of T tokens.
+
+    ids: int64 [1, T]; positions: int64 [1, T], of each token in its text; segments: they cover the
+    sequence in its order; places: for each request, int64 [length], where its tokens are.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    places: list[npt.NDArray[np.int64]]
+
+    @cached_property
+    def offsets(self) -> _Offsets:
+        queries = np.array([stop - start for start, stop, _, _ in self.segments])
+        keys = queries + [end - begin for _, _, begin, end in self.segments]
+        places = [
+            np.concatenate([np.arange(begin, end), np.arange(start, stop)])
+            for start, stop, begin, end in self.segments
+        ]
+        device = self.ids.device
+
+        def firsts(counts: npt.NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
+
+        return _Offsets(
+            firsts(queries),
+            firsts(keys),
+            int(queries.max()),
+            int(keys.max()),
+            torch.from_numpy(np.concatenate(places)).to(device),
+        )
+
+
+def pack(requests: Sequence[Request], device: torch.device) -> Packed:
+    """One sequence of what texts share and of each text's own tokens."""
+    ids: list[npt.NDArray[np.int32]] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    segments: list[Segment] = []
+    places = [np.empty(0, np.int64)] * len(requests)
+
+    def add(tokens: npt.NDArray[np.int32], begin: int, end: int) -> npt.NDArray[np.int64]:
+        start = segments[-1].stop if segments else 0
+        stop = start + len(tokens)
+        if len(tokens):
+            ids.append(tokens)
+            positions.append(np.arange(end - begin, end - begin + len(tokens)))
+            segments.append(Segment(start, stop, begin, end))
+        return np.arange(start, stop)
+
+    for group in _by_prompt(requests):
+        shared = _shared(requests, group)
+        prompt = add(requests[group[0]].ids[:shared], 0, 0)
+        begin, end = (int(prompt[0]), int(prompt[-1]) + 1) if shared else (0, 0)
+        for index in group:
+            places[index] = np.concatenate([prompt, add(requests[index].ids[shared:], begin, end)])
+    return Packed(
+        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None].to(device),
+        torch.from_numpy(np.concatenate(positions))[None].to(device),
+        tuple(segments),
+        places,
+    )
+
+
+def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+    """Indices of the requests to pack together, in at most `batch_tokens` tokens with a shared
+    prompt counted once (a longer request goes alone).
+
+    Texts that share a prompt begin a batch unless they all fit into the last one; where they do
+    not fit into one, every further batch reads the prompt again.
+    """
+    made: list[list[int]] = []
+    room = 0
+    for group in _by_prompt(requests):
+        shared = _shared(requests, group)
+        own = [len(requests[index].ids) - shared for index in group]
+        if not made or (shared and room < shared + sum(own)):
+            made.append([])
+            room = batch_tokens
+        room -= shared
+        for index, tokens in zip(group, own, strict=True):
+            if tokens > room and made[-1]:
+                made.append([])
+                room = batch_tokens - shared
+            made[-1].append(index)
+            room -= tokens
+    return made
+
+
+def _by_prompt(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of the requests with one prompt, in the order of their first."""
+    groups: dict[bytes, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.ids[: request.n_prompt].tobytes(), []).append(index)
+    return list(groups.values())
+
+
+def _shared(requests: Sequence[Request], group: Sequence[int]) -> int:
+    """How many first tokens the texts of one prompt share: all of the prompt's, or none."""
+    n_prompt = requests[group[0]].n_prompt
+    return n_prompt if len(group) > 1 and n_prompt >= _WORTH else 0
+
+
+def _attend(
+    module: Any,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within the texts of a packed sequence. query: [1, heads, T, d]; key, value: [1,
+    heads or a divisor, T, d]; returns [1, T, heads, d].
+
+    softcap: scores become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2).
+    """
+    if query.is_cuda and query.dtype != torch.float32 and softcap is None:
+        return _attend_at_once(query, key, value, packed.offsets, scaling), None
+    parts = []
+    for start, stop, begin, end in packed.segments:
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        mask: Tensor | None = None
+        if begin < end or softcap is not None:
+            k, v = (
+                torch.cat([tensor[:, :, begin:end], own], dim=2)
+                for tensor, own in ((key, k), (value, v))
+            )
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(end - begin)
+        if mask is not None and softcap is not None:
+            parts.append(_capped(q, k, v, mask, scaling, softcap))
+        else:
+            parts.append(
+                scaled_dot_product_attention(
+                    q,
+                    k,
+                    v,
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, offsets: _Offsets, scaling: float | None
+) -> Tensor:
+    """All segments in one call to flash attention, which a GPU has in half precision."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(
+        q,
+        k[offsets.places],
+        v[offsets.places],
+        offsets.queries,
+        offsets.keys,
+        offsets.most_queries,
+        offsets.most_keys,
+        scale=scaling,
+        window_size=(-1, 0),  # causal, aligned at the last key
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    times = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    weights = torch.softmax(scores.float().masked_fill(~mask, -torch.inf), dim=-1)
+    return weights.to(query.dtype) @ value
+
+
+AttentionInterface.register(ATTENTION, _attend)

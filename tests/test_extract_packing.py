@@ -1,0 +1,168 @@
+"""Packing: what is shared is read once and changes no state; some models cannot be packed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from extract_models import CONFIGS, VOCABULARY, save_model, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+
+from embrm.extract.engine import Request, read, token_positions
+from embrm.extract.packing import batches, pack
+from embrm.extract.transformers_engine import TransformersEngine, load_engine
+
+VIEWS = ("last", "mean", "prenorm", "layer:1")
+
+
+def texts(prompts: list[int], responses: list[list[int]], seed: int = 0) -> list[Request]:
+    """A prompt of every length in `prompts`, with responses of the lengths at its place."""
+    random = np.random.default_rng(seed)
+    made = []
+    for n_prompt, lengths in zip(prompts, responses, strict=True):
+        prompt = random.integers(3, VOCABULARY, n_prompt)
+        for n in lengths:
+            ids = np.concatenate([prompt, random.integers(3, VOCABULARY, n)]).astype(np.int32)
+            positions = token_positions(str(len(made)), n_prompt, len(ids), 3, 0)
+            made.append(Request(ids, n_prompt, len(ids) - 1, positions))
+    return made
+
+
+SHARED = texts([20, 0, 3, 9, 40], [[5, 30, 1], [4, 6], [2, 2], [7], [12, 12, 3, 8]])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_shared_prompt_changes_no_state(kind: str, tmp_path: Path) -> None:
+    save_model(tmp_path, kind, tokenizer())
+    engine = load_engine(tmp_path, dtype="float32", device="cpu", views=VIEWS, top_k=3)
+    assert engine.environment["batches"] == "packed"
+    together = read(engine, SHARED, 10_000)
+    alone = [read(engine, [request], 10_000) for request in SHARED]
+    for view in VIEWS:
+        expected = torch.cat([one.states[view] for one in alone])
+        assert (together.states[view] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    S = np.concatenate([one.S for one in alone])
+    assert np.allclose(together.S, S, rtol=1e-5)
+    rows = torch.cat([one.token_states for one in alone])
+    assert (together.token_states - rows).abs().max() <= 1e-5 * rows.abs().max()
+    assert torch.equal(together.targets, torch.cat([one.targets for one in alone]))
+    logits = torch.cat([one.tokens.top_logits for one in alone])
+    assert (together.tokens.top_logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
+def test_the_model_reads_what_arithmetic_says(tmp_path: Path, budget: int) -> None:
+    """Ten responses to each of three prompts: the prompt of a batch passes once, nothing pads."""
+    save_model(tmp_path, "llama-tied", tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    engine = TransformersEngine(model, ("last",), 0)
+    requests = texts([30, 12, 5], [[10, 2, 9, 4, 4, 6, 1, 8, 3, 3]] * 3)
+    passed = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: passed.append(inputs[0].numel())
+    )
+    read(engine, requests, budget)
+    whole = 10 * (30 + 12 + 5) + 3 * 50
+    if budget == 1:
+        assert sum(passed) == whole
+    elif budget == 10_000:
+        # The prompt of 5 tokens is too short to be shared.
+        assert passed == [30 + 12 + 10 * 5 + 3 * 50]
+    else:
+        assert max(passed) <= budget
+        # 60 tokens hold a prompt and half of its responses: it is read twice.
+        times = {60: 2, 150: 1}[budget]
+        assert sum(passed) == (30 + 12) * times + 10 * 5 + 3 * 50
+
+
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(0, 20), st.lists(st.integers(1, 30), min_size=1, max_size=6)),
+        min_size=1,
+        max_size=8,
+    ),
+    budget=st.integers(1, 200),
+)
+@settings(max_examples=150, deadline=None)
+def test_batches_hold_every_request_once_within_the_budget(
+    groups: list[tuple[int, list[int]]], budget: int
+) -> None:
+    requests = texts([n for n, _ in groups], [own for _, own in groups])
+    made = batches(requests, budget)
+    assert sorted(index for batch in made for index in batch) == list(range(len(requests)))
+    device = torch.device("cpu")
+    for batch in made:
+        some = [requests[index] for index in batch]
+        packed = pack(some, device)
+        assert packed.ids.shape[1] <= budget or len(batch) == 1
+        assert [own.stop for own in packed.segments[:-1]] == [
+            own.start for own in packed.segments[1:]
+        ]
+        for request, places in zip(some, packed.places, strict=True):
+            assert packed.ids[0, places].tolist() == request.ids.tolist()
+            assert packed.positions[0, places].tolist() == list(range(len(request.ids)))
+
+
+def test_a_prompt_that_fits_is_not_torn() -> None:
+    requests = texts([40, 20, 20], [[10], [10, 10, 10], [5]])
+    assert batches(requests, 60) == [[0], [1, 2, 3], [4]]
+
+
+def test_offsets_say_what_the_segments_say() -> None:
+    """What the kernel of a GPU is given, which cannot run here."""
+    packed = pack(SHARED, torch.device("cpu"))
+    offsets = packed.offsets
+    assert len(offsets.queries) == len(offsets.keys) == len(packed.segments) + 1
+    for index, (start, stop, begin, end) in enumerate(packed.segments):
+        assert offsets.queries[index : index + 2].tolist() == [start, stop]
+        keys = offsets.places[offsets.keys[index] : offsets.keys[index + 1]].tolist()
+        assert keys == [*range(begin, end), *range(start, stop)]
+    assert offsets.most_queries == max(stop - start for start, stop, _, _ in packed.segments)
+    assert offsets.most_keys == 52
+
+
+def test_a_state_space_model_is_read_padded_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = TransformersEngine(model, ("last",), 0)
+    assert engine.environment["batches"] == "padded"
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert "MambaForCausalLM is read padded" in warning
+    assert "depend on other texts" in warning
+    _near_plain(engine, model, SHARED)
+
+
+def test_texts_beyond_a_sliding_window_are_read_padded() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=24,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    engine = TransformersEngine(model, ("last",), 0)
+    made = engine.batches(SHARED, 10_000)
+    longest = [max(len(SHARED[index].ids) for index in batch) for batch in made]
+    assert longest[0] <= 24 < longest[1] == 52
+    _near_plain(engine, model, SHARED)
+
+
+def _near_plain(
+    engine: TransformersEngine, model: torch.nn.Module, requests: list[Request]
+) -> None:
+    found = read(engine, requests, 10_000).states["last"]
+    model.set_attn_implementation("eager")
+    for state, request in zip(found, requests, strict=True):
+        with torch.no_grad():
+            ids = torch.from_numpy(request.ids.astype(np.int64))[None]
+            expected = model.base_model(input_ids=ids).last_hidden_state[0, -1]
+        assert (state - expected).abs().max() <= 1e-4 * expected.abs().max()
