@@ -1,6 +1,7 @@
 """Run: what is stored, exclusions, the same bytes however often it is stopped, plan, refusals."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from embrm.cache.reader import open_cache
 from embrm.cache.verify import verify
+from embrm.cache.writer import CacheWriter
 from embrm.errors import UserError
 from embrm.extract import run
 from embrm.extract.engine import read
@@ -182,6 +184,47 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
         open_cache(tmp_path / "cut")
     make(world, tmp_path / "cut")
     assert content(tmp_path / "cut") == content(cache)
+
+
+def test_the_model_reads_on_while_a_shard_is_written(
+    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, write = threading.Semaphore(0), CacheWriter.write_shard
+
+    def wait_then_write(writer, index, *rows):
+        assert index == 5 or reading.acquire(timeout=20)  # the last has nobody to wait for
+        write(writer, index, *rows)
+
+    def note_and_read(engine, requests, *more):
+        if requests[0].ids.tolist() != first.tolist():
+            reading.release()
+        return read(engine, requests, *more)
+
+    first = prepare(spec_of(world)).encoded[0].ids
+    monkeypatch.setattr(CacheWriter, "write_shard", wait_then_write)
+    monkeypatch.setattr(run, "read", note_and_read)
+    make(world, tmp_path / "out")
+    assert content(tmp_path / "out") == content(cache)
+
+
+def test_what_stops_the_writer_stops_the_model(
+    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads, write = [], CacheWriter.write_shard
+
+    def fill_the_disk(writer, index, *rows):
+        if index == 1:
+            raise UserError("disk full")
+        write(writer, index, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_shard", fill_the_disk)
+        patch.setattr(run, "read", lambda *given: reads.append(1) or read(*given))
+        with pytest.raises(UserError, match="disk full"):
+            make(world, tmp_path / "out")
+    assert len(reads) == 3  # the shard before, the one that failed, and the one read meanwhile
+    make(world, tmp_path / "out")
+    assert content(tmp_path / "out") == content(cache)
 
 
 def test_other_batch_sizes_change_rounding_only(

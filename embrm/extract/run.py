@@ -3,6 +3,7 @@
 import hashlib
 import operator
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -416,12 +417,21 @@ def extract(
     ) as writer:
         tokens = {index: int(lengths[rows].sum()) for index, rows in shards.items()}
         done = sum(tokens[index] for index in writer.done)
-        with progress("extract", sum(tokens.values()), "tokens", done) as bar:
+        with (
+            progress("extract", sum(tokens.values()), "tokens", done) as bar,
+            ThreadPoolExecutor(1, "writer") as thread,
+        ):
+            # A shard is written while the next is read; at most one waits, so memory is bounded.
+            # Leaving the block, however it ends, waits for the shard in flight.
+            writing: Future[None] = thread.submit(lambda: None)
             for index, rows in shards.items():
                 if index not in writer.done:
                     requests = prepared.requests(rows)
                     batch = read(engine, requests, budget, bar.advance)
-                    writer.write_shard(index, *_shard(prepared, rows, requests, batch))
+                    writing.result()
+                    shard = _shard(prepared, rows, requests, batch)
+                    writing = thread.submit(writer.write_shard, index, *shard)
+            writing.result()
         writer.finish()
     return out
 
