@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast, get_args
 
@@ -651,14 +652,7 @@ def bench_sweep(
 
     # An interrupt must not leave the temporary caches behind.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    measured = {}
-    for part, rows in measure_sweep(parts or [], folder, cache):
-        measured[part] = rows
-        if not as_json:
-            print(f"\n{part}")
-            _table([{key: "" if v is None else v for key, v in row.items()} for row in rows])
-    if as_json:
-        print(json.dumps(measured, indent=1))
+    _parts(measure_sweep(parts or [], folder, cache), as_json)
 
 
 @bench_app.command("grm")
@@ -687,6 +681,54 @@ def bench_grm(
     rows = measure_grm(folder, cache, tokens=tokens)
     shown = [{key: "" if v is None else v for key, v in row.items()} for row in rows]
     print(json.dumps(rows, indent=1)) if as_json else _table(shown)
+
+
+@bench_app.command("extract")
+def bench_extract(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Causal LM to read with, instead of a small one of random weights."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Preference data to read, instead of made-up pairs.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of a batch, padding included.")
+    ] = None,
+    responses: Annotated[int, typer.Option(help="About how many to read.")] = 256,
+    folder: Annotated[Path, typer.Option(help="Where temporary files go.")] = Path(),
+    as_json: Json = False,
+) -> None:
+    """Compare extraction with the bare model, with padded batches, and with writing nothing."""
+    from embrm.bench.extraction import measure_extraction
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _parts(
+        measure_extraction(
+            folder,
+            model,
+            data,
+            dtype=dtype,
+            device=device,
+            batch_tokens=batch_tokens,
+            responses=responses,
+        ),
+        as_json,
+    )
+
+
+def _parts(parts: Iterable[tuple[str, list[dict[str, Any]]]], as_json: bool) -> None:
+    """The parts of a benchmark: tables as they are there, or one JSON object."""
+    measured = {}
+    for part, rows in parts:
+        measured[part] = rows
+        if not as_json:
+            print(f"\n{part}")
+            _table([{key: "" if v is None else v for key, v in row.items()} for row in rows])
+    if as_json:
+        print(json.dumps(measured, indent=1))
 
 
 def _show(value: dict[str, Any], as_json: bool) -> None:

@@ -226,7 +226,7 @@ class TransformersEngine:
             "attention": model.config._attn_implementation,
             "device": _device_name(model.device),
         }
-        self._model = model
+        self.model = model
         self._views = tuple(views)
         self._top_k = top_k
         self._tail_mean = tail_mean
@@ -329,7 +329,7 @@ class TransformersEngine:
         positions count from the left, and without a mask the fast causal kernels run;
         `_check_causality` tests the premise on the model at hand. Packed, see `packing`.
         """
-        device = self._model.device
+        device = self.model.device
         lengths = [len(request.ids) for request in requests]
         if max(lengths) <= self._longest_packed:
             self._attend_by(packing.ATTENTION)
@@ -349,13 +349,13 @@ class TransformersEngine:
         return {view: states.flatten(0, 1) for view, states in hidden.items()}, places
 
     def _attend_by(self, implementation: str) -> None:
-        if self._model.config._attn_implementation != implementation:
-            self._model.set_attn_implementation(implementation)
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
 
     def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
         """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
         try:
-            output = self._model.base_model(
+            output = self.model.base_model(
                 input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
             )
         except torch.OutOfMemoryError:
@@ -371,7 +371,7 @@ class TransformersEngine:
         return hidden
 
     def _check_layers(self) -> None:
-        layers = self._model.config.get_text_config().num_hidden_layers
+        layers = self.model.config.get_text_config().num_hidden_layers
         for layer in self._layers:
             if layer >= layers:
                 raise UserError(
@@ -390,7 +390,7 @@ class TransformersEngine:
         def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._before_norm = inputs[0]
 
-        base = self._model.base_model
+        base = self.model.base_model
         handles = [module.register_forward_hook(note) for module in base.modules()]
         last = self._hidden(self._probe_ids()[None])["last"]
         for handle in handles:
@@ -406,19 +406,19 @@ class TransformersEngine:
     def _probe_ids(self) -> Tensor:
         """A short sequence, int64 [16], spread over the vocabulary."""
         vocabulary = self.head.weight.shape[0]
-        return torch.arange(16, device=self._model.device) * (vocabulary // 16)
+        return torch.arange(16, device=self.model.device) * (vocabulary // 16)
 
     def _check_logits(self) -> None:
         ids = self._probe_ids()[None]
-        expected = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
         if not expected.isfinite().all():
             raise UserError(
-                f"{type(self._model).__name__} gives logits that are NaN or infinite: "
+                f"{type(self.model).__name__} gives logits that are NaN or infinite: "
                 "check its weights; a model trained in bfloat16 may not fit float16"
             )
         if not self._close(self.head.logits(self._hidden(ids)["last"][0]), expected):
             raise UserError(
-                f"{type(self._model).__name__} computes its logits in a way embrm does not know: "
+                f"{type(self.model).__name__} computes its logits in a way embrm does not know: "
                 "S and token rows would be wrong; use another architecture"
             )
 
@@ -428,13 +428,13 @@ class TransformersEngine:
         alone = self._hidden(ids[None, :6])["last"][0]
         if not self._close(self._hidden(padded)["last"][1, :6], alone):
             raise UserError(
-                f"{type(self._model).__name__} is not causal: a token's state depends on what "
+                f"{type(self.model).__name__} is not causal: a token's state depends on what "
                 "follows it; use a causal LM"
             )
 
     def _try_packing(self) -> str | None:
         """Pack from now on, or say why not: packed texts must have the states they have alone."""
-        config = self._model.config.get_text_config()
+        config = self.model.config.get_text_config()
         ids = self._probe_ids().cpu().numpy().astype(np.int32)
         texts = [(ids[:11], 9), (np.concatenate([ids[:9], ids[:2:-1]]), 9), (ids[::-1], 0)]
         none = np.empty(0, np.int32)

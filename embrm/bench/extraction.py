@@ -1,0 +1,368 @@
+"""Extraction beside the bare model: the same texts, weights and machine, in one run."""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embrm.data.sources import parse_source
+from embrm.errors import UserError
+from embrm.extract.engine import Request, by_length, predicting_positions, read
+from embrm.extract.run import ExtractSpec, Prepared, extract, prepare
+from embrm.extract.transformers_engine import TransformersEngine, load_engine
+from embrm.files import write_bytes
+from embrm.progress import progress
+
+PER_PROMPT = 10
+"""Responses to each prompt of the part "prefix"."""
+
+_NO_POSITIONS = np.empty(0, np.int32)
+_LOGIT_ROWS = 2048
+"""Rows of logits that the bare model makes at once: more would not fit a GPU's memory."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model made on the spot, a Llama with random weights."""
+
+    width: int = 512
+    layers: int = 6
+    vocabulary: int = 16_384
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What every part measures with: `peak` is in operations a second."""
+
+    engine: TransformersEngine
+    budget: int
+    rounds: int
+    peak: float
+
+
+def measure_extraction(
+    folder: Path,
+    model: str | None = None,
+    data: str | None = None,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    responses: int = 256,
+    rounds: int = 3,
+    size: Size = Size(),
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure about `responses` texts; the name and rows of each part as they are there.
+
+    model, data: as `embrm extract` takes them; without, a model of `size` and made-up pairs, in
+    `folder` for as long as it takes. Every way is timed `rounds` times, in turns, on all of
+    torch's threads, and its fastest round counts.
+    Raises: UserError for data without a model, and whatever `embrm extract` would refuse.
+    """
+    if data and not model:
+        raise UserError("--data needs --model, whose tokenizer reads it: name both, or neither")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        here = Path(name)
+        spec = ExtractSpec.parse(
+            {
+                "model": model or str(_made_model(here / "model", size)),
+                "data": [parse_source(data or str(_made_pairs(here / "pairs.jsonl", responses)))],
+                "dtype": dtype,
+                "token_rows": 8,
+            },
+            "command line",
+        )
+        prepared = prepare(spec)
+        engine = load_engine(prepared.folder, dtype=dtype, device=device, top_k=spec.top_k)
+        budget = engine.batch_tokens if batch_tokens is None else batch_tokens
+        bench = _Bench(engine, budget, rounds, _peak(engine.head.weight))
+        yield "speed", _speed(bench, prepared.requests(_whole_prompts(prepared, responses)))
+        yield "prefix", _prefix(bench, responses)
+        some = spec.model_copy(update={"limit": max(1, responses // 2)})
+        yield "writer", _writer(bench, some, device, here / "cache")
+
+
+def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
+    """The engine, and the model alone on the same texts in several batches.
+
+    The model alone makes what any user of it must: states, and logits where they predict the
+    response. "tokens/s" counts the tokens of the texts, a prompt with each of its responses;
+    "read": tokens that went through the model, padding included; "times": this way's seconds to
+    the engine's; "of peak": products of weights that the way needs, to those of a matrix product.
+    """
+    engine, budget = bench.engine, bench.budget
+    lengths = [len(request.ids) for request in requests]
+    bare = [replace(request, positions=_NO_POSITIONS) for request in requests]
+    own = engine.batches(bare, budget)
+
+    def packed(some: Sequence[Request]) -> None:
+        hidden, places = engine.hidden(some)
+        _logits(engine, hidden["last"], places, some)
+
+    def padded(some: Sequence[Request]) -> None:
+        ids, places = _padded(some)
+        engine.model.set_attn_implementation(engine.environment["attention"])
+        hidden = engine.model.base_model(input_ids=ids.to(engine.model.device), use_cache=False)
+        _logits(engine, hidden.last_hidden_state.flatten(0, 1), places, some)
+
+    def each(
+        one: Callable[[Sequence[Request]], None], batches: list[list[int]]
+    ) -> Callable[[], None]:
+        def work() -> None:
+            for batch in batches:
+                one([bare[index] for index in batch])
+
+        return work
+
+    ways: dict[str, Callable[[], object]] = {
+        "engine": lambda: read(engine, bare, budget),
+        "engine, 8 token rows": lambda: read(engine, requests, budget),
+        "model alone, same batches": each(packed, own),
+        "model alone, sorted and padded": each(padded, by_length(lengths, budget)),
+        "model alone, unsorted and padded": each(padded, _in_order(lengths, budget)),
+        "model alone, one at a time": each(padded, [[index] for index in range(len(bare))]),
+    }
+    done = _timed(bench, ways)
+    logits = sum(len(predicting_positions(r.n_prompt, len(r.ids))) for r in bare)
+    base = sum(
+        weight.numel()
+        for module in engine.model.base_model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim == 2
+    )
+    rows: list[dict[str, Any]] = [
+        {
+            "way": "limit: a matrix product",
+            "tokens/s": None,
+            "read": None,
+            "padding": None,
+            "times": None,
+            "TFLOP/s": bench.peak / 1e12,
+            "of peak": 1.0,
+        }
+    ]
+    whole = sum(lengths)
+    for way, (seconds, slots) in done.items():
+        # Nothing pads what is packed; only there are prompts shared.
+        needed = min(slots, whole)
+        operations = 2 * (base * needed + engine.head.weight.numel() * logits)
+        rows.append(
+            {
+                "way": way,
+                "tokens/s": whole / seconds,
+                "read": slots,
+                "padding": 1 - needed / slots,
+                "times": seconds / done["engine"][0],
+                "TFLOP/s": operations / seconds / 1e12,
+                "of peak": operations / seconds / bench.peak,
+            }
+        )
+    return rows
+
+
+def _prefix(bench: _Bench, responses: int) -> list[dict[str, Any]]:
+    """Made-up texts with ten responses a prompt: each alone, and as the engine batches them.
+
+    "saved": share of the texts' tokens that did not go through the model; "could": what
+    arithmetic says if every prompt is read once. "error": the largest difference of a state's
+    component, to the largest component.
+    """
+    engine = bench.engine
+    random = np.random.default_rng(0)
+    vocabulary = engine.head.weight.shape[0]
+    prompts = max(1, responses // PER_PROMPT)
+    requests = []
+    for n_prompt in _lengths(random, prompts, 120, 0.5):
+        prompt = random.integers(0, vocabulary, n_prompt)
+        for n in _lengths(random, PER_PROMPT, 120, 0.5):
+            ids = np.concatenate([prompt, random.integers(0, vocabulary, n)]).astype(np.int32)
+            requests.append(Request(ids, int(n_prompt), len(ids) - 1, _NO_POSITIONS))
+    # One response of every prompt at a time: there is nothing to share.
+    apart = [requests[first::PER_PROMPT] for first in range(PER_PROMPT)]
+    found: dict[str, Tensor] = {}
+
+    def alone() -> None:
+        parts = [read(engine, part, bench.budget).states["last"] for part in apart]
+        found["alone"] = torch.stack(parts, dim=1).flatten(0, 1)
+
+    def together() -> None:
+        found["together"] = read(engine, requests, bench.budget).states["last"]
+
+    done = _timed(bench, {"every response with its prompt": alone, "prompts shared": together})
+    whole = sum(len(request.ids) for request in requests)
+    once = sum(request.n_prompt for request in requests[::PER_PROMPT])
+    difference = (found["together"].float() - found["alone"].float()).abs().max()
+    return [
+        {
+            "way": way,
+            "tokens/s": whole / seconds,
+            "read": slots,
+            "saved": 1 - slots / whole,
+            "could": (PER_PROMPT - 1) * once / whole,
+            "times": seconds / done["prompts shared"][0],
+            "error": float(difference / found["alone"].float().abs().max()),
+        }
+        for way, (seconds, slots) in done.items()
+    ]
+
+
+def _writer(bench: _Bench, spec: ExtractSpec, device: str, out: Path) -> list[dict[str, Any]]:
+    """A whole extraction in eight shards, and all of it but writing: "times" is the overhead."""
+    shard_rows = max(1, len(prepare(spec).encoded) // 8)
+    folders = (out.with_name(f"{out.name}-{number}") for number in itertools.count())
+
+    def unwritten() -> None:
+        prepared = prepare(spec)
+        engine = load_engine(prepared.folder, dtype=spec.dtype, device=device, top_k=spec.top_k)
+        for first in range(0, len(prepared.encoded), shard_rows):
+            rows = range(first, min(first + shard_rows, len(prepared.encoded)))
+            read(engine, prepared.requests(rows), bench.budget)
+
+    def written() -> None:
+        extract(
+            spec, next(folders), device=device, batch_tokens=bench.budget, shard_rows=shard_rows
+        )
+
+    done = _timed(bench, {"without writing": unwritten, "extract": written})
+    return [
+        {"way": way, "seconds": seconds, "times": seconds / done["without writing"][0]}
+        for way, (seconds, _) in done.items()
+    ]
+
+
+def _timed(bench: _Bench, ways: dict[str, Callable[[], object]]) -> dict[str, tuple[float, int]]:
+    """Way → seconds of its fastest round, and the tokens that went through the bench's model."""
+    slots = 0
+
+    def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
+        nonlocal slots
+        slots += inputs[0].numel()
+
+    handle = bench.engine.model.get_input_embeddings().register_forward_hook(count)
+    done: dict[str, tuple[float, int]] = {}
+    with torch.inference_mode(), progress("bench", bench.rounds * len(ways), "rounds") as bar:
+        for _ in range(bench.rounds):
+            for way, work in ways.items():
+                slots = 0
+                start = time.perf_counter()
+                work()
+                if bench.engine.model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                done[way] = min((seconds, slots), done.get(way, (seconds, slots)))
+                bar.advance()
+    handle.remove()
+    return done
+
+
+def _logits(
+    engine: TransformersEngine,
+    states: Tensor,
+    places: Sequence[npt.NDArray[np.int64]],
+    requests: Sequence[Request],
+) -> None:
+    spans = [predicting_positions(r.n_prompt, len(r.ids)) for r in requests]
+    rows = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
+    for some in torch.from_numpy(np.concatenate(rows)).to(states.device).split(_LOGIT_ROWS):
+        engine.model.get_output_embeddings()(states[some])
+
+
+def _padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int64]]]:
+    most = max(len(request.ids) for request in requests)
+    ids = torch.zeros(len(requests), most, dtype=torch.int64)
+    for row, request in zip(ids, requests, strict=True):
+        row[: len(request.ids)] = torch.from_numpy(request.ids.astype(np.int64))
+    return ids, [most * i + np.arange(len(request.ids)) for i, request in enumerate(requests)]
+
+
+def _in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of neighbours, at most `batch_tokens` tokens with padding."""
+    batches: list[list[int]] = []
+    most = 0
+    for index, length in enumerate(lengths):
+        most = max(most, length)
+        if batches and (len(batches[-1]) + 1) * most <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            most = length
+    return batches
+
+
+def _whole_prompts(prepared: Prepared, responses: int) -> list[int]:
+    """Rows of evenly spaced prompts with all their responses, about `responses` of them."""
+    prompts = prepared.dataset.responses["prompt_id"].to_list()
+    distinct = list(dict.fromkeys(prompts))
+    count = max(1, min(len(distinct), responses * len(distinct) // len(prompts)))
+    kept = {distinct[i] for i in np.linspace(0, len(distinct) - 1, count).astype(int)}
+    return [row for row, prompt in enumerate(prompts) if prompt in kept]
+
+
+def _peak(weight: Tensor) -> float:
+    """Operations a second of a large product of matrices of the weights' dtype and device."""
+    side = 8192 if weight.is_cuda else 2048
+    a, b = (torch.randn(side, side, device=weight.device).to(weight.dtype) for _ in range(2))
+    out = torch.mm(a, b)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if weight.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / min(seconds)
+
+
+def _lengths(random: np.random.Generator, count: int, median: float, spread: float) -> Any:
+    """Log-normal lengths, int64 [count]."""
+    return random.lognormal(np.log(median), spread, count).clip(1, 900).astype(np.int64)
+
+
+def _made_pairs(path: Path, responses: int) -> Path:
+    """Pairs of random words, with lengths like those of chats."""
+    random = np.random.default_rng(0)
+    pairs = max(1, responses // 2)
+    lengths = np.stack([_lengths(random, pairs, median, 0.9) for median in (60, 150, 150)], axis=1)
+    rows = []
+    for three in lengths:
+        texts = (" ".join(f"w{n}" for n in random.integers(0, 1000, size)) for size in three)
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return path
+
+
+def _made_model(folder: Path, size: Size) -> Path:
+    """A Llama with random weights, and a tokenizer of a token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{n}" for n in range(1000))]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=8 * size.width // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.width // 64,
+        num_key_value_heads=size.width // 64,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,68 @@
+"""The extraction benchmark at a tiny size: it runs to the end, and its figures fit together."""
+
+from pathlib import Path
+
+import pytest
+from extract_models import save_model, tokenizer
+
+from embrm.bench.extraction import PER_PROMPT, Size, measure_extraction
+from embrm.errors import UserError
+
+
+def test_the_figures_fit_together(tmp_path: Path) -> None:
+    parts = dict(
+        measure_extraction(tmp_path, device="cpu", responses=40, rounds=1, size=Size(64, 2, 1100))
+    )
+    limit, engine, tokens, same, ordered, unsorted, single = parts["speed"]
+    assert limit["TFLOP/s"] > 0
+    assert engine["times"] == 1
+    # Packed, two responses read their prompt once and nothing pads.
+    assert engine["read"] == tokens["read"] == same["read"] < single["read"]
+    assert engine["padding"] == same["padding"] == single["padding"] == 0
+    assert 0 < ordered["padding"] < unsorted["padding"] < 1
+    for row in (ordered, unsorted):
+        assert row["read"] * (1 - row["padding"]) == pytest.approx(single["read"])
+    for row in parts["speed"][1:]:
+        assert row["of peak"] == pytest.approx(row["TFLOP/s"] / limit["TFLOP/s"])
+        assert row["times"] == pytest.approx(engine["tokens/s"] / row["tokens/s"])
+    alone, shared = parts["prefix"]
+    assert alone["saved"] == 0
+    assert shared["read"] == pytest.approx(alone["read"] * (1 - shared["saved"]))
+    assert 0.2 < shared["saved"] <= shared["could"] < (PER_PROMPT - 1) / PER_PROMPT
+    assert shared["error"] <= 1e-5
+    unwritten, written = parts["writer"]
+    assert written["times"] == pytest.approx(written["seconds"] / unwritten["seconds"])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_prompt_that_fits_a_batch_saves_what_arithmetic_says(tmp_path: Path) -> None:
+    parts = measure_extraction(
+        tmp_path,
+        device="cpu",
+        responses=20,
+        rounds=1,
+        batch_tokens=100_000,
+        size=Size(64, 1, 1100),
+    )
+    _, shared = dict(parts)["prefix"]
+    assert shared["saved"] == pytest.approx(shared["could"])
+
+
+def test_a_model_and_data_are_taken_together(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", "gpt2", tokenizer())
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(
+        "".join(
+            f'{{"prompt": "Who wrote {n}?", "chosen": "A boat{" 1" * n}.", "rejected": "Mud."}}\n'
+            for n in range(9)
+        )
+    )
+    with pytest.raises(UserError, match="--data needs --model"):
+        next(measure_extraction(tmp_path, data=str(data)))
+    part, rows = next(
+        measure_extraction(
+            tmp_path, str(tmp_path / "model"), str(data), device="cpu", responses=8, rounds=1
+        )
+    )
+    assert part == "speed"
+    assert rows[-1]["read"] > 8 * 5
