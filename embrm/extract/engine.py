@@ -15,8 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20, "mps": 64 << 20}
+_LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 """Size of a float32 block of logits: about the cache of a CPU, far below the memory of a GPU."""
+
+_LOGIT_ROWS = 256
+"""Fewest rows of a block: with fewer, reading the head's weights takes longer than the product."""
 
 _NO_TAIL = 1e-6
 """A tail's probability under which float32 logits hold nothing to average."""
@@ -115,7 +118,7 @@ def statistics(
     [m, ...]; None: all.
     """
     n, vocabulary, device = len(states), head.weight.shape[0], states.device
-    rows = max(16, _LOGIT_BYTES[device.type] // (4 * vocabulary))
+    rows = max(_LOGIT_ROWS, _LOGIT_BYTES[device.type] // (4 * vocabulary))
     k = min(top_k, vocabulary)
     among = np.arange(n) if among is None else among
     target_logit = torch.empty(n, dtype=torch.float32, device=device)
