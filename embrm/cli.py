@@ -698,11 +698,14 @@ def bench_extract(
         int | None, typer.Option(help="Token budget of a batch, padding included.")
     ] = None,
     responses: Annotated[int, typer.Option(help="About how many to read.")] = 256,
+    width: Annotated[int, typer.Option(help="Of the model of random weights.", min=64)] = 512,
+    layers: Annotated[int, typer.Option(help="Of that model.", min=1)] = 6,
+    vocabulary: Annotated[int, typer.Option(help="Of that model.", min=1024)] = 16_384,
     folder: Annotated[Path, typer.Option(help="Where temporary files go.")] = Path(),
     as_json: Json = False,
 ) -> None:
     """Compare extraction with the bare model, with padded batches, and with writing nothing."""
-    from embrm.bench.extraction import measure_extraction
+    from embrm.bench.extraction import Size, measure_extraction
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _parts(
@@ -714,6 +717,7 @@ def bench_extract(
             device=device,
             batch_tokens=batch_tokens,
             responses=responses,
+            size=Size(width, layers, vocabulary),
         ),
         as_json,
     )

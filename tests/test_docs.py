@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [
     ["extract"], ["cache", "ls"], ["cache", "show"], ["cache", "verify"], ["cache", "merge"],
     ["cache", "probe"], ["sweep"], ["replay"], ["report"], ["scores"], ["demo"],
-    ["bench", "cache"], ["bench", "sweep"], ["bench", "grm"],
+    ["bench", "cache"], ["bench", "sweep"], ["bench", "grm"], ["bench", "extract"],
 ]  # fmt: skip
 SPECS = {
     "Extraction": ExtractSpec,

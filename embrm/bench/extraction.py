@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from embrm.data.sources import parse_source
 from embrm.errors import UserError
-from embrm.extract.engine import Request, by_length, predicting_positions, read
+from embrm.extract.engine import Engine, Request, by_length, predicting_positions, read
 from embrm.extract.run import ExtractSpec, Prepared, extract, prepare
 from embrm.extract.transformers_engine import TransformersEngine, load_engine
+from embrm.extract.vllm_engine import installed_version, load_vllm
 from embrm.files import write_bytes
 from embrm.progress import progress
 
@@ -28,6 +30,9 @@ PER_PROMPT = 10
 _NO_POSITIONS = np.empty(0, np.int32)
 _LOGIT_ROWS = 2048
 """Rows of logits that the bare model makes at once: more would not fit a GPU's memory."""
+_HEAD_WIDTH = 64
+_VLLM_MEMORY = 0.5
+"""Of a GPU: the rest is the transformers engine's."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ def measure_extraction(
     """
     if data and not model:
         raise UserError("--data needs --model, whose tokenizer reads it: name both, or neither")
+    if size.width % _HEAD_WIDTH:
+        raise UserError(
+            f"--width {size.width}: its attention heads have {_HEAD_WIDTH} each: take a multiple"
+        )
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = Path(name)
         spec = ExtractSpec.parse(
@@ -85,8 +94,11 @@ def measure_extraction(
         engine = load_engine(prepared.folder, dtype=dtype, device=device, top_k=spec.top_k)
         budget = engine.batch_tokens if batch_tokens is None else batch_tokens
         bench = _Bench(engine, budget, rounds, _peak(engine.head.weight))
-        yield "speed", _speed(bench, prepared.requests(_whole_prompts(prepared, responses)))
+        requests = prepared.requests(_whole_prompts(prepared, responses))
+        yield "speed", _speed(bench, requests)
         yield "prefix", _prefix(bench, responses)
+        if installed_version():
+            yield "vllm", _vllm(bench, prepared, requests)
         some = spec.model_copy(update={"limit": max(1, responses // 2)})
         yield "writer", _writer(bench, some, device, here / "cache")
 
@@ -213,6 +225,37 @@ def _prefix(bench: _Bench, responses: int) -> list[dict[str, Any]]:
             "error": float(difference / found["alone"].float().abs().max()),
         }
         for way, (seconds, slots) in done.items()
+    ]
+
+
+def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[dict[str, Any]]:
+    """The texts of the part "speed", with token rows, read by both engines: "times" is of the
+    transformers engine's seconds."""
+    on_cuda = bench.engine.model.device.type == "cuda"
+    settings: dict[str, Any] = {"gpu_memory_utilization": _VLLM_MEMORY} if on_cuda else {}
+    other = load_vllm(
+        prepared.folder,
+        dtype=prepared.spec.dtype,
+        top_k=prepared.spec.top_k,
+        max_length=int(prepared.lengths.max()),
+        **settings,
+    )
+    engines: dict[str, tuple[Engine, int]] = {
+        "transformers": (bench.engine, bench.budget),
+        "vllm": (other, other.batch_tokens),
+    }
+    ways: dict[str, Callable[[], object]] = {
+        name: partial(read, engine, requests, budget) for name, (engine, budget) in engines.items()
+    }
+    done = _timed(bench, ways)
+    whole = sum(len(request.ids) for request in requests)
+    return [
+        {
+            "engine": way,
+            "tokens/s": whole / seconds,
+            "times": seconds / done["transformers"][0],
+        }
+        for way, (seconds, _) in done.items()
     ]
 
 
@@ -357,8 +400,8 @@ def _made_model(folder: Path, size: Size) -> Path:
         hidden_size=size.width,
         intermediate_size=8 * size.width // 3,
         num_hidden_layers=size.layers,
-        num_attention_heads=size.width // 64,
-        num_key_value_heads=size.width // 64,
+        num_attention_heads=size.width // _HEAD_WIDTH,
+        num_key_value_heads=size.width // _HEAD_WIDTH,
         max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=1,

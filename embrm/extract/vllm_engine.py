@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from embrm.errors import UserError
+from embrm.extract import packing
 from embrm.extract.engine import Batch, LmHead, Request, TokenStatistics
 from embrm.extract.tokens import reason_of
 from embrm.extract.vllm_worker import Extension, Selection, load_head, unpack, wish
@@ -211,6 +212,10 @@ class VllmEngine:
         self._selection = selection
         self._in_worker = in_worker
         self._max_length = max_length
+
+    def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+        """One call each, with the responses of a prompt together."""
+        return packing.batches(requests, batch_tokens)
 
     def forward(self, requests: Sequence[Request]) -> Batch:
         """Read the requests in one call; vLLM forms its own batches inside it.

@@ -153,7 +153,11 @@ def laid_out(
     views = [open_view(cache, name) for name in sorted({run.spec.state for run in runs})]
     with_tokens = _reads_tokens(cache, runs)
     token_bytes = TokenFiles.size(cache) if with_tokens else 0
-    share = _share(sum(view.size for view in views) + token_bytes, memory, jobs)
+    vocabulary = len(cache.lm_head()["weight"]) if with_tokens else 0
+    read = max((_minibatch_bytes(cache, vocabulary, run) for run in runs), default=0)
+    share = _share(
+        sum(view.size for view in views) + token_bytes, memory, jobs, PROCESS_BYTES + read
+    )
     table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
     state_paths = {view.name: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
     token_paths = TokenFiles.paths(folder)
@@ -211,13 +215,34 @@ def _tables(
     yield "responses", cache.responses.select("n_response", "S")
 
 
-def _share(size: int, memory: int | None, jobs: int) -> float | None:
-    """Part of the `size` bytes of mapped files that each worker may keep; None: all."""
+def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
+    """At most, of what a minibatch reads of token rows: above all the vectors of its candidates
+    and tails, in float32, and a quarter of that for what is computed from them."""
+    regularizer, layout = run.spec.active_regularizer, cache.layout
+    if regularizer is None or layout.top_k is None or not regularizer.moves_states:
+        return 0
+    both, rows, top_k = regularizer.reads
+    responses = run.spec.batch_pairs * (1 + both)
+    if rows is None:
+        held = sum(shard.tokens.rows for shard in cache.manifest.shards if shard and shard.tokens)
+        rows = -(-held // cache.manifest.n_responses)
+    positions = responses * rows
+    if top_k == "all":
+        return 5 * (vocabulary * cache.width + positions * (cache.width + 6 * vocabulary))
+    candidates = positions * (2 + (layout.top_k if top_k is None else top_k))
+    return 5 * cache.width * (min(vocabulary, candidates) + 2 * positions)
+
+
+def _share(size: int, memory: int | None, jobs: int, needed: int) -> float | None:
+    """Part of the `size` bytes of mapped files that each worker may keep; None: all.
+
+    needed: bytes that a worker takes beside them.
+    """
     if memory is None:
         return None
-    left = memory - (jobs + 1) * PROCESS_BYTES
+    left = memory - PROCESS_BYTES - jobs * needed
     if left < jobs * LEAST_RESIDENT:
-        least = ((jobs + 1) * PROCESS_BYTES + jobs * LEAST_RESIDENT) / 1e9
+        least = (PROCESS_BYTES + jobs * (needed + LEAST_RESIDENT)) / 1e9
         raise UserError(
             f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
             "raise it, or lower --jobs"
