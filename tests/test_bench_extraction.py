@@ -57,7 +57,7 @@ def test_a_model_and_data_are_taken_together(tmp_path: Path) -> None:
             for n in range(9)
         )
     )
-    with pytest.raises(UserError, match="--width 100: .* 64 each"):
+    with pytest.raises(UserError, match="--width 100"):
         next(iter(measure_extraction(tmp_path, size=Size(width=100))))
     with pytest.raises(UserError, match="--data needs --model"):
         next(measure_extraction(tmp_path, data=str(data)))

@@ -486,9 +486,17 @@ def test_lengths_beyond_the_models_positions_are_refused(copy: Path) -> None:
         longest(load_config(copy), 129)
 
 
-def test_devices_and_views_that_are_not_there_are_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="device = 'tpu'"):
-        load_engine(folders["gpt2"], dtype="float32", device="tpu")
+@pytest.mark.parametrize("device", ["tpu", "cuda:2", "cuda:x", "cuda:-1", "cpu:x"])
+def test_devices_that_are_not_there_are_refused(
+    folders: dict[str, Path], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"device = '{device}' is not available here"):
+        load_engine(folders["gpt2"], dtype="float32", device=device)
+
+
+def test_views_that_are_not_there_are_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="layer:3"):
         load_engine(folders["gpt2"], dtype="float32", device="cpu", views=("layer:3",))
 

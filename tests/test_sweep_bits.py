@@ -144,6 +144,7 @@ def test_a_sweep_has_the_same_bytes_in_any_order_over_any_workers_streamed_or_no
         patch.setenv("OMP_NUM_THREADS", "2")
         patch.setattr(material_module, "PROCESS_BYTES", 0)
         patch.setattr(material_module, "LEAST_RESIDENT", 1)
+        patch.setattr(material_module, "_minibatch_bytes", lambda *_: 0)
         sweep(folder / "two.toml", cache, jobs=2, memory=20_000)
     one, two = _contents(folder / "one"), _contents(folder / "two")
     assert len(one) == 5 + 2 * len(entries)

@@ -164,7 +164,10 @@ def _device(name: str) -> torch.device:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name.partition(":")[0], False):
+    kind, _, index = name.partition(":")
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    known = not index or (index.isdecimal() and int(index) < there)
+    if not available.get(kind, False) or not known:
         raise UserError(
             f"device = {name!r} is not available here: use auto, "
             f"{' or '.join(kind for kind, there in available.items() if there)}"
