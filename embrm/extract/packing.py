@@ -176,29 +176,39 @@ def _attend(
     parts = []
     for start, stop, begin, end in packed.segments:
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        mask: Tensor | None = None
-        if begin < end or softcap is not None:
+        shared = end - begin
+        # A causal kernel skips what a mask computes in vain: with a prompt that is shorter than
+        # the rest, to ask for the prompt's rows again costs less than a mask.
+        again = 0 < shared < stop - start and softcap is None
+        if shared:
             k, v = (
                 torch.cat([tensor[:, :, begin:end], own], dim=2)
                 for tensor, own in ((key, k), (value, v))
             )
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(end - begin)
-        if mask is not None and softcap is not None:
-            parts.append(_capped(q, k, v, mask, scaling, softcap))
-        else:
-            parts.append(
-                scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )
+        if again:
+            q = torch.cat([query[:, :, begin:end], q], dim=2)
+        if softcap is not None:
+            parts.append(_capped(q, k, v, _causal(q, k), scaling, softcap))
+            continue
+        mask = _causal(q, k) if shared and not again else None
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out[:, :, shared:] if again else out)
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    """bool [queries, keys]: what queries see, the last of them every key."""
+    queries, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    return mask.tril(keys - queries)
 
 
 def _attend_at_once(
