@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -506,6 +506,28 @@ def test_logits_of_an_unknown_kind_are_refused(folders: dict[str, Path]) -> None
     model.lm_head.register_forward_hook(lambda *call: call[-1] * 1.01)
     with pytest.raises(UserError, match="computes its logits in a way embrm does not know"):
         TransformersEngine(model, ("last",), 0)
+
+
+def test_a_model_without_a_base_is_refused(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folders["llama-tied"]).eval()
+    monkeypatch.setattr(type(model), "base_model_prefix", "nothing")
+    with pytest.raises(UserError, match="does not say which part of it gives the states"):
+        TransformersEngine(model, ("last",), 0)
+
+
+def test_out_of_memory_says_what_to_lower(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(folders["gpt2"], dtype="float32", device="cpu")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("embrm.extract.transformers_engine.statistics", full)
+    with pytest.raises(UserError, match=r"out of memory on cpu .*: lower --batch-tokens"):
+        engine.forward(requests_of())
 
 
 def test_weights_that_are_not_numbers_are_refused(folders: dict[str, Path]) -> None:

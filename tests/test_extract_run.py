@@ -327,6 +327,10 @@ def test_limit_is_for_sources_without_their_own(world: dict[str, str]) -> None:
     assert dict(pairs.group_by("split").len().rows()) == {"train": 5, "id": 7}
 
 
+def test_a_dry_run_samples_something_whatever_the_budget(world: dict[str, str]) -> None:
+    assert plan(spec_of(world), device="cpu", batch_tokens=1).tokens_per_second > 0
+
+
 def test_the_plan_says_what_the_extraction_does(world: dict[str, str], cache: Path) -> None:
     planned = plan(spec_of(world), device="cpu")
     opened = open_cache(cache)

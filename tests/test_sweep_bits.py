@@ -38,14 +38,20 @@ ADAPTED = (
     {"kind": "mlp", "widths": [12], "dropout": 0.1, "adapter": {"kind": "mlp", "width": 5}},
 )
 
-_weightings = st.one_of(
-    st.fixed_dictionaries(
+
+def _grm(kinds: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
         {
-            "kind": st.sampled_from(GRM),
+            "kind": st.sampled_from(kinds),
             "alpha": st.sampled_from([0.01, 0.5]),
             "beta": st.sampled_from([0.1, 1.0]),
         }
-    ),
+    )
+
+
+_one_sided = _grm([kind for kind in GRM if "sft" in kind])
+_two_sided = st.one_of(
+    _grm([kind for kind in GRM if "sft" not in kind]),
     st.fixed_dictionaries(
         {
             "kind": st.sampled_from(["preserve-kl", "preserve-fisher"]),
@@ -53,7 +59,8 @@ _weightings = st.one_of(
         }
     ),
 )
-"""What the runs of a pack may differ in."""
+"""What the runs of a pack may differ in: they read the better response of a pair, or both."""
+_weightings = st.one_of(_one_sided, _two_sided)
 _samplings = st.fixed_dictionaries(
     {"token_rows": st.sampled_from([1, 3, 100])},
     optional={"top_k": st.sampled_from([2, 6, "all"])},
@@ -232,7 +239,9 @@ def _weighted(head: dict[str, Any], weighting: dict[str, Any]) -> dict[str, Any]
     entries=_configurations,
     shared=_fields,
     head=_heads,
-    weightings=st.lists(_weightings, min_size=7, max_size=7),
+    weightings=st.one_of(
+        st.lists(_one_sided, min_size=7, max_size=7), st.lists(_two_sided, min_size=7, max_size=7)
+    ),
     order=st.permutations(range(7)),
     cut=st.integers(1, 6),
     stream=st.booleans(),

@@ -86,6 +86,7 @@ def measure_extraction(
                 "model": model or str(_made_model(here / "model", size)),
                 "data": [parse_source(data or str(_made_pairs(here / "pairs.jsonl", responses)))],
                 "dtype": dtype,
+                "engine": "transformers",
                 "token_rows": 8,
             },
             "command line",
@@ -96,7 +97,7 @@ def measure_extraction(
         bench = _Bench(engine, budget, rounds, _peak(engine.head.weight))
         requests = prepared.requests(_whole_prompts(prepared, responses))
         yield "speed", _speed(bench, requests)
-        yield "prefix", _prefix(bench, responses)
+        yield "prefix", _prefix(bench, responses, int(prepared.lengths.max()) // 2)
         if installed_version():
             yield "vllm", _vllm(bench, prepared, requests)
         some = spec.model_copy(update={"limit": max(1, responses // 2)})
@@ -182,8 +183,9 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     return rows
 
 
-def _prefix(bench: _Bench, responses: int) -> list[dict[str, Any]]:
+def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
     """Made-up texts with ten responses a prompt: each alone, and as the engine batches them.
+    most: tokens of a prompt, and of a response.
 
     "saved": share of the texts' tokens that did not go through the model; "could": what
     arithmetic says if every prompt is read once. "error": the largest difference of a state's
@@ -194,9 +196,9 @@ def _prefix(bench: _Bench, responses: int) -> list[dict[str, Any]]:
     vocabulary = engine.head.weight.shape[0]
     prompts = max(1, responses // PER_PROMPT)
     requests = []
-    for n_prompt in _lengths(random, prompts, 120, 0.5):
+    for n_prompt in _lengths(random, prompts, 120, 0.5).clip(1, most):
         prompt = random.integers(0, vocabulary, n_prompt)
-        for n in _lengths(random, PER_PROMPT, 120, 0.5):
+        for n in _lengths(random, PER_PROMPT, 120, 0.5).clip(1, most):
             ids = np.concatenate([prompt, random.integers(0, vocabulary, n)]).astype(np.int32)
             requests.append(Request(ids, int(n_prompt), len(ids) - 1, _NO_POSITIONS))
     # One response of every prompt at a time: there is nothing to share.

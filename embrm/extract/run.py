@@ -294,6 +294,7 @@ def plan(
     lengths = prepared.lengths
     # Every n-th response by length, one batch budget in all, stands for the whole.
     share = max(1, int(lengths.sum() // min(budget, _SAMPLE_TOKENS)))
+    share = min(share, len(lengths))  # a response longer than the budget is read alone
     sample = [int(row) for row in np.argsort(lengths, kind="stable")[share // 2 :: share]]
     read(engine, prepared.requests(sample[:1]), budget)  # the first call also allocates
     start = time.perf_counter()

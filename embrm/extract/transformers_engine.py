@@ -237,6 +237,11 @@ class TransformersEngine:
         self._before_norm: Tensor | None = None
         self._own_attention: str = model.config._attn_implementation
         self._longest_packed = 0
+        if model.base_model is model:
+            raise UserError(
+                f"{type(model).__name__} does not say which part of it gives the states: "
+                "use another architecture"
+            )
         with torch.inference_mode():
             self._check_layers()
             if "prenorm" in views:
@@ -267,6 +272,16 @@ class TransformersEngine:
     @torch.inference_mode()
     def forward(self, requests: Sequence[Request]) -> Batch:
         """Read requests as one batch: packed, or right-padded where one is too long for that."""
+        try:
+            return self._read(requests)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {self.model.device} with a batch of "
+                f"{sum(len(request.ids) for request in requests):,} tokens: lower --batch-tokens; "
+                "finished shards are kept"
+            ) from None
+
+    def _read(self, requests: Sequence[Request]) -> Batch:
         hidden, places = self.hidden(requests)
         post, dtype = hidden["last"], self.head.weight.dtype
         entries = list(zip(requests, places, strict=True))
@@ -357,15 +372,9 @@ class TransformersEngine:
 
     def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
         """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
-        try:
-            output = self.model.base_model(
-                input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
-            )
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"out of memory on {ids.device} with a batch of {ids.shape[0]} x {ids.shape[1]} "
-                "tokens: lower --batch-tokens; finished shards are kept"
-            ) from None
+        output = self.model.base_model(
+            input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
+        )
         hidden = {"last": output.last_hidden_state}
         if self._before_norm is not None:
             hidden["prenorm"] = self._before_norm
@@ -479,8 +488,8 @@ def _to_cpu(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Those that are there, on the CPU. From a GPU all are copied at once, into pinned memory."""
     there = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     copies = {name: tensor.to("cpu", non_blocking=tensor.is_cuda) for name, tensor in there.items()}
-    if any(tensor.is_cuda for tensor in there.values()):
-        torch.cuda.current_stream().synchronize()
+    for device in {tensor.device for tensor in there.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     return copies
 
 

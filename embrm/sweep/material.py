@@ -21,6 +21,7 @@ from embrm.sweep.grid import Run, Selection
 from embrm.sweep.mapped import MappedFile, TokenFiles, write_rows
 from embrm.sweep.views import open_view
 from embrm.train.objectives import Pairs
+from embrm.train.regularizers import FISHER_AT_ONCE
 from embrm.train.states import WINDOW_BYTES
 
 PROCESS_BYTES = 410_000_000
@@ -219,10 +220,12 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
     """At most, of what a minibatch reads of token rows: above all the vectors of its candidates
     and tails, in float32, and a quarter of that for what is computed from them."""
     regularizer, layout = run.spec.active_regularizer, cache.layout
-    if regularizer is None or layout.top_k is None or not regularizer.moves_states:
+    if regularizer is None or layout.top_k is None:
         return 0
-    both, rows, top_k = regularizer.reads
-    responses = run.spec.batch_pairs * (1 + both)
+    _, rows, top_k = regularizer.reads
+    responses = min(2 * run.spec.batch_pairs, cache.manifest.n_responses)
+    if not regularizer.moves_states:
+        responses, rows = FISHER_AT_ONCE, None
     if rows is None:
         held = sum(shard.tokens.rows for shard in cache.manifest.shards if shard and shard.tokens)
         rows = -(-held // cache.manifest.n_responses)

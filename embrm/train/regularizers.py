@@ -255,7 +255,8 @@ class _Moved(torch.autograd.Function):
 _FISHER_RESPONSES = 4096
 """Responses that F̄ is averaged over, evenly spaced: it costs d² operations a token vector."""
 
-_FISHER_AT_ONCE = 512
+FISHER_AT_ONCE = 512
+"""Of them, read at a time."""
 
 
 def mean_fisher(data: TokenData, responses: Tensor, top_k: TopK) -> Tensor:
@@ -269,7 +270,7 @@ def mean_fisher(data: TokenData, responses: Tensor, top_k: TopK) -> Tensor:
     some = responses[::step].numpy()
     held = torch.from_numpy(some[data.starts[some + 1] > data.starts[some]])
     total = torch.zeros(data.states.width, data.states.width, dtype=torch.float64)
-    for part in held.split(_FISHER_AT_ONCE):
+    for part in held.split(FISHER_AT_ONCE):
         tokens = data.read(part, rows=None, top_k=top_k, draws=np.zeros(len(part)))
         rows = torch.bincount(tokens.response, minlength=len(part))[tokens.response, None]
         slopes, p = tokens.slopes(), tokens.log_p.exp()
