@@ -695,7 +695,7 @@ def test_mean_fisher_counts_every_response_alike_in_any_portions(
 ) -> None:
     data, dense = toy_tokens((4, 1, 3, 2, 1, 5, 0, 2))
     whole = mean_fisher(data, torch.arange(8), "all")
-    monkeypatch.setattr(module, "_FISHER_AT_ONCE", 3)
+    monkeypatch.setattr(module, "FISHER_AT_ONCE", 3)
     torch.testing.assert_close(mean_fisher(data, torch.arange(8), "all"), whole)
     torch.testing.assert_close(
         whole.double(), _dense_fisher(data, dense, range(8)), rtol=1e-4, atol=1e-6
