@@ -1173,7 +1173,8 @@ def bench_extract(
         typer.Option(help="Causal LM to read with, instead of a small one of random weights."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Preference data to read, instead of made-up pairs.")
+        list[str] | None,
+        typer.Option(help="Preference data to read, instead of made-up pairs; repeatable."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -1181,6 +1182,7 @@ def bench_extract(
         int | None, typer.Option(help="Token budget of a batch, padding included.")
     ] = None,
     responses: Annotated[int, typer.Option(help="About how many to read.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Of every way, in turns.", min=1)] = 3,
     width: Annotated[int, typer.Option(help="Of the model of random weights.", min=64)] = 512,
     layers: Annotated[int, typer.Option(help="Of that model.", min=1)] = 6,
     vocabulary: Annotated[int, typer.Option(help="Of that model.", min=1024)] = 16_384,
@@ -1195,11 +1197,12 @@ def bench_extract(
         measure_extraction(
             folder,
             model,
-            data,
+            data or (),
             dtype=dtype,
             device=device,
             batch_tokens=batch_tokens,
             responses=responses,
+            rounds=rounds,
             size=Size(width, layers, vocabulary),
         ),
         as_json,

@@ -71,7 +71,7 @@ class _Bench:
 def measure_extraction(
     folder: Path,
     model: str | None = None,
-    data: str | None = None,
+    data: Sequence[str] = (),
     *,
     dtype: str = "float32",
     device: str = "auto",
@@ -91,10 +91,11 @@ def measure_extraction(
         raise UserError("--data needs --model, whose tokenizer reads it: name both, or neither")
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = Path(name)
+        sources = data or [str(made_pairs(here / "pairs.jsonl", responses))]
         spec = ExtractSpec.parse(
             {
                 "model": model or str(made_model(here / "model", size)),
-                "data": [parse_source(data or str(made_pairs(here / "pairs.jsonl", responses)))],
+                "data": [parse_source(source) for source in sources],
                 "dtype": dtype,
                 "engine": "transformers",
                 "token_rows": 8,
