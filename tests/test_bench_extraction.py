@@ -13,14 +13,14 @@ def test_the_figures_fit_together(tmp_path: Path) -> None:
     parts = dict(
         measure_extraction(tmp_path, device="cpu", responses=40, rounds=1, size=Size(64, 2, 1100))
     )
-    limit, engine, tokens, same, ordered, unsorted, single = parts["speed"]
+    limit, engine, tokens, same, ordered, unsorted, single, script = parts["speed"]
     assert limit["TFLOP/s"] > 0
     assert engine["times"] == 1
     # Packed, two responses read their prompt once and nothing pads.
     assert engine["read"] == tokens["read"] == same["read"] < single["read"]
     assert engine["padding"] == same["padding"] == single["padding"] == 0
     assert 0 < ordered["padding"] < unsorted["padding"] < 1
-    for row in (ordered, unsorted):
+    for row in (ordered, unsorted, script):
         assert row["read"] * (1 - row["padding"]) == pytest.approx(single["read"])
     for row in parts["speed"][1:]:
         assert row["of peak"] == pytest.approx(row["TFLOP/s"] / limit["TFLOP/s"])
@@ -78,10 +78,10 @@ def test_a_model_and_data_are_taken_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--width 100"):
         next(iter(measure_extraction(tmp_path, size=Size(width=100))))
     with pytest.raises(UserError, match="--data needs --model"):
-        next(measure_extraction(tmp_path, data=str(data)))
+        next(measure_extraction(tmp_path, data=[str(data)]))
     part, rows = next(
         measure_extraction(
-            tmp_path, str(tmp_path / "model"), str(data), device="cpu", responses=8, rounds=1
+            tmp_path, str(tmp_path / "model"), [str(data)], device="cpu", responses=8, rounds=1
         )
     )
     assert part == "speed"

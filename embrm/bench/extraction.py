@@ -34,6 +34,9 @@ _MOST = 2048
 _COMPARED = 64
 """Responses read again in batches of other sizes."""
 
+_SCRIPT_TEXTS = 8
+"""Texts of a script's batch: what transformers' trainers take unless told otherwise."""
+
 _NO_POSITIONS = np.empty(0, np.int32)
 _LOGIT_ROWS = 2048
 """Rows of logits that the bare model makes at once: more would not fit a GPU's memory."""
@@ -124,14 +127,20 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     """The engine, and the model alone on the same texts in several batches.
 
     The model alone makes what any user of it must: states, and logits where they predict the
-    response. "tokens/s" counts the tokens of the texts, a prompt with each of its responses;
-    "read": tokens that went through the model, padding included; "times": this way's seconds to
-    the engine's; "of peak": products of weights that the way needs, to those of a matrix product.
+    response. The plain script calls the whole model with an attention mask, as its documentation
+    does, and so makes logits everywhere. "tokens/s" counts the tokens of the texts, a prompt with
+    each of its responses; "read": tokens that went through the model, padding included; "times":
+    this way's seconds to the engine's; "of peak": products of weights that the way needs, to those
+    of a matrix product.
     """
     engine, budget = bench.engine, bench.budget
     lengths = [len(request.ids) for request in requests]
     bare = [replace(request, positions=_NO_POSITIONS) for request in requests]
     own = engine.batches(bare, budget)
+    few = [
+        [*range(first, min(first + _SCRIPT_TEXTS, len(bare)))]
+        for first in range(0, len(bare), _SCRIPT_TEXTS)
+    ]
 
     def packed(some: Sequence[Request]) -> None:
         hidden, places = engine.hidden(some)
@@ -142,6 +151,18 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         engine.model.set_attn_implementation(engine.environment["attention"])
         hidden = engine.model.base_model(input_ids=ids.to(engine.model.device), use_cache=False)
         _logits(engine, hidden.last_hidden_state.flatten(0, 1), places, some)
+
+    def plainly(some: Sequence[Request]) -> None:
+        ids, places = padded(some)
+        mask = torch.zeros(ids.numel(), dtype=torch.int64)
+        mask[torch.from_numpy(np.concatenate(places))] = 1
+        engine.model.set_attn_implementation(engine.environment["attention"])
+        engine.model(
+            input_ids=ids.to(engine.model.device),
+            attention_mask=mask.view_as(ids).to(engine.model.device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
 
     def each(
         one: Callable[[Sequence[Request]], None], batches: list[list[int]]
@@ -159,6 +180,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         "model alone, sorted and padded": each(in_rows, by_length(lengths, budget)),
         "model alone, unsorted and padded": each(in_rows, _in_order(lengths, budget)),
         "model alone, one at a time": each(in_rows, [[index] for index in range(len(bare))]),
+        f"plain script, {_SCRIPT_TEXTS} a batch, padded": each(plainly, few),
     }
     done = _timed(bench, ways)
     logits = sum(len(predicting_positions(r.n_prompt, len(r.ids))) for r in bare)

@@ -36,7 +36,7 @@ from embrm.errors import UserError, nearest
 from embrm.files import sha256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cache:
     """A complete cache. Open it with `open_cache`.
 

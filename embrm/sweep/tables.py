@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import polars as pl
 
@@ -48,6 +49,7 @@ class Tables:
         }
 
 
+@lru_cache(maxsize=1)  # several ask in turn, and dividing takes seconds
 def read_tables(cache: Cache, scenarios: Scenarios | None) -> Tables:
     """The tables of `cache`; with scenarios, their splits in place of those they divide.
 
