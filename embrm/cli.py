@@ -863,12 +863,14 @@ def labels_remedy(
         str | None, typer.Option(help="Make strengths margins, for runs with margin_scale.")
     ] = None,
     drop: Annotated[str | None, typer.Option(help="Leave pairs out.")] = None,
+    keep: Annotated[str | None, typer.Option(help="Leave all others out.")] = None,
 ) -> None:
     """Change labels by percentile of strength: LOW:HIGH shares of the pairs, weakest first."""
     from embrm.data.label_tables import read_table, write_table
     from embrm.data.remedies import Remedy, remedied
 
-    given = {"flip": flip, "smooth": smooth, "soft": soft, "margin": margin, "drop": drop}
+    given = {"flip": flip, "smooth": smooth, "soft": soft, "margin": margin}
+    given |= {"drop": drop, "keep": keep}
     values: dict[str, Any] = {
         name: _range(f"--{name}", text) for name, text in given.items() if text is not None
     }

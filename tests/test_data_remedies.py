@@ -69,6 +69,16 @@ def test_dropped_pairs_have_no_weight() -> None:
     assert found["label"] == [1.0, 0.0, 0.9, 0.9, *LABELS[4:]]
 
 
+def test_what_is_kept_is_what_is_not_dropped() -> None:
+    assert _apply(keep=[0.2, 0.5]) == {
+        "label": LABELS,
+        "weight": [0.0, 0.0, *[1.0] * 3, *[0.0] * 5],
+    }
+    assert _apply(keep=[0.2, 1]) == _apply(drop=[0, 0.2])
+    with pytest.raises(UserError, match="drop and keep both choose pairs"):
+        Remedy.parse({"drop": [0, 0.1], "keep": [0.2, 1]}, "test")
+
+
 def test_equal_strengths_are_told_apart_by_id() -> None:
     rows = pl.DataFrame({"pair_id": ["b", "a"], "label": [1.0, 1.0], "strength": [1.0, 1.0]})
     table = remedied(Remedy(flip=(0, 0.5)), LabelTable("strengths", rows, {"cache_id": "c"}))

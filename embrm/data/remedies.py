@@ -41,11 +41,17 @@ class Remedy(Spec):
     """The pair's margin is its strength; 0 outside the range. Runs use it with margin_scale."""
     drop: Range | None = None
     """Pairs are left out: weight 0."""
+    keep: Range | None = None
+    """All others are left out."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        if not any((self.flip, self.smooth, self.soft, self.margin, self.drop)):
-            raise ValueError("a remedy does something: give flip, smooth, soft, margin or drop")
+        if not any((self.flip, self.smooth, self.soft, self.margin, self.drop, self.keep)):
+            raise ValueError(
+                "a remedy does something: give flip, smooth, soft, margin, drop or keep"
+            )
+        if self.drop and self.keep:
+            raise ValueError("drop and keep both choose pairs: give one of them")
         if self.smooth and self.soft and _overlap(self.smooth, self.soft):
             raise ValueError(
                 f"smooth = {list(self.smooth)} and soft = {list(self.soft)} overlap: a pair has "
@@ -55,7 +61,7 @@ class Remedy(Spec):
 
 
 def remedied(remedy: Remedy, strengths: LabelTable) -> LabelTable:
-    """Labels of all pairs of `strengths`, with weights under `drop` and margins under `margin`;
+    """Labels of all pairs of `strengths`, with weights under `drop` and `keep`, margins under `margin`;
     its provenance goes with them."""
     parameters = remedy.model_dump(mode="json", exclude_none=True)
     if not remedy.smooth:
@@ -93,6 +99,8 @@ def _applied(remedy: Remedy, strengths: pl.DataFrame) -> pl.DataFrame:
         columns["margin"] = np.where(within(remedy.margin), strength, 0.0)
     if remedy.drop:
         columns["weight"] = (~within(remedy.drop)).astype(np.float64)
+    if remedy.keep:
+        columns["weight"] = within(remedy.keep).astype(np.float64)
     return table.select("pair_id").with_columns(**{k: pl.Series(v) for k, v in columns.items()})
 
 
