@@ -97,7 +97,7 @@ def test_provenance_holds_the_rule_and_where_strengths_came_from() -> None:
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({}, "a remedy does something: give flip, smooth, soft, margin or drop"),
+        ({}, "a remedy does something: give flip, smooth, soft, margin, drop or keep"),
         ({"flip": [0.2, 0.2]}, "flip = .*: a range goes from a share to a larger one"),
         ({"drop": [-0.1, 0.2]}, "drop = .*: a range goes from a share to a larger one"),
         ({"soft": [0, 0.5], "smooth": [0.4, 1]}, "overlap: a pair has one label, move one"),

@@ -61,7 +61,7 @@ class Remedy(Spec):
 
 
 def remedied(remedy: Remedy, strengths: LabelTable) -> LabelTable:
-    """Labels of all pairs of `strengths`, with weights under `drop` and `keep`, margins under `margin`;
+    """Labels of all pairs of `strengths`, with weights (`drop`, `keep`) and margins (`margin`);
     its provenance goes with them."""
     parameters = remedy.model_dump(mode="json", exclude_none=True)
     if not remedy.smooth:
