@@ -246,7 +246,7 @@ def test_folders_load_where_embrm_is_not_installed(swept: Path, tmp_path: Path) 
         assert values == pytest.approx(own.cached_rewards(rows).tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("run", ["mlp", "adapter"])
+@pytest.mark.parametrize("run", ["mlp", "adapter", "worst", "timid", "bagged"])
 def test_other_heads_need_the_flag_and_then_score_as_the_sweep_does(
     swept: Path, tmp_path: Path, run: str
 ) -> None:
@@ -261,6 +261,8 @@ def test_other_heads_need_the_flag_and_then_score_as_the_sweep_does(
     rows = range(len(prepared.encoded))
     found = exported.rewards(prepared.encoded, [rows], side="left")
     assert (found - trained.cached_rewards(rows)).abs().max() < 1e-5
+    expected = scores(swept, f"{run}@0").select("scores_chosen", "scores_rejected").to_numpy()
+    assert np.abs(rewards_of_pairs(found, trained) - expected).max() < 1e-4
 
 
 def test_no_code_of_a_folder_is_run(swept: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def why_not_stock(trained: Trained, prepared: Prepared) -> str | None:
         return f"it reads state {trained.view!r}, and stock classes pool 'last'"
     if fold(trained.parameters, trained.preprocess) is None:
         return "its head is not linear"
+    if trained.combination.kind != "mean":
+        return f"its members are combined by {trained.combination.kind!r}"
     config = AutoConfig.from_pretrained(prepared.folder, local_files_only=True, num_labels=1)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return f"transformers has no sequence classification for {config.model_type!r}"
@@ -116,12 +118,18 @@ def custom_model(trained: Trained, prepared: Prepared, about: dict[str, Any]) ->
     tensors = {name.replace(".", "_"): tensor for name, tensor in trained.parameters.items()}
     if trained.preprocess.mean is not None and trained.preprocess.scale is not None:
         tensors |= {"mean": trained.preprocess.mean, "scale": trained.preprocess.scale}
+    combination = trained.combination
+    if combination.reference is not None:
+        reference = combination.reference
+        tensors |= {"reference_mean": reference.mean, "reference_sd": reference.sd}
     own = backbone.config.to_diff_dict()
     own.pop("_name_or_path", None)  # a place on this machine
     config = EmbrmRewardConfig(
         backbone=own,
         head={name: list(tensor.shape) for name, tensor in tensors.items()},
         pooling=trained.view,
+        combine=combination.kind,
+        penalty=combination.penalty,
         dtype=prepared.spec.dtype,
         architectures=[EmbrmRewardModel.__name__],
         auto_map={

@@ -20,26 +20,33 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 class EmbrmRewardConfig(PreTrainedConfig):
     """backbone: the config of the language model. head: parameter -> shape. pooling: "last" or
-    "mean"."""
+    "mean". combine, penalty: how the members of an ensemble become one reward."""
 
     model_type = "embrm_reward"
 
     backbone: dict[str, Any] = field(default_factory=dict)
     head: dict[str, list[int]] = field(default_factory=dict)
     pooling: str = "last"
+    combine: str = "mean"
+    penalty: float = 0.5
     pad_token_id: int | None = None
     num_labels: int = 1
 
 
 class Head(nn.Module):
-    """Mean reward of the heads [members, ...]. Names and shapes of parameters as in embrm.
+    """One reward of the heads [members, ...]. Names and shapes of parameters as in embrm.
 
     h' = (h - mean) / scale; h~ = h' + up·down·h', or h' + up·ReLU(down·h' + b); then hidden layers
-    with ReLU; reward = output·activations.
+    with ReLU; reward = output·activations. The members' rewards r are averaged; or standardised,
+    z = (r - reference_mean) / reference_sd, and their min, mean - penalty·variance ("uwo") or
+    mean - penalty·standard deviation ("lcb") is brought back to the mean scale and mean.
     """
 
-    def __init__(self, shapes: dict[str, list[int]]) -> None:
+    def __init__(
+        self, shapes: dict[str, list[int]], combine: str = "mean", penalty: float = 0.5
+    ) -> None:
         super().__init__()
+        self.combine, self.penalty = combine, penalty
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
@@ -58,7 +65,18 @@ class Head(nn.Module):
         for layer in range(sum(name.startswith("hidden_") for name in own) // 2):
             weight, bias = own[f"hidden_{layer}_weight"], own[f"hidden_{layer}_bias"]
             x = torch.relu(x @ weight.mT + bias[:, None])
-        return (x * own["output_weight"][:, None]).sum(-1).mean(0)
+        rewards = (x * own["output_weight"][:, None]).sum(-1)
+        if self.combine == "mean":
+            return rewards.mean(0)
+        mean, sd = own["reference_mean"], own["reference_sd"]
+        z = (rewards - mean[:, None]) / sd[:, None]
+        if self.combine == "min":
+            combined = z.amin(0)
+        else:
+            variance = z.var(0, correction=0)
+            spread = variance if self.combine == "uwo" else variance.sqrt()
+            combined = z.mean(0) - self.penalty * spread
+        return mean.mean() + sd.mean() * combined
 
 
 class EmbrmRewardModel(PreTrainedModel):
@@ -71,7 +89,7 @@ class EmbrmRewardModel(PreTrainedModel):
     def __init__(self, config: EmbrmRewardConfig) -> None:
         super().__init__(config)
         self.model = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-        self.head = Head(config.head)
+        self.head = Head(config.head, config.combine, config.penalty)
         self.post_init()
 
     def forward(

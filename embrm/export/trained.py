@@ -19,6 +19,7 @@ from embrm.extract.run import ExtractSpec, Prepared, engine_for, prepare, with_e
 from embrm.extract.transformers_engine import load_engine
 from embrm.sweep.ledger import MODEL_FORMAT, Results, cache_of, load_run, open_results
 from embrm.sweep.views import TOKENS
+from embrm.train.ensembles import Combination
 from embrm.train.heads import Parameters, Preprocess, score
 from embrm.train.states import States
 
@@ -38,6 +39,8 @@ class Trained:
     parameters: Parameters
     """The head, or the members of an ensemble: [members, ...], see `embrm.train.heads`."""
     preprocess: Preprocess
+    combination: Combination
+    """How members become one reward."""
     backbone: dict[str, Tensor]
     """Fine-tuned weights, named as in the base model's state_dict; none: the model of the cache."""
     cache: Cache
@@ -135,7 +138,7 @@ class Trained:
 
     def _score(self, states: Tensor) -> Tensor:
         rows = torch.arange(len(states))
-        return score(self.parameters, self.preprocess, States(states), rows).mean(0)
+        return self.combination(score(self.parameters, self.preprocess, States(states), rows))
 
 
 def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
@@ -151,13 +154,13 @@ def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
     if header.get("format") != MODEL_FORMAT:
         saved = load_run(folder, row["run_id"])
         fields, parameters = saved.spec.model_dump(mode="json"), saved.parameters
-        preprocess, backbone = saved.preprocess, {}
+        preprocess, combination, backbone = saved.preprocess, saved.combination, {}
     else:
-        fields, preprocess = header["run"], Preprocess(None, None)
+        fields, preprocess, combination = header["run"], Preprocess(None, None), Combination()
         parameters = _below(tensors, _HEAD)
         backbone = _below(tensors, _BACKBONE)
     source = cache_of(results, cache)
-    return Trained(results, row, fields, parameters, preprocess, backbone, source)
+    return Trained(results, row, fields, parameters, preprocess, combination, backbone, source)
 
 
 def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:

@@ -109,6 +109,20 @@ class Evaluation:
             outcomes.append({"run_id": run_id, "split": name, **sums})
         return columns, outcomes
 
+    def disagreement(self, spread: NDArray[np.float64]) -> dict[str, float]:
+        """Of how far the members of an ensemble disagree on `rows`, float64 [n], the ledger's
+        columns: its mean over a split's responses, and the area under the ROC curve by which it
+        tells them from the validation pairs' responses: P(larger there) + ½·P(equal)."""
+        known = np.sort(spread[np.union1d(self._chosen, self._rejected)])
+        columns: dict[str, float] = {}
+        for name, places in self._places.items():
+            own = spread[places]
+            below, up_to = (np.searchsorted(known, own, side) for side in ("left", "right"))
+            area = (below + up_to).mean() / (2 * known.size) if known.size else float("nan")
+            columns[f"disagreement@{name}"] = float(own.mean())
+            columns[f"disagreement_auroc@{name}"] = float(area)
+        return columns
+
     def _temperature(self, rewards: Rewards) -> float:
         """Fitted on the validation pairs; a soft label counts for both directions."""
         margins = rewards[self._chosen].astype(np.float64) - rewards[self._rejected]

@@ -1,6 +1,7 @@
 """What a sweep asks for: a TOML spec, expanded into configurations and runs with content ids."""
 
 import itertools
+import operator
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -14,6 +15,7 @@ from embrm.data.scenarios import Scenarios
 from embrm.errors import UserError, nearest
 from embrm.specs import Spec, content_id
 from embrm.train.bank import TrainSpec
+from embrm.train.ensembles import PENALTY, Combine
 from embrm.train.numerics import Numerics
 
 
@@ -35,11 +37,32 @@ class RunSpec(TrainSpec):
     fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
     """i/k: of k folds of the training prompts, from 0, train on all but the i-th."""
     members: int = Field(default=1, gt=0)
-    """Heads of an ensemble: each trained with a seed of its own, their rewards averaged."""
+    """Heads of an ensemble: each trained with a seed of its own, their rewards combined."""
+    combine: Combine = Field(default="mean", exclude_if=lambda kind: kind == "mean")
+    """How members become one reward: their mean, or, standardised on the training responses, the
+    min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
+    penalty: float = Field(default=PENALTY, ge=0, exclude_if=lambda value: value == PENALTY)
+    """λ of combine = "uwo", β of combine = "lcb"."""
+    bootstrap: bool = Field(default=False, exclude_if=operator.not_)
+    """Train each member on a resample of the training prompts: as many, drawn with replacement."""
 
     def member(self, number: int) -> "RunSpec":
-        """One head of the ensemble; the first has the run's seed."""
-        return self.model_copy(update={"seed": self.seed + number * 2**32})
+        """One head of the ensemble; the first has the run's seed. How members are combined is
+        nothing to a member."""
+        alone = {"combine": "mean", "penalty": PENALTY}
+        return self.model_copy(update={"seed": self.seed + number * 2**32, **alone})
+
+    @model_validator(mode="after")
+    def _combines_something(self) -> Self:
+        if self.members == 1 and (self.combine != "mean" or self.bootstrap):
+            field = "bootstrap = true" if self.bootstrap else f"combine = {self.combine!r}"
+            raise ValueError(f"{field} with members = 1: set members to 2 or more, or remove it")
+        if self.penalty != PENALTY and self.combine not in ("uwo", "lcb"):
+            raise ValueError(
+                f"penalty = {self.penalty:g} with combine = {self.combine!r}: it is the λ of "
+                "'uwo' and the β of 'lcb': take one of them, or remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fold_exists(self) -> Self:
@@ -57,7 +80,8 @@ class RunSpec(TrainSpec):
 
     def data_key(self) -> tuple[Any, ...]:
         """Runs with equal keys are trained on the same data."""
-        return self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
+        key = self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
+        return *key, self.bootstrap
 
 
 class SweepSpec(Spec):

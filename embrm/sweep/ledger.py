@@ -20,8 +20,8 @@ Ledger columns: run_id, config_id, config, seed, cache_id, status ("ok" or "dive
 diverged_epoch, state, head, loss, spec (canonical JSON), bsr_effective (λ·B_ref), train_pairs,
 validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validation_accuracy,
 temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
-`accuracy@ood/hhh`. Undefined numbers are null there, never NaN: the temperature too, where none
-fits.
+`accuracy@ood/hhh`, and of ensembles `disagreement@split` and `disagreement_auroc@split`. Undefined
+numbers are null there, never NaN: the temperature too, where none fits.
 """
 
 import hashlib
@@ -47,6 +47,7 @@ from embrm.evaluate.geometry import MEASURES
 from embrm.files import write_atomic, write_bytes
 from embrm.specs import canonical_json
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
+from embrm.train.ensembles import Combination, Reference
 from embrm.train.heads import Parameters, Preprocess
 
 FORMAT = "embrm-head 1"
@@ -85,6 +86,7 @@ _CELLS = 1 << 22
 """Runs times prompts whose outcomes are compacted at once: 80 MiB."""
 
 _PREPROCESS = "preprocess."
+_REFERENCE = "reference."
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,15 @@ def cache_of(results: Results, moved: Path | None) -> Cache:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A stored head: score states with `embrm.train.heads.score`."""
+    """A stored head, or several: score states with `embrm.train.heads.score`, and make one reward
+    of theirs with `combination`."""
 
     run_id: str
     spec: RunSpec
     cache_id: str
     parameters: Parameters
     preprocess: Preprocess
+    combination: Combination
 
 
 def load_run(folder: Path, run_id: str) -> SavedRun:
@@ -221,23 +225,37 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     if header["format"] != FORMAT:
         raise UserError(f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}")
     mean, scale = (tensors.pop(_PREPROCESS + name, None) for name in ("mean", "scale"))
+    means, sds = (tensors.pop(_REFERENCE + name, None) for name in ("mean", "sd"))
+    reference = None if means is None or sds is None else Reference(means, sds)
+    spec = RunSpec.parse(header["run"], str(path))
     return SavedRun(
         run_id=run_id,
-        spec=RunSpec.parse(header["run"], str(path)),
+        spec=spec,
         cache_id=header["cache_id"],
         parameters=tensors,
         preprocess=Preprocess(mean, scale),
+        combination=Combination(spec.combine, spec.penalty, reference),
     )
 
 
 def weights_file(
-    run: Run, cache_id: str, parameters: Parameters, preprocess: Preprocess
+    run: Run,
+    cache_id: str,
+    parameters: Parameters,
+    preprocess: Preprocess,
+    reference: Reference | None = None,
 ) -> tuple[bytes, str]:
-    """The bytes of a run's safetensors file, and the digest of its tensors, header excluded."""
+    """The bytes of a run's safetensors file, and the digest of its tensors, header excluded.
+
+    reference: of members that are not simply averaged.
+    """
     tensors = dict(parameters)
     if preprocess.mean is not None and preprocess.scale is not None:
         tensors[_PREPROCESS + "mean"] = preprocess.mean
         tensors[_PREPROCESS + "scale"] = preprocess.scale
+    if reference is not None:
+        tensors[_REFERENCE + "mean"] = reference.mean
+        tensors[_REFERENCE + "sd"] = reference.sd
     header = {"format": FORMAT, "cache_id": cache_id, "run": run.spec.model_dump(mode="json")}
     # One key: the library writes metadata in no fixed order.
     content = safetensors.torch.save(tensors, metadata={"embrm": canonical_json(header)})

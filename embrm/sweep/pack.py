@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
 from embrm.evaluate.accuracy import EvaluationSplit
 from embrm.evaluate.geometry import sample
@@ -17,9 +18,10 @@ from embrm.sweep.geometry import Geometry, Sample
 from embrm.sweep.grid import Run, RunSpec
 from embrm.sweep.ledger import TABLES, parquet, training_name, weights_file
 from embrm.sweep.material import Material, to_pairs
-from embrm.sweep.training import as_trained
+from embrm.sweep.training import as_trained, resample
 from embrm.train import numerics
 from embrm.train.bank import Trained, TrainingData, train
+from embrm.train.ensembles import Combination, Reference
 from embrm.train.heads import score, stack
 from embrm.train.numerics import Numerics
 from embrm.train.states import States
@@ -35,6 +37,15 @@ class Pack:
     def pack_id(self) -> str:
         """Name of its part folder."""
         return content_id([run.run_id for run in self.runs])
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A run's rewards, float32 [n]; of an ensemble how far its members disagree, float64 [n]."""
+
+    rewards: Rewards
+    combination: Combination
+    disagreement: NDArray[np.float64] | None
 
 
 class Trainer:
@@ -61,16 +72,16 @@ class Trainer:
         start = time.time()
         asked = pack.runs[0].spec
         data = self._training_data(asked)
-        trained = _train([run.spec for run in pack.runs], data)
+        trained = self._train([run.spec for run in pack.runs], data)
         after_training = time.time()
-        rewards = self._rewards(trained, data)
+        scored = self._scored(pack, trained, data)
         after_scoring = time.time()
         files: dict[str, bytes] = {}
         ledger: list[dict[str, Any]] = []
         curves: list[dict[str, Any]] = []
         outcomes: list[dict[str, Any]] = []
         cache_id = self._material.selection.cache_id
-        for run, result, own in zip(pack.runs, trained, rewards, strict=True):
+        for run, result, own in zip(pack.runs, trained, scored, strict=True):
             row = ledger_row(
                 run,
                 result.curve,
@@ -86,14 +97,20 @@ class Trainer:
             curves += [{"run_id": run.run_id, **point} for point in result.curve]
             if own is not None:
                 content, row["weights_sha256"] = weights_file(
-                    run, cache_id, result.parameters, result.preprocess
+                    run,
+                    cache_id,
+                    result.parameters,
+                    result.preprocess,
+                    own.combination.reference,
                 )
                 files[f"weights/{run.run_id}.safetensors"] = content
-                columns, sums = self._evaluation.measure(run.run_id, own)
+                columns, sums = self._evaluation.measure(run.run_id, own.rewards)
                 row |= columns
+                if own.disagreement is not None:
+                    row |= self._evaluation.disagreement(own.disagreement)
                 outcomes += sums
             ledger.append(row)
-        geometry = self._measured(pack, trained, rewards, data)
+        geometry = self._measured(pack, trained, scored, data)
         tables = part_tables(
             ledger,
             curves,
@@ -126,15 +143,15 @@ class Trainer:
         self,
         pack: Pack,
         trained: Sequence[Trained],
-        rewards: Sequence[Rewards | None],
+        scored: Sequence[_Scored | None],
         data: TrainingData,
     ) -> pl.DataFrame:
         """Geometry of the runs that did not diverge."""
         heads, rewarded = {}, {}
-        for run, result, own in zip(pack.runs, trained, rewards, strict=True):
+        for run, result, own in zip(pack.runs, trained, scored, strict=True):
             if own is not None:
                 heads[run.run_id] = result.parameters
-                rewarded[run.run_id] = {name: own[at] for name, at in self._sampled.items()}
+                rewarded[run.run_id] = {n: own.rewards[at] for n, at in self._sampled.items()}
         spec, preprocess = pack.runs[0].spec, trained[0].preprocess
         return self._geometry.measure(spec, data.states, preprocess, heads, rewarded)
 
@@ -155,29 +172,56 @@ class Trainer:
         device = numerics.device(self._mode)
         return states if device.type == "cpu" else States(states.values.to(device))
 
-    def _rewards(self, trained: Sequence[Trained], data: TrainingData) -> list[Rewards | None]:
-        """Rewards of the responses `_rows` under every run; None where not all are finite."""
-        rewards: list[Rewards | None] = [None] * len(trained)
+    def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[Trained]:
+        """Train the runs of a pack, ensembles one member after the other; runs that differ in how
+        members are combined alone, once.
+
+        An ensemble's parameters are its members', [members, ...]; its curve and best epoch are the
+        first member's, and it has diverged where any member has.
+        """
+        asked = [spec.member(0) for spec in specs]
+        distinct = [*dict.fromkeys(asked)]
+        members = []
+        for number in range(specs[0].members):
+            heads = [spec.member(number) for spec in distinct]
+            members.append(train(heads, self._seen(heads[0], data)))
+        found = map(_ensemble, zip(*members, strict=True))
+        known = dict(zip(distinct, found, strict=True))
+        return [known[spec] for spec in asked]
+
+    def _seen(self, member: RunSpec, data: TrainingData) -> TrainingData:
+        """What of the training pairs a member is trained on."""
+        if not member.bootstrap:
+            return data
+        rows = resample(as_trained(self._training, member), member.seed)
+        return data.resampled(torch.from_numpy(rows))
+
+    def _scored(
+        self, pack: Pack, trained: Sequence[Trained], data: TrainingData
+    ) -> list[_Scored | None]:
+        """The responses `_rows` under every run; None where not all rewards are finite."""
+        found: list[_Scored | None] = [None] * len(trained)
         good = [index for index, result in enumerate(trained) if result.diverged is None]
-        if good:
-            bank = stack([trained[index].parameters for index in good])
-            scored = score(bank, trained[0].preprocess, data.states, self._rows)
-            of_runs = scored.unflatten(0, (len(good), -1)).mean(1).numpy()
-            for index, own in zip(good, of_runs, strict=True):
-                rewards[index] = own if np.isfinite(own).all() else None
-        return rewards
-
-
-def _train(specs: Sequence[RunSpec], data: TrainingData) -> list[Trained]:
-    """Train the runs of a pack, ensembles one member after the other.
-
-    An ensemble's parameters are its members', [members, ...]; its curve and best epoch are the
-    first member's, and it has diverged where any member has.
-    """
-    members = [
-        train([spec.member(number) for spec in specs], data) for number in range(specs[0].members)
-    ]
-    return [_ensemble(heads) for heads in zip(*members, strict=True)]
+        if not good:
+            return found
+        bank = stack([trained[index].parameters for index in good])
+        scored = score(bank, trained[0].preprocess, data.states, self._rows)
+        for index, heads in zip(good, scored.unflatten(0, (len(good), -1)), strict=True):
+            spec, result = pack.runs[index].spec, trained[index]
+            reference, disagreement = None, None
+            if spec.members > 1:
+                rows = data.responses()
+                reference = Reference.of(
+                    score(result.parameters, result.preprocess, data.states, rows)
+                )
+                disagreement = reference.disagreement(heads).numpy()
+            combination = Combination(
+                spec.combine, spec.penalty, None if spec.combine == "mean" else reference
+            )
+            rewards = combination(heads).numpy()
+            if np.isfinite(rewards).all():
+                found[index] = _Scored(rewards, combination, disagreement)
+        return found
 
 
 def _ensemble(heads: Sequence[Trained]) -> Trained:

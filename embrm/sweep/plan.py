@@ -102,7 +102,8 @@ def _step_seconds(prepared: Prepared, pack: Pack) -> float:
         Pairs(none.long(), none.long(), none, none, None),
         first_tokens(cache) if first.active_regularizer else None,
     )
-    specs = [run.spec.model_copy(update={"epochs": 1, "patience": None}) for run in pack.runs]
+    heads = dict.fromkeys(run.spec.member(0) for run in pack.runs)  # what is trained
+    specs = [spec.model_copy(update={"epochs": 1, "patience": None}) for spec in heads]
     start = time.perf_counter()
     train(specs, data)
     return (time.perf_counter() - start) / -(-pairs // first.batch_pairs)

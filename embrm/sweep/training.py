@@ -1,16 +1,22 @@
-"""What a run is trained on: its limit, its fold, its label table and its noise, in this order."""
+"""What a run is trained on: its limit, its fold, its label table and its noise, in this order; and
+what a member of an ensemble sees of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from embrm.data.label_tables import LabelTable, read_table
 from embrm.data.splits import folds, holdout
 from embrm.errors import UserError
 from embrm.sweep.grid import RunSpec
+from embrm.train.streams import stream
 
 _TABLE = ("label", "weight", "margin")
+
+_PROMPT = "number of the prompt"
 
 
 def pinned(labels: str) -> str:
@@ -45,6 +51,8 @@ def with_rules(training: pl.DataFrame, specs: Sequence[RunSpec]) -> pl.DataFrame
             columns[_flip(spec)] = pl.Series(flipped)
         if spec.fold and _fold(spec) not in columns:
             columns[_fold(spec)] = pl.Series(folds(training["prompt_id"], spec.fold_of[1]))
+        if spec.bootstrap and _PROMPT not in columns:
+            columns[_PROMPT] = training["prompt_id"].rank("dense")
         if spec.labels and _from_table(spec, "label") not in columns:
             columns |= _relabelled(training, spec)
     return training.with_columns(**columns)
@@ -80,6 +88,18 @@ def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
         label = pl.when(pl.col(_flip(spec))).then(1 - pl.col("label")).otherwise("label")
         table = table.with_columns(label=label)
     return table
+
+
+def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
+    """A bootstrap of the pairs of `as_trained`, by number, ascending: of k prompts k are drawn with
+    replacement, and each brings all its pairs along.
+
+    Of one seed the same, whatever the run does with the pairs.
+    """
+    _, prompt = np.unique(table[_PROMPT].to_numpy(), return_inverse=True)
+    prompts = int(prompt.max()) + 1
+    times = np.bincount(stream(seed, "bootstrap").integers(0, prompts, prompts), minlength=prompts)
+    return np.repeat(np.arange(len(prompt)), times[prompt])
 
 
 def _flip(spec: RunSpec) -> str:

@@ -9,7 +9,7 @@ rounding elsewhere.
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -130,30 +130,41 @@ class TrainingData:
     """Pairs, on the CPU, index the rows of `states`; training runs where the states are.
 
     `validation` may be empty: then there is no early stopping and the last epoch is kept. tokens:
-    for regularizers.
+    for regularizers. whole: what this is a resample of, and what preprocessing and F̄ are fitted on.
     """
 
     states: States
     train: Pairs
     validation: Pairs
     tokens: TokenData | None = None
+    whole: "TrainingData | None" = None
     _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict, init=False, repr=False)
     _fishers: dict[TopK, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    def resampled(self, rows: Tensor) -> "TrainingData":
+        """Trained on these of its pairs, by number, int64, any several times; what is fitted to
+        all of them stays."""
+        return replace(self, train=self.train.take(rows), whole=self)
+
     def preprocess(self, kind: PreprocessKind) -> Preprocess:
         """Fitted on the training responses, once."""
+        if self.whole is not None:
+            return self.whole.preprocess(kind)
         if kind not in self._fitted:
-            self._fitted[kind] = fit_preprocess(kind, self.states, self._responses())
+            self._fitted[kind] = fit_preprocess(kind, self.states, self.responses())
         return self._fitted[kind]
 
     def fisher(self, top_k: TopK) -> Tensor:
         """F̄ of the training responses, once."""
         assert self.tokens is not None  # a pack that needs them is checked first
+        if self.whole is not None:
+            return self.whole.fisher(top_k)
         if top_k not in self._fishers:
-            self._fishers[top_k] = mean_fisher(self.tokens, self._responses(), top_k)
+            self._fishers[top_k] = mean_fisher(self.tokens, self.responses(), top_k)
         return self._fishers[top_k]
 
-    def _responses(self) -> Tensor:
+    def responses(self) -> Tensor:
+        """The training responses, int64, ascending."""
         return torch.cat([self.train.chosen, self.train.rejected]).unique()
 
 

@@ -148,6 +148,13 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def take(self, rows: Tensor) -> "Pairs":
+        """Some of the pairs, by number, int64; any of them several times."""
+        margin = None if self.margin is None else self.margin[rows]
+        return Pairs(
+            self.chosen[rows], self.rejected[rows], self.label[rows], self.weight[rows], margin
+        )
+
     def to(self, device: torch.device) -> "Pairs":
         """The same pairs there."""
         margin = None if self.margin is None else self.margin.to(device)
