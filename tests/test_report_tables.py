@@ -313,3 +313,21 @@ def test_leaks_are_counted() -> None:
     without = tables["Accuracy % without prompts seen in training"]
     assert without.note == "Prompts: id: 2 removed, 58 left."
     assert tables["Evaluation splits"].rows[0][-1] == "2"
+
+
+def test_disagreement_is_shown_of_what_has_several_heads() -> None:
+    assert not any("Disagreement" in table.title for table in further_tables(COMPARISON, 9))
+    several = pl.col("config").is_in(["bsr[lr=0.01]", "bad"]) & (pl.col("status") == "ok")
+    ledger = SWEEP.ledger.with_columns(
+        pl.when(several).then(0.1 * pl.col("seed")).alias("disagreement@id"),
+        pl.when(several).then(0.75).alias("disagreement_auroc@id"),
+        pl.when(several).then(0.5).alias("disagreement@ood/maths"),
+    )
+    comparison = compare_runs("s", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    [table] = [t for t in further_tables(comparison, 9) if t.title.startswith("Disagreement")]
+    assert table.columns == ("configuration", "id", "ood/maths")
+    assert table.rows == (
+        ("bsr[lr=0.01]", "0.100 / 0.750", "0.500 / n/a"),
+        ("bad", "0.050 / 0.750", "0.500 / n/a"),  # its last seed diverged
+    )
+    assert not any("Disagreement" in table.title for table in main_tables(comparison, 9))

@@ -14,6 +14,7 @@ from embrm.evaluate.outcomes import Outcomes
 MEASURES = (
     *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
     *("ece_calibrated", "margin", "reward_mean", "reward_sd", "tau", "length_accuracy"),
+    *("disagreement", "disagreement_auroc"),
 )
 """Metrics of the ledger (`metric@split`) that the report averages over seeds."""
 

@@ -60,6 +60,12 @@ _SAMPLED = (
 )
 """Notes on geometry: what to look for, what is missing, what it is measured on."""
 
+_DISAGREEMENT = (
+    "Standard deviation over a configuration's heads, standardised on the training responses, mean "
+    "over a split's responses / how well it tells them from those of validation: 0.5 is chance, "
+    "and more a sign that the heads know what is new to them."
+)
+
 _OPTIMIZED = (
     "peak n: where gold is highest. drop: of gold from its peak to the largest n, the peak chosen "
     "on other prompts; above 0 gold falls while the reward rises. gap: the reward's gain minus "
@@ -102,12 +108,13 @@ def main_tables(comparison: Comparison, top: int) -> list[Table]:
 
 
 def further_tables(comparison: Comparison, top: int) -> list[Table]:
-    """What only the Markdown adds: subsets, calibration on every split by itself, and geometry
-    where the terminal does not show it."""
+    """What only the Markdown adds: subsets, calibration on every split by itself, disagreement
+    where a configuration has several heads, and geometry where the terminal does not show it."""
     shown = _shown(comparison, top)
     return [
         *_subsets(comparison),
         *(_calibration(comparison, shown, (split,)) for split in comparison.splits),
+        *_disagreement(comparison, shown),
         *([] if _moves_states(comparison) else _geometry(comparison, shown)),
     ]
 
@@ -476,6 +483,30 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
         left=2,
         wide=("Brier", "Brier at T"),
     )
+
+
+def _disagreement(comparison: Comparison, shown: list[str]) -> list[Table]:
+    """Of the configurations with several heads, on every split."""
+    known = comparison.measures.filter(pl.col("disagreement").is_not_null())
+    found = {
+        (row["split"], row["name"]): " / ".join(
+            _number(row[metric]) for metric in ("disagreement", "disagreement_auroc")
+        )
+        for row in known.iter_rows(named=True)
+    }
+    names = [name for name in shown if name in known["name"]]
+    splits = [split for split in comparison.splits if split in known["split"]]
+    return [
+        Table(
+            "Disagreement of ensembles / its AUROC",
+            ("configuration", *across),
+            tuple(
+                (name, *(found.get((split, name), MISSING) for split in across)) for name in names
+            ),
+            _DISAGREEMENT,
+        )
+        for across in _chunks(splits if names else [])
+    ]
 
 
 def _moves_states(comparison: Comparison) -> bool:
