@@ -61,6 +61,25 @@ def made(folder: Path, kind: str = "llama-tied", prompts: int = 30, **extraction
     return extract(spec, folder / "cache", device="cpu")
 
 
+def with_groups(folder: Path) -> Path:
+    """As `made`, and a split far of groups: 5 prompts with 4 responses, one with 2."""
+    random = np.random.default_rng(2)
+    rows = [
+        {
+            "prompt": f"Far question {number}?",
+            "response": f"{place} " + " ".join(random.choice(WORDS, size=random.integers(1, 9))),
+            "gold": place,
+            "split": "far",
+        }
+        for number in range(6)
+        for place in range(4 if number else 2)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    groups = {"path": str(folder / "groups.jsonl"), "pairs": {"per_prompt": 0}}
+    return made(folder, data=[{"path": str(folder / "pairs.jsonl")}, groups])
+
+
 def written(path: Path, text: str = BT, **fields: object) -> Path:
     """A spec of these fields and this text."""
     path.parent.mkdir(parents=True, exist_ok=True)

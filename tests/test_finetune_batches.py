@@ -58,6 +58,23 @@ def test_every_minibatch_is_whole_and_every_process_takes_as_many_turns(
     assert not in_order
 
 
+def test_a_micro_batch_knows_where_in_its_minibatch_it_is() -> None:
+    of_whole = [*_read(8, 1)[0]]
+    in_order = [one for turn in zip(*map(list, _read(2, 2)), strict=True) for one in turn]
+    for number, whole in enumerate(of_whole):
+        rows = torch.cat([DATA.chosen[whole.pairs], DATA.rejected[whole.pairs]])
+        assert whole.within.places.tolist() == [*range(2 * whole.size)]
+        assert rows[whole.within.distinct].tolist() == rows.unique().tolist()
+        found = [one for one in in_order if one.within.minibatch == number and one.share]
+        places = torch.cat([one.within.places for one in found])
+        assert sorted(places.tolist()) == [*range(2 * whole.size)]
+        for one in found:
+            own = torch.cat([DATA.chosen[one.pairs], DATA.rejected[one.pairs]])
+            assert torch.equal(own, rows[one.within.places])
+            assert torch.equal(one.within.distinct, whole.within.distinct)
+            assert one.within.epoch == whole.within.epoch == 2
+
+
 def test_texts_are_padded_and_predicted_where_they_are() -> None:
     encoded = [
         Encoded(np.array([5, 6, 7, 8, 9], np.int32), 3, 4, truncated=False),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_finetune import made, written
+from small_finetune import with_groups, written
 
 SPECS = {
     "full": """
@@ -37,6 +37,8 @@ lr = 0.01
 name = "bt"
 bsr = 0.3
 regularizer = { kind = "grm-sft", alpha = 0.1, beta = 0.01 }
+simcse = { dropout = 0.2 }
+metarm = { split = "far", eta = 0.5, responses = 3 }
 """,
 }
 FIELDS: dict[str, dict[str, object]] = {
@@ -104,7 +106,7 @@ def _drive(root: Path, cache: Path) -> None:
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("killed")
-    cache = made(root / "world")
+    cache = with_groups(root / "world")
     done = subprocess.run(
         [sys.executable, __file__, str(root), str(cache)],
         capture_output=True,

@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 
 from embrm.extract.tokens import Encoded
 from embrm.extract.transformers_engine import load_model
-from embrm.finetune.batches import Micro, PairTokens
+from embrm.finetune.batches import Micro, PairTokens, Within
 from embrm.finetune.losses import StepLoss
 from embrm.finetune.model import RewardModel, new_model
 from embrm.finetune.spec import FinetuneRun, LoraSpec
@@ -69,6 +69,8 @@ def _texts() -> list[Encoded]:
 
 
 ENCODED, PREFERENCES = _texts(), _pairs()
+ROWS = torch.cat([PREFERENCES.chosen, PREFERENCES.rejected])
+DISTINCT = torch.tensor([ROWS.tolist().index(row) for row in range(12)])
 REFERENCE = torch.linspace(-150, -20, 12)
 
 
@@ -79,13 +81,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_model(root / kind, kind, tokenizer()) for kind in kinds}
 
 
+def micro(cut: range) -> Micro:
+    """These pairs of a minibatch of all."""
+    places = torch.tensor([*cut, *(place + PAIRS for place in cut)])
+    within = Within(1, 0, places, DISTINCT)
+    return Micro(torch.tensor([*cut]), len(cut) / PAIRS, PAIRS, [], within)
+
+
 def _step(
     model: RewardModel, run: FinetuneRun, cuts: list[range]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of all pairs as one minibatch, in micro-batches."""
     data = PairTokens(ENCODED, PREFERENCES, run.active_regularizer, REFERENCE)
-    micros = [Micro(torch.tensor([*cut]), len(cut) / PAIRS, PAIRS, []) for cut in cuts]
-    read = [data.__getitems__(micro) for micro in micros]
+    read = [data.__getitems__(micro(cut)) for cut in cuts]
     loss_of = StepLoss(run, PAIRS, soft_labels=True)
     mean = None
     if loss_of.needs_mean:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from small_finetune import made, written
+from small_finetune import with_groups, written
 from torch import Tensor
 
 from embrm.cache.reader import open_cache
@@ -45,6 +45,12 @@ bsr = 0.3
 centering = 0.1
 weight_decay = 0.1
 regularizer = { kind = "grm-dpo", alpha = 0.2 }
+[[runs]]
+name = "ahead"
+epochs = 1
+bsr = 0.1
+simcse = { of = "responses", dropout = 0.2, temperature = 0.3 }
+metarm = { split = "far", eta = 0.05, responses = 3, prompts = 3 }
 """
 """The last minibatch has 5 pairs: one and a quarter micro-batch of 4, and of two processes' shares
 the second is smaller."""
@@ -52,7 +58,7 @@ the second is smaller."""
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("world"))
+    return with_groups(tmp_path_factory.mktemp("world"))
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

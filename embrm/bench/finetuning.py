@@ -225,12 +225,14 @@ class _AllLogits(RewardModel):
         predicting: Tensor | None = None,
         targets: Tensor | None = None,
         counts: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        r, _, squares = super().forward(ids, final, kept)
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        r, _, squares, features = super().forward(ids, final, kept, masks=masks)
         states, self._last = self._last, None
         every = self._lm_head().logits(states).log_softmax(-1).flatten(0, 1)  # type: ignore[arg-type]
         each = every[predicting, targets]
-        return r, torch.stack([part.sum() for part in each.split([*counts])]), squares
+        S = torch.stack([part.sum() for part in each.split([*counts])])
+        return r, S, squares, features
 
 
 class _SecondModel(RewardTrainer):

@@ -11,11 +11,27 @@ from torch.utils.data import Dataset
 
 from embrm.extract.engine import predicting_positions
 from embrm.extract.tokens import Encoded
+from embrm.finetune.contrast import ViewMasks
 from embrm.train.heads import HeadSpec
 from embrm.train.objectives import Pairs
 from embrm.train.order import Order
 from embrm.train.regularizers import Regularizer
 from embrm.train.streams import stream
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where a micro-batch is, for losses that see its whole minibatch.
+
+    epoch: from 1; minibatch: its number in the epoch; places: int64 [2b], of the responses among
+    the 2·size of the minibatch, chosen first; distinct: int64 [m], one place of each distinct
+    response among these.
+    """
+
+    epoch: int
+    minibatch: int
+    places: Tensor
+    distinct: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,7 @@ class Micro:
     share: float
     size: int
     kept: list[Tensor]
+    within: Within
 
 
 class Minibatches:
@@ -80,7 +97,8 @@ class Minibatches:
     def __iter__(self) -> Iterator[Micro]:
         chosen, rejected = self._pairs.chosen, self._pairs.rejected
         dropout = stream(self._seed, "dropout", self._epoch + 1)
-        for some in self._order.minibatches(self._epoch + 1, self._batch):
+        minibatches = self._order.minibatches(self._epoch + 1, self._batch)
+        for number, some in enumerate(minibatches):
             size = len(some)
             rows, places = torch.cat([chosen[some], rejected[some]]).unique(return_inverse=True)
             kept = [
@@ -89,6 +107,7 @@ class Minibatches:
                 .div(1 - self._head.dropout)
                 for width in (self._head.widths if self._head.dropout else ())
             ]
+            distinct = torch.from_numpy(np.unique(places.numpy(), return_index=True)[1])
             cut = torch.arange(size)
             if self._lengths is not None:
                 cut = self._lengths[some].argsort(descending=True, stable=True)
@@ -98,8 +117,10 @@ class Minibatches:
                 share = len(own) / size
                 if not len(own):
                     own = torch.zeros(1, dtype=torch.int64)
-                of_own = places[torch.cat([own, own + size])]
-                yield Micro(some[own], share, size, [mask[of_own] for mask in kept])
+                ends = torch.cat([own, own + size])
+                of_own = [mask[places[ends]] for mask in kept]
+                within = Within(self._epoch + 1, number, ends, distinct)
+                yield Micro(some[own], share, size, of_own, within)
 
 
 class PairTokens(Dataset[dict[str, Any]]):
@@ -111,11 +132,14 @@ class PairTokens(Dataset[dict[str, Any]]):
         pairs: Pairs,
         regularizer: Regularizer | None = None,
         S: Tensor | None = None,
+        view_masks: ViewMasks | None = None,
     ) -> None:
-        """regularizer: a grm-*, whose log-probabilities are wanted; S: the reference's, [all]."""
+        """regularizer: a grm-*, whose log-probabilities are wanted; S: the reference's, [all].
+        view_masks: for two views of every response."""
         self._encoded, self._pairs = encoded, pairs
         self._weight = pairs.weight / pairs.weight.mean()  # as in a sweep
         self._regularizer, self._S = regularizer, S
+        self._view_masks = view_masks
 
     def __getitem__(self, index: Any) -> dict[str, Any]:
         raise NotImplementedError("a batch sampler's items are read by __getitems__")
@@ -125,7 +149,7 @@ class PairTokens(Dataset[dict[str, Any]]):
 
     def __getitems__(self, micro: Micro) -> dict[str, Any]:
         """`text`: what `RewardModel.forward` takes, of the chosen, then of the rejected; `pairs`:
-        what `StepLoss` takes; and the minibatch's share and size."""
+        what `StepLoss` takes; the minibatch's share and size; and `within`, places and distinct."""
         pairs, some = self._pairs, micro.pairs
         rows = torch.cat([pairs.chosen[some], pairs.rejected[some]])
         label = pairs.label[some]
@@ -143,11 +167,16 @@ class PairTokens(Dataset[dict[str, Any]]):
             of_pairs["reference"] = self._S[rows[weighed]]
         encoded = [self._encoded[row] for row in rows.tolist()]
         text = texts(encoded, None if weighed is None else weighed.tolist())
+        text["kept"] = micro.kept
+        within = micro.within
+        if self._view_masks is not None:
+            text["masks"] = self._view_masks.of(within.epoch, within.minibatch, rows.tolist())
         return {
-            "text": {**text, "kept": micro.kept},
+            "text": text,
             "pairs": of_pairs,
             "share": micro.share,
             "size": micro.size,
+            "within": {"places": within.places, "distinct": within.distinct},
         }
 
 

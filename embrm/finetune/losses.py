@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from embrm.sweep.grid import RunSpec
+from embrm.finetune.contrast import Contrast
+from embrm.finetune.spec import FinetuneRun
 from embrm.train.objectives import ObjectiveBank, PairRewards
 from embrm.train.regularizers import grm
 
@@ -15,11 +16,12 @@ class StepLoss:
     A minibatch's loss is a mean over its pairs, hence the sum of its micro-batches' means times
     their shares; but λ·B_ref·r̄² of bsr is not, r̄ being a mean over all of them. With r̄ known
     beforehand, λ·B_ref·r̄·(2·r̄ₖ - r̄), r̄ₖ the micro-batch's own mean, has this sum and, r̄ taken
-    as a constant, the gradient of the whole: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄².
+    as a constant, the gradient of the whole: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄². So it is with SimCSE, once
+    the minibatch's features are known: see `embrm.finetune.contrast`.
     """
 
     def __init__(
-        self, run: RunSpec, batch: int, *, soft_labels: bool, bsr_of: int | None = None
+        self, run: FinetuneRun, batch: int, *, soft_labels: bool, bsr_of: int | None = None
     ) -> None:
         """batch: pairs of a minibatch; bsr_of: pairs of a micro-batch, where r̄ is its own mean."""
         self.needs_mean = run.bsr > 0 and bsr_of is None
@@ -29,6 +31,7 @@ class StepLoss:
         self._bsr = run.bsr_effective(batch)
         self._regularizer = run.active_regularizer
         self._l2 = run.l2
+        self._simcse = run.simcse
         self._arguments = [objective], bsr_of or batch
         self._soft_labels = soft_labels
         self._bank: ObjectiveBank | None = None
@@ -38,6 +41,7 @@ class StepLoss:
         r: Tensor,
         S: Tensor | None,
         squares: Tensor,
+        features: Tensor | None = None,
         *,
         label: Tensor,
         weight: Tensor,
@@ -45,13 +49,15 @@ class StepLoss:
         numbers: Sequence[Tensor] = (),
         reference: Tensor | None = None,
         mean_reward: Tensor | None = None,
+        contrast: Contrast | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss and R of a micro-batch, before its share.
 
         r: float32 [2b], rewards of the chosen, then of the rejected; S: those log-probabilities
         that R depends on, reference: theirs under the reference; numbers: int64 [b] twice, which
         of them are the chosen's and the rejected's; squares: the head's ‖parameters‖²;
-        mean_reward: r̄ of the minibatch, where `needs_mean`.
+        mean_reward: r̄ of the minibatch, where `needs_mean`; features: float32 [2, 2b, d], of two
+        views, where the run has simcse, and contrast: what L_cl asks of them.
         """
         if self._bank is None:
             self._bank = ObjectiveBank(
@@ -70,4 +76,6 @@ class StepLoss:
             change = S - reference
             R = grm(self._regularizer, S, change, chosen, rejected, label, weight)
             loss = self._regularizer.of_loss * loss + self._regularizer.of_value * R
+        if self._simcse is not None and features is not None and contrast is not None:
+            loss = loss + self._simcse.weight * contrast.part(features)
         return loss + self._l2 / 2 * squares, R.detach()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from embrm.errors import UserError
 from embrm.extract.engine import LmHead
@@ -77,6 +79,8 @@ class RewardModel(nn.Module):
                     self.lm_head[name] = tensor
         self._embeddings = self.backbone.get_input_embeddings
         _switch_off_dropout(self.backbone)
+        self._masks: list[Tensor] = []
+        self.sites = _drop_by(self._masks, self.backbone)
         self.backbone.requires_grad_(tune == "full")
         self.lm_head.requires_grad_(tune == "full")
         if tune == "lora":
@@ -104,9 +108,12 @@ class RewardModel(nn.Module):
         predicting: Tensor | None = None,
         targets: Tensor | None = None,
         counts: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Of n texts int64 [n, length], padded on the right: their rewards float32 [n]; log-
-        probabilities float32 [len(counts)], where asked for; and the head's ‖parameters‖².
+        probabilities float32 [len(counts)], where asked for; the head's ‖parameters‖²; and with
+        masks float32 [sites, 2, n, d] the pooled states of two views float32 [2, n, d], of which
+        rewards and log-probabilities are the first's.
 
         final: int64 [n], the positions that are pooled. kept: dropout masks of the head. counts:
         how many of predicting and targets are each response's; predicting: int64 [t], places among
@@ -114,12 +121,20 @@ class RewardModel(nn.Module):
 
         No mask is passed: see `TransformersEngine.hidden`.
         """
+        # Kept until the next forward step: gradient checkpointing drops again, and alike.
+        self._masks[:] = () if masks is None else masks.flatten(1, 2)[:, :, None]
+        if masks is not None:
+            ids = ids.repeat(2, 1)
         if self.tune == "frozen":
             with torch.no_grad():
                 states = self._states(ids)
         else:
             states = self._states(ids)
-        places = torch.arange(len(ids), device=ids.device)
+        places = torch.arange(len(final), device=ids.device)
+        features = None
+        if masks is not None:
+            views = states.unflatten(0, (2, -1))
+            features, states = views[:, places, final].float(), views[0]
         with torch.autocast(ids.device.type, enabled=False):
             found = self.head(states[places, final].float(), kept)
             squares = torch.stack([tensor.square().sum() for tensor in self.head.parameters()])
@@ -128,7 +143,7 @@ class RewardModel(nn.Module):
             rows = states.flatten(0, 1)[predicting]
             each = log_probabilities(self._lm_head(), rows, targets)
             S = torch.stack([part.sum() for part in each.split([*counts])])
-        return found, S, squares.sum()
+        return found, S, squares.sum(), features
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What defines the tuned model beside its base: float32 tensors on the CPU.
@@ -206,6 +221,31 @@ def _switch_off_dropout(backbone: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def _drop_by(masks: list[Tensor], backbone: nn.Module) -> int:
+    """Have the backbone drop by masks [rows, 1, d], one a site, while there are any in the list:
+    x₀ → x₀·m₀, of what enters the first layer, and xₗ → xₗ₋₁ + (xₗ - xₗ₋₁)·mₗ, of what a layer
+    adds. The same for every architecture; returns the number of sites, 0 where it has no layers.
+    """
+
+    def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (args[0] * masks[0], *args[1:]) if masks else None
+
+    def added(site: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not masks:
+            return None
+        after, *rest = output if isinstance(output, tuple) else (output,)
+        after = args[0] + (after - args[0]) * masks[site]
+        return (after, *rest) if isinstance(output, tuple) else after
+
+    layers = [own for own in backbone.modules() if isinstance(own, GradientCheckpointingLayer)]
+    for site, layer in enumerate(layers, start=1):
+        layer.register_forward_hook(partial(added, site))
+    if layers:
+        layers[0].register_forward_pre_hook(entering)
+        return len(layers) + 1
+    return 0
 
 
 def _add_lora(backbone: nn.Module, lora: LoraSpec) -> None:

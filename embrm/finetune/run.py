@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -37,7 +37,9 @@ from embrm.files import (
     write_bytes,
 )
 from embrm.finetune.batches import Minibatches, PairTokens, texts
+from embrm.finetune.contrast import ViewMasks
 from embrm.finetune.losses import StepLoss
+from embrm.finetune.meta import Groups, group_rows
 from embrm.finetune.model import RewardModel, load_tuned, new_model
 from embrm.finetune.spec import FinetuneRun, FinetuneSpec, check_fits, micro_pairs
 from embrm.finetune.trainer import (
@@ -51,7 +53,7 @@ from embrm.progress import progress
 from embrm.provenance import provenance
 from embrm.specs import canonical_json, read_toml
 from embrm.sweep.evaluation import Evaluation, ledger_row, part_tables
-from embrm.sweep.grid import Run, RunSpec, Selection, configurations, identified
+from embrm.sweep.grid import Configuration, Run, RunSpec, Selection, configurations, identified
 from embrm.sweep.ledger import (
     MODEL_FORMAT,
     TABLES,
@@ -62,6 +64,7 @@ from embrm.sweep.ledger import (
 )
 from embrm.sweep.material import evaluation_splits, prompt_table, select, to_pairs
 from embrm.sweep.prepare import cache_for, check, leaked, pin
+from embrm.sweep.tables import read_tables
 from embrm.sweep.training import as_trained, with_rules
 from embrm.train.order import Order
 from embrm.train.states import States
@@ -96,11 +99,16 @@ def prepare(spec_path: Path, cache_folder: Path | None) -> Prepared:
     spec = FinetuneSpec.parse(read_toml(spec_path), where)
     found = pin(configurations(spec, where, FinetuneRun), where)
     for configuration in found:
-        check_fits(configuration.spec, spec.tune, f"{where}: run {configuration.name!r}")
+        check_fits(_asked(configuration), spec.tune, f"{where}: run {configuration.name!r}")
     _check_trackers(spec, where)
-    _check_sharding(spec, where)
+    _check_sharding(spec, found, where)
     cache = cache_for(spec, cache_folder, where)
     selection, _, evaluate = check(spec, found, cache, where)
+    for configuration in found:
+        try:
+            _group_rows(cache, selection, _asked(configuration))
+        except UserError as error:
+            raise UserError(f"{where}: run {configuration.name!r}: {error}") from None
     runs = [
         run
         for configuration in found
@@ -114,6 +122,23 @@ def prepare(spec_path: Path, cache_folder: Path | None) -> Prepared:
     if any(run.spec.active_regularizer for run in runs):
         _check_reference(prepared)
     return prepared
+
+
+def _asked(one: Configuration | Run) -> FinetuneRun:
+    """Its spec: a fine-tune's, as `configurations` was told."""
+    return cast(FinetuneRun, one.spec)
+
+
+def _group_rows(
+    cache: Cache, selection: Selection, asked: FinetuneRun
+) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """What metarm draws from, none without it. Raises: see `group_rows`."""
+    if asked.metarm is None:
+        return []
+    members = read_tables(cache, selection.scenarios).members
+    return group_rows(
+        members.select("split", "prompt_id", "response"), asked.metarm, selection.train
+    )
 
 
 def _check_trackers(spec: FinetuneSpec, where: str) -> None:
@@ -131,13 +156,21 @@ def _check_trackers(spec: FinetuneSpec, where: str) -> None:
             ) from None
 
 
-def _check_sharding(spec: FinetuneSpec, where: str) -> None:
+def _check_sharding(spec: FinetuneSpec, found: Sequence[Configuration], where: str) -> None:
     for name in ("FSDP", "DeepSpeed"):
-        if spec.tune == "lora" and parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+        if not parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}"):
+            continue
+        if spec.tune == "lora":
             raise UserError(
                 f"{where}: tune = 'lora' with {name}: adapters are merged from whole weights: "
                 "launch it without"
             )
+        for configuration in found:
+            if _asked(configuration).metarm is not None:
+                raise UserError(
+                    f"{where}: run {configuration.name!r}: metarm with {name}: it looks ahead by "
+                    "whole weights: launch it without"
+                )
 
 
 def _texts_of(cache: Cache, spec: FinetuneSpec, where: str) -> Texts:
@@ -295,6 +328,19 @@ def _lighter(spec: FinetuneSpec, micro: int) -> list[str]:
     return [remedy for remedy in found if found[remedy]]
 
 
+def _view_masks(asked: FinetuneRun, model: RewardModel) -> ViewMasks | None:
+    """For SimCSE. Raises: UserError for a model in which no dropout can be placed."""
+    if asked.simcse is None:
+        return None
+    if not model.sites:
+        raise UserError(
+            "simcse: the model's layers are not transformers' own, and there is nowhere to drop: "
+            "remove it"
+        )
+    width = model.backbone.config.get_text_config().hidden_size
+    return ViewMasks(asked.seed, model.sites, width, asked.simcse.dropout)
+
+
 class _Stage:
     """What all runs of a fine-tune share."""
 
@@ -365,7 +411,7 @@ class _Stage:
 
     def _train(self, run: Run, folder: Path) -> RewardTrainer:
         """A trainer that has trained `run`, from its last checkpoint on."""
-        spec, cache, asked = self._prepared.spec, self._prepared.cache, run.spec
+        spec, cache, asked = self._prepared.spec, self._prepared.cache, _asked(run)
         pairs = to_pairs(as_trained(with_rules(self._training, [asked]), asked))
         batch, processes = min(asked.batch_pairs, len(pairs)), PartialState()
         micro = micro_pairs(spec, asked, processes.num_processes, self._prepared.where)
@@ -395,12 +441,19 @@ class _Stage:
             spec.lora,
             with_S=regularizer is not None,
         )
+        data = PairTokens(
+            self._prepared.texts.encoded, pairs, regularizer, S, _view_masks(asked, model)
+        )
         loss = StepLoss(
             asked,
             batch,
             soft_labels=bool((pairs.label != 1).any()),
             bsr_of=micro if spec.bsr_scope == "micro" else None,
         )
+        groups = None
+        if asked.metarm is not None:
+            rows = _group_rows(cache, self._prepared.selection, asked)
+            groups = Groups(asked.metarm, rows, asked.seed)
         steps = -(-len(pairs) // batch)
         args = self._arguments(asked, folder, steps, micro, minibatches.turns)
         last = last_checkpoint(folder)
@@ -414,13 +467,14 @@ class _Stage:
                     model,
                     args,
                     run=asked,
-                    train_dataset=PairTokens(self._prepared.texts.encoded, pairs, regularizer, S),
+                    train_dataset=data,
                     minibatches=minibatches,
                     loss=loss,
                     validation=self._validation,
                     dtype=self._dtype,
                     save_best=lambda epoch, tensors: self._save_best(run, folder, epoch, tensors),
                     bar=bar,
+                    groups=groups,
                 )
             with _out_of_memory(f"with micro_pairs = {micro}", *_lighter(spec, micro)):
                 trainer.resume()

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from embrm.data.sources import SourceSpec
 from embrm.errors import UserError
+from embrm.finetune.contrast import SimcseSpec
+from embrm.finetune.meta import MetaSpec
 from embrm.specs import Spec
 from embrm.sweep.grid import RunSpec, SweepSpec
 from embrm.train.regularizers import GRM
@@ -14,7 +16,13 @@ Tune = Literal["full", "lora", "frozen"]
 
 
 class FinetuneRun(RunSpec):
-    """One run: objective, head and optimisation, as in a sweep."""
+    """One run: objective, head and optimisation, as in a sweep, and what needs states that move."""
+
+    # Recorded only where they are set: other runs keep their ids.
+    simcse: SimcseSpec | None = Field(default=None, exclude_if=lambda found: found is None)
+    """A table: a contrastive loss over two views of the minibatch, see below."""
+    metarm: MetaSpec | None = Field(default=None, exclude_if=lambda found: found is None)
+    """A table: gradients are taken ahead of the weights, see below."""
 
     @model_validator(mode="after")
     def _moves_something(self) -> Self:
@@ -99,7 +107,7 @@ class FinetuneSpec(SweepSpec):
         return {"finetune": settings}
 
 
-def check_fits(run: RunSpec, tune: Tune, where: str) -> None:
+def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
     """Raises: UserError when `run`, read from `where`, asks for what cannot be tuned so."""
     frozen, regularizer = tune == "frozen", run.active_regularizer
     wrong: list[tuple[bool, str, str]] = [
@@ -127,6 +135,11 @@ def check_fits(run: RunSpec, tune: Tune, where: str) -> None:
             run.members > 1,
             f"members = {run.members}",
             "fine-tune with several seeds instead, and remove it",
+        ),
+        (
+            run.simcse is not None and frozen,
+            "simcse",
+            "acts on states that move: set tune = 'full' or 'lora'",
         ),
     ]
     if regularizer is not None:

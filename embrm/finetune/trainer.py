@@ -33,11 +33,13 @@ from embrm.extract.engine import by_length
 from embrm.extract.tokens import Encoded
 from embrm.files import disk_errors, write_bytes
 from embrm.finetune.batches import Minibatches, PairTokens, texts
+from embrm.finetune.contrast import Contrast, contrast, placed
 from embrm.finetune.losses import StepLoss
+from embrm.finetune.meta import Groups, discrimination
 from embrm.finetune.model import RewardModel
+from embrm.finetune.spec import FinetuneRun
 from embrm.progress import Progress
 from embrm.specs import canonical_json
-from embrm.sweep.grid import RunSpec
 from embrm.train.bank import VALIDATION, Course, rate, validation_metrics
 from embrm.train.objectives import Pairs
 
@@ -73,7 +75,7 @@ class RewardTrainer(Trainer):
         model: RewardModel,
         args: TrainingArguments,
         *,
-        run: RunSpec,
+        run: FinetuneRun,
         train_dataset: PairTokens,
         minibatches: Minibatches,
         loss: StepLoss,
@@ -81,14 +83,18 @@ class RewardTrainer(Trainer):
         dtype: torch.dtype,
         save_best: Callable[[int, dict[str, Tensor]], None],
         bar: Progress | None,
+        groups: Groups | None = None,
     ) -> None:
-        """save_best: keeps an epoch's tensors, told on the main process alone."""
+        """save_best: keeps an epoch's tensors, told on the main process alone. groups: what a run
+        with metarm looks ahead by."""
         self._run, self._minibatches, self._loss = run, minibatches, loss
         self._validation, self._dtype, self._save_best = validation, dtype, save_best
         self.course = Course(run)
         self._bar = bar
         self._waiting: list[dict[str, Any]] = []
-        self._mean_reward: Tensor | None = None
+        self._known: list[Tensor] = []
+        self._groups = groups
+        self._theta: list[Tensor] = []
         self._step: list[Tensor] = []
         self._epoch = [0.0, 0.0]
         self._size = 0
@@ -108,7 +114,7 @@ class RewardTrainer(Trainer):
     ) -> tuple[list[Any], Any]:
         """The micro-batches of a minibatch, which `compute_loss` may need to see together."""
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waiting, self._mean_reward = found[0], None
+        self._waiting, self._known = found[0], []
         return found
 
     # What a step minimises
@@ -122,33 +128,91 @@ class RewardTrainer(Trainer):
     ) -> Any:
         """A micro-batch's part of the loss, times the number of processes: gradients are averaged
         over them, and the minibatch's is their sum."""
-        if self._loss.needs_mean and self._mean_reward is None and len(self._waiting) > 1:
-            self._mean_reward = self._mean_beforehand(model)
-        r, S, squares = model(**inputs["text"])
+        if self._groups is not None and not self._theta:
+            self._look_ahead(self._groups)
+        needed = self._loss.needs_mean or self._run.simcse is not None
+        if needed and not self._known and len(self._waiting) > 1:
+            self._known = [*map(summed, self._read_beforehand(model))]
+        r, S, squares, features = model(**inputs["text"])
         share = inputs["share"]
-        mean = self._mean_reward
-        if self._loss.needs_mean and mean is None:
-            mean = summed(share * r.detach().mean())
-        loss, R = self._loss(r, S, squares, **inputs["pairs"], mean_reward=mean)
+        if needed and not self._known:
+            self._known = [*map(summed, self._seen(inputs, r, features))]
+        loss, R = self._loss(
+            r,
+            S,
+            squares,
+            features,
+            **inputs["pairs"],
+            mean_reward=self._known[0] if self._loss.needs_mean else None,
+            contrast=self._contrast(inputs),
+        )
         self._step.append(share * torch.stack([loss.detach(), R]))
         self._size = inputs["size"]
         loss = share * loss * self.args.world_size
         return (loss, r) if return_outputs else loss
 
-    @torch.no_grad()
-    def _mean_beforehand(self, model: torch.nn.Module) -> Tensor:
-        """r̄ of the minibatch, by a forward step of all its micro-batches."""
+    def _read_beforehand(self, model: torch.nn.Module) -> list[Tensor]:
+        """Of the minibatch, by a forward step of all this process's micro-batches: see `_seen`."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        total = torch.zeros((), device=self.args.device)
+        seen = []
         # Forked: LoRA's dropout shall fall alike when they are trained on.
-        with torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             for waiting in self._waiting:
                 inputs = self._prepare_inputs(waiting)
-                total += inputs["share"] * model(**inputs["text"])[0].mean()
-        return summed(total)
+                r, _, _, features = model(**inputs["text"])
+                seen.append(self._seen(inputs, r, features))
+        return [sum(parts[1:], start=parts[0]) for parts in zip(*seen, strict=True)]
+
+    def _seen(self, inputs: dict[str, Any], r: Tensor, features: Tensor | None) -> list[Tensor]:
+        """What a micro-batch adds to r̄ and, with SimCSE, to the features of its minibatch."""
+        share = inputs["share"]
+        found = [share * r.detach().mean()]
+        if features is not None:
+            # Nothing where a pair only stands in.
+            there = placed(features, inputs["within"]["places"], inputs["size"])
+            found.append(there * (share > 0))
+        return found
+
+    def _contrast(self, inputs: dict[str, Any]) -> Contrast | None:
+        """SimCSE's part of a micro-batch, with the features of its minibatch known."""
+        if self._run.simcse is None or not inputs["share"]:
+            return None
+        return contrast(self._run.simcse, self._known[1], **inputs["within"], share=inputs["share"])
+
+    # Where a step takes its gradient
+
+    def _look_ahead(self, groups: Groups) -> None:
+        """MetaRM: θ → θ' = θ + η·∇J; `end_step` puts θ back. Every process reads some prompts."""
+        parameters = [own for own in self.model.parameters() if own.requires_grad]
+        self._theta = [own.detach().clone() for own in parameters]
+        gradient = [torch.zeros_like(own) for own in parameters]
+        drawn = groups.draw(self.state.global_step)
+        own = drawn[self.args.process_index :: self.args.world_size]
+        # No more texts at a time than of a micro-batch, but all of a prompt's.
+        at_once = max(1, 2 * self.args.per_device_train_batch_size // drawn.shape[1])
+        for first in range(0, len(own), at_once):
+            some = own[first : first + at_once]
+            found = texts([self._validation.encoded[row] for row in some.flatten().tolist()])
+            kind, dtype = self.args.device.type, self._dtype
+            with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+                r = self.model(**self._prepare_inputs(found))[0]
+            J = discrimination(r.view(some.shape)).sum() / len(drawn)
+            parts = torch.autograd.grad(J, parameters, allow_unused=True)
+            for total, part in zip(gradient, parts, strict=True):
+                if part is not None:
+                    total += part
+        with torch.no_grad():
+            for weight, total in zip(parameters, gradient, strict=True):
+                weight += groups.eta * summed(total)
 
     def end_step(self) -> None:
         """Before the weights change: the step's loss. Raises: NotFiniteError."""
+        if self._theta:
+            trained = (own for own in self.model.parameters() if own.requires_grad)
+            with torch.no_grad():
+                for weight, was in zip(trained, self._theta, strict=True):
+                    weight.copy_(was)
+            self._theta = []
         loss, R = summed(torch.stack(self._step).sum(0)).tolist()
         self._step = []
         step = self.state.global_step + 1

@@ -1,0 +1,90 @@
+"""MetaRM: look ahead to where the model tells unlabelled responses apart, and learn there.
+
+θ' = θ + η·∇J(θ), then a step of θ along -∇L(θ') (arXiv 2401.06080): first order, for the gradient
+is taken with respect to θ'. J = (2/k²)·Σ_{i<j} sigmoid(|r(x, s_i) - r(x, s_j)|) of k responses s to
+a prompt x, a mean over prompts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from embrm.errors import UserError, nearest
+from embrm.specs import Spec
+from embrm.train.streams import stream
+
+
+class MetaSpec(Spec):
+    """The look ahead of every step; gold scores are not read."""
+
+    split: str
+    """A split of groups, several responses to a prompt, that is not trained on."""
+    eta: float = Field(gt=0)
+    """η: the length of the look ahead is η·‖∇J‖."""
+    responses: int = Field(default=4, ge=2)
+    """k: how many of a prompt's responses are drawn for a step."""
+    prompts: int = Field(default=4, gt=0)
+    """How many prompts are drawn for a step."""
+
+
+class Groups:
+    """Unlabelled responses, of which every step draws some."""
+
+    def __init__(self, asked: MetaSpec, rows: Sequence[NDArray[np.int64]], seed: int) -> None:
+        """rows: int64 [at least asked.responses], responses to each of asked.prompts or more."""
+        self.eta = asked.eta
+        self._asked, self._rows, self._seed = asked, rows, seed
+
+    def draw(self, step: int) -> NDArray[np.int64]:
+        """int64 [prompts, responses], without replacement, by the seed and the step alone."""
+        random = stream(self._seed, "meta", step)
+        prompts = random.choice(len(self._rows), self._asked.prompts, replace=False)
+        drawn = [
+            random.choice(self._rows[prompt], self._asked.responses, replace=False)
+            for prompt in prompts
+        ]
+        return np.stack(drawn)
+
+
+def group_rows(
+    members: pl.DataFrame, asked: MetaSpec, train: Sequence[str]
+) -> list[NDArray[np.int64]]:
+    """The distinct responses to every prompt of asked.split that has enough of them.
+
+    members: a cache's; train: splits that are trained on.
+    Raises: UserError when the split is trained on, has no groups, or too few or too small ones.
+    """
+    found = f"metarm.split = {asked.split!r}"
+    if asked.split in train:
+        raise UserError(f"{found} is trained on: name another split of groups")
+    with_groups = sorted({*members["split"]} - {*train})
+    if asked.split not in with_groups:
+        known = nearest(asked.split, with_groups) if with_groups else "the cache has none"
+        raise UserError(f"{found} has no groups, several responses to a prompt: {known}")
+    groups = (
+        members.filter(pl.col("split") == asked.split)
+        .group_by("prompt_id")
+        .agg(pl.col("response").unique().sort())
+        .sort("prompt_id")
+    )
+    sizes = groups["response"].list.len()
+    enough = groups.filter(sizes >= asked.responses)
+    if len(enough) < asked.prompts:
+        raise UserError(
+            f"metarm.prompts = {asked.prompts}, and {len(enough)} of {len(groups)} prompts of "
+            f"{asked.split!r} have metarm.responses = {asked.responses} different responses (at "
+            f"most {max(sizes)}): lower one of the two"
+        )
+    return [rows.to_numpy().astype(np.int64) for rows in enough["response"]]
+
+
+def discrimination(r: Tensor) -> Tensor:
+    """J of every prompt, [n], of the rewards [n, k] of its responses."""
+    k = r.shape[1]
+    first, second = torch.triu_indices(k, k, 1, device=r.device)
+    return 2 / k**2 * (r[:, first] - r[:, second]).abs().sigmoid().sum(1)
