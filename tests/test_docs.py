@@ -31,6 +31,8 @@ from embrm.data.sources import SourceSpec
 from embrm.data.splits import Holdout
 from embrm.demo.run import demo
 from embrm.extract.run import ExtractSpec, plan
+from embrm.finetune.contrast import SimcseSpec
+from embrm.finetune.meta import MetaSpec
 from embrm.finetune.spec import FinetuneRun, FinetuneSpec, LoraSpec
 from embrm.specs import Spec, read_toml
 from embrm.sweep.grid import RunSpec, SweepSpec, configurations
@@ -61,8 +63,11 @@ SPECS = {
     "Sweep: `regularizer`": Regularizer,
     "Fine-tune": FinetuneSpec,
     "Fine-tune: `[lora]`": LoraSpec,
+    "Fine-tune: `[defaults]` and `[[runs]]`": FinetuneRun,
+    "Fine-tune: `simcse`": SimcseSpec,
+    "Fine-tune: `metarm`": MetaSpec,
 }
-INHERITED = {FinetuneSpec: SweepSpec}
+INHERITED = {FinetuneSpec: SweepSpec, FinetuneRun: RunSpec}
 """Its keys are those of the other too, which has a table of its own."""
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
