@@ -19,7 +19,7 @@ from embrm import __version__
 from embrm.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from embrm.report.tables import Table
+    from embrm.report.table import Table
 
 app = typer.Typer(
     name="embrm",
@@ -1264,7 +1264,7 @@ def bench_evaluate(as_json: Json = False) -> None:
 def _report(tables: Iterable["Table"], files: Iterable[Path]) -> None:
     from rich.console import Console
 
-    from embrm.report.tables import terminal
+    from embrm.report.table import terminal
 
     console = Console()
     for table in tables:

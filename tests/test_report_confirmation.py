@@ -18,7 +18,7 @@ from embrm.report.confirmation import (
 )
 from embrm.report.figures import confirmation_figures
 from embrm.report.run import confirmation_report
-from embrm.report.tables import markdown
+from embrm.report.table import markdown
 from embrm.sweep.ledger import Results, open_results
 
 FROZEN = {"a|b $x$": 0.75, "a-lr": 0.74, "hinge": 0.68, "bt": 0.6, "low": 0.5, "worse": 0.4}

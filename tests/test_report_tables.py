@@ -9,7 +9,8 @@ from rich.console import Console
 from small_sweep import SKILL, SPLITS, small_geometry, small_sweep
 
 from embrm.report.comparison import Comparison, compare_runs
-from embrm.report.tables import Table, escape, further_tables, main_tables, markdown, terminal
+from embrm.report.table import Table, escape, markdown, terminal
+from embrm.report.tables import further_tables, main_tables
 
 SWEEP = small_sweep()
 COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")

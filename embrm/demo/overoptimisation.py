@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from embrm.evaluate.intervals import Floats, Replicates, compare, prompt_counts
-from embrm.report.tables import Table
+from embrm.report.table import Table
 
 MEASURES = {
     "kl": "KL at the end (nats)",

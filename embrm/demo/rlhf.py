@@ -23,7 +23,7 @@ from embrm.export.trained import open_trained
 from embrm.files import exclusive, write_atomic, write_bytes
 from embrm.progress import progress
 from embrm.report.figures import policy_figures
-from embrm.report.tables import terminal
+from embrm.report.table import terminal
 from embrm.sweep.execute import sweep
 from embrm.sweep.ledger import Results, open_results
 

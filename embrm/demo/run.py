@@ -12,7 +12,7 @@ from embrm.demo.world import World, make_world
 from embrm.extract.run import ExtractSpec, extract
 from embrm.files import write_bytes
 from embrm.report.run import Report, report
-from embrm.report.tables import terminal
+from embrm.report.table import terminal
 from embrm.sweep.execute import sweep
 
 SPLITS = {

@@ -18,7 +18,7 @@ from embrm.export.exported import Exported
 from embrm.export.parity import Parity
 from embrm.export.trained import Trained
 from embrm.extract.run import Prepared
-from embrm.report.tables import Table, escape, markdown
+from embrm.report.table import Table, escape, markdown
 from embrm.specs import canonical_json
 
 _METRICS = ("accuracy", "tau")

@@ -16,7 +16,8 @@ from embrm.evaluate.best_of_n import gao_fit, kl_bound
 from embrm.evaluate.intervals import Replicates, compare, resample
 from embrm.files import write_bytes
 from embrm.report.figures import best_of_n_figure
-from embrm.report.tables import Table, best_of_n_tables, escape, markdown
+from embrm.report.table import Table, escape, markdown
+from embrm.report.tables import best_of_n_tables
 from embrm.sweep.best_of_n import Chosen
 from embrm.sweep.best_of_n import best_of_n as choose
 from embrm.sweep.ledger import open_results, parquet

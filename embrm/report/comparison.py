@@ -67,6 +67,12 @@ class Comparison:
     trained_on: str
     unfinished: pl.DataFrame
 
+    def best(self, top: int) -> list[str]:
+        """The `top` configurations of the ranking, and the baseline."""
+        names = self.ranking["name"].to_list()[:top]
+        baseline = self.baseline
+        return names if baseline is None or baseline in names else [*names, baseline]
+
     def longer_is_better(self) -> float | None:
         """Accuracy of that rule, mean over the ranked splits; None where groups rank."""
         if self.metric != "accuracy":

@@ -9,8 +9,9 @@ from embrm.errors import UserError
 from embrm.evaluate.agreement import Stage, agreement
 from embrm.evaluate.intervals import Replicates, compare, mean, replicate
 from embrm.evaluate.outcomes import Outcomes
+from embrm.report.cells import MISSING, range_text, value_text
 from embrm.report.comparison import MEAN, metrics
-from embrm.report.tables import MISSING, Table, range_text, value_text
+from embrm.report.table import Table
 from embrm.sweep.ledger import Results
 
 _VALUE = ("estimate", "low", "high")

@@ -1,17 +1,11 @@
 """The report's figures, as PNG and SVG bytes: the same numbers give the same bytes."""
 
-import io
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
@@ -19,35 +13,21 @@ from matplotlib.ticker import MaxNLocator
 
 from embrm.report.comparison import MEAN, Comparison
 from embrm.report.confirmation import Confirmation
-from embrm.report.tables import printable
-
-# Okabe and Ito's palette: distinct under the common colour-vision deficiencies.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
-_BLACK = "#222222"
-_CURVES = (_BLUE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9")
-
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
-    "axes.linewidth": 0.8,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "text.parse_math": False,  # names from data may hold $ and _
-    "svg.hashsalt": "embrm",
-}
+from embrm.report.drawing import (
+    BLACK,
+    BLUE,
+    CURVES,
+    GREY,
+    ORANGE,
+    dot,
+    drawn,
+    new_figure,
+    short_name,
+)
+from embrm.report.table import printable
 
 _NEAR = 0.25
 """Share of an axis by which it is widened, where that suffices to show a reference line."""
-
-_WIDTH = 7.2
-"""Inches: the text width of a two-column paper."""
 
 _PANELS = 3
 """Panels side by side at most."""
@@ -65,16 +45,16 @@ def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str,
     sides = _sides(comparison)
     if sides:
         made["id_vs_ood"] = _id_vs_ood(comparison, *sides)
-    names = _with_baseline(comparison, len(_CURVES) - 1)
+    names = comparison.best(len(CURVES) - 1)
     curves = curves.filter(pl.col("name").is_in(names)).drop_nulls("validation_nll")
     if curves["epoch"].n_unique() > 1:
         made["curves"] = _learning_curves(comparison, curves, names)
-    return _files(made)
+    return drawn(made)
 
 
 def confirmation_figures(confirmation: Confirmation) -> dict[str, bytes]:
     """File name to content. agreement: frozen against fine-tuned values, a panel a split."""
-    return _files({"agreement": _agreement(confirmation)})
+    return drawn({"agreement": _agreement(confirmation)})
 
 
 def policy_figures(curves: pl.DataFrame, baseline: str) -> dict[str, bytes]:
@@ -82,17 +62,7 @@ def policy_figures(curves: pl.DataFrame, baseline: str) -> dict[str, bytes]:
 
     curves: step, measure (gold, proxy or kl), name, estimate, low, high.
     """
-    return _files({"overoptimisation": _overoptimisation(curves, baseline)})
-
-
-def _files(made: dict[str, Callable[[], Figure]]) -> dict[str, bytes]:
-    files = {}
-    for name, draw in made.items():
-        with _drawing():
-            figure = draw()
-            for suffix in ("png", "svg"):
-                files[f"{name}.{suffix}"] = _render(figure, suffix)
-    return files
+    return drawn({"overoptimisation": _overoptimisation(curves, baseline)})
 
 
 def best_of_n_figure(
@@ -103,37 +73,7 @@ def best_of_n_figure(
     curves, summary: as of `best_of_n.BestOfN`. Shown are the baseline and the configurations with
     the most gold at the largest n of the first split.
     """
-    with _drawing():
-        figure = _best_of_n(curves, summary, baseline)
-        return {f"bon.{suffix}": _render(figure, suffix) for suffix in ("png", "svg")}
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A name in a script the font lacks is drawn as boxes; that is no reason to fail.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _render(figure: Figure, suffix: str) -> bytes:
-    stream = io.BytesIO()
-    metadata = {"Date": None, "Creator": None} if suffix == "svg" else {"Software": None}
-    figure.savefig(stream, format=suffix, dpi=200, metadata=metadata, bbox_inches="tight")
-    return stream.getvalue()
-
-
-def _figure(height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """Axes row by row; height: of the whole."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
-def _with_baseline(comparison: Comparison, top: int) -> list[str]:
-    names = comparison.ranking["name"].to_list()[:top]
-    baseline = comparison.baseline
-    return names if baseline is None or baseline in names else [*names, baseline]
+    return drawn({"bon": lambda: _best_of_n(curves, summary, baseline)})
 
 
 def _label(comparison: Comparison) -> str:
@@ -141,15 +81,15 @@ def _label(comparison: Comparison) -> str:
     splits = comparison.ranked_splits
     if len(splits) > 1:
         return f"Mean {what} over {len(splits)} splits{unit}"
-    return f"{what[0].upper()}{what[1:]}, {_short_name(splits[0], 30)}{unit}"
+    return f"{what[0].upper()}{what[1:]}, {short_name(splits[0], 30)}{unit}"
 
 
 def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
     def draw() -> Figure:
-        names = _with_baseline(comparison, top)
+        names = comparison.best(top)
         rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
         paired = comparison.baseline is not None and len(rows) > 1
-        figure, axes = _figure(1.1 + 0.2 * len(names), 2 if paired else 1)
+        figure, axes = new_figure(1.1 + 0.2 * len(names), 2 if paired else 1)
         scale = 100 if comparison.metric == "accuracy" else 1
         places = np.arange(len(names))[::-1]
         for axis, keys in zip(
@@ -180,7 +120,7 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
                     markerfacecolor=color if filled else "white",
                     zorder=3,
                 )
-            axis.set_yticks(places, [_short_name(name) for name in names])
+            axis.set_yticks(places, [short_name(name) for name in names])
             axis.set_ylim(-0.7, len(names) - 0.3)
             axis.tick_params(axis="y", length=0)
             axis.grid(axis="x")
@@ -192,27 +132,25 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
         if comparison.baseline is not None:
             reference = rows[comparison.baseline]["estimate"]
             if reference is not None:
-                axes[0].axvline(
-                    scale * reference, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3))
-                )
+                axes[0].axvline(scale * reference, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
         if paired:
-            axes[1].axvline(0, color=_GREY, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes[1].axvline(0, color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
             axes[1].set_yticklabels([])
             unit = "points" if comparison.metric == "accuracy" else "Δτ"
-            axes[1].set_xlabel(f"Minus {_short_name(comparison.baseline or '')} ({unit})")
+            axes[1].set_xlabel(f"Minus {short_name(comparison.baseline or '')} ({unit})")
             entries |= {
-                "above the baseline": _dot(_BLUE),
-                "below": _dot(_ORANGE),
-                "interval excludes 0, Holm p ≥ 0.05": (_dot(_BLUE, False), _dot(_ORANGE, False)),
-                "not told apart": _dot(_GREY),
-                "baseline": _dot(_BLACK, False),
+                "above the baseline": dot(BLUE),
+                "below": dot(ORANGE),
+                "interval excludes 0, Holm p ≥ 0.05": (dot(BLUE, False), dot(ORANGE, False)),
+                "not told apart": dot(GREY),
+                "baseline": dot(BLACK, False),
             }
         length = comparison.longer_is_better()
         low, high = axes[0].get_xlim()
         near = _NEAR * (high - low)
         if length is not None and low - near <= scale * length <= high + near:
             entries["longer is better"] = axes[0].axvline(
-                scale * length, color=_BLACK, linewidth=1.1, linestyle=":"
+                scale * length, color=BLACK, linewidth=1.1, linestyle=":"
             )
         if entries:
             figure.legend(
@@ -231,15 +169,11 @@ def _verdict(row: dict[str, float | None], is_baseline: bool) -> tuple[str, bool
     """Colour of a row and whether its dot is filled: hollow where Holm's p is not below 0.05."""
     difference, low, high = row["difference"], row["difference_low"], row["difference_high"]
     if difference is None or low is None or high is None:
-        return _BLACK, not is_baseline
+        return BLACK, not is_baseline
     sure = row["p_holm"] is not None and row["p_holm"] < 0.05
     if sure or low > 0 or high < 0:
-        return _BLUE if difference > 0 else _ORANGE, sure
-    return _GREY, True
-
-
-def _dot(color: str, filled: bool = True) -> Line2D:
-    return Line2D([], [], color=color, marker="o", markerfacecolor=color if filled else "white")
+        return BLUE if difference > 0 else ORANGE, sure
+    return GREY, True
 
 
 @dataclass(frozen=True)
@@ -297,7 +231,7 @@ def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callabl
             )
         ]
         front.sort(key=lambda name: x[name])
-        figure, (axis,) = _figure(4.4, 1)
+        figure, (axis,) = new_figure(4.4, 1)
         rest = [name for name in names if name not in front and name != comparison.baseline]
         axis.plot(
             [x[name] for name in rest],
@@ -313,7 +247,7 @@ def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callabl
             [x[name] for name in front],
             [y[name] for name in front],
             "o-",
-            color=_BLUE,
+            color=BLUE,
             markersize=5.5,
             linewidth=1.0,
             label="front: nothing better on both",
@@ -325,7 +259,7 @@ def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callabl
                 x[name],
                 y[name],
                 "D",
-                color=_ORANGE,
+                color=ORANGE,
                 markersize=6,
                 markeredgecolor="white",
                 label="baseline",
@@ -339,7 +273,7 @@ def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callabl
                 textcoords="offset points",
                 fontsize=8,
             )
-        listing = [f"{number}  {_short_name(name, 30)}" for number, name in enumerate(labelled, 1)]
+        listing = [f"{number}  {short_name(name, 30)}" for number, name in enumerate(labelled, 1)]
         axis.text(1.03, 0.97, "\n".join(listing), transform=axis.transAxes, va="top", fontsize=8)
         axis.margins(0.08)
         axis.grid()
@@ -357,12 +291,12 @@ def _learning_curves(
     comparison: Comparison, curves: pl.DataFrame, names: list[str]
 ) -> Callable[[], Figure]:
     def draw() -> Figure:
-        figure, axes = _figure(2.9, 2)
-        colors = iter(_CURVES)
+        figure, axes = new_figure(2.9, 2)
+        colors = iter(CURVES)
         for name in names:
             own = curves.filter(pl.col("name") == name)
             is_baseline = name == comparison.baseline
-            color = _BLACK if is_baseline else next(colors)
+            color = BLACK if is_baseline else next(colors)
             for axis, column, scale in (
                 (axes[0], "validation_nll", 1),
                 (axes[1], "validation_accuracy", 100),
@@ -393,7 +327,7 @@ def _learning_curves(
                     color=color,
                     linewidth=1.5,
                     linestyle=(0, (4, 2)) if is_baseline else "-",
-                    label=_short_name(name),
+                    label=short_name(name),
                 )
         for axis, title in zip(axes, ("Validation NLL", "Validation accuracy (%)"), strict=True):
             axis.set_title(title)
@@ -421,8 +355,8 @@ def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
         cells = len(order) + 1
         columns = 2 if cells % 2 == 0 and cells % _PANELS else min(_PANELS, cells)
         rows = -(-cells // columns)
-        listing = [f"{match.rank}  {_short_name(match.name, 34)}" for match in confirmation.matches]
-        figure, axes = _figure(max(2.5 * rows, 1.0 + 0.15 * len(listing)), columns, rows)
+        listing = [f"{match.rank}  {short_name(match.name, 34)}" for match in confirmation.matches]
+        figure, axes = new_figure(max(2.5 * rows, 1.0 + 0.15 * len(listing)), columns, rows)
         for axis, split in zip(axes, order, strict=False):
             metric = metric_of[split]
             here = (pl.col("split") == split, pl.col("metric") == metric)
@@ -433,7 +367,7 @@ def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
                     continue
                 x, y = scale * row["frozen_estimate"], scale * row["full_estimate"]
                 is_baseline = match.name == confirmation.baseline
-                color = _ORANGE if is_baseline else _BLUE
+                color = ORANGE if is_baseline else BLUE
                 if row["frozen_low"] is not None and row["full_low"] is not None:
                     low, high = scale * row["frozen_low"], scale * row["frozen_high"]
                     axis.plot([low, high], [y, y], color=color, linewidth=0.8, alpha=0.4)
@@ -449,7 +383,7 @@ def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
                 )
             rho = confirmation.agreement.filter(*here, pl.col("statistic") == "spearman")["value"]
             known = "n/a" if rho[0] is None else f"{rho[0]:.2f}"
-            axis.set_title(f"{_short_name(split, 20)}, ρ = {known}")
+            axis.set_title(f"{short_name(split, 20)}, ρ = {known}")
             unit = "accuracy (%)" if metric == "accuracy" else "Kendall τ-b"
             axis.set_xlabel(f"Frozen {unit}")
             axis.set_ylabel(f"Fine-tuned {unit}")
@@ -464,9 +398,9 @@ def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
             0, 1, "\n".join(listing), transform=axes[len(order)].transAxes, va="top", fontsize=7
         )
         entries = {
-            "configuration": Line2D([], [], color=_BLUE, marker="o", linestyle=""),
-            "baseline": Line2D([], [], color=_ORANGE, marker="D", linestyle=""),
-            "95 % interval": Line2D([], [], color=_BLUE, linewidth=0.8, alpha=0.4),
+            "configuration": Line2D([], [], color=BLUE, marker="o", linestyle=""),
+            "baseline": Line2D([], [], color=ORANGE, marker="D", linestyle=""),
+            "95 % interval": Line2D([], [], color=BLUE, linewidth=0.8, alpha=0.4),
         }
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)
         return figure
@@ -479,12 +413,12 @@ def _overoptimisation(curves: pl.DataFrame, baseline: str) -> Callable[[], Figur
     titles = {"gold": "Gold reward", "proxy": "Proxy reward (sd of the reference's)"}
 
     def draw() -> Figure:
-        figure, axes = _figure(3.0, len(titles))
+        figure, axes = new_figure(3.0, len(titles))
         for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-            colors = iter(_CURVES)
+            colors = iter(CURVES)
             for name in names:
                 is_baseline = name == baseline
-                color = _BLACK if is_baseline else next(colors)
+                color = BLACK if is_baseline else next(colors)
                 own = curves.filter(pl.col("name") == name).sort("step")
                 kl = own.filter(pl.col("measure") == "kl")["estimate"].to_numpy()
                 of = own.filter(pl.col("measure") == measure).drop_nulls("estimate")
@@ -497,7 +431,7 @@ def _overoptimisation(curves: pl.DataFrame, baseline: str) -> Callable[[], Figur
                     color=color,
                     markersize=3.5,
                     linewidth=1.5,
-                    label=_short_name(name),
+                    label=short_name(name),
                 )
                 axis.vlines(
                     x, of["low"].to_numpy(), of["high"].to_numpy(), color=color, alpha=0.5, lw=1.0
@@ -516,12 +450,12 @@ def _overoptimisation(curves: pl.DataFrame, baseline: str) -> Callable[[], Figur
 def _best_of_n(curves: pl.DataFrame, summary: pl.DataFrame, baseline: str) -> Figure:
     splits = summary["split"].unique(maintain_order=True).to_list()
     first = summary.filter(split=splits[0])["name"].to_list()
-    names = [*[name for name in first if name != baseline][: len(_CURVES)], baseline]
-    figure, axes = _figure(0.6 + 2.6 * len(splits), 2, len(splits))
+    names = [*[name for name in first if name != baseline][: len(CURVES)], baseline]
+    figure, axes = new_figure(0.6 + 2.6 * len(splits), 2, len(splits))
     for of_gold, of_reward, split in zip(axes[::2], axes[1::2], splits, strict=True):
         of_reward.sharey(of_gold)
         for axis, measure, title in ((of_gold, "gain", "Gold"), (of_reward, "proxy", "Reward")):
-            colors = iter(_CURVES)
+            colors = iter(CURVES)
             for name in names:
                 own = curves.filter(split=split, name=name).sort("n")
                 d = np.sqrt(own["kl"].to_numpy())
@@ -529,7 +463,7 @@ def _best_of_n(curves: pl.DataFrame, summary: pl.DataFrame, baseline: str) -> Fi
                     own[column].cast(pl.Float64).to_numpy()
                     for column in (measure, f"{measure}_low", f"{measure}_high")
                 )
-                color = _BLACK if name == baseline else next(colors)
+                color = BLACK if name == baseline else next(colors)
                 axis.fill_between(d, low, high, color=color, alpha=0.12, linewidth=0)
                 axis.plot(
                     d,
@@ -539,16 +473,16 @@ def _best_of_n(curves: pl.DataFrame, summary: pl.DataFrame, baseline: str) -> Fi
                     markersize=3,
                     linewidth=1.4,
                     linestyle=(0, (4, 2)) if name == baseline else "-",
-                    label=_short_name(name),
+                    label=short_name(name),
                 )
-            axis.axhline(0, color=_GREY, linewidth=0.9)
-            axis.set_title(f"{title}, {_short_name(split, 30)}")
+            axis.axhline(0, color=GREY, linewidth=0.9)
+            axis.set_title(f"{title}, {short_name(split, 30)}")
             axis.set_xlabel("√KL, KL in nats")
             axis.set_ylabel("Gain over n = 1 (sd)")
             axis.grid()
             axis.set_axisbelow(True)
             above = axis.secondary_xaxis("top")
-            above.set_xticks(d, [str(n) for n in own["n"]], fontsize=7, color=_GREY)
+            above.set_xticks(d, [str(n) for n in own["n"]], fontsize=7, color=GREY)
             above.tick_params(length=0)
             above.spines["top"].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -561,8 +495,3 @@ def _listed(splits: list[str]) -> str:
         return printable(splits[0])
     listed = ", ".join(printable(split) for split in splits)
     return f"mean of {listed if len(listed) <= 40 else f'{len(splits)} splits'}"
-
-
-def _short_name(name: str, limit: int = 44) -> str:
-    name = printable(name)
-    return name if len(name) <= limit else f"{name[: limit - 1]}…"

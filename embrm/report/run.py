@@ -17,7 +17,8 @@ from embrm.report.confirmation import (
     further_confirmation_tables,
 )
 from embrm.report.figures import confirmation_figures, figures
-from embrm.report.tables import Table, escape, further_tables, main_tables, markdown
+from embrm.report.table import Table, escape, markdown
+from embrm.report.tables import further_tables, main_tables
 from embrm.sweep.ledger import open_results, training_name
 
 _CAPTIONS = {

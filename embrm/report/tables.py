@@ -1,28 +1,30 @@
-"""The report's tables: built once, shown on a terminal or as Markdown."""
+"""The tables of a sweep's report."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
 
 import polars as pl
-from rich.align import Align
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.measure import Measurement
-from rich.table import Table as TerminalTable
-from rich.text import Text
 
 from embrm.evaluate.geometry import SAMPLE
+from embrm.report.cells import (
+    MISSING,
+    difference_text,
+    number_text,
+    p_text,
+    range_text,
+    short_difference_text,
+    short_text,
+    small_text,
+    value_text,
+    with_range_text,
+)
 from embrm.report.comparison import MEAN, Comparison
+from embrm.report.table import Table
 
 _ACROSS = 8
 """Splits side by side in one table: what fits 100 terminal columns beside the names."""
 
 _NAMED = 3
 """Configurations that a note names before it breaks off."""
-
-MISSING = "n/a"
 
 _TEMPERATURE = {
     True: "at T: margins divided by the temperature fitted on the validation pairs.",
@@ -74,28 +76,13 @@ _OPTIMIZED = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Plain text cells; the renderers escape them. The first `left` columns are left-aligned.
-
-    wide: columns that Markdown shows and the terminal has no room for.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    left: int = 1
-    wide: tuple[str, ...] = ()
-
-
 def main_tables(comparison: Comparison, top: int) -> list[Table]:
     """What the terminal shows: ranking, splits, accuracy and difference per split, calibration, and
     where a run has an adapter, geometry.
 
     top: configurations to show; the baseline is always among them.
     """
-    shown = _shown(comparison, top)
+    shown = comparison.best(max(top, 1))
     return [
         _ranking(comparison, shown),
         _splits(comparison),
@@ -110,7 +97,7 @@ def main_tables(comparison: Comparison, top: int) -> list[Table]:
 def further_tables(comparison: Comparison, top: int) -> list[Table]:
     """What only the Markdown adds: subsets, calibration on every split by itself, disagreement
     where a configuration has several heads, and geometry where the terminal does not show it."""
-    shown = _shown(comparison, top)
+    shown = comparison.best(max(top, 1))
     return [
         *_subsets(comparison),
         *(_calibration(comparison, shown, (split,)) for split in comparison.splits),
@@ -142,8 +129,8 @@ def best_of_n_tables(
                 row["split"],
                 f"{row['prompts']:,}",
                 "-".join(str(size) for size in dict.fromkeys((row["least"], row["most"]))),
-                _number(row["gold_at_1"]),
-                _number(row["gold_sd"]),
+                number_text(row["gold_at_1"]),
+                number_text(row["gold_sd"]),
                 str(row["constant"]),
                 str(row["leaked"]),
             )
@@ -178,15 +165,15 @@ def _best_of_n(summary: pl.DataFrame, baseline: str, top: int) -> Table:
                 str(row["rank"] or ""),
                 row["name"] + ("°" if row["tied"] else ""),
                 f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
-                _with_range(row, "gold"),
-                "baseline" if row["name"] == baseline else _difference(gold, ""),
-                _p(row["p_holm"]),
+                with_range_text(row, "gold"),
+                "baseline" if row["name"] == baseline else difference_text(gold, ""),
+                p_text(row["p_holm"]),
                 str(row["peak_n"]),
                 "none"
                 if row["peak_n"] == n and row["drop"] == 0
-                else _with_range(row, "drop", "+"),
-                _with_range(row, "gap", "+"),
-                *(_number(row[name]) for name in ("alpha", "beta", "fit_peak", "fit_drop")),
+                else with_range_text(row, "drop", "+"),
+                with_range_text(row, "gap", "+"),
+                *(number_text(row[name]) for name in ("alpha", "beta", "fit_peak", "fit_drop")),
             )
         )
     notes = [_OPTIMIZED]
@@ -211,83 +198,6 @@ def _best_of_n(summary: pl.DataFrame, baseline: str, top: int) -> Table:
     )
 
 
-def terminal(table: Table) -> Group:
-    """For `rich.print`; nothing in a cell is read as markup or as a terminal escape."""
-    view = TerminalTable(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    kept = [index for index, column in enumerate(table.columns) if column not in table.wide]
-    for index in kept:
-        header = Text("\n".join(_lines(printable(table.columns[index]), "/_. -", 9)))
-        side: Literal["left", "right"] = "left" if index < table.left else "right"
-        view.add_column(
-            Align(header, side, vertical="bottom"),
-            justify=side,
-            vertical="top",
-            overflow="fold",
-        )
-    for row in table.rows:
-        view.add_row(
-            *(
-                _Name(printable(row[index])) if index < table.left else Text(printable(row[index]))
-                for index in kept
-            )
-        )
-    note = [Text(printable(table.note), style="dim")] if table.note else []
-    return Group(Text(printable(table.title), style="bold underline"), view, *note)
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A cell for rich: a name such as bsr[state=mean,bsr=0.01], broken after "[" and ","."""
-
-    name: str
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text("\n".join(_lines(self.name, "[, ", options.max_width)))
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        longest = max(map(cell_len, _lines(self.name, "[, ", 1)))
-        return Measurement(longest, cell_len(self.name)).with_maximum(options.max_width)
-
-
-def markdown(table: Table) -> str:
-    """A pipe table under a heading, every cell escaped."""
-    rule = [":--" if index < table.left else "--:" for index in range(len(table.columns))]
-    lines = [
-        f"## {escape(table.title)}",
-        "",
-        *(
-            "| " + " | ".join(cells) + " |"
-            for cells in (
-                [escape(column) for column in table.columns],
-                rule,
-                *([escape(cell) for cell in row] for row in table.rows),
-            )
-        ),
-        *(["", escape(table.note)] if table.note else []),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def printable(text: str) -> str:
-    """`text` on one line, control characters (terminal escapes, newlines) replaced."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
-    )
-
-
-def escape(text: str) -> str:
-    """`text` as Markdown that shows exactly it, also inside a pipe table."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", printable(text))
-
-
-def _shown(comparison: Comparison, top: int) -> list[str]:
-    names = comparison.ranking["name"].to_list()
-    shown = names[: max(top, 1)]
-    if comparison.baseline is not None and comparison.baseline not in shown:
-        shown.append(comparison.baseline)
-    return shown
-
-
 def _ranking(comparison: Comparison, shown: list[str]) -> Table:
     rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
     metric = comparison.metric
@@ -297,8 +207,8 @@ def _ranking(comparison: Comparison, shown: list[str]) -> Table:
             f"{name}°" if name in comparison.at_epoch_limit else name,
             f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
             f"{value_text(row['estimate'], metric)} {range_text(row['low'], row['high'], metric)}",
-            "baseline" if name == comparison.baseline else _difference(row, metric),
-            _p(row["p_holm"]),
+            "baseline" if name == comparison.baseline else difference_text(row, metric),
+            p_text(row["p_holm"]),
         )
         for name, row in ((name, rows[name]) for name in shown)
     ]
@@ -395,11 +305,13 @@ def _by_split(comparison: Comparison, shown: list[str], metric: str) -> list[Tab
     tables = []
     for across in _chunks(splits):
         found = {(row["split"], row["name"]): row for row in scores.iter_rows(named=True)}
-        rows = [(name, *(_short(found[split, name], metric) for split in across)) for name in shown]
+        rows = [
+            (name, *(short_text(found[split, name], metric) for split in across)) for name in shown
+        ]
         if metric == "accuracy":
             lengths = {row["split"]: row for row in comparison.lengths.iter_rows(named=True)}
             rows.append(
-                ("(longer is better)", *(_short(lengths[split], metric) for split in across))
+                ("(longer is better)", *(short_text(lengths[split], metric) for split in across))
             )
         tables.append(Table(f"{what} by split", ("configuration", *across), tuple(rows), half))
         others = [name for name in shown if name != comparison.baseline]
@@ -410,7 +322,7 @@ def _by_split(comparison: Comparison, shown: list[str], metric: str) -> list[Tab
                 f"{what} minus {comparison.baseline} by split",
                 ("configuration", *across),
                 tuple(
-                    (name, *(_short_difference(found[split, name], metric) for split in across))
+                    (name, *(short_difference_text(found[split, name], metric) for split in across))
                     for name in others
                 ),
                 f"{half} Triangle: the interval excludes 0 (not adjusted for the many cells).",
@@ -434,7 +346,7 @@ def _leak_free(comparison: Comparison, shown: list[str]) -> list[Table]:
             "Accuracy % without prompts seen in training",
             ("configuration", *across),
             tuple(
-                (name, *(_short(found[split, name], "accuracy") for split in across))
+                (name, *(short_text(found[split, name], "accuracy") for split in across))
                 for name in shown
             ),
             f"Prompts: {left}.",
@@ -469,7 +381,7 @@ def _calibration(comparison: Comparison, shown: list[str], splits: Sequence[str]
                 str(ranks[name] or ""),
                 name,
                 *(
-                    value_text(value, "accuracy") if metric == "ties" else _number(value)
+                    value_text(value, "accuracy") if metric == "ties" else number_text(value)
                     for metric, value in values.items()
                 ),
             )
@@ -541,7 +453,7 @@ def _geometry(comparison: Comparison, shown: list[str]) -> list[Table]:
                     str(ranks[name] or ""),
                     name,
                     *(
-                        _small(value) if column in _OF_ANY_SIZE else _number(value)
+                        small_text(value) if column in _OF_ANY_SIZE else number_text(value)
                         for column, value in values.items()
                     ),
                 )
@@ -583,7 +495,7 @@ def _subsets(comparison: Comparison) -> list[Table]:
                     split,
                     subset if subset is not None else "(none)",
                     str(found[split, subset, order[0]]["prompts"]),
-                    *(_short(found[split, subset, name], "accuracy") for name in order),
+                    *(short_text(found[split, subset, name], "accuracy") for name in order),
                 )
                 for split, subset in cells
             ),
@@ -599,77 +511,6 @@ def _chunks(splits: list[str]) -> Iterable[list[str]]:
     count = -(-len(splits) // _ACROSS)
     size = -(-len(splits) // count)
     return [splits[start : start + size] for start in range(0, len(splits), size)]
-
-
-def _lines(name: str, after: str, width: int) -> list[str]:
-    """A long name on lines of at most `width` terminal cells where breaks `after` these allow."""
-    kind = re.escape(after)
-    lines = [""]
-    for piece in re.findall(f"[^{kind}]+[{kind}]?|[{kind}]", name):
-        if lines[-1] and cell_len(lines[-1]) + cell_len(piece.rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-    return [line.rstrip() for line in lines]
-
-
-def value_text(value: float | None, metric: str, sign: str = "") -> str:
-    if value is None:
-        return MISSING
-    return f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
-
-
-def range_text(low: float | None, high: float | None, metric: str, sign: str = "") -> str:
-    return (
-        ""
-        if low is None
-        else f"[{value_text(low, metric, sign)}, {value_text(high, metric, sign)}]"
-    )
-
-
-def _with_range(row: Mapping[str, float | None], name: str, sign: str = "") -> str:
-    """A value and its interval, `name`_low to `name`_high."""
-    interval = range_text(row[f"{name}_low"], row[f"{name}_high"], "", sign)
-    return f"{value_text(row[name], '', sign)} {interval}".rstrip()
-
-
-def _difference(row: dict[str, float | None], metric: str) -> str:
-    value = value_text(row["difference"], metric, "+")
-    interval = range_text(row["difference_low"], row["difference_high"], metric, "+")
-    return " ".join(part for part in (value, interval, _mark(row)) if part)
-
-
-def _short(row: dict[str, float | None], metric: str) -> str:
-    return value_text(row["estimate"], metric) + _half(row["low"], row["high"], metric)
-
-
-def _short_difference(row: dict[str, float | None], metric: str) -> str:
-    half = _half(row["difference_low"], row["difference_high"], metric)
-    return value_text(row["difference"], metric, "+") + half + _mark(row)
-
-
-def _half(low: float | None, high: float | None, metric: str) -> str:
-    return "" if low is None or high is None else f"±{value_text((high - low) / 2, metric)}"
-
-
-def _mark(row: dict[str, float | None]) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    if low is None or high is None:
-        return ""
-    return "▲" if low > 0 else "▼" if high < 0 else ""
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
-
-
-def _small(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2g}"
 
 
 def _mean(values: pl.Series) -> float | None:
