@@ -692,6 +692,7 @@ def report(
         str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
     ] = None,
     top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to (over)write report and figures in [the sweep's].")
     ] = None,
@@ -700,11 +701,14 @@ def report(
     """Rank a sweep's heads, with intervals over prompts and seeds; write tables and figures."""
     from embrm.report.run import report as run_report
 
-    result = run_report(folder, rank_by=rank_by, baseline=baseline, top=top, out=out)
+    result = run_report(folder, rank_by=rank_by, baseline=baseline, top=top, cache=cache, out=out)
     if as_json:
         print(result.json())
         return
-    _report(result.tables, result.files)
+    _report(result.tables, ())
+    for note in result.notes:
+        print(_cell(note))
+    _report((), result.files)
 
 
 @app.command()

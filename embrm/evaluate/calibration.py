@@ -11,6 +11,9 @@ from scipy.special import expit
 
 Floats = NDArray[np.float64]
 
+BINS = 15
+"""Of confidence, in the calibration error."""
+
 _SEARCH_FACTOR = 1e3
 """The temperature lies within this factor of the root mean square margin, either way."""
 
@@ -49,7 +52,7 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
 
 
 def expected_calibration_error(
-    confidence: Floats, correct: Floats, weights: Floats, bins: int = 15
+    confidence: Floats, correct: Floats, weights: Floats, bins: int = BINS
 ) -> float:
     """Weighted mean over bins of |accuracy - mean confidence| (Guo et al. 2017, eq. 3).
 
@@ -60,6 +63,12 @@ def expected_calibration_error(
     total = float(weights.sum())
     if total == 0:
         return float("nan")
-    which = np.minimum(((confidence - 0.5) * (2 * bins)).astype(np.int64), bins - 1)
-    gaps = np.bincount(which, weights=correct - weights * confidence, minlength=bins)
+    gaps = np.bincount(
+        bins_of(confidence, bins), weights=correct - weights * confidence, minlength=bins
+    )
     return float(np.abs(gaps).sum() / total)
+
+
+def bins_of(confidence: Floats, bins: int = BINS) -> NDArray[np.int64]:
+    """The bin of each, from 0: `bins` equal widths of [0.5, 1]."""
+    return np.minimum(((confidence - 0.5) * (2 * bins)).astype(np.int64), bins - 1)

@@ -34,9 +34,9 @@ def difference_text(row: dict[str, float | None], metric: str) -> str:
     return " ".join(part for part in (value, interval, _mark(row)) if part)
 
 
-def short_text(row: dict[str, float | None], metric: str) -> str:
+def short_text(row: dict[str, float | None], metric: str, sign: str = "") -> str:
     """An estimate, plus or minus half the width of its interval."""
-    return value_text(row["estimate"], metric) + _half(row["low"], row["high"], metric)
+    return value_text(row["estimate"], metric, sign) + _half(row["low"], row["high"], metric)
 
 
 def short_difference_text(row: dict[str, float | None], metric: str) -> str:

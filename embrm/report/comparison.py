@@ -10,6 +10,7 @@ from embrm.errors import UserError, nearest
 from embrm.evaluate.geometry import MEASURES as GEOMETRY
 from embrm.evaluate.intervals import Replicates, compare, mean, replicate
 from embrm.evaluate.outcomes import Outcomes
+from embrm.report.robustness import noise_falls, noise_lines, scenario_falls
 
 MEASURES = (
     *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
@@ -23,6 +24,10 @@ MEAN = "mean"
 
 _DETAILED = 4
 """Configurations, besides the baseline, whose accuracy is broken down by subset."""
+
+
+_MANY = 8
+"""Splits beyond which label noise is looked at in their mean alone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,13 @@ class Comparison:
     geometry: split, name and `geometry.MEASURES`, means over seeds as in measures; trained_on is
     one of its splits. Empty where no run was measured.
     trained_on: what the training responses are called there.
+    scenarios: of the splits, those that the sweep made of groups, the nearest to training first.
+    scenario_falls: metric and the columns of `intervals.compare`, of the last scenario minus the
+    first.
+    noise: split (or "mean", over the ranked splits), line, label_noise, name, estimate, low and
+    high, of configurations that differ in that alone. Empty where there are none.
+    noise_falls: split and the columns of `intervals.compare`, name being the line, of the highest
+    rate of label noise minus the lowest.
     unfinished: name, status and runs, of the runs that have no result.
     """
 
@@ -65,6 +77,10 @@ class Comparison:
     validation: pl.DataFrame
     geometry: pl.DataFrame
     trained_on: str
+    scenarios: tuple[str, ...]
+    scenario_falls: pl.DataFrame
+    noise: pl.DataFrame
+    noise_falls: pl.DataFrame
     unfinished: pl.DataFrame
 
     def best(self, top: int) -> list[str]:
@@ -93,6 +109,7 @@ def compare_runs(
     leaked: Mapping[str, Collection[str]] | None = None,
     geometry: pl.DataFrame | None = None,
     trained_on: str = "train",
+    scenarios: Sequence[str] = (),
 ) -> Comparison:
     """Compare the configurations of a sweep.
 
@@ -105,7 +122,7 @@ def compare_runs(
         for the mean over the splits whose names do not start with "train".
     leaked: per split, the ids of its prompts that occur in training.
     geometry: run_id, split and `geometry.MEASURES`. trained_on: the split there that is the
-        training responses.
+        training responses. scenarios: of the splits, those made of groups, nearest first.
 
     Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing, or
     `baseline` diverged in every seed.
@@ -158,6 +175,9 @@ def compare_runs(
     top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
     detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
 
+    scenarios = tuple(split for split in scenarios if split in parts)
+    lines = noise_lines(ledger.join(runs, on="run_id", how="semi"))
+
     leaked = leaked or {}
     leak_free = []
     for split, part in parts.items():
@@ -173,10 +193,18 @@ def compare_runs(
                 )
             )
 
-    scores = [
+    scores = pl.concat(
         _tagged(result, runs, baseline, split=split, metric=name)
         for (split, name), result in resampled.items()
-    ]
+    )
+    noise, falls = [], []
+    for split, result in _panels(ranked_splits, metric, resampled) if lines.height else ():
+        found = scores.filter(split=split, metric=metric) if split in parts else ranking
+        found = found.select("name", "estimate", "low", "high")
+        joined = lines.join(found, on="name", how="left", maintain_order="left")
+        noise.append(joined.select(pl.lit(split).alias("split"), pl.all()))
+        fallen = noise_falls(lines, result, runs, baseline)
+        falls.append(fallen.select(pl.lit(split).alias("split"), pl.all()))
     subsets = [
         _tagged(
             replicate(rows, "accuracy"),
@@ -199,7 +227,7 @@ def compare_runs(
         metric=metric,
         ranking=ranking,
         at_epoch_limit=tuple(name for name in ranking["name"] if name in at_limit),
-        scores=pl.concat(scores),
+        scores=scores,
         measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
         subsets=_stack(subsets),
         lengths=_stack([_length(split, part) for split, part in parts.items()]),
@@ -210,6 +238,10 @@ def compare_runs(
         .sort("name"),
         geometry=_geometry(geometry, runs, [trained_on, *parts]),
         trained_on=trained_on,
+        scenarios=scenarios,
+        scenario_falls=scenario_falls(resampled, scenarios, runs, baseline),
+        noise=_stack(noise),
+        noise_falls=_stack(falls),
         unfinished=ledger.join(runs, on="run_id", how="anti")
         .group_by("name", "status")
         .agg(pl.len().alias("runs"))
@@ -262,6 +294,16 @@ def _ranked(
         if having:
             return tuple(large), tuple(split for split in having if split not in large), metric
     raise UserError(f"nothing to rank by in {', '.join(wanted)}: neither pairs nor groups there")
+
+
+def _panels(
+    splits: Sequence[str], metric: str, resampled: Mapping[tuple[str, str], Replicates]
+) -> list[tuple[str, Replicates]]:
+    """The ranked splits, after their mean where there are several; it alone where many."""
+    alone = [(split, resampled[split, metric]) for split in splits]
+    if len(alone) == 1:
+        return alone
+    return [(MEAN, mean(part for _, part in alone)), *(alone if len(alone) <= _MANY else [])]
 
 
 def _tagged(

@@ -39,6 +39,9 @@ _STYLE: dict[Any, Any] = {
 _WIDTH = 7.2
 """Inches: the text width of a two-column paper."""
 
+PANELS = 3
+"""Panels side by side at most."""
+
 
 def drawn(made: Mapping[str, Callable[[], Figure]]) -> dict[str, bytes]:
     """File name to content, PNG and SVG, of every figure that `made` draws by its name."""

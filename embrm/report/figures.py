@@ -19,6 +19,7 @@ from embrm.report.drawing import (
     CURVES,
     GREY,
     ORANGE,
+    PANELS,
     dot,
     drawn,
     new_figure,
@@ -28,9 +29,6 @@ from embrm.report.table import printable
 
 _NEAR = 0.25
 """Share of an axis by which it is widened, where that suffices to show a reference line."""
-
-_PANELS = 3
-"""Panels side by side at most."""
 
 
 def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str, bytes]:
@@ -353,7 +351,7 @@ def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
 
     def draw() -> Figure:
         cells = len(order) + 1
-        columns = 2 if cells % 2 == 0 and cells % _PANELS else min(_PANELS, cells)
+        columns = 2 if cells % 2 == 0 and cells % PANELS else min(PANELS, cells)
         rows = -(-cells // columns)
         listing = [f"{match.rank}  {short_name(match.name, 34)}" for match in confirmation.matches]
         figure, axes = new_figure(max(2.5 * rows, 1.0 + 0.15 * len(listing)), columns, rows)

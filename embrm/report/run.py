@@ -2,13 +2,14 @@
 the caller."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from embrm.errors import UserError
 from embrm.files import write_bytes
 from embrm.report.comparison import Comparison, compare_runs
 from embrm.report.confirmation import (
@@ -16,14 +17,25 @@ from embrm.report.confirmation import (
     confirmation_tables,
     further_confirmation_tables,
 )
+from embrm.report.drawing import drawn
 from embrm.report.figures import confirmation_figures, figures
+from embrm.report.noise import CAPTION as NOISE
+from embrm.report.noise import noise_figure, noise_tables
+from embrm.report.reliability import CAPTION as RELIABILITY
+from embrm.report.reliability import reliability_figure, reliability_tables, reliable_names
+from embrm.report.scenarios import CAPTION as SCENARIOS
+from embrm.report.scenarios import scenario_figure, scenario_tables
 from embrm.report.table import Table, escape, markdown
 from embrm.report.tables import further_tables, main_tables
-from embrm.sweep.ledger import open_results, training_name
+from embrm.sweep.ledger import Results, open_results, training_name
+from embrm.sweep.reliability import reliability
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
     "id_vs_ood": "Accuracy in distribution against out of distribution",
+    "scenarios": SCENARIOS,
+    "noise": NOISE,
+    "reliability": RELIABILITY,
     "curves": "Learning curves: median over seeds, band from the lowest to the highest seed",
     "agreement": "Frozen against fine-tuned configurations, with 95 % intervals",
 }
@@ -34,12 +46,16 @@ class Report:
     """What was found and where it was written. `tables` are those the terminal shows."""
 
     comparison: Comparison
+    reliability: pl.DataFrame
+    """As of `sweep.reliability`, of the best configuration and the baseline; empty without it."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
     tables: tuple[Table, ...]
     files: tuple[Path, ...]
 
     def json(self) -> str:
         """Every number of the report, to 12 significant digits."""
-        return _json(self.comparison)
+        return _json({**vars(self.comparison), "reliability": self.reliability})
 
 
 def report(
@@ -48,6 +64,7 @@ def report(
     rank_by: str | None = None,
     baseline: str | None = None,
     top: int = 20,
+    cache: Path | None = None,
     out: Path | None = None,
 ) -> Report:
     """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
@@ -56,8 +73,10 @@ def report(
         over all not named "train...".
     baseline: the configuration that all others are compared with; the spec's unless given.
     top: configurations to show; the JSON always holds all of them.
+    cache: where it is now, if it has moved: reliability is of rewards computed again, and is left
+        out where that cannot be, unless a cache is named.
     out: where to write; the sweep folder unless given.
-    The same results give the same bytes.
+    The same results and cache give the same bytes.
 
     Raises: UserError where the sweep has no finished runs or a name is wrong.
     """
@@ -67,21 +86,35 @@ def report(
         results.ledger,
         results.prompts,
         results.outcomes,
-        results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
+        results.evaluated,
         baseline or results.spec.baseline,
         rank_by,
         results.leaked,
         results.geometry,
         training_name(results.spec.train),
+        results.scenarios,
     )
     names = results.ledger.select("run_id", name="config")
     curves = results.curves.join(names, on="run_id", maintain_order="left")
+    reliable, notes = _reliability(results, comparison, cache)
+    further_figures = {
+        "scenarios": scenario_figure(comparison),
+        "noise": noise_figure(comparison),
+        "reliability": reliability_figure(reliable, comparison),
+    }
     images = figures(comparison, curves, top)
+    images |= drawn({name: draw for name, draw in further_figures.items() if draw})
     shown = main_tables(comparison, top)
+    further = [
+        *scenario_tables(comparison, top),
+        *noise_tables(comparison, top),
+        *further_tables(comparison, top),
+        *reliability_tables(reliable),
+    ]
     out = out or folder
     contents = {
-        "report.md": _markdown(comparison, [*shown, *further_tables(comparison, top)], images),
-        "report.json": _json(comparison),
+        "report.md": _markdown(comparison, [*shown, *further], images, notes),
+        "report.json": _json({**vars(comparison), "reliability": reliable}),
     }
     written = {
         **{out / name: text.encode() for name, text in contents.items()},
@@ -89,7 +122,19 @@ def report(
     }
     for path, content in written.items():
         write_bytes(path, content)
-    return Report(comparison, tuple(shown), tuple(written))
+    return Report(comparison, reliable, notes, tuple(shown), tuple(written))
+
+
+def _reliability(
+    results: Results, comparison: Comparison, cache: Path | None
+) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """As `Report` has it, and its notes."""
+    try:
+        return reliability(results, reliable_names(comparison), cache), ()
+    except UserError as error:
+        if cache is not None:
+            raise
+        return pl.DataFrame(), (f"no reliability diagrams: {error}",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +147,7 @@ class ConfirmationReport:
 
     def json(self) -> str:
         """Every number of the confirmation, to 12 significant digits."""
-        return _json(self.confirmation)
+        return _json(vars(self.confirmation))
 
 
 def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationReport:
@@ -118,7 +163,7 @@ def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationRe
     )
     written = {
         out / "confirm.md": text.encode(),
-        out / "confirm.json": _json(confirmation).encode(),
+        out / "confirm.json": _json(vars(confirmation)).encode(),
         **{out / "figures" / name: image for name, image in images.items()},
     }
     for path, content in written.items():
@@ -126,10 +171,16 @@ def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationRe
     return ConfirmationReport(confirmation, tuple(shown), tuple(written))
 
 
-def _markdown(comparison: Comparison, tables: list[Table], images: Mapping[str, bytes]) -> str:
+def _markdown(
+    comparison: Comparison,
+    tables: list[Table],
+    images: Mapping[str, bytes],
+    notes: Sequence[str],
+) -> str:
     runs = int(comparison.ranking["seeds"].sum())
     line = f"{comparison.ranking.height} configurations, {runs} runs."
-    return _page(comparison.title, line, tables, images)
+    page = _page(comparison.title, line, tables, images)
+    return "\n".join([page, *(f"- {escape(note)}\n" for note in notes)])
 
 
 def _page(title: str, line: str, tables: list[Table], images: Mapping[str, bytes]) -> str:
@@ -146,8 +197,8 @@ def _page(title: str, line: str, tables: list[Table], images: Mapping[str, bytes
     return "\n".join(parts)
 
 
-def _json(found: Comparison | Confirmation) -> str:
-    return json.dumps(_rounded(vars(found)), indent=1, allow_nan=False) + "\n"
+def _json(found: Mapping[str, Any]) -> str:
+    return json.dumps(_rounded(dict(found)), indent=1, allow_nan=False) + "\n"
 
 
 def _rounded(value: Any) -> Any:

@@ -402,7 +402,7 @@ def _disagreement(comparison: Comparison, shown: list[str]) -> list[Table]:
     known = comparison.measures.filter(pl.col("disagreement").is_not_null())
     found = {
         (row["split"], row["name"]): " / ".join(
-            _number(row[metric]) for metric in ("disagreement", "disagreement_auroc")
+            number_text(row[metric]) for metric in ("disagreement", "disagreement_auroc")
         )
         for row in known.iter_rows(named=True)
     }

@@ -1,21 +1,18 @@
 """Best of n under every head of a sweep, on the evaluation splits whose groups have gold."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
 from embrm.errors import UserError, nearest
 from embrm.evaluate.best_of_n import Ranking, kl_estimate
-from embrm.sweep.ledger import Results, cache_of, load_run
-from embrm.sweep.views import open_view
-from embrm.train.heads import score
-from embrm.train.states import States
+from embrm.sweep.ledger import Results, cache_of
+from embrm.sweep.scores import rewarded
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -114,14 +111,13 @@ def best_of_n(
                 raise
     rows = np.unique(np.concatenate([p.responses.ravel() for one in splits for p in one.pools]))
     rewards = np.empty((runs.height, len(rows)), np.float32)
-    for place, own in _rewarded(results.folder, source, runs, rows):
+    for place, own in rewarded(results.folder, source, runs, rows):
         rewards[place] = own
     return [_chosen(one, rows, rewards, results.leaked) for one in splits], skipped
 
 
 def _with_groups(results: Results, cache: Cache, split: str | None) -> list[str]:
-    evaluated = results.spec.evaluate or results.prompts["split"].unique().sort().to_list()
-    names = [name for name in evaluated if name in set(cache.members["split"])]
+    names = [name for name in results.evaluated if name in set(cache.members["split"])]
     if not names:
         raise UserError(
             f"{results.folder} evaluates no split with groups: best of n needs several responses "
@@ -184,24 +180,6 @@ def _prepared(name: str, members: pl.DataFrame, S: Floats, ns: Sequence[int] | N
 def _powers(sizes: NDArray[np.int64]) -> tuple[int, ...]:
     largest = int(np.quantile(sizes, _COMMON, method="lower"))
     return tuple(2**exponent for exponent in range(largest.bit_length()))
-
-
-def _rewarded(
-    folder: Path, cache: Cache, runs: pl.DataFrame, rows: Indices
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Place of every run, and its rewards float32 [rows]; a view is read once for all its runs."""
-    saved = [load_run(folder, run_id) for run_id in runs["run_id"]]
-    for name in sorted({run.spec.state for run in saved}):
-        parts, first = [], 0
-        for shard in open_view(cache, name).shards():
-            own = rows[(rows >= first) & (rows < first + len(shard))] - first
-            parts.append(shard[torch.from_numpy(own)])
-            first += len(shard)
-        states, every = States(torch.cat(parts)), torch.arange(len(rows))
-        for place, run in enumerate(saved):
-            if run.spec.state == name:
-                heads = score(run.parameters, run.preprocess, states, every)
-                yield place, run.combination(heads).numpy()
 
 
 def _chosen(

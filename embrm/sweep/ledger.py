@@ -41,6 +41,7 @@ import safetensors.torch
 import torch
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.data.scenarios import SCENARIOS
 from embrm.errors import UserError
 from embrm.evaluate.accuracy import OUTCOMES
 from embrm.evaluate.geometry import MEASURES
@@ -102,6 +103,17 @@ class Results:
     """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
     ledger: pl.DataFrame
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Evaluation splits, in the spec's order."""
+        return [*(self.spec.evaluate or self.prompts["split"].unique().sort())]
+
+    @property
+    def scenarios(self) -> list[str]:
+        """Those of them that groups were divided into, the nearest to training first."""
+        evaluated = self.evaluated if self.spec.scenarios else []
+        return [name for name in SCENARIOS if name in evaluated]
 
     # Read when asked for: outcomes grow with runs times prompts, and few callers want them.
 
@@ -217,13 +229,15 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["embrm"])
+            if header["format"] != FORMAT:  # a whole model is not read for that
+                raise UserError(
+                    f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{path} is damaged: delete it and its sweep's parts folder, and run the sweep again"
         ) from None
-    if header["format"] != FORMAT:
-        raise UserError(f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}")
     mean, scale = (tensors.pop(_PREPROCESS + name, None) for name in ("mean", "scale"))
     means, sds = (tensors.pop(_REFERENCE + name, None) for name in ("mean", "sd"))
     reference = None if means is None or sds is None else Reference(means, sds)

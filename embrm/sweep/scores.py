@@ -1,10 +1,14 @@
-"""Rewards of single pairs under one stored run."""
+"""Rewards under stored runs, computed again."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import torch
+from numpy.typing import NDArray
 
+from embrm.cache.reader import Cache
 from embrm.sweep.ledger import cache_of, load_run, open_results
 from embrm.sweep.material import select
 from embrm.sweep.tables import read_tables
@@ -67,3 +71,20 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
         pl.Series("scores_chosen", rewards[pairs["chosen"].to_numpy()]),
         pl.Series("scores_rejected", rewards[pairs["rejected"].to_numpy()]),
     )
+
+
+def rewarded(
+    folder: Path, cache: Cache, runs: pl.DataFrame, rows: NDArray[np.int64]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Place of every run, and its rewards float32 [rows]; a view is read once for all its runs."""
+    saved = [load_run(folder, run_id) for run_id in runs["run_id"]]
+    for name in sorted({run.spec.state for run in saved}):
+        parts, first = [], 0
+        for shard in open_view(cache, name).shards():
+            own = rows[(rows >= first) & (rows < first + len(shard))] - first
+            parts.append(shard[torch.from_numpy(own)])
+            first += len(shard)
+        states, every = States(torch.cat(parts)), torch.arange(len(rows))
+        for place, run in enumerate(saved):
+            if run.spec.state == name:
+                yield place, score(run.parameters, run.preprocess, states, every).mean(0).numpy()
