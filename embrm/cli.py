@@ -896,14 +896,25 @@ def _range(option: str, text: str) -> tuple[float, float]:
 @labels_app.command("show")
 def labels_show(
     path: Annotated[Path, typer.Argument(help="Table that embrm labels wrote.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to (over)write strength.md and figures of strengths in [none]."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show how a table was made, and what it says: of strengths, by tenths of the pairs."""
-    from embrm.data.label_tables import open_table
+    from embrm.data.label_tables import open_table, read_table
     from embrm.sweep.strength import deciles
 
-    table = open_table(path)
+    table = open_table(path) if out is None else read_table(path, "strengths")
     shown: dict[str, Any] = {"kind": table.kind, "digest": table.digest, **table.provenance}
+    if out is not None:
+        from embrm.report.strength import strength_report
+
+        files = strength_report(path.stem, table.rows, shown, out)
+        if not as_json:
+            _report((), files)
+            return
     if table.kind == "labels":
         shown["counts"] = table.counts()
         _show(shown, as_json)

@@ -23,7 +23,8 @@ def reliability(
 
     Columns: bin (from 0), lowest and highest (its edges), pairs (mean over seeds), prompts,
     predicted (mean probability), observed (share of the labels that agree, a tie being half a
-    pair), low and high (95 %, over prompts, seeds added up; null of fewer than `FEW` prompts).
+    pair), low and high (95 %, over prompts, seeds added up; null of fewer than `FEW` prompts, or
+    where all are right or all wrong).
     Empty bins are left out. With one seed Σ pairs·|observed - predicted| / Σ pairs is its ece.
     """
     prompts = split.prompts.height
@@ -62,4 +63,5 @@ def reliability(
         "high": high,
     }
     table = pl.DataFrame(columns).filter(pl.Series(filled))
-    return table.with_columns(pl.col("low", "high").fill_nan(None))
+    told = pl.col("low") < pl.col("high")  # where all are alike the bootstrap says nothing
+    return table.with_columns(pl.when(told).then(pl.col("low", "high").fill_nan(None)))

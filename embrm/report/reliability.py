@@ -77,8 +77,8 @@ def _table(split: str, found: pl.DataFrame) -> Table:
 
 
 def reliability_figure(found: pl.DataFrame, comparison: Comparison) -> Callable[[], Figure] | None:
-    """A panel a split, of the bins that have an interval; None where there are none."""
-    bins = found if found.is_empty() else found.drop_nulls("low")
+    """A panel a split, of the bins of `FEW` prompts and more; None where there are none."""
+    bins = found if found.is_empty() else found.filter(pl.col("prompts") >= FEW)
     return None if bins.is_empty() else lambda: _draw(bins, comparison)
 
 
@@ -87,7 +87,10 @@ def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
     columns = min(PANELS, len(splits))
     rows = -(-len(splits) // columns)
     figure, axes = new_figure(0.8 + 2.5 * rows, columns, rows)
-    percent = found.with_columns(pl.col("predicted", "observed", "low", "high") * 100)
+    percent = found.with_columns(
+        pl.col("predicted", "observed", "low", "high").cast(pl.Float64) * 100
+    )
+    least = percent.select(pl.min_horizontal("observed", "low").min()).item()
     names = reliable_names(comparison)
     colors = {name: BLACK if name == comparison.baseline else BLUE for name in names}
     for axis, split in zip(axes, splits, strict=False):
@@ -101,7 +104,7 @@ def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
                 axis.vlines(x, low, high, color=color, linewidth=0.9, alpha=0.5)
                 axis.plot(x, y, **_style(color, name == comparison.baseline, at_temperature))
         axis.set_xlim(49, 101)
-        axis.set_ylim(min(45.0, float(percent["low"].to_numpy().min()) - 3), 103)
+        axis.set_ylim(min(45.0, least - 3), 103)
         axis.set_xticks(range(50, 101, 10))
         axis.set_title(short_name(split, 26), pad=6 + 10 * len(colors))
         for place, (name, color) in enumerate(colors.items()):

@@ -127,9 +127,8 @@ def deciles(strengths: pl.DataFrame) -> pl.DataFrame:
     whose gold is known and not 0; null where there are none), gold (mean).
     """
     known = pl.col("gold").filter(pl.col("gold") != 0)
-    ordered = strengths.sort("strength", "pair_id").with_row_index("place")
     return (
-        ordered.with_columns(decile=(pl.col("place") * DECILES // len(ordered) + 1).cast(pl.Int64))
+        with_decile(strengths)
         .group_by("decile", maintain_order=True)
         .agg(
             pairs=pl.len(),
@@ -142,3 +141,10 @@ def deciles(strengths: pl.DataFrame) -> pl.DataFrame:
             gold=pl.col("gold").mean(),
         )
     )
+
+
+def with_decile(strengths: pl.DataFrame) -> pl.DataFrame:
+    """The pairs, weakest first, and as decile the tenth that each is in, from 1."""
+    ordered = strengths.sort("strength", "pair_id").with_row_index("place")
+    decile = (pl.col("place") * DECILES // len(ordered) + 1).cast(pl.Int64)
+    return ordered.with_columns(decile=decile).drop("place")
