@@ -63,6 +63,10 @@ def test_from_members_to_a_sweep_with_remedied_labels(
     shown = json.loads(embrm("labels", "show", strength, "--json")[1])
     right = [tenth["right"] for tenth in shown["deciles"]]
     assert right[0] < 0.2 < 0.9 < right[9]
+    code, said, _ = embrm("labels", "show", strength, "--out", tmp_path / "page")
+    assert code == 0
+    assert f"wrote {tmp_path / 'page' / 'strength.md'}" in said
+    assert f"# {strength.stem}\n" in (tmp_path / "page" / "strength.md").read_text()
     code, said, _ = embrm(
         "labels", "remedy", strength, "--flip", "0:0.2", "--margin", "0:1", "--out", remedy
     )
@@ -91,6 +95,7 @@ def test_from_members_to_a_sweep_with_remedied_labels(
         ("strength", tmp_path / "s", "bsr", "--out", strength): "no 'bsr' in",
         ("strength", tmp_path / "none", "bt", "--out", strength): "no sweep results in",
         ("show", tmp_path / "none.parquet"): "no label table at",
+        ("show", remedy, "--out", tmp_path / "page"): "holds labels, not strengths",
         ("annotate", spec, "--quality", "-1", "--cache", cache, "--out", made): "at least 0",
     }
     for words, line in wrong.items():

@@ -50,6 +50,16 @@ def test_writes_beside_the_results(folder: Path) -> None:
     assert found.tables[0].title.startswith("Ranking by accuracy %")
 
 
+def test_without_its_cache_reliability_is_left_out_and_said(folder: Path) -> None:
+    found = report(folder)
+    (note,) = found.notes
+    assert note.startswith("no reliability diagrams: the sweep's cache was at cache/x")
+    assert (folder / "report.md").read_text().endswith(f"- {note}\n")
+    assert json.loads(found.json())["reliability"] == []
+    with pytest.raises(UserError, match="elsewhere"):
+        report(folder, cache=folder / "elsewhere")
+
+
 def test_json_holds_every_configuration_whatever_is_shown(folder: Path) -> None:
     found = report(folder, top=1)
     content = json.loads((folder / "report.json").read_text())

@@ -69,6 +69,12 @@ def _render(figure: Figure, suffix: str) -> bytes:
     return stream.getvalue()
 
 
+def panel_grid(panels: int) -> tuple[int, int]:
+    """Columns and rows of so many panels: at most `PANELS` side by side, four two by two."""
+    columns = 2 if panels == 4 else min(PANELS, panels)
+    return columns, -(-panels // columns)
+
+
 def new_figure(height: float, columns: int, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """Axes row by row; height: of the whole."""
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from embrm.report.cells import MISSING, short_difference_text, short_text
 from embrm.report.comparison import MEAN, Comparison
-from embrm.report.drawing import BLACK, CURVES, PANELS, new_figure, short_name
+from embrm.report.drawing import BLACK, CURVES, new_figure, panel_grid, short_name
 from embrm.report.table import Table
 
 _SHOWN = len(CURVES)
@@ -110,8 +110,7 @@ def _draw(comparison: Comparison) -> Figure:
     panels, baseline = _panels(comparison), _baseline(comparison)
     names = _lines(comparison, _SHOWN)
     scale = 100 if comparison.metric == "accuracy" else 1
-    columns = min(PANELS, len(panels))
-    rows = -(-len(panels) // columns)
+    columns, rows = panel_grid(len(panels))
     figure, axes = new_figure(0.8 + 2.3 * rows, columns, rows)
     noise = comparison.noise.with_columns(
         pl.col("label_noise") * 100, pl.col("estimate", "low", "high").cast(pl.Float64) * scale

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from embrm.evaluate.reliability import FEW
 from embrm.report.cells import MISSING, number_text, range_text, value_text
 from embrm.report.comparison import Comparison
-from embrm.report.drawing import BLACK, BLUE, GREY, PANELS, new_figure, short_name
+from embrm.report.drawing import BLACK, BLUE, GREY, new_figure, panel_grid, short_name
 from embrm.report.table import Table
 
 CAPTION = (
@@ -84,8 +84,7 @@ def reliability_figure(found: pl.DataFrame, comparison: Comparison) -> Callable[
 
 def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
     splits = found["split"].unique(maintain_order=True).to_list()
-    columns = min(PANELS, len(splits))
-    rows = -(-len(splits) // columns)
+    columns, rows = panel_grid(len(splits))
     figure, axes = new_figure(0.8 + 2.5 * rows, columns, rows)
     percent = found.with_columns(
         pl.col("predicted", "observed", "low", "high").cast(pl.Float64) * 100
