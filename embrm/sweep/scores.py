@@ -87,4 +87,5 @@ def rewarded(
         states, every = States(torch.cat(parts)), torch.arange(len(rows))
         for place, run in enumerate(saved):
             if run.spec.state == name:
-                yield place, score(run.parameters, run.preprocess, states, every).mean(0).numpy()
+                heads = score(run.parameters, run.preprocess, states, every)
+                yield place, run.combination(heads).numpy()
