@@ -37,6 +37,7 @@ from embrm.finetune.spec import FinetuneRun, FinetuneSpec, LoraSpec
 from embrm.specs import Spec, read_toml
 from embrm.sweep.grid import RunSpec, SweepSpec, configurations
 from embrm.train.heads import AdapterSpec, HeadSpec
+from embrm.train.learners import GradientBoosting, Logistic, Ridge
 from embrm.train.regularizers import Regularizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +62,9 @@ SPECS = {
     "Sweep: `head`": HeadSpec,
     "Sweep: `head.adapter`": AdapterSpec,
     "Sweep: `regularizer`": Regularizer,
+    "Sweep: `learner`, logistic": Logistic,
+    "Sweep: `learner`, ridge": Ridge,
+    "Sweep: `learner`, gradient_boosting": GradientBoosting,
     "Fine-tune": FinetuneSpec,
     "Fine-tune: `[lora]`": LoraSpec,
     "Fine-tune: `[defaults]` and `[[runs]]`": FinetuneRun,

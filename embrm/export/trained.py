@@ -20,7 +20,7 @@ from embrm.extract.transformers_engine import load_engine
 from embrm.sweep.ledger import MODEL_FORMAT, Results, cache_of, load_run, open_results
 from embrm.sweep.views import TOKENS
 from embrm.train.ensembles import Combination
-from embrm.train.heads import Parameters, Preprocess, score
+from embrm.train.heads import REWARDS, Parameters, Preprocess, score
 from embrm.train.states import States
 
 _HEAD, _BACKBONE = "head.", "backbone."
@@ -145,7 +145,8 @@ def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
     """Read a run of the results in `folder`. run: a run id, the beginning of one, or
     CONFIGURATION@SEED. cache: where the cache is now, if it has moved.
 
-    Raises: UserError for an unknown run, one that diverged, damaged weights, or another cache.
+    Raises: UserError for an unknown run, one that diverged or has no weights, damaged weights, or
+    another cache.
     """
     results = open_results(folder)
     row = results.find(run)
@@ -153,6 +154,12 @@ def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
     header, tensors = _read(path) if path.is_file() else ({}, {})
     if header.get("format") != MODEL_FORMAT:
         saved = load_run(folder, row["run_id"])
+        if REWARDS in saved.parameters:
+            raise UserError(
+                f"run {row['config']}@{row['seed']} has no weights, only its rewards of the "
+                "cache's responses: read them with embrm scores, or name a run with a head or a "
+                "linear learner"
+            )
         fields, parameters = saved.spec.model_dump(mode="json"), saved.parameters
         preprocess, combination, backbone = saved.preprocess, saved.combination, {}
     else:

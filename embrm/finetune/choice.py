@@ -229,6 +229,8 @@ def _obstacle(spec: RunSpec) -> str | None:
         return f"data_smoothing = {spec.data_smoothing:g}: a fine-tune keeps its labels"
     if spec.members > 1:
         return f"members = {spec.members}: a fine-tune is of one model"
+    if spec.learner:
+        return f"learner {spec.learner.kind!r} is of frozen states"
     if regularizer and regularizer.kind not in GRM:
         return f"regularizer {regularizer.kind!r} is of frozen states"
     return None

@@ -141,6 +141,11 @@ def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
             "simcse",
             "acts on states that move: set tune = 'full' or 'lora'",
         ),
+        (
+            run.learner is not None,
+            f"learner = {str(run.learner)!r}",
+            "embrm sweep fits it to frozen states; remove it here",
+        ),
     ]
     if regularizer is not None:
         kind, of_grm = f"regularizer {regularizer.kind!r}", regularizer.kind in GRM

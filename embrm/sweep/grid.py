@@ -16,6 +16,7 @@ from embrm.errors import UserError, nearest
 from embrm.specs import Spec, content_id
 from embrm.train.bank import TrainSpec
 from embrm.train.ensembles import PENALTY, Combine
+from embrm.train.learners import Learner
 from embrm.train.numerics import Numerics
 
 
@@ -45,6 +46,9 @@ class RunSpec(TrainSpec):
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
     """Train each member on a resample of the training prompts: as many, drawn with replacement."""
+    learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
+    """A table: see below. scikit-learn fits it in place of a head, and what it does not read must
+    keep its default."""
 
     def member(self, number: int) -> "RunSpec":
         """One head of the ensemble; the first has the run's seed. How members are combined is
@@ -72,6 +76,18 @@ class RunSpec(TrainSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _learner_reads_all(self) -> Self:
+        for name, field in type(self).model_fields.items() if self.learner else ():
+            value = getattr(self, name)
+            if self.learner and name not in self.learner.reads and value != field.default:
+                shown = value if isinstance(value, int | float | str) else str(value)
+                raise ValueError(
+                    f"{name} = {shown!r} with learner {self.learner.kind!r}, which does not read "
+                    f"it: remove {name} here, or from defaults"
+                )
+        return self
+
     @property
     def fold_of(self) -> tuple[int, int]:
         """i and k of `fold`; (-1, 0) where it is none or cannot be read."""
@@ -82,6 +98,12 @@ class RunSpec(TrainSpec):
         """Runs with equal keys are trained on the same data."""
         key = self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
         return *key, self.bootstrap
+
+    def pack_key(self) -> tuple[Any, ...]:
+        """As of every `TrainSpec`; a pack with a learner has one fit for all its runs."""
+        if self.learner is None:
+            return super().pack_key()
+        return self.learner, self.preprocess, self.seed if self.learner.seeded else None
 
 
 class SweepSpec(Spec):

@@ -49,10 +49,13 @@ from embrm.files import write_atomic, write_bytes
 from embrm.specs import canonical_json
 from embrm.sweep.grid import Run, RunSpec, SweepSpec
 from embrm.train.ensembles import Combination, Reference
-from embrm.train.heads import Parameters, Preprocess
+from embrm.train.heads import REWARDS, Parameters, Preprocess
 
 FORMAT = "embrm-head 1"
 """Of a weights file that holds a head."""
+
+REWARDS_FORMAT = "embrm-rewards 1"
+"""Of one that holds rewards of the cache's responses, for want of weights."""
 
 MODEL_FORMAT = "embrm-model 1"
 """Of one that holds a fine-tuned model."""
@@ -207,8 +210,8 @@ def cache_of(results: Results, moved: Path | None) -> Cache:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A stored head, or several: score states with `embrm.train.heads.score`, and make one reward
-    of theirs with `combination`."""
+    """A stored head, or several, or the rewards of what has no weights: score states with
+    `embrm.train.heads.score`, and make one reward of theirs with `combination`."""
 
     run_id: str
     spec: RunSpec
@@ -229,7 +232,10 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["embrm"])
-            if header["format"] != FORMAT:  # a whole model is not read for that
+            if header["format"] not in (
+                FORMAT,
+                REWARDS_FORMAT,
+            ):  # a whole model is not read for that
                 raise UserError(
                     f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}"
                 )
@@ -270,7 +276,8 @@ def weights_file(
     if reference is not None:
         tensors[_REFERENCE + "mean"] = reference.mean
         tensors[_REFERENCE + "sd"] = reference.sd
-    header = {"format": FORMAT, "cache_id": cache_id, "run": run.spec.model_dump(mode="json")}
+    kind = REWARDS_FORMAT if REWARDS in parameters else FORMAT
+    header = {"format": kind, "cache_id": cache_id, "run": run.spec.model_dump(mode="json")}
     # One key: the library writes metadata in no fixed order.
     content = safetensors.torch.save(tensors, metadata={"embrm": canonical_json(header)})
     return content, tensors_digest(tensors)

@@ -22,6 +22,7 @@ from embrm.sweep.mapped import MappedFile, TokenFiles, write_rows
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import with_rules
 from embrm.sweep.views import open_view
+from embrm.train.learners import LIBRARY_BYTES
 from embrm.train.objectives import Pairs
 from embrm.train.regularizers import FISHER_AT_ONCE
 from embrm.train.states import WINDOW_BYTES
@@ -32,7 +33,7 @@ PROCESS_BYTES = 410_000_000
 LEAST_RESIDENT = WINDOW_BYTES
 """Bytes of states that a worker must be able to keep."""
 
-_TABLES = ("training", "validation", "pairs", "members", "responses")
+_TABLES = ("training", "validation", "gold", "pairs", "members", "responses")
 _TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
 _PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
 _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
@@ -43,8 +44,9 @@ class Material:
     """Everything a worker reads: files, so that starting a worker hands over names alone.
 
     states: by view. tokens: what regularizers read, if any run has one or an adapter. tables: Arrow
-    files of training and validation (chosen, rejected, label, weight, margin, by pair id), and of
-    the pairs, members and responses (n_response, S) to evaluate on.
+    files of training and validation (chosen, rejected, label, weight, margin, by pair id), of the
+    gold that is learned from, if any run does, and of the pairs, members and responses (n_response,
+    S) to evaluate on.
     """
 
     selection: Selection
@@ -55,6 +57,10 @@ class Material:
     def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
         """Pairs to train on, for `training.as_trained`, or to validate on."""
         return pl.read_ipc(self.tables[side])
+
+    def gold(self) -> pl.DataFrame:
+        """Gold to train on: see `with_gold`."""
+        return pl.read_ipc(self.tables["gold"])
 
     def splits(self) -> dict[str, EvaluationSplit]:
         """Every split that is not trained on, by name."""
@@ -74,6 +80,17 @@ def select(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFra
     pairs = trained_on.select("pair_id", "prompt_id", *_TRAINED_ON).sort("pair_id").collect()
     held = pl.Series(holdout(pairs["prompt_id"], selection.validation, 0))
     return pairs.filter(~held), pairs.filter(held)
+
+
+def with_gold(cache: Cache, selection: Selection) -> pl.DataFrame:
+    """Group members of the training splits but those of prompts that validate: response int64,
+    prompt_id and gold, by response."""
+    members = read_tables(cache, selection.scenarios).members
+    found = members.filter(pl.col("split").is_in(selection.train)).select(
+        pl.col("response").cast(pl.Int64), "prompt_id", "gold"
+    )
+    held = pl.Series(holdout(found["prompt_id"], selection.validation, 0), dtype=pl.Boolean)
+    return found.filter(~held).sort("response", maintain_order=True)
 
 
 def to_pairs(table: pl.DataFrame) -> Pairs:
@@ -146,6 +163,7 @@ def laid_out(
     token_bytes = TokenFiles.size(cache) if with_tokens else 0
     vocabulary = cache.vocabulary if with_tokens else 0
     read = max((_minibatch_bytes(cache, vocabulary, run) for run in runs), default=0)
+    read = max(read, _learner_bytes(cache, selection, [run.spec for run in runs]))
     share = _share(
         sum(view.size for view in views) + token_bytes, memory, jobs, PROCESS_BYTES + read
     )
@@ -193,6 +211,8 @@ def _tables(
     yield "training", with_rules(training, specs).drop("pair_id", "prompt_id")
     yield "validation", validation.select(_TRAINED_ON)
     del training, validation
+    if any(spec.learner and spec.learner.reads_gold for spec in specs):
+        yield "gold", with_gold(cache, selection)
     pairs, members = _evaluated(cache, selection)
     yield "pairs", pairs
     yield "members", members
@@ -215,6 +235,27 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
         return 5 * (vocabulary * cache.width + positions * (cache.width + 6 * vocabulary))
     candidates = positions * (2 + (layout.top_k if top_k is None else top_k))
     return 5 * cache.width * (min(vocabulary, candidates) + 2 * positions)
+
+
+def _learner_bytes(cache: Cache, selection: Selection, specs: Sequence[RunSpec]) -> int:
+    """At most, of what scikit-learn and a fit take: it wants all rows in memory, in float64."""
+    learning = [spec for spec in specs if spec.learner]
+    if not learning:
+        return 0
+    training, _ = select(cache, selection)
+    ends = pl.concat([training["chosen"], training["rejected"]])
+    soft = any(spec.labels for spec in learning) or not training["label"].is_in([0.0, 1.0]).all()
+    gold = any(spec.learner.reads_gold for spec in learning if spec.learner)
+    rows = {
+        "logistic": len(training) * (1 + soft),
+        "ridge": len(with_gold(cache, selection)) if gold else 0,
+        "gradient_boosting": 2 * ends.n_unique(),
+    }
+    return LIBRARY_BYTES + max(
+        spec.learner.room(rows[spec.learner.kind], open_view(cache, spec.state).shape[1])
+        for spec in learning
+        if spec.learner
+    )
 
 
 def _share(size: int, memory: int | None, jobs: int, needed: int) -> float | None:

@@ -18,11 +18,12 @@ from embrm.sweep.geometry import Geometry, Sample
 from embrm.sweep.grid import Run, RunSpec
 from embrm.sweep.ledger import TABLES, parquet, training_name, weights_file
 from embrm.sweep.material import Material, to_pairs
-from embrm.sweep.training import as_trained, resample
+from embrm.sweep.training import as_trained, gold_as_trained, resample
 from embrm.train import numerics
 from embrm.train.bank import Trained, TrainingData, train
 from embrm.train.ensembles import Combination, Reference
 from embrm.train.heads import score, stack
+from embrm.train.learners import Gold, Learner, fit
 from embrm.train.numerics import Numerics
 from embrm.train.states import States
 
@@ -72,7 +73,10 @@ class Trainer:
         start = time.time()
         asked = pack.runs[0].spec
         data = self._training_data(asked)
-        trained = self._train([run.spec for run in pack.runs], data)
+        if asked.learner:
+            trained = [self._fitted(asked, asked.learner, data)] * len(pack.runs)
+        else:
+            trained = self._train([run.spec for run in pack.runs], data)
         after_training = time.time()
         scored = self._scored(pack, trained, data)
         after_scoring = time.time()
@@ -89,7 +93,7 @@ class Trainer:
                 finite=own is not None,
                 diverged=result.diverged,
                 cache_id=cache_id,
-                train_pairs=len(data.train),
+                train_pairs=0 if asked.learner and asked.learner.reads_gold else len(data.train),
                 validation_pairs=len(data.validation),
                 bsr_effective=run.spec.bsr_effective(min(run.spec.batch_pairs, len(data.train))),
                 numerics=numerics.in_use(self._mode),
@@ -123,6 +127,13 @@ class Trainer:
         tables["geometry"] = geometry
         folder = f"parts/{pack.pack_id}"
         return files | {f"{folder}/{name}.parquet": parquet(tables[name]) for name in TABLES}
+
+    def _fitted(self, spec: RunSpec, learner: Learner, data: TrainingData) -> Trained:
+        gold = None
+        if learner.reads_gold:
+            table = gold_as_trained(self._material.gold(), spec)
+            gold = Gold(*(torch.tensor(table[name].to_numpy()) for name in ("response", "gold")))
+        return fit(learner, spec.preprocess, spec.seed, data, gold)
 
     def _samples(self, splits: dict[str, EvaluationSplit]) -> dict[str, Sample]:
         """What geometry is measured on: of every split, and of the training pairs' responses,

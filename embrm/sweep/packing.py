@@ -39,6 +39,8 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
         """Of its first `runs`, or of all, in columns, pairs and epochs."""
         some = pack.runs[:runs]
         spec = some[0].spec
+        if spec.learner:
+            return spec.learner.passes * (spec.pairs_limit or training_pairs) * _MOVING
         columns = _columns(some[0]) * len(some)
         columns *= spec.members * (_REGULARIZED if spec.active_regularizer else 1)
         epochs = max(run.spec.epochs for run in some)

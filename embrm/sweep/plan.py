@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from embrm.sweep.grid import RunSpec
 from embrm.sweep.ledger import finished
 from embrm.sweep.mapped import first_tokens
 from embrm.sweep.material import evaluation_splits
@@ -18,11 +19,13 @@ from embrm.sweep.tables import read_tables
 from embrm.sweep.views import open_view
 from embrm.sweep.workers import worker_count
 from embrm.train.bank import TrainingData, train
+from embrm.train.learners import Gold, GradientBoosting, Learner, fit
 from embrm.train.numerics import Numerics, device
 from embrm.train.objectives import Pairs
 from embrm.train.states import States
 
 _TIMED_STEPS = 8
+_TIMED_TREES = 4
 _START_SECONDS = 5.0
 """What a worker needs to start: imports, and states to read."""
 
@@ -76,6 +79,10 @@ def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
         steps_of: dict[Any, float] = {}
         for pack in found:
             first = pack.runs[0].spec
+            if first.learner:
+                seconds = _fit_seconds(prepared, first, first.learner)
+                total += seconds + len(pack.runs) * evaluation
+                continue
             key = first.state, first.pack_key(), first.members, len(pack.runs)
             if key not in steps_of:
                 steps_of[key] = _step_seconds(prepared, pack)
@@ -88,20 +95,40 @@ def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
     return total / min(jobs, max(1, len(found))) + (_START_SECONDS if found else 0.0)
 
 
-def _step_seconds(prepared: Prepared, pack: Pack) -> float:
-    """Of one minibatch of a pack, on made-up pairs of the cache's first shard."""
-    first = pack.runs[0].spec
+def _made_up(prepared: Prepared, spec: RunSpec) -> TrainingData:
+    """A few minibatches of pairs of the cache's first shard."""
     cache = prepared.cache
-    states = States(next(open_view(cache, first.state).shards()))
-    pairs = min(_TIMED_STEPS * first.batch_pairs, prepared.training_pairs)
+    states = States(next(open_view(cache, spec.state).shards()))
+    pairs = min(_TIMED_STEPS * spec.batch_pairs, prepared.training_pairs)
     rows = torch.randint(len(states.values), (2, pairs), generator=torch.Generator().manual_seed(0))
     one, none = torch.ones(pairs), torch.zeros(0)
-    data = TrainingData(
+    return TrainingData(
         states,
         Pairs(rows[0], rows[1], one, one, one),
         Pairs(none.long(), none.long(), none, none, None),
-        first_tokens(cache) if first.active_regularizer else None,
+        first_tokens(cache) if spec.active_regularizer else None,
     )
+
+
+def _fit_seconds(prepared: Prepared, spec: RunSpec, learner: Learner) -> float:
+    """Of one fit, as if it took time in proportion to the pairs, and to the trees of a boosting."""
+    data = _made_up(prepared, spec)
+    trees = 1.0
+    if isinstance(learner, GradientBoosting):
+        few = min(_TIMED_TREES, learner.iterations)
+        learner, trees = learner.model_copy(update={"iterations": few}), learner.iterations / few
+    gold = Gold(data.train.chosen, torch.linspace(0, 1, len(data.train), dtype=torch.float64))
+    start = time.perf_counter()
+    fit(learner, spec.preprocess, 0, data, gold)
+    share = (spec.pairs_limit or prepared.training_pairs) / len(data.train)
+    return (time.perf_counter() - start) * share * trees
+
+
+def _step_seconds(prepared: Prepared, pack: Pack) -> float:
+    """Of one minibatch of a pack."""
+    first = pack.runs[0].spec
+    data = _made_up(prepared, first)
+    pairs = len(data.train)
     heads = dict.fromkeys(run.spec.member(0) for run in pack.runs)  # what is trained
     specs = [spec.model_copy(update={"epochs": 1, "patience": None}) for spec in heads]
     start = time.perf_counter()

@@ -18,9 +18,9 @@ from embrm.sweep.grid import (
     configurations,
     runs,
 )
-from embrm.sweep.material import select
+from embrm.sweep.material import select, with_gold
 from embrm.sweep.tables import read_tables
-from embrm.sweep.training import as_trained, pinned, with_rules
+from embrm.sweep.training import as_trained, gold_as_trained, pinned, with_rules
 from embrm.sweep.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.train.numerics import Numerics
 from embrm.train.regularizers import READS_S
@@ -52,6 +52,7 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
     cache = cache_for(spec, cache_folder, where)
     selection, training_pairs, evaluate = check(spec, found, cache, where)
     _check_regularizers(found, cache, where)
+    _check_gold(found, cache, selection, where)
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
         asked = configuration.spec
@@ -213,6 +214,35 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
                 f"{run}: {kind} reads S, the responses' log-probability, and {folder} lacks it for "
                 f"{S_missing} responses: take grm-dpo or preserve-kl, or extract them with embrm "
                 "extract"
+            )
+
+
+def _check_gold(
+    found: Sequence[Configuration], cache: Cache, selection: Selection, where: str
+) -> None:
+    """Whether the training splits have the gold that some of `found` learn from."""
+    asked = [one for one in found if one.spec.learner and one.spec.learner.reads_gold]
+    table = with_gold(cache, selection) if asked else None
+    for one in asked:
+        assert table is not None
+        assert one.spec.learner is not None
+        run = f"{where}: run {one.name!r}: learner {one.spec.learner.kind!r} reads gold"
+        gold = gold_as_trained(table, one.spec)["gold"]
+        if gold.is_empty():
+            raise UserError(
+                f"{run}, and {', '.join(selection.train)} has no group members to train on: train "
+                "on groups of responses with gold scores, or take another learner"
+            )
+        bad = int(gold.is_finite().not_().sum())
+        if bad:
+            raise UserError(
+                f"{run}: that of {bad} of {len(gold)} training responses is not finite: remove "
+                "them from the data and extract again"
+            )
+        if gold.n_unique() == 1:
+            raise UserError(
+                f"{run}, and that of all {len(gold)} training responses is {gold[0]:g}: nothing "
+                "can be learned from it, take another learner or other data"
             )
 
 

@@ -14,7 +14,7 @@ from embrm.sweep.material import select
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import as_trained, with_rules
 from embrm.sweep.views import open_view
-from embrm.train.heads import score
+from embrm.train.heads import REWARDS, score
 from embrm.train.states import States
 
 
@@ -87,5 +87,7 @@ def rewarded(
         states, every = States(torch.cat(parts)), torch.arange(len(rows))
         for place, run in enumerate(saved):
             if run.spec.state == name:
-                heads = score(run.parameters, run.preprocess, states, every)
+                # What has no weights has rewards of all the cache's responses.
+                at = torch.from_numpy(rows) if REWARDS in run.parameters else every
+                heads = score(run.parameters, run.preprocess, states, at)
                 yield place, run.combination(heads).numpy()

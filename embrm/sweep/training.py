@@ -102,6 +102,13 @@ def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(prompt)), times[prompt])
 
 
+def gold_as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
+    """The group members of `material.with_gold` that a run is trained on; order kept."""
+    if not spec.fold:
+        return table
+    return table.filter(folds(table["prompt_id"], spec.fold_of[1]) != spec.fold_of[0])
+
+
 def _flip(spec: RunSpec) -> str:
     return f"flipped {spec.label_noise!r}"
 

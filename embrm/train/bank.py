@@ -204,7 +204,7 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
     moving = _MovingLabels(pack, data, fitted) if first.data_smoothing else None
     slots = [Course(spec) for spec in pack]
     active = slots
-    monitor = _Monitor(data, fitted)
+    monitor = Monitor(data, fitted)
     for epoch in range(1, max(spec.epochs for spec in pack) + 1):
         dropout = stream(first.seed, "dropout", epoch)
         positions = stream(first.seed, "tokens", epoch)
@@ -474,7 +474,7 @@ class Course:
         return Trained(self._best, preprocess, self.curve, self.best_epoch, None)
 
 
-class _Monitor:
+class Monitor:
     """What is measured after every epoch, for all slots at once."""
 
     def __init__(self, data: TrainingData, preprocess: Preprocess) -> None:

@@ -27,6 +27,9 @@ Parameters = dict[str, Tensor]
 DOWN, DOWN_BIAS, UP = "adapter.down.weight", "adapter.down.bias", "adapter.up.weight"
 """An adapter's parameters: [P, r, d], [P, r], [P, d, r]."""
 
+REWARDS = "rewards"
+"""The one parameter of what has no weights: its rewards of every response of the cache, [P, n]."""
+
 _COLUMNS = 32
 """A product with the states has a multiple of this many columns: other kernels multiply a rest."""
 
@@ -267,8 +270,11 @@ def fit_preprocess(kind: PreprocessKind, states: States, rows: Tensor) -> Prepro
 def score(parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor) -> Tensor:
     """Rewards float32 [P, n] of the states in `rows` int64 [n], without dropout; on the CPU.
 
-    Rows in ascending order are read fastest.
+    Rows in ascending order are read fastest. Where the parameters are `REWARDS`, `rows` are those
+    of the cache, and the states are not read.
     """
+    if REWARDS in parameters:
+        return parameters[REWARDS][:, rows]
     device = states.values.device
     parameters = {name: tensor.to(device) for name, tensor in parameters.items()}
     preprocess = preprocess.to(device)
