@@ -1,5 +1,17 @@
-"""`python -m embrm` is `embrm`."""
+"""The program `embrm`, also as `python -m embrm`."""
 
-from embrm.cli import main
+import signal
 
-main()
+from embrm.interrupts import stop
+
+
+def main() -> None:
+    """Run the command line; an interrupt is one line while that is still loading, too."""
+    signal.signal(signal.SIGINT, stop)
+    from embrm.cli import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

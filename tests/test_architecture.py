@@ -29,6 +29,7 @@ MAY_IMPORT = {
     | {"data", "cache", "extract", "adopt", "train", "evaluate", "sweep", "finetune"},
     "demo": GROUND | {"data", "extract", "sweep", "evaluate", "report", "export"},
 }
+MAY_IMPORT["cli"] = GROUND.union(*MAY_IMPORT.values(), MAY_IMPORT, {"interrupts"})
 LANGUAGE_MODEL_LIBRARIES = {
     "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "tokenizers",
 }  # fmt: skip

@@ -1,0 +1,302 @@
+"""What is done with a finished sweep or fine-tune: reports, scores, suites, exports."""
+
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embrm.cli.options import Json, Memory, SweepFolder, byte_size, whole_numbers
+from embrm.cli.printing import _cell, filled, print_report, print_table
+from embrm.errors import UserError, nearest
+
+app = typer.Typer()
+
+
+@app.command()
+def replay(
+    folder: SweepFolder,
+    run: Annotated[str | None, typer.Option(help="Run id or CONFIGURATION@SEED.")] = None,
+    sample: Annotated[int | None, typer.Option(help="So many runs, evenly spaced.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All runs.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Fail unless every bit is the same.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    memory: Memory = None,
+    as_json: Json = False,
+) -> None:
+    """Train runs of a sweep again, each alone, and compare bits, weights and metrics."""
+    from embrm.sweep.replay import TOLERANCE
+    from embrm.sweep.replay import replay as run_replay
+
+    if (run is not None) + (sample is not None) + every != 1:
+        raise UserError("replay needs one of --run ID, --sample N and --all")
+    # As an exception, so that the temporary copy of the states goes too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    result = run_replay(
+        folder,
+        run=run,
+        sample=sample,
+        cache=cache,
+        jobs=jobs,
+        memory=byte_size("--memory", memory),
+    )
+    differing = [entry for entry in result.runs if not entry.same_bits]
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))
+    else:
+        if differing:
+            print_table([dataclasses.asdict(entry) for entry in differing])
+        for name, (then, now) in result.environment.items():
+            print(f"environment: {name} was {_cell(then)}, is {_cell(now)}")
+        same = len(result.runs) - len(differing)
+        print(f"{same} of {len(result.runs)} runs have the same bits")
+    beyond = [entry for entry in differing if verify or not entry.within_tolerance]
+    if beyond:
+        rule = "the same bits" if verify else f"the tolerance of {TOLERANCE:g}"
+        raise UserError(
+            f"{len(beyond)} of {len(result.runs)} runs do not replay to {rule}: see above for "
+            "what differs in the environment"
+        )
+
+
+@app.command()
+def report(
+    folder: SweepFolder,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(help="A split, or 'ood' for all ood/... [default: all]."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to (over)write report and figures in [the sweep's].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rank a sweep's heads, with intervals over prompts and seeds; write tables and figures."""
+    from embrm.report.run import report as run_report
+
+    result = run_report(folder, rank_by=rank_by, baseline=baseline, top=top, cache=cache, out=out)
+    if as_json:
+        print(result.json())
+        return
+    print_report(result.tables, ())
+    for note in result.notes:
+        print(_cell(note))
+    print_report((), result.files)
+
+
+@app.command()
+def bon(
+    folder: SweepFolder,
+    split: Annotated[
+        str | None,
+        typer.Option(help="One evaluated split with groups [default: all that have some]."),
+    ] = None,
+    n: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of responses to choose from, such as 1,4,16 [default: powers of two that "
+            "nine in ten groups are large enough for]."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to (over)write bon.* and figures in [the sweep's].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the best of n responses by each head of a sweep; compare its reward with gold."""
+    from embrm.report.best_of_n import best_of_n
+
+    ns = whole_numbers("--n", n) if n is not None else None
+    result = best_of_n(folder, split=split, ns=ns, baseline=baseline, top=top, cache=cache, out=out)
+    if as_json:
+        print(result.json(), end="")
+        return
+    print_report(result.tables, ())
+    for note in result.notes:
+        print(_cell(note))
+    print_report((), result.files)
+
+
+@app.command()
+def scores(
+    folder: SweepFolder,
+    run: Annotated[
+        str, typer.Argument(help="Run id, the beginning of one, or CONFIGURATION@SEED.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="A .parquet, .jsonl or .csv file [default: print JSON].")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+) -> None:
+    """Write every pair's rewards under one run, in reward-bench's field names."""
+    import io
+
+    from embrm.files import write_bytes
+    from embrm.sweep.scores import scores as run_scores
+
+    writers = {".parquet": "write_parquet", ".jsonl": "write_ndjson", ".csv": "write_csv"}
+    if out and out.suffix not in writers:
+        raise UserError(f"--out {out}: its name must end in {', '.join(writers)}")
+    table = run_scores(folder, run, cache)
+    content = io.BytesIO()
+    getattr(table, writers[out.suffix] if out else "write_ndjson")(content)
+    if out is None:
+        sys.stdout.write(content.getvalue().decode())
+        return
+    write_bytes(out, content.getvalue())
+    print(f"wrote {out}: {table.height} pairs")
+
+
+@app.command()
+def suite(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="reward-bench, reward-bench-2, rm-bench, judge-bench, hhh, mt-bench, ppe-human or "
+            "ppe-correctness."
+        ),
+    ],
+    scores: Annotated[
+        Path, typer.Argument(help="File that embrm scores or embrm score wrote with --out.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Split of the suite [default: ood/NAME, or the only one].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a published benchmark as its own tool does, with 95 % intervals over prompts."""
+    from embrm.evaluate.suites import read_scores, score_suite
+
+    rows = score_suite(name, read_scores(scores, name, split)).to_dicts()
+    print(json.dumps(rows, indent=1)) if as_json else print_table(filled(rows, "n/a"))
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="Results folder of a sweep or a fine-tune, such as sweeps/NAME.")
+    ],
+    run: Annotated[
+        str, typer.Argument(help="Run id, the beginning of one, or CONFIGURATION@SEED.")
+    ],
+    out: Annotated[Path, typer.Argument(help="New folder for the reward model.", metavar="DIR")],
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    model: Annotated[str | None, typer.Option(help="The cache's model, if it has moved.")] = None,
+    custom: Annotated[
+        bool,
+        typer.Option(
+            "--custom",
+            help="Accept a small class of ours where no stock one fits, or half precision is too "
+            "coarse for one.",
+        ),
+    ] = False,
+    sample: Annotated[
+        int, typer.Option(help="Responses whose rewards are compared with the run's.", min=1)
+    ] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    push: Annotated[
+        str | None, typer.Option(help="Hub repository to upload it to; made private if new.")
+    ] = None,
+) -> None:
+    """Write a run as a reward model that transformers loads, checked to score as the run does."""
+    from embrm.export.run import export as run_export
+
+    made = run_export(
+        source,
+        run,
+        out,
+        cache=cache,
+        model=model,
+        custom=custom,
+        push=push,
+        sample=sample,
+        device=device,
+    )
+    for how, difference in made.parity.differences.items():
+        share = made.parity.reordered[how]
+        print(f"{how}: rewards differ by at most {difference:.1g}, {share:.2%} of twos reordered")
+    if made.parity.position_ids:
+        print("padded on the left, this architecture needs position_ids: see the folder's README")
+    if made.offset:
+        print(f"logit = reward + {made.offset:.6g}: stock classes have no bias")
+    loads = "stock transformers" if made.stock else "transformers, with trust_remote_code=True"
+    print(f"wrote {out}, which loads in {loads}; next: embrm score {out} DATA")
+
+
+@app.command()
+def score(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of embrm export, any sequence classifier with one label (folder or hub "
+            "id), or RESULTS_FOLDER:RUN."
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(help="[SPLIT=]PATH_OR_HUB_ID of preference or group data; one or more."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A .parquet file of the pairs' rewards; groups go to NAME.members."),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="A run's cache, if it has moved.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of a batch, padding included.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 [default: the folder's own]."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score preference or group data with a reward model or a run."""
+    from embrm.data.sources import parse_source
+    from embrm.export.scoring import score as run_score
+    from embrm.files import write_bytes
+    from embrm.sweep.ledger import parquet
+
+    if out and out.suffix != ".parquet":
+        raise UserError(f"--out {out}: its name must end in .parquet")
+    dtypes = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in dtypes:
+        raise UserError(f"--dtype {dtype!r}: {nearest(dtype, dtypes)}")
+    found = run_score(
+        model,
+        [parse_source(entry) for entry in data],
+        cache=cache,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+    )
+    rows = found.splits.to_dicts()
+    if as_json:
+        print(json.dumps({"splits": rows, "exclusions": found.exclusions}, indent=1))
+    else:
+        print_table(filled(rows, "n/a"))
+        for reason, count in found.exclusions.items():
+            print(f"left out: {count} {reason}")
+    if out is None:
+        return
+    tables = {out: found.pairs, out.with_suffix(".members.parquet"): found.members}
+    for path, table in tables.items():
+        if table.height:
+            write_bytes(path, parquet(table))
+            print(f"wrote {path}: {table.height} rows", file=sys.stderr if as_json else sys.stdout)

@@ -1,0 +1,303 @@
+"""The stages: extract, sweep, finetune, confirm, and the demo of them all."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import typer
+
+from embrm.cli.caches import cache_show
+from embrm.cli.options import Json, Memory, SweepFolder, byte_size
+from embrm.cli.printing import print_report, show
+from embrm.errors import UserError, nearest
+
+app = typer.Typer()
+
+
+@app.command()
+def extract(
+    spec: Annotated[
+        Path | None, typer.Argument(help="TOML spec; options given beside it take precedence.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Cache folder to write, such as cache/NAME.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Causal LM: local folder or hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[SPLIT=]PATH_OR_HUB_ID of preference data; repeat for more. Replaces the spec's."
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="auto, chat or plain [default: auto].")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Most tokens a row [default: 2048, or all the model reads].")
+    ] = None,
+    truncation: Annotated[
+        str | None,
+        typer.Option(help="Over-long rows: drop, or cut the prompt's left [default: drop]."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16 [default: float32].")
+    ] = None,
+    states: Annotated[
+        list[str] | None,
+        typer.Option(help="last, mean, prenorm, layer:K; with commas or repeated [last]."),
+    ] = None,
+    token_rows: Annotated[
+        int | None, typer.Option(help="Sampled response positions a row [default: 0].")
+    ] = None,
+    token_positions: Annotated[
+        str | None, typer.Option(help="How they are sampled: random or spaced [default: random].")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Logits kept a token row [32].")] = None,
+    tail_mean: Annotated[
+        bool | None,
+        typer.Option("--tail-mean", help="Keep the mean gradient of all other logits too."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the position sampling [0].")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="First N rows (groups: prompts) of a split, before exclusions."),
+    ] = None,
+    pad_token: Annotated[
+        str | None, typer.Option(help="Padding token, for a tokenizer without one.")
+    ] = None,
+    allow_pad_eos: Annotated[
+        bool | None, typer.Option("--allow-pad-eos", help="Accept pad == eos.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="auto, transformers or vllm [default: auto: vllm if installed on CUDA]."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1 (one GPU of several) or mps.")
+    ] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs that share the model, with vllm.", min=1)
+    ] = 1,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Token budget of a batch, padding included.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run the model through torch.compile (transformers).")
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: be the i-th of n processes, from 0, and write only that part, into "
+            "OUT.i-of-n; then embrm cache merge."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print rows, tokens, bytes and time; write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Cache a language model's final states and LM statistics over preference data."""
+    from embrm.data.sources import parse_source
+    from embrm.extract.parts import Share
+    from embrm.extract.run import ExtractSpec, plan
+    from embrm.extract.run import extract as run_extract
+    from embrm.specs import read_toml
+
+    values: dict[str, Any] = read_toml(spec) if spec else {}
+    named = values.pop("out", None)
+    if not isinstance(named, str | None):
+        raise UserError(f"{spec}: out = {named!r}: name a folder, such as out = 'cache/NAME'")
+    folder = out or (Path(named) if named else None)
+    given = {
+        "model": model,
+        "revision": revision,
+        "data": [parse_source(entry) for entry in data] if data else None,
+        "template": template,
+        "max_length": max_length,
+        "truncation": truncation,
+        "dtype": dtype,
+        "states": [view.strip() for view in ",".join(states).split(",")] if states else None,
+        "token_rows": token_rows,
+        "token_positions": token_positions,
+        "top_k": top_k,
+        "tail_mean": tail_mean,
+        "seed": seed,
+        "limit": limit,
+        "pad_token": pad_token,
+        "allow_pad_eos": allow_pad_eos,
+        "trust_remote_code": trust_remote_code,
+        "engine": engine,
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    parsed = ExtractSpec.parse(values, str(spec) if spec else "command line")
+    share = Share.parse(shard) if shard is not None else None
+    here: dict[str, Any] = {
+        "device": device,
+        "tensor_parallel": tensor_parallel,
+        "batch_tokens": batch_tokens,
+        "compiled": compiled,
+    }
+    if dry_run:
+        if share:
+            raise UserError("--dry-run is for all shards together: leave --shard out")
+        planned = dataclasses.asdict(plan(parsed, **here))
+        planned["leaks"] = planned["leaks"].to_dicts()
+        show(planned, as_json)
+        return
+    if folder is None:
+        raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
+    made = run_extract(parsed, folder, share=share, **here)
+    cache_show(made, as_json=as_json)
+    if as_json:
+        return
+    if share:
+        print(f"next, with all parts: embrm cache merge {folder}.*-of-{share.count} --out {folder}")
+    else:
+        print(f"next: embrm sweep SPEC.toml --cache {folder}")
+
+
+@app.command()
+def sweep(
+    spec: Annotated[Path, typer.Argument(help="TOML spec, such as sweeps/NAME.toml.")],
+    cache: Annotated[Path | None, typer.Option(help="Cache, instead of the spec's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
+    memory: Memory = None,
+    numerics: Annotated[
+        str | None,
+        typer.Option(help="native, portable, cuda, cuda-tf32 or mps, instead of the spec's."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print how many runs and how long; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the reward heads of a sweep on a cache; finished runs are skipped."""
+    from embrm.sweep.execute import sweep as run_sweep
+    from embrm.sweep.ledger import open_results
+    from embrm.sweep.plan import plan
+    from embrm.train.numerics import Numerics
+
+    if numerics is not None and numerics not in get_args(Numerics):
+        raise UserError(f"--numerics {numerics!r}: {nearest(numerics, get_args(Numerics))}")
+    mode = cast("Numerics | None", numerics)
+    if dry_run:
+        show(plan(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
+        return
+    # From here on an interrupt is an exception, so that what has finished becomes readable tables.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder = run_sweep(
+        spec, cache, jobs=jobs, out=out, numerics=mode, memory=byte_size("--memory", memory)
+    )
+    runs = open_results(folder).ledger
+    diverged = runs.filter(runs["status"] == "diverged").height
+    if diverged == runs.height:
+        raise UserError(
+            f"all {diverged} runs diverged: lower lr, or try preprocess = 'standardize'"
+        )
+    if as_json:
+        print(json.dumps({"results": str(folder), "runs": runs.height, "diverged": diverged}))
+        return
+    if diverged:
+        print(f"{diverged} of {runs.height} runs diverged, the report leaves them out: lower lr")
+    print(f"results in {folder}; next: embrm report {folder}")
+
+
+@app.command()
+def finetune(
+    spec: Annotated[Path, typer.Argument(help="TOML spec: a sweep's, and how to tune the model.")],
+    cache: Annotated[Path | None, typer.Option(help="Cache, instead of the spec's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train the model itself with a sweep's objectives; finished runs are skipped."""
+    from embrm.finetune.run import finetune as run_finetune
+    from embrm.sweep.ledger import open_results
+
+    folder = run_finetune(spec, cache, out=out, device=device)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes speaks
+    if as_json:
+        runs = open_results(folder).ledger.height
+        print(json.dumps({"results": str(folder), "runs": runs}))
+    else:
+        print(f"results in {folder}; next: embrm report {folder}")
+    # A finished run has none, and here all of the spec are finished.
+    if (folder / "checkpoints").exists():
+        print(
+            f"{folder / 'checkpoints'} is of runs that are no longer in the spec: delete it, or "
+            "put them back",
+            file=sys.stderr,
+        )
+
+
+@app.command()
+def confirm(
+    folder: SweepFolder,
+    runs: Annotated[
+        str,
+        typer.Option(
+            help="Configurations, with commas: top:N, spread:N (in rank), random:N (of the rest), "
+            "baseline, or names."
+        ),
+    ],
+    spec: Annotated[
+        Path, typer.Option(help="TOML spec of the fine-tune, without runs: seeds, tune, defaults.")
+    ],
+    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
+    ] = None,
+    rank_by: Annotated[
+        str | None,
+        typer.Option(help="A split, 'ood' for all ood/..., or METRIC@SPLIT [default: all]."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fine-tune some of a sweep's configurations; report how far its ranking holds."""
+    from embrm.finetune.confirm import confirm as run_confirm
+
+    result = run_confirm(folder, runs, spec, cache, rank_by=rank_by, device=device, out=out)
+    if result is None:
+        return  # one of several processes speaks
+    if as_json:
+        print(result.json())
+        return
+    print_report(result.tables, result.files)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path("runs/demo"),
+    rlhf: Annotated[
+        bool,
+        typer.Option(
+            "--rlhf",
+            help="Then optimise the language model against two of the reward heads, with TRL, and "
+            "watch the gold reward.",
+        ),
+    ] = False,
+) -> None:
+    """Run the whole lab offline on a synthetic preference world with known gold reward."""
+    if rlhf:
+        from embrm.demo.rlhf import rlhf as run_rlhf
+
+        run_rlhf(out)
+        return
+    from embrm.demo.run import demo as run_demo
+
+    run_demo(out)
