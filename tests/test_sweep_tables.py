@@ -11,6 +11,7 @@ from embrm.cache.reader import open_cache
 from embrm.data.scenarios import SCENARIOS, Scenarios
 from embrm.errors import UserError
 from embrm.report.run import report
+from embrm.sweep.best_of_n import best_of_n
 from embrm.sweep.execute import sweep
 from embrm.sweep.grid import Selection, SweepSpec
 from embrm.sweep.ledger import Results, open_results
@@ -92,6 +93,16 @@ def test_replays_and_scores_read_the_same_pairs(results: Results, cache: Path) -
     [row] = results.ledger.to_dicts()
     for split, share in by_split.filter(pl.col("split") != "train").rows():
         assert row[f"accuracy@{split}"] == pytest.approx(share)
+
+
+def test_best_of_n_chooses_among_the_responses_of_a_scenario(results: Results, cache: Path) -> None:
+    runs = results.ledger.select("run_id", name="config")
+    [found], _ = best_of_n(results, runs, split="prompt", ns=[1, 2])
+    members = read_tables(open_cache(cache), results.spec.scenarios).members.filter(split="prompt")
+    assert set(found.prompt_ids) == set(members["prompt_id"])
+    by_prompt = members.group_by("prompt_id").agg(pl.mean("gold"))
+    assert found.gold_mean == pytest.approx(by_prompt["gold"].mean())
+    assert found.gold[:, 0, 1].mean() > found.gold[:, 0, 0].mean() + 0.3
 
 
 def test_the_rule_is_part_of_a_runs_identity(results: Results, cache: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embrm.cache.reader import Cache
 from embrm.errors import UserError, nearest
 from embrm.evaluate.best_of_n import Ranking, kl_estimate
 from embrm.sweep.ledger import Results, cache_of
 from embrm.sweep.scores import rewarded
+from embrm.sweep.tables import read_tables
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -98,13 +98,14 @@ def best_of_n(
     Raises: UserError where no split has such groups, or the one asked for cannot be used.
     """
     source = cache_of(results, cache)
-    names = _with_groups(results, source, split)
+    members = read_tables(source, results.spec.scenarios).members
+    names = _with_groups(results, members, split)
     S = source.responses["S"].to_numpy()
     splits: list[_Split] = []
     skipped: list[str] = []
     for name in names:
         try:
-            splits.append(_prepared(name, source.members.filter(split=name), S, ns))
+            splits.append(_prepared(name, members.filter(split=name), S, ns))
         except UserError as error:
             skipped.append(str(error))
             if len(skipped) == len(names):
@@ -116,8 +117,8 @@ def best_of_n(
     return [_chosen(one, rows, rewards, results.leaked) for one in splits], skipped
 
 
-def _with_groups(results: Results, cache: Cache, split: str | None) -> list[str]:
-    names = [name for name in results.evaluated if name in set(cache.members["split"])]
+def _with_groups(results: Results, members: pl.DataFrame, split: str | None) -> list[str]:
+    names = [name for name in results.evaluated if name in set(members["split"])]
     if not names:
         raise UserError(
             f"{results.folder} evaluates no split with groups: best of n needs several responses "
