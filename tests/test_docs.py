@@ -231,6 +231,11 @@ def test_benchmarks_of_the_docs_are_known() -> None:
     assert [source.split for source in spec.data] == ["ood/reward-bench", "ood/rm-bench"]
 
 
+def test_specs_of_data_that_are_not_here_are_valid() -> None:
+    [(page, text)] = _toml_blocks(" groups")
+    assert len(ExtractSpec.parse(tomllib.loads(text), page).data) == 3
+
+
 def test_adoption_specs_of_the_docs_run(
     beside_a_demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
