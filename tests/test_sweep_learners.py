@@ -16,7 +16,7 @@ from embrm.data.splits import folds, holdout
 from embrm.errors import UserError
 from embrm.export.trained import open_trained
 from embrm.finetune.choice import choose, rank
-from embrm.finetune.spec import check_fits
+from embrm.finetune.spec import FinetuneRun, check_fits
 from embrm.sweep.best_of_n import best_of_n
 from embrm.sweep.execute import sweep
 from embrm.sweep.grid import RunSpec, Selection, SweepSpec, configurations
@@ -177,7 +177,7 @@ def test_a_fine_tune_takes_no_learner(swept: Path) -> None:
     results = open_results(swept)
     with pytest.raises(UserError, match="trees: learner 'gradient_boosting' is of frozen"):
         choose(results, rank(results, None), "bt,trees")
-    spec = RunSpec.parse({"learner": {"kind": "ridge"}}, "test")
+    spec = FinetuneRun.parse({"learner": {"kind": "ridge"}}, "test")
     with pytest.raises(UserError, match="learner = 'ridge alpha 1' with tune = 'full'"):
         check_fits(spec, "full", "run 'a'")
 
