@@ -355,3 +355,22 @@ def test_a_run_has_the_same_bits_alone_and_in_a_pack(
     assert all(None not in row for own in together.values() for row in own)
     alone = strict(_rows, cache, tmp_path / "b", [[run] for run in reversed(found)])
     assert alone == together
+
+
+def test_preprocessing_of_other_pairs_is_another_geometry() -> None:
+    """A fold or a label table cuts what it is fitted on, so runs side by side keep their own."""
+    setting = Setting()
+    fits = {"0/3": 1.0, "1/3": 4.0}
+    parameters = initialise(RunSpec().head, WIDTH, 0)
+
+    def norms(geometry: Geometry, fold: str) -> float:
+        run = RunSpec(preprocess="standardize", fold=fold)
+        fitted = Preprocess(torch.zeros(WIDTH), torch.full((WIDTH,), fits[fold]))
+        rewarded = {"a": {name: np.zeros(len(s.rows)) for name, s in setting.samples.items()}}
+        table = geometry.measure(run, States(setting.X), fitted, {"a": parameters}, rewarded)
+        return float(table["norm"][0])
+
+    together = Geometry(setting.samples, None)
+    for fold in fits:
+        assert norms(together, fold) == norms(Geometry(setting.samples, None), fold)
+    assert norms(together, "0/3") == pytest.approx(4 * norms(together, "1/3"))

@@ -164,6 +164,8 @@ def test_what_reads_a_run_reads_rewards_without_weights(swept: Path, cache: Path
     found = chosen.gold[:, 0, -1] * chosen.gold_sd + chosen.gold_mean
     np.testing.assert_allclose(found, [expected[prompt] for prompt in chosen.prompt_ids])
     assert strengths(swept, "trees").rows["spread"].max() > 0  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"'logistic.label_noise=0.' is a fit that all seeds share"):
+        strengths(swept, "logistic[label_noise=0]")
 
 
 def test_what_needs_weights_refuses_rewards(swept: Path) -> None:

@@ -86,7 +86,25 @@ def test_without_a_penalty_uwo_and_lcb_are_one_and_with_it_none_is_another() -> 
     )
 
 
-def test_a_constant_member_keeps_its_scale() -> None:
+def test_a_constant_member_is_only_centred() -> None:
     reference = Reference.of(torch.tensor([[2.0, 2.0], [0.0, 4.0]]))
-    assert reference.sd.tolist() == [1.0, 2.0]
+    assert reference.sd.tolist() == [0.0, 2.0]
     assert reference.standardised(torch.tensor([[2.0], [6.0]])).tolist() == [[0.0], [2.0]]
+
+
+@pytest.mark.parametrize("kind", PESSIMISTIC)
+def test_a_member_that_never_varies_sets_no_scale(kind: Combine) -> None:
+    """Nor does it turn the others' rewards into something else than numbers."""
+    training, rewards = 1000 * drawn(2, 50, 0), 1000 * drawn(2, 20, 1)
+    training[1], rewards[1] = 3, 3
+    reference = Reference.of(training)
+    mean, sd = training.double().mean(1), training[0].double().std(correction=0)
+    z = torch.stack([(rewards[0].double() - mean[0]) / sd, torch.zeros(20, dtype=torch.float64)])
+    spread = z.std(0, correction=0)
+    expected = {
+        "min": z.amin(0),
+        "uwo": z.mean(0) - 0.7 * spread**2,
+        "lcb": z.mean(0) - 0.7 * spread,
+    }
+    found = combined(kind, rewards, reference)
+    assert found == pytest.approx((mean.mean() + sd * expected[kind]).numpy(), rel=1e-4)

@@ -4,7 +4,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def measure_extraction(
 
     model, data: as `embrm extract` takes them; without, a model of `size` and made-up pairs, in
     `folder` for as long as it takes. Every way is timed `rounds` times, in turns, on all of
-    torch's threads, and its fastest round counts.
+    torch's threads: rates are of its fastest round, "times" medians over rounds of ratios.
     Raises: UserError for data without a model, and whatever `embrm extract` would refuse.
     """
     if data and not model:
@@ -130,8 +130,8 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     response. The plain script calls the whole model with an attention mask, as its documentation
     does, and so makes logits everywhere. "tokens/s" counts the tokens of the texts, a prompt with
     each of its responses; "read": tokens that went through the model, padding included; "times":
-    this way's seconds to the engine's; "of peak": products of weights that the way needs, to those
-    of a matrix product.
+    this way's seconds to the engine's in the same round; "of peak": products of weights that the
+    way needs, to those of a matrix product.
     """
     engine, budget = bench.engine, bench.budget
     lengths = [len(request.ids) for request in requests]
@@ -182,7 +182,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         "model alone, one at a time": each(in_rows, [[index] for index in range(len(bare))]),
         f"plain script, {_SCRIPT_TEXTS} a batch, padded": each(plainly, few),
     }
-    done = _timed(bench, ways)
+    done = _timed(bench, ways, beside="engine")
     logits = sum(len(predicting_positions(r.n_prompt, len(r.ids))) for r in bare)
     base = sum(
         weight.numel()
@@ -203,7 +203,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         }
     ]
     whole = sum(lengths)
-    for way, (seconds, slots) in done.items():
+    for way, (seconds, slots, times) in done.items():
         # Nothing pads what is packed; only there are prompts shared.
         needed = min(slots, whole)
         operations = 2 * (base * needed + engine.head.weight.numel() * logits)
@@ -213,7 +213,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
                 "tokens/s": whole / seconds,
                 "read": slots,
                 "padding": 1 - needed / slots,
-                "times": seconds / done["engine"][0],
+                "times": times,
                 "TFLOP/s": operations / seconds / 1e12,
                 "of peak": operations / seconds / bench.peak,
             }
@@ -272,7 +272,8 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
     def together() -> None:
         found["together"] = read(engine, requests, bench.budget).states["last"]
 
-    done = _timed(bench, {"every response with its prompt": alone, "prompts shared": together})
+    ways = {"every response with its prompt": alone, "prompts shared": together}
+    done = _timed(bench, ways, beside="prompts shared")
     whole = sum(len(request.ids) for request in requests)
     once = sum(request.n_prompt for request in requests[::PER_PROMPT])
     difference = (found["together"].float() - found["alone"].float()).abs().max()
@@ -283,10 +284,10 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
             "read": slots,
             "saved": 1 - slots / whole,
             "could": (PER_PROMPT - 1) * once / whole,
-            "times": seconds / done["prompts shared"][0],
+            "times": times,
             "error": float(difference / found["alone"].float().abs().max()),
         }
-        for way, (seconds, slots) in done.items()
+        for way, (seconds, slots, times) in done.items()
     ]
 
 
@@ -309,15 +310,15 @@ def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[di
     ways: dict[str, Callable[[], object]] = {
         name: partial(read, engine, requests, budget) for name, (engine, budget) in engines.items()
     }
-    done = _timed(bench, ways)
+    done = _timed(bench, ways, beside="transformers")
     whole = sum(len(request.ids) for request in requests)
     return [
         {
             "engine": way,
             "tokens/s": whole / seconds,
-            "times": seconds / done["transformers"][0],
+            "times": times,
         }
-        for way, (seconds, _) in done.items()
+        for way, (seconds, _, times) in done.items()
     ]
 
 
@@ -345,20 +346,25 @@ def _writer(bench: _Bench, spec: ExtractSpec, device: str, out: Path) -> list[di
         out, budget = next(folders), bench.budget
         waits.append(fill(*loaded(), out, batch_tokens=budget, shard_rows=shard_rows))
 
-    done = _timed(bench, {"without writing": unwritten, "extract": written})
+    ways = {"without writing": unwritten, "extract": written}
+    done = _timed(bench, ways, beside="without writing")
     return [
         {
             "way": way,
             "seconds": seconds,
-            "times": seconds / done["without writing"][0],
+            "times": times,
             "waited": min(waits) / seconds if way == "extract" else 0.0,
         }
-        for way, (seconds, _) in done.items()
+        for way, (seconds, _, times) in done.items()
     ]
 
 
-def _timed(bench: _Bench, ways: dict[str, Callable[[], object]]) -> dict[str, tuple[float, int]]:
-    """Way → seconds of its fastest round, and the tokens that went through the bench's model."""
+def _timed(
+    bench: _Bench, ways: Mapping[str, Callable[[], object]], beside: str
+) -> dict[str, tuple[float, int, float]]:
+    """Way → seconds of its fastest round; the tokens that went through the bench's model; and the
+    median over rounds of its seconds to those of the way `beside`, which a machine that slows down
+    for a while changes little."""
     slots = 0
 
     def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
@@ -366,7 +372,8 @@ def _timed(bench: _Bench, ways: dict[str, Callable[[], object]]) -> dict[str, tu
         slots += inputs[0].numel()
 
     handle = bench.engine.model.get_input_embeddings().register_forward_hook(count)
-    done: dict[str, tuple[float, int]] = {}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    read_by: dict[str, int] = {}
     with torch.inference_mode(), progress("bench", bench.rounds * len(ways), "rounds") as bar:
         for _ in range(bench.rounds):
             for way, work in ways.items():
@@ -375,11 +382,14 @@ def _timed(bench: _Bench, ways: dict[str, Callable[[], object]]) -> dict[str, tu
                 work()
                 if bench.engine.model.device.type == "cuda":
                     torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
-                done[way] = min((seconds, slots), done.get(way, (seconds, slots)))
+                seconds[way].append(time.perf_counter() - start)
+                read_by[way] = slots
                 bar.advance()
     handle.remove()
-    return done
+    return {
+        way: (min(own), read_by[way], float(np.median(np.divide(own, seconds[beside]))))
+        for way, own in seconds.items()
+    }
 
 
 def _logits(

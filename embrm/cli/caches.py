@@ -9,7 +9,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from embrm.cli.options import CacheFolder, Json
-from embrm.cli.printing import _lines, filled, print_table, show
+from embrm.cli.printing import filled, print_lines, print_table, show
 from embrm.errors import UserError, nearest
 
 app = typer.Typer(
@@ -112,7 +112,7 @@ def cache_show(
         return
     words = ("name", "state", "cache_id", "model", "dtype", "width", "views", "responses",
              "token_rows", "top_k", "tail_mean", "bytes")  # fmt: skip
-    _lines({word: described[word] for word in words}, "")
+    print_lines({word: described[word] for word in words}, "")
     print_table(splits(folder))
     if described["lint"]:
         print("what adopting its arrays found:")

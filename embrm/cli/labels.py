@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from embrm.cli.options import Json, SweepFolder, TableOut, percentiles
-from embrm.cli.printing import _lines, print_report, print_table, show
+from embrm.cli.printing import print_lines, print_report, print_table, show
 
 app = typer.Typer(
     help="Make tables of labels for a sweep's training pairs, and show them.",
@@ -123,5 +123,5 @@ def labels_show(
     if as_json:
         print(json.dumps({**shown, "deciles": tenths}, indent=1))
         return
-    _lines(shown, "")
+    print_lines(shown, "")
     print_table([{name: "n/a" if v is None else v for name, v in row.items()} for row in tenths])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embrm.report.tables import Table
+    from embrm.report.table import Table
 
 
 def print_report(tables: Iterable["Table"], files: Iterable[Path]) -> None:
@@ -39,20 +39,20 @@ def show(value: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(value, indent=1))
     else:
-        _lines(value, "")
+        print_lines(value, "")
 
 
-def _lines(value: dict[str, Any], indent: str) -> None:
+def print_lines(value: dict[str, Any], indent: str) -> None:
     for name, inner in value.items():
         if isinstance(inner, dict) and inner:
             print(f"{indent}{name}:")
-            _lines(inner, indent + "  ")
+            print_lines(inner, indent + "  ")
         elif isinstance(inner, list) and inner and isinstance(inner[0], dict):
             for number, entry in enumerate(inner, start=1):
                 print(f"{indent}{name} {number}:")
-                _lines(entry, indent + "  ")
+                print_lines(entry, indent + "  ")
         else:
-            print(f"{indent}{name}: {_cell(inner)}")
+            print(f"{indent}{name}: {cell_text(inner)}")
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -64,7 +64,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row.values()))
+        table.add_row(*(Text(cell_text(value)) for value in row.values()))
     Console().print(table)
 
 
@@ -73,7 +73,7 @@ def filled(rows: list[dict[str, Any]], missing: str = "") -> list[dict[str, Any]
     return [{name: missing if v is None else v for name, v in row.items()} for row in rows]
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """One line, without control characters: names in data may hold anything."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from embrm.cli.options import Json, Memory, SweepFolder, byte_size, whole_numbers
-from embrm.cli.printing import _cell, filled, print_report, print_table
+from embrm.cli.printing import cell_text, filled, print_report, print_table
 from embrm.errors import UserError, nearest
 
 app = typer.Typer()
@@ -53,7 +53,7 @@ def replay(
         if differing:
             print_table([dataclasses.asdict(entry) for entry in differing])
         for name, (then, now) in result.environment.items():
-            print(f"environment: {name} was {_cell(then)}, is {_cell(now)}")
+            print(f"environment: {name} was {cell_text(then)}, is {cell_text(now)}")
         same = len(result.runs) - len(differing)
         print(f"{same} of {len(result.runs)} runs have the same bits")
     beyond = [entry for entry in differing if verify or not entry.within_tolerance]
@@ -91,7 +91,7 @@ def report(
         return
     print_report(result.tables, ())
     for note in result.notes:
-        print(_cell(note))
+        print(cell_text(note))
     print_report((), result.files)
 
 
@@ -129,7 +129,7 @@ def bon(
         return
     print_report(result.tables, ())
     for note in result.notes:
-        print(_cell(note))
+        print(cell_text(note))
     print_report((), result.files)
 
 

@@ -69,14 +69,15 @@ class Head(nn.Module):
         if self.combine == "mean":
             return rewards.mean(0)
         mean, sd = own["reference_mean"], own["reference_sd"]
-        z = (rewards - mean[:, None]) / sd[:, None]
+        z = (rewards - mean[:, None]) / sd.where(sd > 0, 1.0)[:, None]
         if self.combine == "min":
             combined = z.amin(0)
         else:
             variance = z.var(0, correction=0)
             spread = variance if self.combine == "uwo" else variance.sqrt()
             combined = z.mean(0) - self.penalty * spread
-        return mean.mean() + sd.mean() * combined
+        scale = sd.sum() / (sd > 0).sum().clamp(min=1)  # of the members that vary
+        return mean.mean() + scale * combined
 
 
 class EmbrmRewardModel(PreTrainedModel):

@@ -65,7 +65,7 @@ def rank(results: Results, rank_by: str | None) -> Ranking:
         results.ledger,
         results.prompts,
         results.outcomes,
-        results.spec.evaluate or results.prompts["split"].unique().sort().to_list(),
+        results.evaluated,
         results.spec.baseline,
         None if at else rank_by,
     )

@@ -98,8 +98,7 @@ def compare_stages(
         )
     ran = _runs(frozen, {match.name for match in compared})
     place = next((i for i, match in enumerate(compared) if match.name == baseline), None)
-    order = frozen.spec.evaluate or frozen.prompts["split"].unique().sort().to_list()
-    splits = [split for split in order if split in full.prompts["split"]]
+    splits = [split for split in frozen.evaluated if split in full.prompts["split"]]
     if not splits:
         raise UserError(
             f"{full.folder} and {frozen.folder} have no evaluation split in common: "

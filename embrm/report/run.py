@@ -128,7 +128,10 @@ def report(
 def _reliability(
     results: Results, comparison: Comparison, cache: Path | None
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """As `Report` has it, and its notes."""
+    """As `Report` has it, and its notes; nothing of fine-tuned models, which score no cached
+    states."""
+    if results.finetuned:
+        return pl.DataFrame(), ()
     try:
         return reliability(results, reliable_names(comparison), cache), ()
     except UserError as error:

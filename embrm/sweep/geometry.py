@@ -108,8 +108,9 @@ class Geometry:
         self, spec: RunSpec, split: str, states: States, preprocess: Preprocess
     ) -> dict[str, float]:
         """Of the states themselves, once for all heads that read them so."""
-        # Preprocessing is fitted on the training pairs, which a limit cuts.
-        key = spec.state, spec.preprocess, spec.pairs_limit if preprocess.mean is not None else None
+        # Preprocessing is fitted on the training pairs, which these cut.
+        cut = spec.pairs_limit, spec.fold, spec.labels
+        key = spec.state, spec.preprocess, cut if preprocess.mean is not None else None
         known = self._shapes.setdefault(key, {})
         if split not in known:
             known[split] = shape(preprocess(states.take(self.samples[split].rows).cpu()))

@@ -42,7 +42,7 @@ class RunSpec(TrainSpec):
     combine: Combine = Field(default="mean", exclude_if=lambda kind: kind == "mean")
     """How members become one reward: their mean, or, standardised on the training responses, the
     min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
-    penalty: float = Field(default=PENALTY, ge=0, exclude_if=lambda value: value == PENALTY)
+    penalty: float = Field(default=PENALTY, ge=0, le=100, exclude_if=lambda value: value == PENALTY)
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
     """Train each member on a resample of the training prompts: as many, drawn with replacement."""

@@ -102,6 +102,8 @@ class Results:
     cache_id: str
     cache: str
     """Where the cache was when the sweep ran."""
+    finetuned: bool
+    """Whether its weights are whole models, of embrm finetune."""
     leaked: dict[str, list[str]]
     """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
@@ -177,6 +179,7 @@ def open_results(folder: Path) -> Results:
             spec=spec,
             cache_id=header["cache_id"],
             cache=header["cache"],
+            finetuned="finetune" in header,
             leaked=header["leaked"],
             environment=header["environment"],
             ledger=_read(folder / "ledger.parquet"),
@@ -232,12 +235,11 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["embrm"])
-            if header["format"] not in (
-                FORMAT,
-                REWARDS_FORMAT,
-            ):  # a whole model is not read for that
+            # Before tensors are read: they may be a whole model's.
+            if header["format"] not in (FORMAT, REWARDS_FORMAT):
                 raise UserError(
-                    f"{path} has format {header['format']!r}: this embrm reads {FORMAT!r}"
+                    f"{path} has format {header['format']!r}, not that of a sweep's head: of a "
+                    "fine-tuned model rewards come from embrm score"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError):

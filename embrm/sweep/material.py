@@ -218,6 +218,7 @@ def _tables(
     yield "members", members
     del pairs, members
     yield "responses", cache.responses.select("n_response", "S")
+    read_tables.cache_clear()
 
 
 def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:

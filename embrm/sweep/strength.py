@@ -97,6 +97,12 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
             raise UserError(
                 f"{name!r} left out a fold of its pairs: pass --out-of-fold with the entry's name"
             )
+        learner = member.spec.learner
+        if learner and not learner.seeded:
+            raise UserError(
+                f"{name!r} is a fit that all seeds share (learner {learner.kind!r}), so its heads "
+                "agree by nature: take a trained head, or trees with features below 1"
+            )
     return members
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
 
 Combine = Literal["mean", "min", "uwo", "lcb"]
@@ -15,22 +14,24 @@ PENALTY = 0.5
 @dataclass(frozen=True)
 class Reference:
     """What members are standardised on: mean and population standard deviation of the rewards of
-    each over the responses of the training pairs, float32 [members]."""
+    each over the responses of the training pairs, float32 [members]. A member that never varies has
+    z = 0 there, and no part in the scale s of `Combination`."""
 
     mean: Tensor
     sd: Tensor
 
     @classmethod
     def of(cls, rewards: Tensor) -> Self:
-        """Of rewards [members, n]. A member that never varies keeps scale 1."""
+        """Of rewards [members, n]."""
         wide = rewards.double()
         mean = wide.mean(1, keepdim=True)
         sd = (wide - mean).square().mean(1).sqrt()
-        return cls(mean[:, 0].float(), torch.where(sd > 0, sd, 1.0).float())
+        return cls(mean[:, 0].float(), sd.float())
 
     def standardised(self, rewards: Tensor) -> Tensor:
         """z = (r - mean) / sd, float64 [members, n], of rewards [members, n]."""
-        return (rewards.double() - self.mean.double()[:, None]) / self.sd.double()[:, None]
+        sd = self.sd.double().where(self.sd > 0, 1.0)
+        return (rewards.double() - self.mean.double()[:, None]) / sd[:, None]
 
     def disagreement(self, rewards: Tensor) -> Tensor:
         """Population standard deviation of z over the members, float64 [n], of rewards
@@ -69,8 +70,9 @@ class Combination:
             combined = z.mean(0) - self.penalty * _variance(z)
         else:
             combined = z.mean(0) - self.penalty * _variance(z).sqrt()
-        mean, sd = self.reference.mean.double().mean(), self.reference.sd.double().mean()
-        return (mean + sd * combined).float()
+        mean, sd = self.reference.mean.double().mean(), self.reference.sd.double()
+        scale = sd.sum() / (sd > 0).sum().clamp(min=1)
+        return (mean + scale * combined).float()
 
 
 def _variance(z: Tensor) -> Tensor:
