@@ -15,6 +15,12 @@ app = typer.Typer(
     help="Measure ratios on this machine.", no_args_is_help=True, rich_markup_mode=None
 )
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Width = Annotated[int, typer.Option(help="Of the model of random weights.", min=64)]
+Layers = Annotated[int, typer.Option(help="Of that model.", min=1)]
+Vocabulary = Annotated[int, typer.Option(help="Of that model.", min=1024)]
+Folder = Annotated[Path, typer.Option(help="Where temporary files go.")]
+
 
 @app.command("cache")
 def bench_cache(as_json: Json = False) -> None:
@@ -109,16 +115,16 @@ def bench_extract(
         typer.Option(help="Preference data to read, instead of made-up pairs; repeatable."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     batch_tokens: Annotated[
         int | None, typer.Option(help="Token budget of a batch, padding included.")
     ] = None,
     responses: Annotated[int, typer.Option(help="About how many to read.")] = 256,
     rounds: Annotated[int, typer.Option(help="Of every way, in turns.", min=1)] = 3,
-    width: Annotated[int, typer.Option(help="Of the model of random weights.", min=64)] = 512,
-    layers: Annotated[int, typer.Option(help="Of that model.", min=1)] = 6,
-    vocabulary: Annotated[int, typer.Option(help="Of that model.", min=1024)] = 16_384,
-    folder: Annotated[Path, typer.Option(help="Where temporary files go.")] = Path(),
+    width: Width = 512,
+    layers: Layers = 6,
+    vocabulary: Vocabulary = 16_384,
+    folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Compare extraction with the bare model, with padded batches, and with writing nothing."""
@@ -151,16 +157,16 @@ def bench_finetune(
         str | None, typer.Option(help="Preference data to train on, instead of made-up pairs.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of the arithmetic.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Device = "auto",
     batch_pairs: Annotated[int, typer.Option(help="Pairs of a step, a multiple of 4.", min=4)] = 8,
     steps: Annotated[
         int, typer.Option(help="Of the optimizer; the first is not timed.", min=2)
     ] = 4,
     rounds: Annotated[int, typer.Option(help="Of every way, in turns.", min=1)] = 2,
-    width: Annotated[int, typer.Option(help="Of the model of random weights.", min=64)] = 512,
-    layers: Annotated[int, typer.Option(help="Of that model.", min=1)] = 6,
-    vocabulary: Annotated[int, typer.Option(help="Of that model.", min=1024)] = 16_384,
-    folder: Annotated[Path, typer.Option(help="Where temporary files go.")] = Path(),
+    width: Width = 512,
+    layers: Layers = 6,
+    vocabulary: Vocabulary = 16_384,
+    folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
     """Compare fine-tuning with TRL's trainer and the bare backbone, and GRM with Bradley-Terry."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embrm.cli.options import Json, SweepFolder, TableOut, percentiles
+from embrm.cli.options import Json, MovedCache, SweepFolder, TableOut, percentiles
 from embrm.cli.printing import print_lines, print_report, print_table, show
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def labels_strength(
             "whose grid has all values of fold.",
         ),
     ] = False,
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    cache: MovedCache = None,
 ) -> None:
     """Measure how strongly heads prefer the chosen response of each training pair."""
     from embrm.data.label_tables import write_table

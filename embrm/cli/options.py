@@ -8,11 +8,7 @@ import typer
 from embrm.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-
-
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, such as cache/NAME.")]
-
-
 Memory = Annotated[
     str | None,
     typer.Option(
@@ -20,9 +16,13 @@ Memory = Annotated[
         "streamed [default: no limit]."
     ),
 ]
-
-
 SweepFolder = Annotated[Path, typer.Argument(help="Results folder, such as sweeps/NAME.")]
+MovedCache = Annotated[Path | None, typer.Option(help="The cache, if it has moved.")]
+Baseline = Annotated[
+    str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
+]
+Top = Annotated[int, typer.Option(help="Configurations to show.", min=1)]
+TableOut = Annotated[Path, typer.Option(help="Table to write, such as labels/NAME.parquet.")]
 
 
 def byte_size(option: str, text: str | None) -> int | None:
@@ -51,9 +51,6 @@ def whole_numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1:
         raise UserError(f"{option} {text!r}: write whole numbers from 1, such as 1,4,16")
     return numbers
-
-
-TableOut = Annotated[Path, typer.Option(help="Table to write, such as labels/NAME.parquet.")]
 
 
 def percentiles(option: str, text: str) -> tuple[float, float]:

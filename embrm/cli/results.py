@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from embrm.cli.options import Json, Memory, SweepFolder, byte_size, whole_numbers
+from embrm.cli.options import (
+    Baseline,
+    Json,
+    Memory,
+    MovedCache,
+    SweepFolder,
+    Top,
+    byte_size,
+    whole_numbers,
+)
 from embrm.cli.printing import cell_text, filled, print_report, print_table
 from embrm.errors import UserError, nearest
 
@@ -25,7 +34,7 @@ def replay(
     verify: Annotated[
         bool, typer.Option("--verify", help="Fail unless every bit is the same.")
     ] = False,
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    cache: MovedCache = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes [default: cores].")] = None,
     memory: Memory = None,
     as_json: Json = False,
@@ -72,11 +81,9 @@ def report(
         str | None,
         typer.Option(help="A split, or 'ood' for all ood/... [default: all]."),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    baseline: Baseline = None,
+    top: Top = 20,
+    cache: MovedCache = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to (over)write report and figures in [the sweep's].")
     ] = None,
@@ -109,11 +116,9 @@ def bon(
             "nine in ten groups are large enough for]."
         ),
     ] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Configuration to compare with [default: the spec's].")
-    ] = None,
-    top: Annotated[int, typer.Option(help="Configurations to show.", min=1)] = 20,
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    baseline: Baseline = None,
+    top: Top = 20,
+    cache: MovedCache = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder to (over)write bon.* and figures in [the sweep's].")
     ] = None,
@@ -142,7 +147,7 @@ def scores(
     out: Annotated[
         Path | None, typer.Option(help="A .parquet, .jsonl or .csv file [default: print JSON].")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    cache: MovedCache = None,
 ) -> None:
     """Write every pair's rewards under one run, in reward-bench's field names."""
     import io
@@ -196,7 +201,7 @@ def export(
         str, typer.Argument(help="Run id, the beginning of one, or CONFIGURATION@SEED.")
     ],
     out: Annotated[Path, typer.Argument(help="New folder for the reward model.", metavar="DIR")],
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    cache: MovedCache = None,
     model: Annotated[str | None, typer.Option(help="The cache's model, if it has moved.")] = None,
     custom: Annotated[
         bool,

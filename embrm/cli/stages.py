@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from embrm.cli.caches import cache_show
-from embrm.cli.options import Json, Memory, SweepFolder, byte_size
+from embrm.cli.options import Json, Memory, MovedCache, SweepFolder, byte_size
 from embrm.cli.printing import print_report, show
 from embrm.errors import UserError, nearest
 
@@ -257,7 +257,7 @@ def confirm(
     spec: Annotated[
         Path, typer.Option(help="TOML spec of the fine-tune, without runs: seeds, tune, defaults.")
     ],
-    cache: Annotated[Path | None, typer.Option(help="The cache, if it has moved.")] = None,
+    cache: MovedCache = None,
     out: Annotated[
         Path | None, typer.Option(help="Results folder [default: the spec's path without .toml].")
     ] = None,
