@@ -78,12 +78,15 @@ class RunSpec(TrainSpec):
 
     @model_validator(mode="after")
     def _learner_reads_all(self) -> Self:
-        for name, field in type(self).model_fields.items() if self.learner else ():
+        learner = self.learner
+        if learner is None:
+            return self
+        for name, field in type(self).model_fields.items():
             value = getattr(self, name)
-            if self.learner and name not in self.learner.reads and value != field.default:
+            if name not in learner.reads and value != field.default:
                 shown = value if isinstance(value, int | float | str) else str(value)
                 raise ValueError(
-                    f"{name} = {shown!r} with learner {self.learner.kind!r}, which does not read "
+                    f"{name} = {shown!r} with learner {learner.kind!r}, which does not read "
                     f"it: remove {name} here, or from defaults"
                 )
         return self

@@ -53,6 +53,8 @@ class Logistic(Spec):
     reads_gold: ClassVar = False
     seeded: ClassVar = False
     loss: ClassVar = "bt"
+    passes: ClassVar = 100.0
+    """Over the pairs, about, in minibatch steps of a linear head: to plan with."""
 
     kind: Literal["logistic"]
     C: float = Field(default=1.0, gt=0)
@@ -60,11 +62,6 @@ class Logistic(Spec):
 
     def __str__(self) -> str:
         return f"logistic C {self.C:g}"
-
-    @property
-    def passes(self) -> float:
-        """Over the pairs, about, in minibatch steps of a linear head: to plan with."""
-        return 100
 
     def room(self, rows: int, width: int) -> int:
         """Bytes that a fit of so many rows takes."""
@@ -79,6 +76,8 @@ class Ridge(Spec):
     reads_gold: ClassVar = True
     seeded: ClassVar = False
     loss: ClassVar = "squared error"
+    passes: ClassVar = 10.0
+    """As those of `Logistic`."""
 
     kind: Literal["ridge"]
     alpha: float = Field(default=1.0, gt=0)
@@ -86,11 +85,6 @@ class Ridge(Spec):
 
     def __str__(self) -> str:
         return f"ridge alpha {self.alpha:g}"
-
-    @property
-    def passes(self) -> float:
-        """As those of `Logistic`."""
-        return 10
 
     def room(self, rows: int, width: int) -> int:
         """As that of `Logistic`: beside the states two matrices of their products."""
