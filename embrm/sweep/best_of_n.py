@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from embrm.errors import UserError, nearest
 from embrm.evaluate.best_of_n import Ranking, kl_estimate
-from embrm.sweep.ledger import Results, cache_of
+from embrm.sweep.ledger import Results, cache_of, load_run
 from embrm.sweep.scores import rewarded
 from embrm.sweep.tables import read_tables
 
@@ -111,9 +111,8 @@ def best_of_n(
             if len(skipped) == len(names):
                 raise
     rows = np.unique(np.concatenate([p.responses.ravel() for one in splits for p in one.pools]))
-    rewards = np.empty((runs.height, len(rows)), np.float32)
-    for place, own in rewarded(results.folder, source, runs, rows):
-        rewards[place] = own
+    saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
+    rewards = rewarded(source, saved, rows)
     return [_chosen(one, rows, rewards, results.leaked) for one in splits], skipped
 
 

@@ -216,15 +216,18 @@ class Trainer:
         if not good:
             return found
         bank = stack([trained[index].parameters for index in good])
-        scored = score(bank, trained[0].preprocess, data.states, self._rows)
-        for index, heads in zip(good, scored.unflatten(0, (len(good), -1)), strict=True):
-            spec, result = pack.runs[index].spec, trained[index]
+
+        def by_run(rows: torch.Tensor) -> torch.Tensor:
+            scored = score(bank, trained[0].preprocess, data.states, rows)
+            return scored.unflatten(0, (len(good), -1))
+
+        several = pack.runs[0].spec.members > 1
+        on_training = by_run(data.responses()) if several else None
+        for place, (index, heads) in enumerate(zip(good, by_run(self._rows), strict=True)):
+            spec = pack.runs[index].spec
             reference, disagreement = None, None
-            if spec.members > 1:
-                rows = data.responses()
-                reference = Reference.of(
-                    score(result.parameters, result.preprocess, data.states, rows)
-                )
+            if on_training is not None:
+                reference = Reference.of(on_training[place])
                 disagreement = reference.disagreement(heads).numpy()
             combination = Combination(
                 spec.combine, spec.penalty, None if spec.combine == "mean" else reference

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from embrm.evaluate.reliability import reliability as binned
-from embrm.sweep.ledger import Results, cache_of
+from embrm.sweep.ledger import Results, cache_of, load_run
 from embrm.sweep.material import evaluation_splits
 from embrm.sweep.scores import rewarded
 
@@ -33,9 +33,8 @@ def reliability(results: Results, names: Sequence[str], cache: Path | None = Non
     if not splits:
         return pl.DataFrame()
     rows = np.unique(np.concatenate([split.rows for split in splits.values()]))
-    rewards = np.empty((runs.height, len(rows)), np.float32)
-    for place, own in rewarded(results.folder, source, runs, rows):
-        rewards[place] = own
+    saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
+    rewards = rewarded(source, saved, rows)
     fitted = runs["temperature"].to_numpy()
     found = []
     for split_name, split in splits.items():

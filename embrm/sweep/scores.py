@@ -1,6 +1,6 @@
 """Rewards under stored runs, computed again."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
-from embrm.sweep.ledger import cache_of, load_run, open_results
+from embrm.sweep.ledger import SavedRun, cache_of, load_run, open_results
 from embrm.sweep.material import select
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import as_trained, with_rules
@@ -35,10 +35,7 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
     results = open_results(folder)
     saved = load_run(folder, results.find(run)["run_id"])
     source = cache_of(results, cache)
-    states = States(open_view(source, saved.spec.state).read())
-    rows = torch.arange(len(states.values))
-    heads = score(saved.parameters, saved.preprocess, states, rows)
-    rewards = saved.combination(heads).numpy()
+    [rewards] = rewarded(source, [saved], np.arange(source.manifest.n_responses))
     selection = results.spec.selection(results.cache_id)
     training, validation = select(source, selection)
     training = as_trained(with_rules(training, [saved.spec]), saved.spec)
@@ -74,20 +71,22 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
 
 
 def rewarded(
-    folder: Path, cache: Cache, runs: pl.DataFrame, rows: NDArray[np.int64]
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Place of every run, and its rewards float32 [rows]; a view is read once for all its runs."""
-    saved = [load_run(folder, run_id) for run_id in runs["run_id"]]
-    for name in sorted({run.spec.state for run in saved}):
+    cache: Cache, runs: Sequence[SavedRun], rows: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Rewards float32 [runs, rows] of the cache's responses `rows`, ascending; a view is read once
+    for all its runs."""
+    rewards = np.empty((len(runs), len(rows)), np.float32)
+    for name in sorted({run.spec.state for run in runs}):
         parts, first = [], 0
         for shard in open_view(cache, name).shards():
             own = rows[(rows >= first) & (rows < first + len(shard))] - first
             parts.append(shard[torch.from_numpy(own)])
             first += len(shard)
         states, every = States(torch.cat(parts)), torch.arange(len(rows))
-        for place, run in enumerate(saved):
+        for place, run in enumerate(runs):
             if run.spec.state == name:
                 # What has no weights has rewards of all the cache's responses.
                 at = torch.from_numpy(rows) if REWARDS in run.parameters else every
                 heads = score(run.parameters, run.preprocess, states, at)
-                yield place, run.combination(heads).numpy()
+                rewards[place] = run.combination(heads).numpy()
+    return rewards
