@@ -86,8 +86,9 @@ def measure_extraction(
     """Measure about `responses` texts; the name and rows of each part as they are there.
 
     model, data: as `embrm extract` takes them; without, a model of `size` and made-up pairs, in
-    `folder` for as long as it takes. Every way is timed `rounds` times, in turns, on all of
-    torch's threads: rates are of its fastest round, "times" medians over rounds of ratios.
+    `folder` for as long as it takes. Every way is timed `rounds` times on all of torch's threads,
+    all ways in each round, in an order drawn for it: rates are of its fastest round, "times"
+    medians over rounds of ratios.
     Raises: UserError for data without a model, and whatever `embrm extract` would refuse.
     """
     if data and not model:
@@ -365,7 +366,8 @@ def _timed(
 ) -> dict[str, tuple[float, int, float]]:
     """Way → seconds of its fastest round; the tokens that went through the bench's model; and the
     median over rounds of its seconds to those of the way `beside`, which a machine that slows down
-    for a while changes little."""
+    for a while changes little. The order is drawn for each round: what a way leaves in memory and
+    caches costs the next one some percent."""
     slots = 0
 
     def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
@@ -375,12 +377,13 @@ def _timed(
     handle = bench.engine.model.get_input_embeddings().register_forward_hook(count)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     read_by: dict[str, int] = {}
+    order = np.random.default_rng(0)
     with torch.inference_mode(), progress("bench", bench.rounds * len(ways), "rounds") as bar:
         for _ in range(bench.rounds):
-            for way, work in ways.items():
+            for way in order.permutation(list(ways)).tolist():
                 slots = 0
                 start = time.perf_counter()
-                work()
+                ways[way]()
                 if bench.engine.model.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds[way].append(time.perf_counter() - start)
