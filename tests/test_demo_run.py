@@ -68,7 +68,8 @@ def test_the_same_command_again_keeps_everything(
 ) -> None:
     before = bytes_below(finished)
     monkeypatch.setattr("embrm.demo.tiny_lm._optimise", None)  # training the model would fail
-    monkeypatch.setattr("embrm.extract.run.read", None)  # so would a forward pass
+    engine = "embrm.extract.transformers_engine.TransformersEngine"
+    monkeypatch.setattr(f"{engine}._begin", None)  # so would a forward pass
     demo(finished, WORLD, RECIPE)
     assert bytes_below(finished) == before
     said = capsys.readouterr().out

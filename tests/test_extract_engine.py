@@ -3,6 +3,7 @@ against a plain forward of one sequence at a time."""
 
 import json
 import shutil
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -25,6 +26,7 @@ from embrm.extract.engine import (
     by_length,
     predicting_positions,
     read,
+    read_shards,
     statistics,
     token_positions,
 )
@@ -32,6 +34,7 @@ from embrm.extract.transformers_engine import (
     TransformersEngine,
     load_config,
     load_engine,
+    load_model,
     longest,
     model_folder,
 )
@@ -152,6 +155,31 @@ def test_half_precision_runs_near_float32(folders: dict[str, Path], kind: str, d
         error = (low.states[view].float() - high.states[view]).norm()
         assert 0 < error < 0.1 * high.states[view].norm()
     assert np.allclose(low.S, high.S, rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "warns"),
+    [
+        ("bfloat16", {"avx2": True}, True),
+        ("bfloat16", {"avx512_bf16": True}, False),
+        ("float16", {"avx512_bf16": True}, True),
+        ("float16", {"fp16_arith": True, "avx512_fp16": False}, False),
+        ("float32", {}, False),
+    ],
+)
+def test_a_dtype_that_the_processor_lacks_is_warned_of(
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    dtype: str,
+    has: dict[str, bool],
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    load_model(folders["gpt2"], dtype=dtype, device="cpu")
+    warned = capsys.readouterr().err
+    assert (f"dtype = '{dtype}': this processor has no arithmetic in it" in warned) == warns
+    assert warned.count("\n") == warns
 
 
 def dense_tail_mean(
@@ -375,37 +403,71 @@ def test_the_draw_is_frozen(rule: PositionsRule, drawn: list[int]) -> None:
     assert token_positions("0123456789abcdef", 10, 30, 4, 7, rule).tolist() == drawn
 
 
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30), budget=st.integers(1, 200))
-@settings(max_examples=100, deadline=None)
-def test_reading_in_batches_keeps_order_and_budget(lengths: list[int], budget: int) -> None:
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    budget=st.integers(1, 200),
+    shard_rows=st.integers(1, 30),
+    ahead=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_reading_in_batches_keeps_order_and_budget(
+    lengths: list[int], budget: int, shard_rows: int, ahead: int
+) -> None:
     requests = [
         Request(np.full(n, i, np.int32), 0, n - 1, np.arange(i % 3, dtype=np.int32))
         for i, n in enumerate(lengths)
     ]
-    engine, seen = _Echo(), []
-    batch = read(engine, requests, budget, seen.append)
-    assert batch.S.tolist() == list(range(len(lengths)))
-    assert batch.states["last"][:, 0].tolist() == list(range(len(lengths)))
-    expected = [i for i in range(len(lengths)) for _ in range(i % 3)]
-    assert batch.targets.tolist() == expected
+    shards = [requests[i : i + shard_rows] for i in range(0, len(requests), shard_rows)]
+    engine, seen = _Echo(ahead), []
+    answers = list(read_shards(engine, shards, budget, seen.append))
+    assert [asked for asked, _ in answers] == shards
+    S = [S for _, batch in answers for S in batch.S]
+    assert list(range(len(lengths))) == S
+    states = torch.cat([batch.states["last"] for _, batch in answers])
+    assert states[:, 0].tolist() == list(range(len(lengths)))
+    targets = torch.cat([batch.targets for _, batch in answers])
+    assert targets.tolist() == [i for i in range(len(lengths)) for _ in range(i % 3)]
     assert sum(seen) == sum(lengths)
     for shape in engine.shapes:
         assert shape[0] == 1 or shape[0] * shape[1] <= budget
 
 
+def test_the_next_shard_is_begun_before_one_is_handed_on(folders: dict[str, Path]) -> None:
+    """And no more than its first batch, so that a device has work and memory is bounded."""
+    engine = load_engine(folders["gpt2"], dtype="float32", device="cpu")
+    begun: list[int] = []
+    begin = engine._begin
+    engine._begin = lambda some: (begun.append(len(some)), begin(some))[1]  # type: ignore[method-assign]
+    first, second = requests_of(), requests_of()[:3]
+    answers = read_shards(engine, [first, second], 1)
+    next(answers)
+    assert begun == [1] * (len(first) + 1)
+    next(answers)
+    assert begun == [1] * (len(first) + 3)
+
+
 class _Echo:
-    """An engine that answers with the first id of each request."""
+    """An engine that answers with the first id of each request, some batches late."""
 
     width, batch_tokens, environment = 1, 1, {}
     head = LmHead(torch.eye(1))
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead
         self.shapes: list[tuple[int, int]] = []
 
     def batches(self, requests, batch_tokens):
         return by_length([len(r.ids) for r in requests], batch_tokens)
 
-    def forward(self, requests):
+    def forward(self, batches):
+        begun = deque()
+        for requests in batches:
+            begun.append(self._answer(requests))
+            if len(begun) > self.ahead:
+                yield begun.popleft()
+        yield from begun
+
+    def _answer(self, requests):
         self.shapes.append((len(requests), max(len(r.ids) for r in requests)))
         first = torch.tensor([float(r.ids[0]) for r in requests])
         tokens = torch.cat(
@@ -527,7 +589,7 @@ def test_out_of_memory_says_what_to_lower(
 
     monkeypatch.setattr("embrm.extract.transformers_engine.of_responses", full)
     with pytest.raises(UserError, match=r"out of memory on cpu .*: lower --batch-tokens"):
-        engine.forward(requests_of())
+        next(engine.forward([requests_of()]))
 
 
 def test_weights_that_are_not_numbers_are_refused(folders: dict[str, Path]) -> None:

@@ -1,6 +1,8 @@
 """Packing: what is shared is read once and changes no state; some models cannot be packed."""
 
+from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +10,20 @@ import torch
 from extract_models import CONFIGS, SIZES, VOCABULARY, save_model, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, MambaConfig, MistralConfig
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    MambaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
+from embrm.extract import packing
 from embrm.extract.engine import Request, read, token_positions
 from embrm.extract.packing import batches, pack
 from embrm.extract.transformers_engine import TransformersEngine, load_engine
@@ -130,6 +144,59 @@ def test_offsets_say_what_the_segments_say() -> None:
     assert offsets.most_keys == 52
 
 
+@pytest.mark.parametrize("window", [None, 7, 24])
+def test_the_kernel_for_variable_lengths_is_asked_for_the_same(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """It runs on GPUs alone: in its place, what its documentation says, a sequence at a time."""
+
+    def documented(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> torch.Tensor:
+        before, after = window_size
+        assert (max_q, max_k, after) == (
+            cu_seq_q.diff().max().item(),
+            cu_seq_k.diff().max().item(),
+            0,
+        )
+        out = []
+        for q, k, v in zip(
+            query.tensor_split(cu_seq_q[1:-1].long()),
+            key.tensor_split(cu_seq_k[1:-1].long()),
+            value.tensor_split(cu_seq_k[1:-1].long()),
+            strict=True,
+        ):
+            # The last query stands beside the last key.
+            at = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
+            seen = (at >= 0) & ((at <= before) | (before < 0))
+            heads = (each.transpose(0, 1)[None] for each in (q, k, v))
+            mixed = scaled_dot_product_attention(
+                *heads, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+            )
+            out.append(mixed[0].transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(packing, "varlen_attn", documented)
+    packed = pack(SHARED, torch.device("cpu"))
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, packed.ids.shape[1], 8) for n in (4, 2, 2))
+    found = packing._attend_at_once(query, key, value, packed.offsets, 0.3, window)
+    expected, _ = packing._attend(
+        None, query, key, value, None, packed=packed, scaling=0.3, sliding_window=window
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_a_state_space_model_is_read_padded_and_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -155,11 +222,53 @@ def test_a_model_that_counts_tokens_from_the_start_of_a_pack_is_read_padded(
     assert "depend on where its text is packed" in capsys.readouterr().err
 
 
-def test_texts_beyond_a_sliding_window_are_read_padded() -> None:
+WINDOW = {"sliding_window": 24}
+MIXED = WINDOW | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SIZES, **WINDOW),
+        Phi3Config(**SIZES, **WINDOW),
+        Qwen2Config(**SIZES | MIXED, use_sliding_window=True),
+        # Whose scores are soft-capped, which is another way through packed attention.
+        Gemma2Config(**SIZES | MIXED),
+        Gemma3TextConfig(**SIZES | MIXED),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_sliding_window_is_cut_where_texts_are_packed(
+    config: PreTrainedConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts of up to 52 tokens, whose windows reach into shared prompts, not at all, or in part."""
     torch.manual_seed(0)
-    config = MistralConfig(**SIZES, sliding_window=24)
     model = AutoModelForCausalLM.from_config(config).eval()
     engine = TransformersEngine(model, ("last",), 0)
+    assert len(engine.batches(SHARED, 10_000)) == 1
+    assert "padded" not in capsys.readouterr().err
+    _near_plain(engine, model, SHARED)
+
+
+def test_texts_beyond_a_window_that_attention_is_not_told_of_are_read_padded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = MistralAttention.forward
+
+    def silent(self: MistralAttention, *args: Any, **inputs: Any) -> Any:
+        """The window is in the mask alone."""
+        config, self.config = self.config, copy(self.config)
+        self.config.sliding_window = None
+        try:
+            return forward(self, *args, **inputs)
+        finally:
+            self.config = config
+
+    monkeypatch.setattr(MistralAttention, "forward", silent)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **WINDOW)).eval()
+    engine = TransformersEngine(model, ("last",), 0)
+    assert "texts of over 24 tokens" in capsys.readouterr().err
     made = engine.batches(SHARED, 10_000)
     longest = [max(len(SHARED[index].ids) for index in batch) for batch in made]
     assert longest[0] <= 24 < longest[1] == 52

@@ -16,7 +16,7 @@ from embrm.cache.verify import verify
 from embrm.cache.writer import CacheWriter
 from embrm.errors import UserError
 from embrm.extract import run
-from embrm.extract.engine import read
+from embrm.extract.engine import read, read_shards
 from embrm.extract.run import ExtractSpec, extract, plan, prepare
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
@@ -195,14 +195,14 @@ def test_the_model_reads_on_while_a_shard_is_written(
         assert index == 5 or reading.acquire(timeout=20)  # the last has nobody to wait for
         write(writer, index, *rows)
 
-    def note_and_read(engine, requests, *more):
-        if requests[0].ids.tolist() != first.tolist():
-            reading.release()
-        return read(engine, requests, *more)
+    def read_and_note(*given):
+        for number, answer in enumerate(read_shards(*given)):
+            if number:
+                reading.release()
+            yield answer
 
-    first = prepare(spec_of(world)).encoded[0].ids
     monkeypatch.setattr(CacheWriter, "write_shard", wait_then_write)
-    monkeypatch.setattr(run, "read", note_and_read)
+    monkeypatch.setattr(run, "read_shards", read_and_note)
     make(world, tmp_path / "out")
     assert content(tmp_path / "out") == content(cache)
 
@@ -210,19 +210,24 @@ def test_the_model_reads_on_while_a_shard_is_written(
 def test_what_stops_the_writer_stops_the_model(
     world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reads, write = [], CacheWriter.write_shard
+    shards, write = [], CacheWriter.write_shard
 
     def fill_the_disk(writer, index, *rows):
         if index == 1:
             raise UserError("disk full")
         write(writer, index, *rows)
 
+    def read_and_note(*given):
+        for answer in read_shards(*given):
+            shards.append(answer)
+            yield answer
+
     with monkeypatch.context() as patch:
         patch.setattr(CacheWriter, "write_shard", fill_the_disk)
-        patch.setattr(run, "read", lambda *given: reads.append(1) or read(*given))
+        patch.setattr(run, "read_shards", read_and_note)
         with pytest.raises(UserError, match="disk full"):
             make(world, tmp_path / "out")
-    assert len(reads) == 3  # the shard before, the one that failed, and the one read meanwhile
+    assert len(shards) == 3  # the shard before, the one that failed, and the one read meanwhile
     make(world, tmp_path / "out")
     assert content(tmp_path / "out") == content(cache)
 

@@ -166,8 +166,9 @@ def load(folder: Path, **options: Any) -> VllmEngine:
 
 
 def assert_parity(engine: VllmEngine, folder: Path) -> None:
-    found = engine.forward(requests())
-    expected = load_engine(folder, dtype="float32", device="cpu", **WANTED).forward(requests())
+    found = next(engine.forward([requests()]))
+    reference = load_engine(folder, dtype="float32", device="cpu", **WANTED)
+    expected = next(reference.forward([requests()]))
     assert torch.equal(found.targets, expected.targets)
     assert pytest.approx(expected.S, abs=1e-4) == found.S
     pairs = [(found.token_states, expected.token_states)]
@@ -192,7 +193,7 @@ def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
     # One of the two that begin alike comes second: of 50 tokens in one prompt, 60 in the other.
     expected = [(7, sum(lengths) - 2 * (16 + 32)), (2, 50 + 60)]
     assert engine._llm.calls == expected
-    engine.forward(requests())  # what was read before changes nothing
+    next(engine.forward([requests()]))  # what was read before changes nothing
     assert engine._llm.calls == expected * 2
 
 
@@ -212,7 +213,7 @@ def test_where_the_hook_has_no_place_rows_are_chosen_in_the_driver(
 def test_rows_that_never_come_are_refused(vllm: type[StandIn], folders: dict[str, Path]) -> None:
     vllm.forgets = True
     with pytest.raises(UserError, match="fewer states than tokens for 2 responses"):
-        load(folders["llama-tied"]).forward(requests())
+        next(load(folders["llama-tied"]).forward([requests()]))
 
 
 @pytest.mark.parametrize(
@@ -240,8 +241,9 @@ def test_what_vllm_would_fail_on_is_refused_before(
 ) -> None:
     engine = load(folders["llama-tied"])
     nothing = np.array([], dtype=np.int32)
+    other = Request(np.array(ids, dtype=np.int32), 1, 0, nothing)
     with pytest.raises(UserError, match=line):
-        engine.forward([*requests(), Request(np.array(ids, dtype=np.int32), 1, 0, nothing)])
+        next(engine.forward([[*requests(), other]]))
     assert engine._llm.calls == []
 
 
@@ -256,7 +258,7 @@ def test_what_vllm_says_when_it_fails_comes_in_one_line(
     with pytest.raises(
         UserError, match=r"vLLM stopped .'out of memory'.: finished shards are kept"
     ):
-        engine.forward(requests())
+        next(engine.forward([requests()]))
     monkeypatch.setattr(vllm, "__init__", fail)
     with pytest.raises(UserError, match=r"vLLM does not start with it .'out of memory'."):
         load(folders["llama-tied"])
@@ -271,7 +273,7 @@ def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
     assert asked["dtype"] == "bfloat16"
     assert asked["max_model_len"] == LONGEST
     assert asked["enforce_eager"]
-    assert engine.head.weight.dtype == engine.forward(requests()).token_states.dtype
+    assert engine.head.weight.dtype == next(engine.forward([requests()])).token_states.dtype
     monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
     asked = load(folders["llama-tied"])._llm.arguments
     assert asked["gpu_memory_utilization"] == pytest.approx(0.9 - VOCABULARY * 32 * 4 / 10**6)

@@ -6,7 +6,8 @@ differ by the states themselves.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -127,11 +128,12 @@ def statistics(
     top_logits = torch.empty(len(among), k, dtype=torch.float32, device=device)
     top_ids = torch.empty(len(among), k, dtype=torch.int32, device=device)
     tail_means = states.new_empty(len(among), states.shape[1]) if tail_mean else None
+    among_there = to_device(among, device)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
         first, last = np.searchsorted(among, [part.start, part.stop])
-        wanted = torch.from_numpy(among[first:last] - start).to(device)
         kept = slice(first, last)
+        wanted = among_there[kept] - start
         logits = head.logits(states[part])
         target_logit[part] = logits.gather(1, targets[part, None])[:, 0]
         if k:
@@ -184,7 +186,7 @@ def of_responses(
     own = [first + np.asarray(some) for first, some in zip(firsts, positions, strict=True)]
     among = np.concatenate(own).astype(np.int64)
     found = statistics(head, states, targets, top_k, tail_mean=tail_mean, among=among)
-    at = torch.from_numpy(among).to(states.device)
+    at = to_device(among, states.device)
     rows = {
         "states": states[at],
         "targets": targets[at].int(),
@@ -196,6 +198,15 @@ def of_responses(
     if found.tail_means is not None:
         rows["tail_means"] = found.tail_means
     return found.target_logit - found.logsumexp, rows
+
+
+def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The values on the device; on a GPU by way of pinned memory, as a copy from other memory
+    waits until all that was asked of the GPU before is done."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -242,8 +253,9 @@ class Engine(Protocol):
         """Indices of the requests to read together, each once, as the requests alone decide."""
         ...
 
-    def forward(self, requests: Sequence[Request]) -> Batch:
-        """Read the requests as one batch."""
+    def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
+        """The answer to each batch, in their order. It may begin to read the next batch before it
+        gives the answer to one."""
         ...
 
 
@@ -291,18 +303,48 @@ def read(
     batch_tokens: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Batch:
-    """Read any number of requests, in the engine's batches of at most `batch_tokens` tokens,
-    padding included (a longer request is read alone). Results are in the order of the requests.
+    """Read any number of requests: see `read_shards`."""
+    [(_, answer)] = read_shards(engine, [requests], batch_tokens, advance)
+    return answer
 
-    `advance` is told the tokens of each finished batch.
+
+def read_shards(
+    engine: Engine,
+    shards: Iterable[Sequence[Request]],
+    batch_tokens: int,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Iterator[tuple[Sequence[Request], Batch]]:
+    """The requests of each shard, and the answer to all of them in their order.
+
+    They are read in the engine's batches of at most `batch_tokens` tokens, padding included (a
+    longer request is read alone); no batch has requests of two shards, but the engine may read the
+    first of the next shard while the caller has this one. `advance` is told the tokens of each
+    finished batch.
     """
-    lengths = [len(request.ids) for request in requests]
-    order: list[int] = []
+    asked: deque[tuple[Sequence[Request], list[list[int]]]] = deque()
+
+    def batches() -> Iterator[list[Request]]:
+        for requests in shards:
+            asked.append((requests, engine.batches(requests, batch_tokens)))
+            for batch in asked[-1][1]:
+                yield [requests[index] for index in batch]
+
     parts: list[Batch] = []
-    for batch in engine.batches(requests, batch_tokens):
-        parts.append(engine.forward([requests[index] for index in batch]))
-        order.extend(batch)
-        advance(sum(lengths[index] for index in batch))
+    for part in engine.forward(batches()):
+        requests, order = asked[0]
+        advance(sum(len(requests[index].ids) for index in order[len(parts)]))
+        parts.append(part)
+        if len(parts) == len(order):
+            yield requests, _in_order(requests, order, parts)
+            asked.popleft()
+            parts = []
+
+
+def _in_order(
+    requests: Sequence[Request], batches: Sequence[Sequence[int]], parts: Sequence[Batch]
+) -> Batch:
+    """The answers to batches of requests, given by their indices, as one in the requests' order."""
+    order = [index for batch in batches for index in batch]
     back = torch.from_numpy(np.argsort(order))
     owner = np.repeat(order, [len(requests[index].positions) for index in order])
     back_tokens = torch.from_numpy(np.argsort(owner, kind="stable"))

@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from embrm.extract.engine import Request
+from embrm.extract.engine import Request, to_device
 
 ATTENTION = "embrm-packed"
 """The name under which transformers finds `_attend`."""
@@ -79,14 +79,14 @@ class Packed:
         device = self.ids.device
 
         def firsts(counts: npt.NDArray[np.int64]) -> Tensor:
-            return torch.from_numpy(np.cumsum([0, *counts], dtype=np.int32)).to(device)
+            return to_device(np.cumsum([0, *counts], dtype=np.int32), device)
 
         return _Offsets(
             firsts(queries),
             firsts(keys),
             int(queries.max()),
             int(keys.max()),
-            torch.from_numpy(np.concatenate(places)).to(device),
+            to_device(np.concatenate(places), device),
         )
 
 
@@ -113,8 +113,8 @@ def pack(requests: Sequence[Request], device: torch.device) -> Packed:
         for index in group:
             places[index] = np.concatenate([prompt, add(requests[index].ids[shared:], begin, end)])
     return Packed(
-        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None].to(device),
-        torch.from_numpy(np.concatenate(positions))[None].to(device),
+        to_device(np.concatenate(ids).astype(np.int64)[None], device),
+        to_device(np.concatenate(positions)[None], device),
         tuple(segments),
         places,
     )
@@ -171,22 +171,30 @@ def _attend(
     packed: Packed,
     scaling: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
+    windows: list[int | None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the texts of a packed sequence. query: [1, heads, T, d]; key, value: [1,
     heads or a divisor, T, d]; returns [1, T, heads, d].
 
     softcap: scores become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2).
+    sliding_window: how many keys a query sees, its own the last of them; None: all before it.
+    windows: where every layer notes its own.
     """
+    if windows is not None:
+        windows.append(sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
-        return _attend_at_once(query, key, value, packed.offsets, scaling), None
+        out = _attend_at_once(query, key, value, packed.offsets, scaling, sliding_window)
+        return out, None
     parts = []
     for start, stop, begin, end in packed.segments:
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
         shared = end - begin
+        window = sliding_window if sliding_window and sliding_window < shared + stop - start else 0
         # A causal kernel skips what a mask computes in vain: with a prompt that is shorter than
         # the rest, to ask for the prompt's rows again costs less than a mask.
-        again = 0 < shared < stop - start and softcap is None
+        again = 0 < shared < stop - start and softcap is None and not window
         if shared:
             k, v = (
                 torch.cat([tensor[:, :, begin:end], own], dim=2)
@@ -195,9 +203,9 @@ def _attend(
         if again:
             q = torch.cat([query[:, :, begin:end], q], dim=2)
         if softcap is not None:
-            parts.append(_capped(q, k, v, _causal(q, k), scaling, softcap))
+            parts.append(_capped(q, k, v, _causal(q, k, window), scaling, softcap))
             continue
-        mask = _causal(q, k) if shared and not again else None
+        mask = _causal(q, k, window) if window or (shared and not again) else None
         out = scaled_dot_product_attention(
             q,
             k,
@@ -211,15 +219,20 @@ def _attend(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    """bool [queries, keys]: what queries see, the last of them every key."""
+def _causal(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """bool [queries, keys]: what queries see, the last of them every key, or `window` if any."""
     queries, keys = query.shape[2], key.shape[2]
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-    return mask.tril(keys - queries)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return mask.triu(keys - queries - window + 1) if window else mask
 
 
 def _attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, offsets: _Offsets, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: _Offsets,
+    scaling: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """All segments in one call to flash attention, which a GPU has in half precision."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -232,7 +245,8 @@ def _attend_at_once(
         offsets.most_queries,
         offsets.most_keys,
         scale=scaling,
-        window_size=(-1, 0),  # causal, aligned at the last key
+        # Keys before a query, none after it (causal, aligned at the last key); -1: no limit.
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
     assert isinstance(out, Tensor)

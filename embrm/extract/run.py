@@ -3,6 +3,7 @@
 import hashlib
 import operator
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from embrm.extract.engine import (
     Request,
     predicting_positions,
     read,
+    read_shards,
     token_positions,
 )
 from embrm.extract.parts import Share
@@ -424,15 +426,15 @@ def fill(
             # Leaving the block, however it ends, waits for the shard in flight.
             writing: Future[None] = thread.submit(lambda: None)
             waited = 0.0
-            for index in shards:
-                if index not in writer.done:
-                    requests = prepared.requests(ranges[index])
-                    batch = read(engine, requests, batch_tokens, bar.advance)
-                    start = time.perf_counter()
-                    writing.result()
-                    waited += time.perf_counter() - start
-                    shard = _shard(prepared, ranges[index], requests, batch)
-                    writing = thread.submit(writer.write_shard, index, *shard)
+            left = [index for index in shards if index not in writer.done]
+            asked = (prepared.requests(ranges[index]) for index in left)
+            answers = read_shards(engine, asked, batch_tokens, bar.advance)
+            for index, (requests, batch) in zip(left, answers, strict=True):
+                start = time.perf_counter()
+                writing.result()
+                waited += time.perf_counter() - start
+                shard = _shard(prepared, ranges[index], requests, batch)
+                writing = thread.submit(writer.write_shard, index, *shard)
             writing.result()
         writer.finish()
     return waited
@@ -497,7 +499,7 @@ def engine_for(
 
 
 def _shard(
-    prepared: Prepared, rows: range, requests: list[Request], batch: Batch
+    prepared: Prepared, rows: range, requests: Sequence[Request], batch: Batch
 ) -> tuple[ShardRows, TokenRows | None]:
     encoded = [prepared.encoded[row] for row in rows]
     responses = prepared.dataset.responses[rows.start : rows.stop]

@@ -2,7 +2,8 @@
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from embrm.extract.engine import (
     by_length,
     of_responses,
     predicting_positions,
+    to_device,
 )
 from embrm.extract.packing import pack
 from embrm.extract.tokens import reason_of
@@ -33,6 +35,12 @@ from embrm.files import sha256
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative difference that the order of arithmetic alone may cause, per dtype."""
+
+_ARITHMETIC = {
+    "bfloat16": {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"},
+    "float16": {"avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"},
+}
+"""What a processor with arithmetic in these dtypes has, by torch's names, one of them at least."""
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -138,6 +146,8 @@ def load_model(
     Raises: UserError when the device is absent or too small, or weights are missing or damaged.
     """
     chosen = find_device(device)
+    if chosen.type == "cpu":
+        _warn_of_emulation(dtype)
     remote = _remote(trust_remote_code)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote)
     transformers_logging.disable_progress_bar()
@@ -178,6 +188,16 @@ def attention(config: Any) -> dict[str, str]:
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return {"attn_implementation": "eager"} if capped else {}
+
+
+def _warn_of_emulation(dtype: str) -> None:
+    has = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    if dtype in _ARITHMETIC and not has & _ARITHMETIC[dtype]:
+        print(
+            f"warning: dtype = {dtype!r}: this processor has no arithmetic in it, and by way of "
+            "float32 it can take many times as long: add --dtype float32",
+            file=sys.stderr,
+        )
 
 
 def _remote(trust_remote_code: bool) -> dict[str, bool]:
@@ -280,6 +300,12 @@ class TransformersEngine:
                 f"response: packed, {why_not}",
                 file=sys.stderr,
             )
+        elif self._longest_packed < sys.maxsize:
+            print(
+                f"warning: texts of over {self._longest_packed:,} tokens, the reach of "
+                f"{type(model).__name__}'s attention, are read padded and each with its prompt",
+                file=sys.stderr,
+            )
         self.environment["batches"] = "padded" if why_not else "packed"
 
     def compile(self) -> None:
@@ -315,9 +341,21 @@ class TransformersEngine:
             *([rest[index] for index in batch] for batch in alike),
         ]
 
-    @torch.inference_mode()
-    def forward(self, requests: Sequence[Request]) -> Batch:
-        """Read requests as one batch: packed, or right-padded where one is too long for that."""
+    def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
+        """Read each batch packed, or right-padded where a text is too long for that.
+
+        While the answer to one batch is copied and handed on, a GPU reads the next.
+        """
+        before: _Answer | None = None
+        for requests in batches:
+            begun = self._begin(requests)
+            if before:
+                yield before.batch()
+            before = begun
+        if before:
+            yield before.batch()
+
+    def _begin(self, requests: Sequence[Request]) -> "_Answer":
         try:
             return self._read(requests)
         except torch.OutOfMemoryError:
@@ -332,7 +370,8 @@ class TransformersEngine:
                 "again without --compile; finished shards are kept"
             ) from None
 
-    def _read(self, requests: Sequence[Request]) -> Batch:
+    @torch.inference_mode()
+    def _read(self, requests: Sequence[Request]) -> "_Answer":
         hidden, places = self.hidden(requests)
         post, dtype = hidden["last"], self.head.weight.dtype
         entries = list(zip(requests, places, strict=True))
@@ -355,28 +394,15 @@ class TransformersEngine:
             self._top_k,
             tail_mean=self._tail_mean,
         )
-        found = _to_cpu(
+        return _Answer.copied(
             {
                 **{f"state {view}": state.to(dtype) for view, state in pooled.items()},
                 **{f"norm {view}": state.float().norm(dim=1) for view, state in pooled.items()},
                 "terms": terms,
                 **rows,
-            }
-        )
-        terms = found["terms"].double()
-        return Batch(
-            states={view: found[f"state {view}"] for view in self._views},
-            norms={view: found[f"norm {view}"] for view in self._views},
-            S=np.array([float(part.sum()) for part in terms.split([*map(len, spans)])]),
-            token_states=found["states"],
-            targets=found["targets"],
-            tokens=TokenStatistics(
-                found["target_logit"],
-                found["logsumexp"],
-                found["top_logits"],
-                found["top_ids"],
-                found.get("tail_means"),
-            ),
+            },
+            self._views,
+            [*map(len, spans)],
         )
 
     @torch.inference_mode()
@@ -399,7 +425,7 @@ class TransformersEngine:
         else:
             self._attend_by(self._own_attention)
             ids, places = padded(requests)
-            hidden = self._hidden(ids.to(device))
+            hidden = self._hidden(to_device(ids.numpy(), device))
         return {view: states.flatten(0, 1) for view, states in hidden.items()}, places
 
     def _attend_by(self, implementation: str) -> None:
@@ -488,32 +514,92 @@ class TransformersEngine:
         none = np.empty(0, np.int32)
         requests = [Request(text, prompt, len(text) - 1, none) for text, prompt in texts]
         alone = torch.cat([self.hidden([request])[0]["last"] for request in requests])
-        # A sliding window or a chunk of attention is a mask, which packed attention does not have:
-        # up to its length it hides nothing.
-        windows = [
-            getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
-        ]
-        self._longest_packed = min((size for size in windows if size), default=sys.maxsize)
         reason = None
+        windows: list[int | None] = []
         try:
-            hidden, places = self.hidden(requests)
+            packed = pack(requests, self.model.device)
+            self._attend_by(packing.ATTENTION)
+            hidden = self._hidden(
+                packed.ids, position_ids=packed.positions, packed=packed, windows=windows
+            )["last"][0]
             # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
             # than these texts.
             if getattr(config, "attn_temperature_tuning", False):
                 reason = "a token's attention would depend on where its text is packed"
-            elif not self._close(hidden["last"][np.concatenate(places)], alone):
+            elif not self._close(hidden[np.concatenate(packed.places)], alone):
                 reason = "a token's state would depend on other texts"
         except Exception as error:  # whatever a model says that cannot take packed texts
             reason = reason_of(error)
         if reason:
-            self._longest_packed = 0
             self._attend_by(self._own_attention)
+        else:
+            self._longest_packed = _longest_packed(config, windows)
         return reason
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         limit = TOLERANCE[str(self.head.weight.dtype).removeprefix("torch.")]
         error = (found.float() - expected.float()).abs().max()
         return bool(error <= limit * expected.float().abs().max())
+
+
+def _longest_packed(config: Any, windows: Sequence[int | None]) -> int:
+    """Tokens of the longest text that attends packed as it does alone.
+
+    windows: the sliding window that each layer in turn has handed to packed attention, which cuts
+    it. A window that the model applies in its mask only is not seen there, nor is a chunk
+    (Llama 4): up to its length it hides nothing.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
+    handed = [window if kind == "sliding_attention" else None for kind in kinds]
+    hidden = None if [*windows] == handed else window
+    chunk = getattr(config, "attention_chunk_size", None)
+    return min((size for size in (hidden, chunk) if size), default=sys.maxsize)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A batch on its way from the device: `found` is complete once `arrived` has happened (None:
+    it is). terms: log p of every predicted token, of each request as many as `spans` says."""
+
+    found: dict[str, Tensor]
+    views: tuple[str, ...]
+    spans: list[int]
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def copied(
+        cls, tensors: dict[str, Tensor], views: tuple[str, ...], spans: list[int]
+    ) -> "_Answer":
+        """Copy the tensors to the CPU: from a GPU into pinned memory, without waiting for it."""
+        on_gpu = tensors["terms"].is_cuda
+        found = {name: each.to("cpu", non_blocking=on_gpu) for name, each in tensors.items()}
+        arrived = None
+        if on_gpu:
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(tensors["terms"].device))
+        return cls(found, views, spans, arrived)
+
+    def batch(self) -> Batch:
+        """Wait for the copies, and sum the terms to S."""
+        if self.arrived:
+            self.arrived.synchronize()
+        found = self.found
+        terms = found["terms"].double()
+        return Batch(
+            states={view: found[f"state {view}"] for view in self.views},
+            norms={view: found[f"norm {view}"] for view in self.views},
+            S=np.array([float(part.sum()) for part in terms.split(self.spans)]),
+            token_states=found["states"],
+            targets=found["targets"],
+            tokens=TokenStatistics(
+                found["target_logit"],
+                found["logsumexp"],
+                found["top_logits"],
+                found["top_ids"],
+                found.get("tail_means"),
+            ),
+        )
 
 
 def padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int64]]]:
@@ -530,19 +616,12 @@ def padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int
 
 
 def _joined(parts: Sequence[npt.NDArray[Any]], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device)
+    return to_device(np.concatenate(parts).astype(np.int64), device)
 
 
 def _mean(states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
-    return states[torch.from_numpy(places).to(states.device)].float().mean(0)
-
-
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU. From a GPU all are copied at once, into pinned memory."""
-    copies = {n: tensor.to("cpu", non_blocking=tensor.is_cuda) for n, tensor in tensors.items()}
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-    return copies
+    """Over a response, whose tokens stand side by side, packed or padded."""
+    return states[int(places[0]) : int(places[-1]) + 1].float().mean(0)
 
 
 def _device_name(device: torch.device) -> str:

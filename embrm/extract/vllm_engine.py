@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -217,12 +217,15 @@ class VllmEngine:
         """One call each, with the responses of a prompt together."""
         return packing.batches(requests, batch_tokens)
 
-    def forward(self, requests: Sequence[Request]) -> Batch:
-        """Read the requests in one call; vLLM forms its own batches inside it.
+    def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
+        """Read each batch in one call; vLLM forms its own batches inside it.
 
         Responses of one prompt are neighbours and share its states by prefix caching. Where the
         shared prefix holds a row that is needed, the request is read again without it.
         """
+        return map(self._answer, batches)
+
+    def _answer(self, requests: Sequence[Request]) -> Batch:
         self._refuse_unreadable(requests)
         # What was read before must not decide which rows are computed together.
         self._llm.reset_prefix_cache()

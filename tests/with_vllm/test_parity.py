@@ -91,7 +91,7 @@ def vllm_engine(folder: Path, **settings: Any) -> Iterator[VllmEngine]:
 
 def reference(folder: Path, dtype: str = "float32") -> Batch:
     engine: Engine = load_engine(folder, dtype=dtype, device="cpu", **WANTED)
-    return engine.forward(requests())
+    return next(engine.forward([requests()]))
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -151,8 +151,8 @@ def test_float32_parity(
         max_num_batched_tokens=step,
     ) as engine:
         count_rows(engine, calls)
-        found = tensors(engine.forward(requests()))
-        engine.forward(requests())
+        found = tensors(next(engine.forward([requests()])))
+        next(engine.forward([requests()]))
         assert engine.environment["rows"] == "selected in the worker"
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]  # nothing cached is left
     expected = tensors(reference(folders[family]))
@@ -178,7 +178,7 @@ def test_bfloat16_parity(tmp_path: Path, family: str) -> None:
     """Weights less wild than for float32: with those, rounding alone moves states further."""
     folder = save_config(tmp_path, FAMILIES[family], tokenizer(), noise=0.1)
     with vllm_engine(folder, dtype="bfloat16") as engine:
-        found = engine.forward(requests())
+        found = next(engine.forward([requests()]))
     expected = reference(folder, "bfloat16")
     for view in WANTED["views"]:
         assert found.states[view].dtype == torch.bfloat16
@@ -195,7 +195,7 @@ def test_tensor_parallel_parity(folders: dict[str, Path], monkeypatch: pytest.Mo
     # By itself the CPU build wants a NUMA node for each of the two workers.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with vllm_engine(folders["llama"], tensor_parallel=2) as engine:
-        found = tensors(engine.forward(requests()))
+        found = tensors(next(engine.forward([requests()])))
         assert engine.environment["tensor_parallel"] == 2
     for name, values in tensors(reference(folders["llama"])).items():
         assert (found[name].double() - values.double()).abs().max() < 1e-4, name
@@ -208,7 +208,7 @@ def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
     calls: list[tuple[int, int]] = []
     with vllm_engine(folders["llama"]) as engine:
         count_rows(engine, calls)
-        found = tensors(engine.forward(requests()))
+        found = tensors(next(engine.forward([requests()])))
         assert engine.environment["rows"] == "selected in the driver"
     assert "every state crosses processes" in capsys.readouterr().err
     assert calls == expected_rows()
