@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from extract_models import save_model, tokenizer
 from test_extract_run import make, spec_of, world, write_pairs
+from typer.testing import CliRunner
 
 from embrm.cache.manifest import FileEntry, read_manifest, write_manifest
+from embrm.cli import app
 from embrm.errors import UserError
 from embrm.extract.probe import probe
 from embrm.files import sha256
@@ -82,6 +84,24 @@ def test_a_cache_that_says_other_numbers_fails(
     for entry in result.deviations:
         assert (entry.relative > 1e-4) == (entry.quantity == quantity)
         assert bool(entry.orders_changed) == (entry.quantity == quantity)
+
+
+def test_the_command_says_whether_a_cache_is_within_the_tolerance(
+    cache: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(cache, tmp_path / "other"))
+    _tamper(other, _shifted_sums)
+    words = ["cache", "probe", "--sample", "8", "--device", "cpu"]
+    sound, broken = (CliRunner().invoke(app, [*words, str(folder)]) for folder in (cache, other))
+    assert sound.output.splitlines()[-1] == (
+        "every relative error is within the tolerance of float32, 0.0001"
+    )
+    assert "within" not in broken.output
+    assert isinstance(broken.exception, UserError)
+    assert "a relative error is over the tolerance of float32, 0.0001" in str(broken.exception)
+    for folder, within in ((cache, True), (other, False)):
+        done = CliRunner().invoke(app, [*words, str(folder), "--json"])
+        assert json.loads(done.stdout)["within_tolerance"] is within
 
 
 def test_other_weights_or_data_are_refused(tmp_path: Path) -> None:

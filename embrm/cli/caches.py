@@ -203,20 +203,21 @@ def cache_probe(
     chosen = cast("EngineName | None", engine)
     result = probe(folder, sample=sample, device=device or "auto", engine=chosen)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result), indent=1))
+        verdict = {"within_tolerance": result.within_tolerance}
+        print(json.dumps(dataclasses.asdict(result) | verdict, indent=1))
     else:
         rows = [dataclasses.asdict(entry) for entry in result.deviations]
         print_table(filled(rows, "n/a"))
         changed = max(entry.orders_changed or 0 for entry in result.deviations)
         print(
             f"{result.responses} responses, {result.pairs} pairs, made by {result.made_by}, read "
-            f"by {result.engine}: order changed in {changed}; "
-            f"relative tolerance of {result.dtype}: {result.tolerance:g}"
+            f"by {result.engine}: order changed in {changed}"
         )
+    limit = f"the tolerance of {result.dtype}, {result.tolerance:g}"
     if not result.within_tolerance:
-        raise UserError(
-            f"{folder}: states, S or logsumexp differ by more than the tolerance: see above"
-        )
+        raise UserError(f"{folder}: a relative error is over {limit}: see above")
+    if not as_json:
+        print(f"every relative error is within {limit}")
 
 
 def _probe_estimators(folder: Path, sample: int, target: float, as_json: bool) -> None:
