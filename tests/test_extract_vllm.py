@@ -391,7 +391,9 @@ def test_views_inside_the_model_are_refused(world: dict[str, str], view: str) ->
         ("0.32.1", True, "cpu", ["last"], "transformers"),
         ("0.32.1", True, "auto", ["prenorm"], "transformers"),
         ("0.32.1", False, "auto", ["last"], "transformers"),
-        ("0.33.0", True, "auto", ["last"], "transformers"),
+        ("0.33.0", False, "auto", ["last"], "transformers"),
+        ("0.33.0", True, "cpu", ["last"], "transformers"),
+        ("0.33.0", True, "auto", ["prenorm"], "transformers"),
         (None, True, "auto", ["last"], "transformers"),
     ],
 )
@@ -403,10 +405,33 @@ def test_auto_is_vllm_where_it_is_sure_to_do(
     device: str,
     views: list[str],
     engine: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(vllm_engine, "installed_version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert with_engine(spec_of(world, states=views), device).engine == engine
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        ("0.33.1", "--engine vllm takes it all the same"),
+        ("0.31.2", "install vllm==0.32.*"),
+    ],
+)
+def test_auto_says_why_it_leaves_another_version_alone(
+    world: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    version: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(vllm_engine, "installed_version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert with_engine(spec_of(world), "auto").engine == "transformers"
+    warned = f"warning: vLLM {version} is installed, embrm is tested with 0.32: reading with "
+    assert capsys.readouterr().err == f"{warned}transformers; {remedy}\n"
 
 
 @pytest.mark.usefixtures("vllm")

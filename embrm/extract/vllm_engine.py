@@ -46,10 +46,26 @@ def installed_version() -> str | None:
 
 
 def usable(views: Sequence[str]) -> bool:
-    """Whether vLLM is the engine to take unasked: the tested version, on CUDA, with the views."""
+    """Whether vLLM is the engine to take unasked: the tested version, on CUDA, with the views.
+
+    Where only the version is another, a line on stderr says so: what reads instead is slower.
+    """
     found = installed_version()
-    tested = found is not None and _release(found) == _release(_TESTED)
-    return tested and set(views) <= set(VIEWS) and torch.cuda.is_available()
+    if found is None or not set(views) <= set(VIEWS) or not torch.cuda.is_available():
+        return False
+    if _release(found) == _release(_TESTED):
+        return True
+    remedy = (
+        "--engine vllm takes it all the same"
+        if _release(found) > _release(_TESTED)
+        else f"install vllm=={_TESTED}.*"
+    )
+    print(
+        f"warning: vLLM {found} is installed, embrm is tested with {_TESTED}: reading with "
+        f"transformers; {remedy}",
+        file=sys.stderr,
+    )
+    return False
 
 
 def refuse_unusable(views: Sequence[str]) -> None:
