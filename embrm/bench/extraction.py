@@ -19,7 +19,7 @@ from embrm.data.sources import parse_source
 from embrm.errors import UserError
 from embrm.extract.engine import Engine, Request, by_length, predicting_positions, read
 from embrm.extract.probe import BATCH_TOKENS
-from embrm.extract.run import ExtractSpec, Prepared, fill, prepare
+from embrm.extract.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
 from embrm.extract.transformers_engine import TransformersEngine, load_engine, padded
 from embrm.extract.vllm_engine import installed_version, load_vllm
 from embrm.files import write_bytes
@@ -121,7 +121,7 @@ def measure_extraction(
                 rows = [{"engine": "vllm", "left out": str(error)}]
             yield "vllm", rows
         some = spec.model_copy(update={"limit": max(1, responses // 2)})
-        yield "writer", _writer(bench, some, device, here / "cache")
+        yield "writer", _writer(bench, prepare(some), here / "cache")
 
 
 def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
@@ -324,38 +324,45 @@ def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[di
     ]
 
 
-def _writer(bench: _Bench, spec: ExtractSpec, device: str, out: Path) -> list[dict[str, Any]]:
-    """A whole extraction in eight shards, and all of it but writing: "times" is the overhead,
-    "waited" the share of its seconds in which the engine waited for a shard to be written."""
-    shard_rows = max(1, len(prepare(spec).encoded) // 8)
-    folders = (out.with_name(f"{out.name}-{number}") for number in itertools.count())
+def _writer(bench: _Bench, prepared: Prepared, out: Path) -> list[dict[str, Any]]:
+    """An extraction with data and model at hand, and its shards read without anything written:
+    "times" is what tables, LM head and shards cost. Shards are an extraction's own, or eight.
 
+    "waited" is the share of a run's seconds, the median over rounds, in which the thread that
+    reads, done with a shard, waited until the one before was written. Not in it, but in "times":
+    writing the last shard, when nothing is left to read; tables and LM head; and what the writing
+    thread takes from a model on the CPU.
+    """
+    rows = len(prepared.encoded)
+    shard_rows = min(SHARD_ROWS, -(-rows // 8))
+    folders = (out.with_name(f"{out.name}-{number}") for number in itertools.count())
     waits: list[float] = []
 
-    def loaded() -> tuple[Prepared, TransformersEngine]:
-        prepared = prepare(spec)
-        return prepared, load_engine(
-            prepared.folder, dtype=spec.dtype, device=device, top_k=spec.top_k
-        )
-
     def unwritten() -> None:
-        prepared, engine = loaded()
-        for first in range(0, len(prepared.encoded), shard_rows):
-            rows = range(first, min(first + shard_rows, len(prepared.encoded)))
-            read(engine, prepared.requests(rows), bench.budget)
+        for first in range(0, rows, shard_rows):
+            shard = range(first, min(first + shard_rows, rows))
+            read(bench.engine, prepared.requests(shard), bench.budget)
 
     def written() -> None:
-        out, budget = next(folders), bench.budget
-        waits.append(fill(*loaded(), out, batch_tokens=budget, shard_rows=shard_rows))
+        start = time.perf_counter()
+        waited = fill(
+            prepared,
+            bench.engine,
+            next(folders),
+            batch_tokens=bench.budget,
+            shard_rows=shard_rows,
+        )
+        waits.append(waited / (time.perf_counter() - start))
 
-    ways = {"without writing": unwritten, "extract": written}
-    done = _timed(bench, ways, beside="without writing")
+    done = _timed(
+        bench, {"without writing": unwritten, "extract": written}, beside="without writing"
+    )
     return [
         {
             "way": way,
             "seconds": seconds,
             "times": times,
-            "waited": min(waits) / seconds if way == "extract" else 0.0,
+            "waited": float(np.median(waits)) if way == "extract" else 0.0,
         }
         for way, (seconds, _, times) in done.items()
     ]
