@@ -1,11 +1,12 @@
 """The extraction benchmark at a tiny size: it runs to the end, and its figures fit together."""
 
+import json
 from pathlib import Path
 
 import pytest
 from extract_models import save_model, tokenizer
 
-from embrm.bench.extraction import PER_PROMPT, Size, measure_extraction
+from embrm.bench.extraction import PER_PROMPT, Size, made_model, measure_extraction
 from embrm.errors import UserError
 
 
@@ -39,6 +40,20 @@ def test_the_figures_fit_together(tmp_path: Path) -> None:
     assert unwritten["waited"] == 0 <= written["waited"] < 1
     assert written["times"] == pytest.approx(written["seconds"] / unwritten["seconds"])
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden", "heads", "shared"),
+    [(64, 256, 1, 1), (512, 1536, 8, 2), (576, 1536, 9, 1), (1024, 2816, 16, 4)],
+)
+def test_the_made_up_model_has_todays_shapes(
+    tmp_path: Path, width: int, hidden: int, heads: int, shared: int
+) -> None:
+    folder = made_model(tmp_path, Size(width, 1, 1100))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["intermediate_size"] == hidden
+    assert config["num_attention_heads"] == heads
+    assert config["num_key_value_heads"] == shared
 
 
 def test_a_vllm_that_cannot_be_used_is_left_out_and_says_why(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -472,7 +473,11 @@ def made_pairs(path: Path, responses: int) -> Path:
 
 
 def made_model(folder: Path, size: Size) -> Path:
-    """A Llama with random weights, and a tokenizer of a token a word."""
+    """A Llama with random weights, and a tokenizer of a token a word.
+
+    As in today's models, matrices have the sides that a GPU's kernels are fast with, and four heads
+    share their keys and values where the heads are so many.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -482,13 +487,15 @@ def made_model(folder: Path, size: Size) -> Path:
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
     torch.manual_seed(0)
+    heads = size.width // _HEAD_WIDTH
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.width,
-        intermediate_size=8 * size.width // 3,
+        # Llama's rule: 8/3 of the width, up to a multiple of 256.
+        intermediate_size=-(-8 * size.width // (3 * 256)) * 256,
         num_hidden_layers=size.layers,
-        num_attention_heads=size.width // _HEAD_WIDTH,
-        num_key_value_heads=size.width // _HEAD_WIDTH,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, max(1, heads // 4)),
         max_position_embeddings=2048,
         pad_token_id=0,
         bos_token_id=1,
