@@ -393,7 +393,7 @@ def _timed(
                 start = time.perf_counter()
                 ways[way]()
                 if bench.engine.model.device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(bench.engine.model.device)
                 seconds[way].append(time.perf_counter() - start)
                 read_by[way] = slots
                 bar.advance()
@@ -449,7 +449,7 @@ def _peak(weight: Tensor) -> float:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         if weight.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(weight.device)
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / min(seconds)
 
