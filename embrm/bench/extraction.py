@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embrm.data.sources import parse_source
 from embrm.errors import UserError
-from embrm.extract.engine import Engine, Request, by_length, predicting_positions, read
+from embrm.extract.engine import Request, by_length, predicting_positions, read
 from embrm.extract.probe import BATCH_TOKENS
 from embrm.extract.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
 from embrm.extract.transformers_engine import TransformersEngine, load_engine, padded
@@ -37,6 +37,8 @@ _COMPARED = 64
 
 _SCRIPT_TEXTS = 8
 """Texts of a script's batch: what transformers' trainers take unless told otherwise."""
+
+_SAME = "model alone, same batches"
 
 _NO_POSITIONS = np.empty(0, np.int32)
 _LOGIT_ROWS = 2048
@@ -115,14 +117,14 @@ def measure_extraction(
         yield "speed", _speed(bench, requests)
         yield "batches", _batches(bench, requests[:_COMPARED])
         yield "prefix", _prefix(bench, min(responses, _MOST), int(prepared.lengths.max()) // 2)
-        if installed_version():
+        some = spec.model_copy(update={"limit": max(1, responses // 2)})
+        yield "writer", _writer(bench, prepare(some), here / "cache")
+        if installed_version():  # last: it keeps its processes and memory until the program ends
             try:
                 rows = _vllm(bench, prepared, requests)
             except UserError as error:
                 rows = [{"engine": "vllm", "left out": str(error)}]
             yield "vllm", rows
-        some = spec.model_copy(update={"limit": max(1, responses // 2)})
-        yield "writer", _writer(bench, prepare(some), here / "cache")
 
 
 def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
@@ -143,10 +145,6 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         [*range(first, min(first + _SCRIPT_TEXTS, len(bare)))]
         for first in range(0, len(bare), _SCRIPT_TEXTS)
     ]
-
-    def packed(some: Sequence[Request]) -> None:
-        hidden, places = engine.hidden(some)
-        _logits(engine, hidden["last"], places, some)
 
     def in_rows(some: Sequence[Request]) -> None:
         ids, places = padded(some)
@@ -169,16 +167,12 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     def each(
         one: Callable[[Sequence[Request]], None], batches: list[list[int]]
     ) -> Callable[[], None]:
-        def work() -> None:
-            for batch in batches:
-                one([bare[index] for index in batch])
-
-        return work
+        return partial(_each, one, bare, batches)
 
     ways: dict[str, Callable[[], object]] = {
         "engine": lambda: read(engine, bare, budget),
         "engine, 8 token rows": lambda: read(engine, requests, budget),
-        "model alone, same batches": each(packed, own),
+        _SAME: each(partial(_alone, engine), own),
         "model alone, sorted and padded": each(in_rows, by_length(lengths, budget)),
         "model alone, unsorted and padded": each(in_rows, _in_order(lengths, budget)),
         f"model alone, unsorted, {_SCRIPT_TEXTS} a batch": each(in_rows, few),
@@ -186,14 +180,6 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         f"plain script, {_SCRIPT_TEXTS} a batch, padded": each(plainly, few),
     }
     done = _timed(bench, ways, beside="engine")
-    logits = sum(len(predicting_positions(r.n_prompt, len(r.ids))) for r in bare)
-    base = sum(
-        weight.numel()
-        for module in engine.model.base_model.modules()
-        if not isinstance(module, torch.nn.Embedding)
-        for weight in module.parameters(recurse=False)
-        if weight.ndim == 2
-    )
     rows: list[dict[str, Any]] = [
         {
             "way": "limit: a matrix product",
@@ -209,7 +195,6 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     for way, (seconds, slots, times) in done.items():
         # Nothing pads what is packed; only there are prompts shared.
         needed = min(slots, whole)
-        operations = 2 * (base * needed + engine.head.weight.numel() * logits)
         rows.append(
             {
                 "way": way,
@@ -217,8 +202,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
                 "read": slots,
                 "padding": 1 - needed / slots,
                 "times": times,
-                "TFLOP/s": operations / seconds / 1e12,
-                "of peak": operations / seconds / bench.peak,
+                **_utilisation(bench, requests, needed, seconds),
             }
         )
     return rows
@@ -295,9 +279,13 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
 
 
 def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[dict[str, Any]]:
-    """The texts of the part "speed", with token rows, read by both engines: "times" is of the
-    transformers engine's seconds."""
+    """The texts of the part "speed", with token rows, read by both engines, and by the model alone
+    in the batches of the transformers engine: "times" is of the model's seconds. How much vLLM's
+    prefix cache spares is not known here: "of peak" counts, for each row, the products that those
+    batches need."""
     on_cuda = bench.engine.model.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
     settings: dict[str, Any] = {"gpu_memory_utilization": _VLLM_MEMORY} if on_cuda else {}
     other = load_vllm(
         prepared.folder,
@@ -306,20 +294,21 @@ def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[di
         max_length=int(prepared.lengths.max()),
         **settings,
     )
-    engines: dict[str, tuple[Engine, int]] = {
-        "transformers": (bench.engine, bench.budget),
-        "vllm": (other, other.batch_tokens),
-    }
+    own = bench.engine.batches(requests, bench.budget)
     ways: dict[str, Callable[[], object]] = {
-        name: partial(read, engine, requests, budget) for name, (engine, budget) in engines.items()
+        _SAME: partial(_each, partial(_alone, bench.engine), requests, own),
+        "transformers": partial(read, bench.engine, requests, bench.budget),
+        "vllm": partial(read, other, requests, other.batch_tokens),
     }
-    done = _timed(bench, ways, beside="transformers")
+    done = _timed(bench, ways, beside=_SAME)
     whole = sum(len(request.ids) for request in requests)
+    _, slots, _ = done[_SAME]
     return [
         {
             "engine": way,
             "tokens/s": whole / seconds,
             "times": times,
+            **_utilisation(bench, requests, min(slots, whole), seconds),
         }
         for way, (seconds, _, times) in done.items()
     ]
@@ -402,6 +391,38 @@ def _timed(
         way: (min(own), read_by[way], float(np.median(np.divide(own, seconds[beside]))))
         for way, own in seconds.items()
     }
+
+
+def _utilisation(
+    bench: _Bench, requests: Sequence[Request], tokens: int, seconds: float
+) -> dict[str, float]:
+    """Operations a second of the products of weights, and their share of the peak, when `tokens`
+    go through the model and logits are made where they predict the responses."""
+    base = sum(
+        weight.numel()
+        for module in bench.engine.model.base_model.modules()
+        if not isinstance(module, torch.nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim == 2
+    )
+    logits = sum(len(predicting_positions(r.n_prompt, len(r.ids))) for r in requests)
+    rate = 2 * (base * tokens + bench.engine.head.weight.numel() * logits) / seconds
+    return {"TFLOP/s": rate / 1e12, "of peak": rate / bench.peak}
+
+
+def _each(
+    one: Callable[[Sequence[Request]], None],
+    requests: Sequence[Request],
+    batches: Sequence[Sequence[int]],
+) -> None:
+    for batch in batches:
+        one([requests[index] for index in batch])
+
+
+def _alone(engine: TransformersEngine, requests: Sequence[Request]) -> None:
+    """What any user of the model must make of a batch: states, and logits where they predict."""
+    hidden, places = engine.hidden(requests)
+    _logits(engine, hidden["last"], places, requests)
 
 
 def _logits(
