@@ -189,15 +189,18 @@ def test_bfloat16_parity(tmp_path: Path, family: str) -> None:
     assert (found.tokens.logsumexp - expected.tokens.logsumexp).abs().max() < 1e-2
 
 
-def test_tensor_parallel_parity(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the engine in a process of its own too, as it is outside these tests."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_parallel_parity(
+    folders: dict[str, Path], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One family with the engine in a process of its own too, as it is outside these tests."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(family == "llama")))
     # By itself the CPU build wants a NUMA node for each of the two workers.
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    with vllm_engine(folders["llama"], tensor_parallel=2) as engine:
+    with vllm_engine(folders[family], tensor_parallel=2) as engine:
         found = tensors(next(engine.forward([requests()])))
         assert engine.environment["tensor_parallel"] == 2
-    for name, values in tensors(reference(folders["llama"])).items():
+    for name, values in tensors(reference(folders[family])).items():
         assert (found[name].double() - values.double()).abs().max() < 1e-4, name
 
 
