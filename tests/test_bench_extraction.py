@@ -1,13 +1,19 @@
 """The extraction benchmark at a tiny size: it runs to the end, and its figures fit together."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from extract_models import save_model, tokenizer
 
+from embrm.bench import extraction
 from embrm.bench.extraction import PER_PROMPT, Size, made_model, measure_extraction
 from embrm.errors import UserError
+from embrm.extract.engine import Engine
+from embrm.extract.run import Prepared, fill
+from embrm.extract.transformers_engine import load_engine
 
 
 def test_the_figures_fit_together(tmp_path: Path) -> None:
@@ -54,6 +60,35 @@ def test_the_made_up_model_has_todays_shapes(
     assert config["intermediate_size"] == hidden
     assert config["num_attention_heads"] == heads
     assert config["num_key_value_heads"] == shared
+
+
+def test_the_writers_part_times_extractions_of_what_is_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares, found, loads = iter((0.1, 0.7, 0.2)), [], []
+
+    def filled(prepared: Prepared, engine: Engine, out: Path, **options: Any) -> float:
+        start = time.perf_counter()
+        fill(prepared, engine, out, **options)
+        content = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")}
+        found.append((content, options["shard_rows"]))
+        return next(shares) * (time.perf_counter() - start)
+
+    def loaded(*arguments: Any, **options: Any) -> Engine:
+        loads.append(arguments)
+        return load_engine(*arguments, **options)
+
+    monkeypatch.setattr(extraction, "fill", filled)
+    monkeypatch.setattr(extraction, "load_engine", loaded)
+    parts = measure_extraction(
+        tmp_path, device="cpu", responses=20, rounds=3, size=Size(64, 1, 1100)
+    )
+    _, written = dict(parts)["writer"]
+    assert written["waited"] == pytest.approx(0.2, rel=0.1)
+    content, shard_rows = found[0]
+    assert (len(found), len(loads), shard_rows) == (3, 1, 3)
+    assert "manifest.json" in content
+    assert found == [found[0]] * 3
 
 
 def test_a_vllm_that_cannot_be_used_is_left_out_and_says_why(
