@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embrm.data.sources import parse_source
 from embrm.errors import UserError
-from embrm.extract.engine import Request, by_length, predicting_positions, read
+from embrm.extract.engine import Request, by_length, predicting_positions, read, read_shards
 from embrm.extract.probe import BATCH_TOKENS
 from embrm.extract.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
 from embrm.extract.transformers_engine import TransformersEngine, load_engine, padded
@@ -329,9 +329,9 @@ def _writer(bench: _Bench, prepared: Prepared, out: Path) -> list[dict[str, Any]
     waits: list[float] = []
 
     def unwritten() -> None:
-        for first in range(0, rows, shard_rows):
-            shard = range(first, min(first + shard_rows, rows))
-            read(bench.engine, prepared.requests(shard), bench.budget)
+        ranges = (range(i, min(i + shard_rows, rows)) for i in range(0, rows, shard_rows))
+        for _ in read_shards(bench.engine, map(prepared.requests, ranges), bench.budget):
+            pass
 
     def written() -> None:
         start = time.perf_counter()
