@@ -24,6 +24,7 @@ from embrm.extract.engine import (
     Request,
     TokenStatistics,
     by_length,
+    of_responses,
     predicting_positions,
     read,
     read_shards,
@@ -590,6 +591,25 @@ def test_out_of_memory_says_what_to_lower(
     monkeypatch.setattr("embrm.extract.transformers_engine.of_responses", full)
     with pytest.raises(UserError, match=r"out of memory on cpu .*: lower --batch-tokens"):
         next(engine.forward([requests_of()]))
+
+
+def test_a_shard_that_was_read_is_given_before_the_next_one_fails(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(folders["gpt2"], dtype="float32", device="cpu")
+    whole = read(engine, requests_of(), 512).S
+
+    def full(head: LmHead, states: torch.Tensor, *more: Any, **options: Any) -> Any:
+        if len(states) == LENGTHS[2][1]:
+            raise torch.OutOfMemoryError
+        return of_responses(head, states, *more, **options)
+
+    monkeypatch.setattr("embrm.extract.transformers_engine.of_responses", full)
+    answers = read_shards(engine, [requests_of()[:2], requests_of()[2:]], 1)
+    _, first = next(answers)
+    assert np.allclose(first.S, whole[:2])
+    with pytest.raises(UserError, match="out of memory"):
+        next(answers)
 
 
 def test_weights_that_are_not_numbers_are_refused(folders: dict[str, Path]) -> None:

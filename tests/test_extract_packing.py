@@ -1,5 +1,6 @@
 """Packing: what is shared is read once and changes no state; some models cannot be packed."""
 
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    LlamaConfig,
     MambaConfig,
     MistralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -235,6 +238,8 @@ MIXED = WINDOW | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "
         # Whose scores are soft-capped, which is another way through packed attention.
         Gemma2Config(**SIZES | MIXED),
         Gemma3TextConfig(**SIZES | MIXED),
+        # In which it is a stray setting that nothing reads.
+        LlamaConfig(**SIZES, **WINDOW),
     ],
     ids=lambda config: config.model_type,
 )
@@ -250,13 +255,10 @@ def test_a_sliding_window_is_cut_where_texts_are_packed(
     _near_plain(engine, model, SHARED)
 
 
-def test_texts_beyond_a_window_that_attention_is_not_told_of_are_read_padded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def in_the_mask_alone(monkeypatch: pytest.MonkeyPatch) -> PreTrainedConfig:
     forward = MistralAttention.forward
 
-    def silent(self: MistralAttention, *args: Any, **inputs: Any) -> Any:
-        """The window is in the mask alone."""
+    def untold(self: MistralAttention, *args: Any, **inputs: Any) -> Any:
         config, self.config = self.config, copy(self.config)
         self.config.sliding_window = None
         try:
@@ -264,13 +266,26 @@ def test_texts_beyond_a_window_that_attention_is_not_told_of_are_read_padded(
         finally:
             self.config = config
 
-    monkeypatch.setattr(MistralAttention, "forward", silent)
+    monkeypatch.setattr(MistralAttention, "forward", untold)
+    return MistralConfig(**SIZES, **WINDOW)
+
+
+def told_of_but_not_in_the_mask(_: pytest.MonkeyPatch) -> PreTrainedConfig:
+    return OlmoeConfig(**SIZES | {"num_experts": 4, "num_experts_per_tok": 2}, **WINDOW)
+
+
+@pytest.mark.parametrize("made", [in_the_mask_alone, told_of_but_not_in_the_mask])
+def test_texts_beyond_a_window_that_mask_and_attention_disagree_on_are_read_padded(
+    made: Callable[[pytest.MonkeyPatch], PreTrainedConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, **WINDOW)).eval()
+    model = AutoModelForCausalLM.from_config(made(monkeypatch)).eval()
     engine = TransformersEngine(model, ("last",), 0)
     assert "texts of over 24 tokens" in capsys.readouterr().err
-    made = engine.batches(SHARED, 10_000)
-    longest = [max(len(SHARED[index].ids) for index in batch) for batch in made]
+    batched = engine.batches(SHARED, 10_000)
+    longest = [max(len(SHARED[index].ids) for index in batch) for batch in batched]
     assert longest[0] <= 24 < longest[1] == 52
     _near_plain(engine, model, SHARED)
 

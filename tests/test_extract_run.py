@@ -207,13 +207,23 @@ def test_the_model_reads_on_while_a_shard_is_written(
     assert content(tmp_path / "out") == content(cache)
 
 
+@pytest.mark.parametrize(
+    ("fails", "read"),
+    # The shard before, the one that failed, and the one read meanwhile; or the last of six.
+    [(1, 3), (5, 6)],
+)
 def test_what_stops_the_writer_stops_the_model(
-    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: dict[str, str],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: int,
+    read: int,
 ) -> None:
     shards, write = [], CacheWriter.write_shard
 
     def fill_the_disk(writer, index, *rows):
-        if index == 1:
+        if index == fails:
             raise UserError("disk full")
         write(writer, index, *rows)
 
@@ -227,7 +237,7 @@ def test_what_stops_the_writer_stops_the_model(
         patch.setattr(run, "read_shards", read_and_note)
         with pytest.raises(UserError, match="disk full"):
             make(world, tmp_path / "out")
-    assert len(shards) == 3  # the shard before, the one that failed, and the one read meanwhile
+    assert len(shards) == read
     make(world, tmp_path / "out")
     assert content(tmp_path / "out") == content(cache)
 

@@ -335,9 +335,11 @@ def read_shards(
         advance(sum(len(requests[index].ids) for index in order[len(parts)]))
         parts.append(part)
         if len(parts) == len(order):
-            yield requests, _in_order(requests, order, parts)
-            asked.popleft()
+            answer = _in_order(requests, order, parts)
+            # Kept any longer, they would be held beside the answer while it is written.
             parts = []
+            asked.popleft()
+            yield requests, answer
 
 
 def _in_order(

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from embrm.extract.engine import Request, to_device
 
 ATTENTION = "embrm-packed"
 """The name under which transformers finds `_attend`."""
+
+NOTED = "embrm-packed-noted"
+"""The same, for a look at the windows: see `_attend_and_note`."""
 
 _WORTH = 8
 """Tokens of the shortest prompt that is shared: to compute fewer costs less than what sharing adds,
@@ -172,7 +175,6 @@ def _attend(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    windows: list[int | None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within the texts of a packed sequence. query: [1, heads, T, d]; key, value: [1,
@@ -180,10 +182,7 @@ def _attend(
 
     softcap: scores become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2).
     sliding_window: how many keys a query sees, its own the last of them; None: all before it.
-    windows: where every layer notes its own.
     """
-    if windows is not None:
-        windows.append(sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
         out = _attend_at_once(query, key, value, packed.offsets, scaling, sliding_window)
         return out, None
@@ -269,5 +268,30 @@ def _capped(
     return weights.to(query.dtype) @ value
 
 
+def _attend_and_note(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    windows: list[tuple[int | None, int]],
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """`_attend`, which appends to `windows` the window that the model's mask would cut here (None:
+    the model has made no mask) and the one that attention is told of; 0 is none."""
+    masked = None if attention_mask is None else int(attention_mask)
+    windows.append((masked, sliding_window or 0))
+    return _attend(module, query, key, value, None, sliding_window=sliding_window, **more)
+
+
+def _window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor:
+    """In place of a mask, what it would cut: a window or a chunk."""
+    return torch.full((1, 1, 1, 1), local_size or 0)
+
+
 # What it does depends on where each text begins: traced, every batch would be compiled anew.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attend))
+AttentionInterface.register(NOTED, _attend_and_note)
+AttentionMaskInterface.register(NOTED, _window_of_mask)

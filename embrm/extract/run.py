@@ -385,7 +385,8 @@ def fill(
 ) -> float:
     """Make the cache, or the share's part of it, at `out`, or finish it, with a loaded engine.
 
-    Returns the seconds that the engine waited for shards to be written before it read the next.
+    Returns the seconds in which the thread that reads, done with a shard, waited until the one
+    before was written.
     Raises: see `extract`.
     """
     lengths = prepared.lengths

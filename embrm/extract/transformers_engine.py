@@ -29,7 +29,7 @@ from embrm.extract.engine import (
     predicting_positions,
     to_device,
 )
-from embrm.extract.packing import pack
+from embrm.extract.packing import Packed, pack
 from embrm.extract.tokens import reason_of
 from embrm.files import sha256
 
@@ -195,7 +195,7 @@ def _warn_of_emulation(dtype: str) -> None:
     if dtype in _ARITHMETIC and not has & _ARITHMETIC[dtype]:
         print(
             f"warning: dtype = {dtype!r}: this processor has no arithmetic in it, and by way of "
-            "float32 it can take many times as long: add --dtype float32",
+            "float32 it can take many times as long as float32 itself",
             file=sys.stderr,
         )
 
@@ -344,11 +344,17 @@ class TransformersEngine:
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
         """Read each batch packed, or right-padded where a text is too long for that.
 
-        While the answer to one batch is copied and handed on, a GPU reads the next.
+        While the answer to one batch is copied and handed on, a GPU reads the next. Where a model
+        asks for a number in between (padded masks, longrope), it gets to the next later.
         """
         before: _Answer | None = None
         for requests in batches:
-            begun = self._begin(requests)
+            try:
+                begun = self._begin(requests)
+            except UserError:
+                if before:  # the last of a shard, it may be, which is then whole
+                    yield before.batch()
+                raise
             if before:
                 yield before.batch()
             before = begun
@@ -515,26 +521,41 @@ class TransformersEngine:
         requests = [Request(text, prompt, len(text) - 1, none) for text, prompt in texts]
         alone = torch.cat([self.hidden([request])[0]["last"] for request in requests])
         reason = None
-        windows: list[int | None] = []
         try:
             packed = pack(requests, self.model.device)
             self._attend_by(packing.ATTENTION)
-            hidden = self._hidden(
-                packed.ids, position_ids=packed.positions, packed=packed, windows=windows
-            )["last"][0]
+            hidden = self._hidden(packed.ids, position_ids=packed.positions, packed=packed)["last"]
             # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
             # than these texts.
             if getattr(config, "attn_temperature_tuning", False):
                 reason = "a token's attention would depend on where its text is packed"
-            elif not self._close(hidden[np.concatenate(packed.places)], alone):
+            elif not self._close(hidden[0][np.concatenate(packed.places)], alone):
                 reason = "a token's state would depend on other texts"
         except Exception as error:  # whatever a model says that cannot take packed texts
             reason = reason_of(error)
         if reason:
             self._attend_by(self._own_attention)
         else:
-            self._longest_packed = _longest_packed(config, windows)
+            self._longest_packed = self._reach(packed)
         return reason
+
+    def _reach(self, packed: Packed) -> int:
+        """Tokens of the longest text that attends packed as it does alone.
+
+        Packed attention cuts the windows it is told of. A window that is in the model's mask alone
+        it does not, nor a chunk (Llama 4): up to its length that hides nothing.
+        """
+        config = self.model.config.get_text_config()
+        windows: list[tuple[int | None, int]] = []
+        try:
+            self._attend_by(packing.NOTED)
+            self._hidden(packed.ids, position_ids=packed.positions, packed=packed, windows=windows)
+            told = all(masked == own for masked, own in windows)
+        except Exception:  # a model that makes its masks by itself can make anything of another's
+            told = False
+        window = None if told and windows else getattr(config, "sliding_window", None)
+        chunk = getattr(config, "attention_chunk_size", None)
+        return min((size for size in (window, chunk) if size), default=sys.maxsize)
 
     def _close(self, found: Tensor, expected: Tensor) -> bool:
         limit = TOLERANCE[str(self.head.weight.dtype).removeprefix("torch.")]
@@ -542,25 +563,13 @@ class TransformersEngine:
         return bool(error <= limit * expected.float().abs().max())
 
 
-def _longest_packed(config: Any, windows: Sequence[int | None]) -> int:
-    """Tokens of the longest text that attends packed as it does alone.
-
-    windows: the sliding window that each layer in turn has handed to packed attention, which cuts
-    it. A window that the model applies in its mask only is not seen there, nor is a chunk
-    (Llama 4): up to its length it hides nothing.
-    """
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
-    handed = [window if kind == "sliding_attention" else None for kind in kinds]
-    hidden = None if [*windows] == handed else window
-    chunk = getattr(config, "attention_chunk_size", None)
-    return min((size for size in (hidden, chunk) if size), default=sys.maxsize)
-
-
 @dataclass(frozen=True)
 class _Answer:
-    """A batch on its way from the device: `found` is complete once `arrived` has happened (None:
-    it is). terms: log p of every predicted token, of each request as many as `spans` says."""
+    """A batch on its way from the device.
+
+    found: complete once `arrived` has happened (None: it is); its "terms" are log p of every
+    predicted token, of each request as many as `spans` says.
+    """
 
     found: dict[str, Tensor]
     views: tuple[str, ...]
