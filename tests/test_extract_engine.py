@@ -31,14 +31,8 @@ from embrm.extract.engine import (
     statistics,
     token_positions,
 )
-from embrm.extract.transformers_engine import (
-    TransformersEngine,
-    load_config,
-    load_engine,
-    load_model,
-    longest,
-    model_folder,
-)
+from embrm.extract.model import load_config, load_model, longest, model_folder
+from embrm.extract.transformers_engine import TransformersEngine, load_engine
 
 VIEWS = ("last", "mean", "prenorm", "layer:0", "layer:2")
 LENGTHS = [(3, 2), (1, 1), (5, 40), (0, 7), (60, 3), (17, 17), (2, 90)]

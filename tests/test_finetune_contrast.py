@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from embrm.errors import UserError
+from embrm.extract.model import load_model
 from embrm.extract.tokens import Encoded
-from embrm.extract.transformers_engine import load_model
 from embrm.finetune import run as stage
 from embrm.finetune.batches import PairTokens, texts
 from embrm.finetune.contrast import ViewMasks, contrast, info_nce, placed

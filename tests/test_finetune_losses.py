@@ -12,8 +12,8 @@ from extract_models import save_model, tokenizer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from embrm.extract.model import load_model
 from embrm.extract.tokens import Encoded
-from embrm.extract.transformers_engine import load_model
 from embrm.finetune.batches import Micro, PairTokens, Within
 from embrm.finetune.losses import StepLoss
 from embrm.finetune.model import RewardModel, new_model

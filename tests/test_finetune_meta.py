@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from embrm.errors import UserError
-from embrm.extract.transformers_engine import load_model
+from embrm.extract.model import load_model
 from embrm.finetune.batches import texts
 from embrm.finetune.meta import Groups, MetaSpec, discrimination, group_rows
 from embrm.finetune.model import RewardModel, new_model

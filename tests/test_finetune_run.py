@@ -18,7 +18,7 @@ from small_finetune import BT, made, written
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
-from embrm.extract.transformers_engine import load_model
+from embrm.extract.model import load_model
 from embrm.finetune import run as stage
 from embrm.finetune.batches import texts
 from embrm.finetune.losses import StepLoss

@@ -20,9 +20,10 @@ from embrm.bench.sweeps import cores
 from embrm.data.sources import parse_source
 from embrm.errors import UserError
 from embrm.extract.engine import read
+from embrm.extract.model import find_device, load_model
 from embrm.extract.run import ExtractSpec, Prepared, prepare
 from embrm.extract.tokens import Encoded
-from embrm.extract.transformers_engine import find_device, load_engine, load_model
+from embrm.extract.transformers_engine import load_engine
 from embrm.finetune.batches import Minibatches, PairTokens
 from embrm.finetune.losses import StepLoss
 from embrm.finetune.model import RewardModel

@@ -28,9 +28,9 @@ from embrm.errors import UserError
 from embrm.export import modeling_embrm
 from embrm.export.modeling_embrm import EmbrmRewardConfig, EmbrmRewardModel
 from embrm.export.trained import Trained, load_backbone
+from embrm.extract.model import attention
 from embrm.extract.run import Prepared
 from embrm.extract.tokens import reason_of
-from embrm.extract.transformers_engine import attention
 from embrm.train.heads import DOWN, DOWN_BIAS, UP, Parameters, Preprocess
 
 CODE = Path(modeling_embrm.__file__)

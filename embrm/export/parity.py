@@ -17,9 +17,8 @@ from torch import Tensor
 from embrm.errors import UserError
 from embrm.export.exported import Exported, Side
 from embrm.export.trained import Trained
-from embrm.extract.engine import read
+from embrm.extract.engine import TOLERANCE, read
 from embrm.extract.run import Prepared
-from embrm.extract.transformers_engine import TOLERANCE
 
 BATCH = 16
 

@@ -21,9 +21,10 @@ from embrm.evaluate.accuracy import EvaluationSplit
 from embrm.export.exported import Exported, load_exported
 from embrm.export.trained import Trained, open_trained
 from embrm.extract.engine import by_length, read
+from embrm.extract.model import model_folder
 from embrm.extract.run import Prepared, check_batch, exclude
 from embrm.extract.tokens import Encoded, encode
-from embrm.extract.transformers_engine import BATCH_TOKENS, model_folder
+from embrm.extract.transformers_engine import BATCH_TOKENS
 from embrm.progress import progress
 
 _ROWS = 2048

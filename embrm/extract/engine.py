@@ -16,6 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest relative difference that the order of arithmetic alone may cause, per dtype."""
+
 _LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 """Size of a float32 block of logits, and of their log-probabilities: about the cache of a CPU, far
 below the memory of a GPU."""

@@ -14,7 +14,7 @@ import torch
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.errors import UserError
-from embrm.extract.engine import read
+from embrm.extract.engine import TOLERANCE, read
 from embrm.extract.run import (
     EngineName,
     ExtractSpec,
@@ -24,7 +24,6 @@ from embrm.extract.run import (
     prepare,
     with_engine,
 )
-from embrm.extract.transformers_engine import TOLERANCE
 
 BATCH_TOKENS = (1, 1024, 8192)
 """Token budgets tried; 1 reads every response alone."""

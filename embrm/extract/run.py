@@ -32,15 +32,10 @@ from embrm.extract.engine import (
     read_shards,
     token_positions,
 )
+from embrm.extract.model import digest, load_config, longest, model_folder
 from embrm.extract.parts import Share
 from embrm.extract.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
-from embrm.extract.transformers_engine import (
-    digest,
-    load_config,
-    load_engine,
-    longest,
-    model_folder,
-)
+from embrm.extract.transformers_engine import load_engine
 from embrm.progress import progress
 from embrm.provenance import provenance
 from embrm.specs import Spec

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import PartialState
 
 from embrm.errors import UserError, nearest
-from embrm.extract.transformers_engine import find_device
+from embrm.extract.model import find_device
 from embrm.files import write_bytes
 from embrm.finetune.choice import Choice, choose, rank
 from embrm.finetune.run import RunsFailedError, finetune

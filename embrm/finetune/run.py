@@ -25,11 +25,12 @@ from embrm.cache.reader import Cache
 from embrm.cache.writer import difference
 from embrm.errors import UserError, nearest
 from embrm.evaluate.geometry import drift, shape
+from embrm.extract.engine import TOLERANCE
+from embrm.extract.model import find_device, load_model
 from embrm.extract.run import ExtractSpec
 from embrm.extract.run import Prepared as Texts
 from embrm.extract.run import prepare as prepare_texts
 from embrm.extract.tokens import reason_of
-from embrm.extract.transformers_engine import TOLERANCE, find_device, load_model
 from embrm.files import (
     TEMPORARY,
     disk_errors,
