@@ -191,11 +191,12 @@ class TransformersEngine:
         }
         predicting = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
         targets = [r.ids[s.start + 1 : s.stop + 1] for r, s in zip(requests, spans, strict=True)]
+        counts = [len(span) for span in spans]
         terms, rows = of_responses(
             self.head,
             post[_joined(predicting, post.device)],
             _joined(targets, post.device),
-            [*map(len, spans)],
+            counts,
             [request.positions - s.start for request, s in zip(requests, spans, strict=True)],
             self._top_k,
             tail_mean=self._tail_mean,
@@ -208,7 +209,7 @@ class TransformersEngine:
                 **rows,
             },
             self._views,
-            [*map(len, spans)],
+            counts,
         )
 
     @torch.inference_mode()
@@ -224,9 +225,8 @@ class TransformersEngine:
         """
         device = self.model.device
         if max(len(request.ids) for request in requests) <= self._longest_packed:
-            self._attend_by(packing.ATTENTION)
             packed = pack(requests, device)
-            hidden = self._hidden(packed.ids, position_ids=packed.positions, packed=packed)
+            hidden = self._hidden_packed(packed)
             places = packed.places
         else:
             self._attend_by(self._own_attention)
@@ -237,6 +237,12 @@ class TransformersEngine:
     def _attend_by(self, implementation: str) -> None:
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
+
+    def _hidden_packed(
+        self, packed: Packed, attention: str = packing.ATTENTION, **inputs: Any
+    ) -> dict[str, Tensor]:
+        self._attend_by(attention)
+        return self._hidden(packed.ids, position_ids=packed.positions, packed=packed, **inputs)
 
     def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
         """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
@@ -323,8 +329,7 @@ class TransformersEngine:
         reason = None
         try:
             packed = pack(requests, self.model.device)
-            self._attend_by(packing.ATTENTION)
-            hidden = self._hidden(packed.ids, position_ids=packed.positions, packed=packed)["last"]
+            hidden = self._hidden_packed(packed)["last"]
             # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
             # than these texts.
             if getattr(config, "attn_temperature_tuning", False):
@@ -348,8 +353,7 @@ class TransformersEngine:
         config = self.model.config.get_text_config()
         windows: list[tuple[int | None, int]] = []
         try:
-            self._attend_by(packing.NOTED)
-            self._hidden(packed.ids, position_ids=packed.positions, packed=packed, windows=windows)
+            self._hidden_packed(packed, packing.NOTED, windows=windows)
             told = all(masked == own for masked, own in windows)
         except Exception:  # a model that makes its masks by itself can make anything of another's
             told = False
