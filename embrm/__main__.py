@@ -2,7 +2,7 @@
 
 import signal
 
-from embrm.interrupts import stop
+from embrm.core.interrupts import stop
 
 
 def main() -> None:

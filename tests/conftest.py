@@ -3,16 +3,24 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Outcome
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # A shell has its background jobs ignore Ctrl-C, and so would all that tests start there.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Child processes that tests start find the helpers and this checkout, as tests do.
+_HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(_HERE / "helpers"), str(_HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -75,3 +83,32 @@ def stopped_at_every_rename(
 
     monkeypatch.setattr(Path, "replace", replace)
     return stopped
+
+
+@pytest.fixture
+def embrm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Outcome]:
+    """Run a command line in this process."""
+
+    from embrm.cli import main
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["embrm", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of a tiny model and of a preference file; see `extract_world`."""
+    from extract_world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))

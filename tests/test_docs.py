@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from test_demo_run import RECIPE, SMALL_SWEEP, WORLD
+from small_demo import RECIPE, SMALL_SWEEP, WORLD
 from typer.testing import CliRunner
 
 from embrm.adopt.run import adopt
 from embrm.adopt.spec import AdoptSpec, ArraySource
 from embrm.cache.verify import verify
 from embrm.cli import app, main
+from embrm.core.specs import Spec, read_toml
 from embrm.data.groups import PairRule
 from embrm.data.scenarios import Scenarios
 from embrm.data.sources import SourceSpec
@@ -34,8 +35,7 @@ from embrm.extract.run import ExtractSpec, plan
 from embrm.finetune.contrast import SimcseSpec
 from embrm.finetune.meta import MetaSpec
 from embrm.finetune.spec import FinetuneRun, FinetuneSpec, LoraSpec
-from embrm.specs import Spec, read_toml
-from embrm.sweep.grid import RunSpec, SweepSpec, configurations
+from embrm.sweep.spec import RunSpec, SweepSpec, configurations
 from embrm.train.heads import AdapterSpec, HeadSpec
 from embrm.train.learners import GradientBoosting, Logistic, Ridge
 from embrm.train.regularizers import Regularizer

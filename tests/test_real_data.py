@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from embrm.cache.reader import Cache, open_cache
 from embrm.extract.probe import probe
 from embrm.extract.run import ExtractSpec, extract
-from embrm.sweep.grid import RunSpec, Selection
 from embrm.sweep.material import select, to_pairs
+from embrm.sweep.spec import RunSpec, Selection
 from embrm.train.bank import TrainingData, train
 from embrm.train.states import States
 

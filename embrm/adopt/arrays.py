@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from embrm.core.errors import UserError, nearest
+from embrm.core.progress import progress
 from embrm.data.tables import first_line, listed, quoted
-from embrm.errors import UserError, nearest
-from embrm.progress import progress
 
 BLOCK_BYTES = 64 << 20
 """Of an array, read at once."""

@@ -12,7 +12,7 @@ from embrm.adopt.arrays import Scan, StateArray
 from embrm.adopt.findings import Finding
 from embrm.adopt.ids import mixed
 from embrm.adopt.rows import Rows, excluded
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 _PERIODIC = 0.9
 """Share of gold scores that recur after a period, from which on the period is reported."""

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from embrm.adopt.arrays import StateArray
 from embrm.adopt.findings import Finding
+from embrm.core.errors import UserError
+from embrm.core.specs import canonical_json
 from embrm.data.collector import EXCLUSIONS, Schema
 from embrm.data.forms import RowError
 from embrm.data.labels import number
 from embrm.data.sources import SourceSpec, Table, read_rows
 from embrm.data.tables import listed
-from embrm.errors import UserError
-from embrm.specs import canonical_json
 
 Order = Literal["prompts", "responses"]
 """The first axis of an array of three: (prompts, responses, width) or (responses, prompts, width).

@@ -20,14 +20,14 @@ from embrm.adopt.rows import Rows, from_grid, from_table
 from embrm.adopt.spec import AdoptSpec, ArraySource
 from embrm.cache.schema import ShardRows
 from embrm.cache.writer import open_writer
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
 from embrm.data.collector import MEMBERS, PAIRS, RESPONSES
 from embrm.data.dataset import Dataset
 from embrm.data.groups import PairRule, derive_pairs, every_pair
 from embrm.data.leaks import leaks
 from embrm.data.splits import holdout
-from embrm.errors import UserError
-from embrm.progress import progress
-from embrm.provenance import provenance
 
 SHARD_BYTES = 64 << 20
 """Of states, about: what is in memory at once is a few times this, however large the arrays."""

@@ -7,11 +7,11 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from embrm.adopt.rows import Order
+from embrm.core.errors import UserError
+from embrm.core.specs import Spec
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
 from embrm.data.tables import quoted
-from embrm.errors import UserError
-from embrm.specs import Spec
 
 
 class ArraySource(Spec):

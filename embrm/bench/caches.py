@@ -14,9 +14,9 @@ from torch import Tensor
 from embrm.cache.reader import open_cache
 from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.writer import open_writer
+from embrm.core.progress import progress
+from embrm.core.specs import content_id
 from embrm.data.splits import holdout
-from embrm.progress import progress
-from embrm.specs import content_id
 
 _SHARD_BYTES = 64 << 20
 _MEMBERS = pl.Schema(

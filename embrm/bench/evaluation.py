@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from embrm.bench.processes import Measured, measure
 from embrm.bench.sweeps import cores
-from embrm.evaluate.accuracy import OUTCOMES, PROMPTS
-from embrm.evaluate.best_of_n import Ranking
-from embrm.evaluate.intervals import compare, replicate
-from embrm.evaluate.outcomes import Outcomes
+from embrm.metrics.accuracy import OUTCOMES, PROMPTS
+from embrm.metrics.best_of_n import Ranking
+from embrm.metrics.intervals import compare, replicate
+from embrm.metrics.outcomes import Outcomes
 
 NS = (1, 2, 4, 8, 16, 64, 256, 500)
 

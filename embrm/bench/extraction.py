@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.errors import UserError
 from embrm.extract.engine import Request, by_length, predicting_positions, read, read_shards
 from embrm.extract.probe import BATCH_TOKENS
 from embrm.extract.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
 from embrm.extract.transformers_engine import TransformersEngine, load_engine, padded
 from embrm.extract.vllm_engine import installed_version, load_vllm
-from embrm.files import write_bytes
-from embrm.progress import progress
 
 PER_PROMPT = 10
 """Responses to each prompt of the part "prefix"."""

@@ -17,19 +17,19 @@ from torch import Tensor
 from embrm.bench.extraction import Size, made_model, made_pairs
 from embrm.bench.processes import Measured, Prepare, measure
 from embrm.bench.sweeps import cores
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.errors import UserError
 from embrm.extract.engine import read
-from embrm.extract.model import find_device, load_model
 from embrm.extract.run import ExtractSpec, Prepared, prepare
-from embrm.extract.tokens import Encoded
 from embrm.extract.transformers_engine import load_engine
 from embrm.finetune.batches import Minibatches, PairTokens
 from embrm.finetune.losses import StepLoss
 from embrm.finetune.model import RewardModel
 from embrm.finetune.spec import FinetuneRun
 from embrm.finetune.trainer import RewardTrainer, Validation
-from embrm.progress import progress
+from embrm.lm.loading import find_device, load_model
+from embrm.lm.tokens import Encoded
 from embrm.sweep.material import to_pairs
 from embrm.train.heads import initialise
 from embrm.train.order import Order

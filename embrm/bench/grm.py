@@ -11,14 +11,14 @@ import torch
 from embrm.bench.caches import Tokens, synthetic
 from embrm.bench.processes import measure
 from embrm.cache.reader import open_cache
-from embrm.errors import UserError
-from embrm.progress import progress
-from embrm.sweep.grid import Run, RunSpec, Selection
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
+from embrm.core.streams import stream
 from embrm.sweep.material import Material, laid_out, to_pairs
+from embrm.sweep.spec import Run, RunSpec, Selection
 from embrm.train.bank import TrainingData, train
 from embrm.train.numerics import settings
 from embrm.train.order import Order
-from embrm.train.streams import stream
 
 _HEAD = {"adapter": {"kind": "low-rank", "width": 16}}
 _REGULARIZERS: dict[str, dict[str, Any] | None] = {

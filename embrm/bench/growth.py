@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from embrm.bench.processes import measure
-from embrm.progress import progress
+from embrm.core.progress import progress
 from embrm.train.bank import TrainingData, TrainSpec, train
 from embrm.train.heads import HeadSpec
 from embrm.train.numerics import begin, settings

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from embrm.bench.caches import HELD_OUT
 from embrm.cache.reader import open_cache
-from embrm.sweep.grid import Selection
 from embrm.sweep.material import select, to_pairs
+from embrm.sweep.spec import Selection
 from embrm.train.heads import HeadSpec
 from embrm.train.objectives import Pairs
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from embrm.bench.footprint import Footprint, watched
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.train.numerics import environment
 
 Prepare = Callable[..., Callable[[], Any]]

@@ -12,7 +12,7 @@ from embrm.bench.caches import HELD_OUT, resplit, synthetic
 from embrm.bench.loops import protocol
 from embrm.bench.processes import measure
 from embrm.bench.sweeps import cores, swept
-from embrm.progress import progress
+from embrm.core.progress import progress
 
 _HELD_OUT_SHARE = 0.2
 _SEEDS = (0, 1, 2, 3)

@@ -10,7 +10,7 @@ from embrm.bench.heads import measure_heads
 from embrm.bench.memory import measure_memory
 from embrm.bench.reference import measure_reference
 from embrm.bench.whole import measure_whole
-from embrm.errors import UserError, nearest
+from embrm.core.errors import UserError, nearest
 
 
 def measure_sweep(

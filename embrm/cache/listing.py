@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from embrm.cache.manifest import NAME, read_manifest
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 _COLUMNS = {
     "name": pl.String,

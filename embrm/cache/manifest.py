@@ -9,9 +9,9 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from embrm.cache.schema import Layout
-from embrm.errors import UserError
-from embrm.files import write_bytes
-from embrm.specs import Spec, canonical_json, content_id
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.specs import Spec, canonical_json, content_id
 
 VERSION: Final = 1
 NAME = "manifest.json"

@@ -9,9 +9,9 @@ from embrm.cache.manifest import NAME, FileEntry, Manifest, Part, read_manifest,
 from embrm.cache.reader import incomplete, wrong_bytes, wrong_size
 from embrm.cache.schema import Layout
 from embrm.cache.writer import defining, difference, refuse_foreign
-from embrm.errors import UserError
-from embrm.files import disk_errors, exclusive, link_or_copy, remove_temporaries
-from embrm.progress import progress
+from embrm.core.errors import UserError
+from embrm.core.files import disk_errors, exclusive, link_or_copy, remove_temporaries
+from embrm.core.progress import progress
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from embrm.cache.schema import (
     decode,
     from_parquet,
 )
-from embrm.errors import UserError, nearest
-from embrm.files import sha256
+from embrm.core.errors import UserError, nearest
+from embrm.core.files import sha256
 
 
 @dataclass(frozen=True, eq=False)

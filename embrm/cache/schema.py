@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt, field_validator
 
-from embrm.errors import UserError, nearest
-from embrm.specs import Spec
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import Spec
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from embrm.cache.manifest import NAME, Manifest, read_manifest, tokens_file
 from embrm.cache.reader import Cache, incomplete, open_cache, wrong_bytes
-from embrm.errors import UserError
-from embrm.files import TEMPORARY
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY
 
 
 def verify(folder: Path) -> list[str]:

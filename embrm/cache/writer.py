@@ -37,9 +37,9 @@ from embrm.cache.schema import (
     to_parquet,
     tokens_table,
 )
-from embrm.errors import UserError
-from embrm.files import TEMPORARY, disk_errors, exclusive, remove_temporaries, write_atomic
-from embrm.specs import canonical_json, content_id
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY, disk_errors, exclusive, remove_temporaries, write_atomic
+from embrm.core.specs import canonical_json, content_id
 
 _PIECE_BYTES = 256 << 10
 """Digested, then written while still in the processor's cache. Linux puts writes of 2 MB and more

@@ -13,8 +13,8 @@ import typer
 
 from embrm import __version__
 from embrm.cli import benches, caches, labels, results, stages
-from embrm.errors import UserError
-from embrm.interrupts import stop
+from embrm.core.errors import UserError
+from embrm.core.interrupts import stop
 
 app = typer.Typer(
     name="embrm",

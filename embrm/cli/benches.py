@@ -9,7 +9,7 @@ import typer
 
 from embrm.cli.options import Json
 from embrm.cli.printing import filled, print_parts, print_table
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 app = typer.Typer(
     help="Measure ratios on this machine.", no_args_is_help=True, rich_markup_mode=None

@@ -10,7 +10,7 @@ import typer
 
 from embrm.cli.options import CacheFolder, Json
 from embrm.cli.printing import filled, print_lines, print_table, show
-from embrm.errors import UserError, nearest
+from embrm.core.errors import UserError, nearest
 
 app = typer.Typer(
     help="Adopt, list, show, verify, merge and probe caches.",
@@ -55,7 +55,7 @@ def cache_adopt(
     """Make a cache of arrays of states that another program computed, checking them."""
     from embrm.adopt.run import adopt
     from embrm.adopt.spec import AdoptSpec, parse_arrays
-    from embrm.specs import read_toml
+    from embrm.core.specs import read_toml
 
     given = {"states": states, "gold": gold, "rows": rows, "order": order, "models": models,
              "pairs": pairs}  # fmt: skip
@@ -221,7 +221,7 @@ def cache_probe(
 
 
 def _probe_estimators(folder: Path, sample: int, target: float, as_json: bool) -> None:
-    from embrm.sweep.estimators import advice, measure_estimators
+    from embrm.studies.estimators.measure import advice, measure_estimators
 
     result = measure_estimators(folder, sample=sample, target=target)
     if as_json:

@@ -28,7 +28,7 @@ def labels_annotate(
 ) -> None:
     """Label training pairs by an annotator that errs where gold scores are close."""
     from embrm.data.label_tables import write_table
-    from embrm.sweep.annotation import annotation
+    from embrm.studies.annotation import annotation
 
     made = annotation(spec, cache, quality=quality, seed=seed)
     write_table(out, made.labels)
@@ -57,7 +57,7 @@ def labels_strength(
 ) -> None:
     """Measure how strongly heads prefer the chosen response of each training pair."""
     from embrm.data.label_tables import write_table
-    from embrm.sweep.strength import strengths
+    from embrm.studies.strength.measure import strengths
 
     write_table(out, strengths(folder, configuration, cache, out_of_fold=out_of_fold))
     labels_show(out)
@@ -104,12 +104,12 @@ def labels_show(
 ) -> None:
     """Show how a table was made, and what it says: of strengths, by tenths of the pairs."""
     from embrm.data.label_tables import open_table, read_table
-    from embrm.sweep.strength import deciles
+    from embrm.studies.strength.measure import deciles
 
     table = open_table(path) if out is None else read_table(path, "strengths")
     shown: dict[str, Any] = {"kind": table.kind, "digest": table.digest, **table.provenance}
     if out is not None:
-        from embrm.report.strength import strength_report
+        from embrm.studies.strength.table import strength_report
 
         files = strength_report(path.stem, table.rows, shown, out)
         if not as_json:

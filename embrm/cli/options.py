@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 CacheFolder = Annotated[Path, typer.Argument(help="Cache folder, such as cache/NAME.")]

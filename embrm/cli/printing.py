@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embrm.report.table import Table
+    from embrm.core.table import Table
 
 
 def print_report(
@@ -15,7 +15,7 @@ def print_report(
     """Tables, then notes, then which files were written."""
     from rich.console import Console
 
-    from embrm.report.table import terminal
+    from embrm.core.table import terminal
 
     console = Console()
     for table in tables:

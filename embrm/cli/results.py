@@ -20,7 +20,7 @@ from embrm.cli.options import (
     whole_numbers,
 )
 from embrm.cli.printing import cell_text, filled, print_report, print_table
-from embrm.errors import UserError, nearest
+from embrm.core.errors import UserError, nearest
 
 app = typer.Typer()
 
@@ -40,8 +40,8 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Train runs of a sweep again, each alone, and compare bits, weights and metrics."""
-    from embrm.sweep.replay import TOLERANCE
-    from embrm.sweep.replay import replay as run_replay
+    from embrm.results.replay import TOLERANCE
+    from embrm.results.replay import replay as run_replay
 
     if (run is not None) + (sample is not None) + every != 1:
         raise UserError("replay needs one of --run ID, --sample N and --all")
@@ -122,7 +122,7 @@ def bon(
     as_json: Json = False,
 ) -> None:
     """Choose the best of n responses by each head of a sweep; compare its reward with gold."""
-    from embrm.report.best_of_n import best_of_n
+    from embrm.studies.best_of_n.table import best_of_n
 
     ns = whole_numbers("--n", n) if n is not None else None
     result = best_of_n(folder, split=split, ns=ns, baseline=baseline, top=top, cache=cache, out=out)
@@ -146,8 +146,8 @@ def scores(
     """Write every pair's rewards under one run, in reward-bench's field names."""
     import io
 
-    from embrm.files import write_bytes
-    from embrm.sweep.scores import scores as run_scores
+    from embrm.core.files import write_bytes
+    from embrm.results.rewards import scores as run_scores
 
     writers = {".parquet": "write_parquet", ".jsonl": "write_ndjson", ".csv": "write_csv"}
     if out and out.suffix not in writers:
@@ -184,7 +184,7 @@ def suite(
     as_json: Json = False,
 ) -> None:
     """Score a published benchmark as its own tool does, with 95 % intervals over prompts."""
-    from embrm.evaluate.suites import read_scores, score_suite
+    from embrm.suites.formulas import read_scores, score_suite
 
     rows = score_suite(name, read_scores(scores, name, split)).to_dicts()
     print(json.dumps(rows, indent=1)) if as_json else print_table(filled(rows, "n/a"))
@@ -208,7 +208,7 @@ def suites(
     as_json: Json = False,
 ) -> None:
     """Score all runs of a sweep on its published benchmarks, in one table."""
-    from embrm.report.suites import suites as run_suites
+    from embrm.studies.benchmarks.table import suites as run_suites
 
     named = {}
     for text in suite or ():
@@ -304,9 +304,9 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score preference or group data with a reward model or a run."""
+    from embrm.core.files import write_bytes
     from embrm.data.sources import parse_source
     from embrm.export.scoring import score as run_score
-    from embrm.files import write_bytes
     from embrm.sweep.ledger import parquet
 
     if out and out.suffix != ".parquet":

@@ -13,7 +13,7 @@ import typer
 from embrm.cli.caches import cache_show
 from embrm.cli.options import Json, Memory, MovedCache, SweepFolder, byte_size
 from embrm.cli.printing import print_report, show
-from embrm.errors import UserError, nearest
+from embrm.core.errors import UserError, nearest
 
 app = typer.Typer()
 
@@ -105,11 +105,11 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Cache a language model's final states and LM statistics over preference data."""
+    from embrm.core.specs import read_toml
     from embrm.data.sources import parse_source
     from embrm.extract.parts import Share
     from embrm.extract.run import ExtractSpec, plan
     from embrm.extract.run import extract as run_extract
-    from embrm.specs import read_toml
 
     values: dict[str, Any] = read_toml(spec) if spec else {}
     named = values.pop("out", None)

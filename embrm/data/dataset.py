@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from embrm.core.errors import UserError
+from embrm.core.specs import canonical_json
 from embrm.data.collector import EXCLUSIONS, Collector
 from embrm.data.rows import add_source, counts
 from embrm.data.sources import SourceSpec
-from embrm.errors import UserError
-from embrm.specs import canonical_json
 
 
 @dataclass(frozen=True)

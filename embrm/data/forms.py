@@ -14,10 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from embrm.core.errors import UserError
 from embrm.data.sources import Table
 from embrm.data.tables import listed, quoted
 from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
-from embrm.errors import UserError
 
 Messages = tuple[Message, ...]
 

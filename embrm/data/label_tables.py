@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import polars as pl
 
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.specs import canonical_json, content_id
 from embrm.data.tables import first_line
-from embrm.errors import UserError
-from embrm.files import write_bytes
-from embrm.specs import canonical_json, content_id
 
 Kind = Literal["labels", "strengths"]
 

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, Field, model_validator
 from scipy.special import expit
 
 from embrm import __version__
+from embrm.core.specs import Spec
 from embrm.data.label_tables import LabelTable
-from embrm.specs import Spec
 
 
 def _ordered(ends: tuple[float, float]) -> tuple[float, float]:

@@ -17,11 +17,11 @@ from typing import Self
 import polars as pl
 from pydantic import Field, model_validator
 
+from embrm.core.errors import UserError
+from embrm.core.specs import Spec
 from embrm.data.collector import PAIRS, pair_id_of
 from embrm.data.groups import Member, PairRule, pair_members
 from embrm.data.splits import draws, holdout
-from embrm.errors import UserError
-from embrm.specs import Spec
 
 SCENARIOS = ("train", "id", "prompt", "model", "mutual")
 """The splits that groups are divided into."""

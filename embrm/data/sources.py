@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import Spec
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
-from embrm.data.suites import SUITES, Layout, arrange, layout_of
 from embrm.data.tables import READERS, Choose, Columns, first_line, quoted, read_file
-from embrm.errors import UserError, nearest
-from embrm.specs import Spec
+from embrm.suites.layouts import SUITES, Layout, arrange, layout_of
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from embrm.specs import Spec
+from embrm.core.specs import Spec
 
 
 class Holdout(Spec):

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 Columns = dict[str, list[Any]]
 Choose = Callable[[Sequence[str]], Sequence[str]]

@@ -6,7 +6,7 @@ proxy goes on rising (arXiv 2210.10760). The best step is chosen on one half of 
 fall from it measured on the other, and the other way round: chosen and measured on the same
 prompts, even noise alone would "fall".
 
-Intervals: 95 %, bootstrap over prompts crossed with seeds (`embrm.evaluate.intervals`).
+Intervals: 95 %, bootstrap over prompts crossed with seeds (`embrm.metrics.intervals`).
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from embrm.evaluate.intervals import Floats, Replicates, compare, prompt_counts
-from embrm.report.table import Table
+from embrm.core.table import Table
+from embrm.metrics.intervals import Floats, Replicates, compare, prompt_counts
 
 MEASURES = {
     "kl": "KL at the end (nats)",

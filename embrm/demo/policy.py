@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from embrm import __version__
+from embrm.core.errors import UserError
+from embrm.core.files import disk_errors, sha256, write_atomic, write_bytes
+from embrm.core.progress import Progress
+from embrm.core.specs import content_id
 from embrm.demo.world import merits
-from embrm.errors import UserError
-from embrm.files import disk_errors, sha256, write_atomic, write_bytes
-from embrm.progress import Progress
-from embrm.specs import content_id
 
 MARKER = "embrm-policy.json"
 """Written last: a folder that holds it holds a finished policy of the settings in it."""

@@ -12,18 +12,18 @@ from pathlib import Path
 import polars as pl
 from rich.console import Console
 
+from embrm.core.errors import UserError
+from embrm.core.files import exclusive, write_atomic, write_bytes
+from embrm.core.progress import progress
+from embrm.core.table import terminal
 from embrm.demo.overoptimisation import curves, gather, outcomes, table, verdict
 from embrm.demo.policy import Asked, PolicyRecipe, train_policy
 from embrm.demo.run import demo
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, prompts
-from embrm.errors import UserError
 from embrm.export.run import write_model
 from embrm.export.trained import open_trained
-from embrm.files import exclusive, write_atomic, write_bytes
-from embrm.progress import progress
 from embrm.report.figures import policy_figures
-from embrm.report.table import terminal
 from embrm.sweep.execute import sweep
 from embrm.sweep.ledger import Results, open_results
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from embrm.core.files import write_bytes
+from embrm.core.table import terminal
 from embrm.demo.tiny_lm import Recipe, train_lm
 from embrm.demo.world import World, make_world
 from embrm.extract.run import ExtractSpec, extract
-from embrm.files import write_bytes
 from embrm.report.run import Report, report
-from embrm.report.table import terminal
 from embrm.sweep.execute import sweep
 
 SPLITS = {

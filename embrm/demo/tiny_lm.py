@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from embrm.core.errors import UserError
+from embrm.core.files import disk_errors, write_bytes
+from embrm.core.progress import progress
+from embrm.core.specs import content_id
 from embrm.demo.world import Conversation, World, corpus, vocabulary
-from embrm.errors import UserError
-from embrm.files import disk_errors, write_bytes
-from embrm.progress import progress
-from embrm.specs import content_id
 
 PAD, BOS, END, UNK = "<pad>", "<bos>", "<end>", "<unk>"
 ROLES = ("<user>", "<assistant>")

@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 
 from numpy.random import Philox
 
-from embrm.files import write_bytes
+from embrm.core.files import write_bytes
 
 T = TypeVar("T")
 

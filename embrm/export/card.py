@@ -12,14 +12,14 @@ from typing import Any
 import polars as pl
 
 from embrm import __version__
-from embrm.evaluate.intervals import compare, replicate
-from embrm.evaluate.outcomes import Outcomes
+from embrm.core.specs import canonical_json
+from embrm.core.table import Table, escape, markdown
 from embrm.export.exported import Exported
 from embrm.export.parity import Parity
 from embrm.export.trained import Trained
 from embrm.extract.run import Prepared
-from embrm.report.table import Table, escape, markdown
-from embrm.specs import canonical_json
+from embrm.metrics.intervals import compare, replicate
+from embrm.metrics.outcomes import Outcomes
 
 _METRICS = ("accuracy", "tau")
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.export.model import has_linear_score, quiet
 from embrm.export.modeling_embrm import EmbrmRewardModel
-from embrm.extract.model import attention, find_device, longest
-from embrm.extract.tokens import Encoded, TokenPolicy, load_tokenizer, reason_of, token_policy
+from embrm.lm.loading import attention, find_device, longest
+from embrm.lm.tokens import Encoded, TokenPolicy, load_tokenizer, reason_of, token_policy
 
 _CLASSIFIERS = ("ForSequenceClassification", EmbrmRewardModel.__name__)
 

@@ -24,13 +24,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.export import modeling_embrm
 from embrm.export.modeling_embrm import EmbrmRewardConfig, EmbrmRewardModel
 from embrm.export.trained import Trained, load_backbone
-from embrm.extract.model import attention
 from embrm.extract.run import Prepared
-from embrm.extract.tokens import reason_of
+from embrm.lm.loading import attention
+from embrm.lm.tokens import reason_of
 from embrm.train.heads import DOWN, DOWN_BIAS, UP, Parameters, Preprocess
 
 CODE = Path(modeling_embrm.__file__)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.export.exported import Exported, Side
 from embrm.export.trained import Trained
 from embrm.extract.engine import TOLERANCE, read

@@ -10,15 +10,15 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from embrm import __version__
-from embrm.errors import UserError
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY, disk_errors, write_bytes
 from embrm.export.card import card
 from embrm.export.exported import load_exported
 from embrm.export.model import CODE, CUSTOM, custom_model, quiet, stock_model, why_not_stock
 from embrm.export.parity import Parity, check_parity, expected_rewards, spread
 from embrm.export.trained import Trained, open_trained
 from embrm.extract.run import Prepared
-from embrm.extract.tokens import load_tokenizer, reason_of
-from embrm.files import TEMPORARY, disk_errors, write_bytes
+from embrm.lm.tokens import load_tokenizer, reason_of
 
 
 @dataclass(frozen=True)

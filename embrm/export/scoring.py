@@ -14,24 +14,24 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
 from embrm.data.dataset import Dataset, load
 from embrm.data.sources import SourceSpec
-from embrm.errors import UserError
-from embrm.evaluate.accuracy import EvaluationSplit
 from embrm.export.exported import Exported, load_exported
 from embrm.export.trained import Trained, open_trained
 from embrm.extract.engine import by_length, read
-from embrm.extract.model import model_folder
 from embrm.extract.run import Prepared, check_batch, exclude
-from embrm.extract.tokens import Encoded, encode
 from embrm.extract.transformers_engine import BATCH_TOKENS
-from embrm.progress import progress
+from embrm.lm.loading import model_folder
+from embrm.lm.tokens import Encoded, encode
+from embrm.metrics.accuracy import EvaluationSplit
 
 _ROWS = 2048
 """Responses whose states are held at a time."""
 
 METRICS = ("pairs", "accuracy", "ties", "tau", "length_accuracy", "reward_mean", "reward_sd")
-"""Of every split, as `embrm.evaluate.accuracy` defines them."""
+"""Of every split, as `embrm.metrics.accuracy` defines them."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import Cache
+from embrm.core.errors import UserError
 from embrm.data.sources import SourceSpec
-from embrm.errors import UserError
 from embrm.extract.engine import Batch, Engine, Request
 from embrm.extract.probe import refuse_other
 from embrm.extract.run import ExtractSpec, Prepared, engine_for, prepare, with_engine

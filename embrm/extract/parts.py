@@ -7,8 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from embrm.cache.manifest import Part
+from embrm.core.errors import UserError
 from embrm.data.tables import quoted
-from embrm.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract.engine import TOLERANCE, read
 from embrm.extract.run import (
     EngineName,

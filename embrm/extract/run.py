@@ -17,10 +17,13 @@ from pydantic import Field, field_validator, model_validator
 from embrm.cache.manifest import NAME, Manifest, read_manifest
 from embrm.cache.schema import ShardRows, TokenRows, known_views
 from embrm.cache.writer import open_writer
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
+from embrm.core.specs import Spec
 from embrm.data.dataset import Dataset, load
 from embrm.data.leaks import leaks
 from embrm.data.sources import SourceSpec
-from embrm.errors import UserError
 from embrm.extract import vllm_engine
 from embrm.extract.engine import (
     Batch,
@@ -32,13 +35,10 @@ from embrm.extract.engine import (
     read_shards,
     token_positions,
 )
-from embrm.extract.model import digest, load_config, longest, model_folder
 from embrm.extract.parts import Share
-from embrm.extract.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
 from embrm.extract.transformers_engine import load_engine
-from embrm.progress import progress
-from embrm.provenance import provenance
-from embrm.specs import Spec
+from embrm.lm.loading import digest, load_config, longest, model_folder
+from embrm.lm.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
 
 SHARD_ROWS = 2048
 

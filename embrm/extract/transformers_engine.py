@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract import packing
 from embrm.extract.engine import (
     TOLERANCE,
@@ -25,9 +25,9 @@ from embrm.extract.engine import (
     predicting_positions,
     to_device,
 )
-from embrm.extract.model import load_model
 from embrm.extract.packing import Packed, pack
-from embrm.extract.tokens import reason_of
+from embrm.lm.loading import load_model
+from embrm.lm.tokens import reason_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
 

@@ -17,11 +17,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract import packing
 from embrm.extract.engine import Batch, LmHead, Request, TokenStatistics
-from embrm.extract.tokens import reason_of
 from embrm.extract.vllm_worker import Extension, Selection, load_head, unpack, wish
+from embrm.lm.tokens import reason_of
 
 VIEWS = ("last", "mean")
 """The views that vLLM's pooling runner can give: it passes on post-norm states alone."""

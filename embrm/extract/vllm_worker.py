@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract.engine import LmHead, Request, of_responses, predicting_positions
-from embrm.extract.tokens import reason_of
+from embrm.lm.tokens import reason_of
 
 
 def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> LmHead:

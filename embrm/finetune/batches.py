@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from embrm.core.streams import stream
 from embrm.extract.engine import predicting_positions
-from embrm.extract.tokens import Encoded
 from embrm.finetune.contrast import ViewMasks
+from embrm.lm.tokens import Encoded
 from embrm.train.heads import HeadSpec
 from embrm.train.objectives import Pairs
 from embrm.train.order import Order
 from embrm.train.regularizers import Regularizer
-from embrm.train.streams import stream
 
 
 @dataclass(frozen=True)

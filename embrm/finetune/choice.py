@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embrm.errors import UserError, nearest
-from embrm.report.comparison import compare_runs
-from embrm.report.confirmation import Excluded, Match
-from embrm.specs import canonical_json, content_id
-from embrm.sweep.grid import RunSpec
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import canonical_json, content_id
+from embrm.results.comparison import compare_runs
+from embrm.studies.confirmation.table import Excluded, Match
 from embrm.sweep.ledger import Results
+from embrm.sweep.spec import RunSpec
 from embrm.train.objectives import Objective
 from embrm.train.regularizers import GRM
 

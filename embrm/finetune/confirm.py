@@ -7,15 +7,15 @@ from typing import Any
 
 from accelerate import PartialState
 
-from embrm.errors import UserError, nearest
-from embrm.extract.model import find_device
-from embrm.files import write_bytes
+from embrm.core.errors import UserError, nearest
+from embrm.core.files import write_bytes
+from embrm.core.specs import read_toml
 from embrm.finetune.choice import Choice, choose, rank
 from embrm.finetune.run import RunsFailedError, finetune
 from embrm.finetune.spec import FinetuneSpec
-from embrm.report.confirmation import compare_stages
+from embrm.lm.loading import find_device
 from embrm.report.run import ConfirmationReport, confirmation_report
-from embrm.specs import read_toml
+from embrm.studies.confirmation.table import compare_stages
 from embrm.sweep.ledger import Results, cache_of, open_results
 
 _OPTIMISATION = (

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from embrm.specs import Spec
-from embrm.train.streams import stream
+from embrm.core.specs import Spec
+from embrm.core.streams import stream
 
 
 class SimcseSpec(Spec):

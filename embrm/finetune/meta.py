@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from embrm.errors import UserError, nearest
-from embrm.specs import Spec
-from embrm.train.streams import stream
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import Spec
+from embrm.core.streams import stream
 
 
 class MetaSpec(Spec):

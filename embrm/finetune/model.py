@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract.engine import LmHead
-from embrm.finetune.likelihood import log_probabilities
 from embrm.finetune.spec import LoraSpec, Tune
+from embrm.lm.likelihood import log_probabilities
 from embrm.sweep.ledger import MODEL_FORMAT
 from embrm.train.heads import HeadSpec, Parameters, initialise, rewards
 

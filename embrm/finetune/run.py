@@ -23,15 +23,8 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from embrm.cache.reader import Cache
 from embrm.cache.writer import difference
-from embrm.errors import UserError, nearest
-from embrm.evaluate.geometry import drift, shape
-from embrm.extract.engine import TOLERANCE
-from embrm.extract.model import find_device, load_model
-from embrm.extract.run import ExtractSpec
-from embrm.extract.run import Prepared as Texts
-from embrm.extract.run import prepare as prepare_texts
-from embrm.extract.tokens import reason_of
-from embrm.files import (
+from embrm.core.errors import UserError, nearest
+from embrm.core.files import (
     TEMPORARY,
     disk_errors,
     exclusive,
@@ -40,6 +33,13 @@ from embrm.files import (
     remove_temporaries,
     write_bytes,
 )
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
+from embrm.core.specs import canonical_json, read_toml
+from embrm.extract.engine import TOLERANCE
+from embrm.extract.run import ExtractSpec
+from embrm.extract.run import Prepared as Texts
+from embrm.extract.run import prepare as prepare_texts
 from embrm.finetune.batches import Minibatches, PairTokens, texts
 from embrm.finetune.contrast import ViewMasks
 from embrm.finetune.losses import StepLoss
@@ -54,12 +54,11 @@ from embrm.finetune.trainer import (
     last_checkpoint,
     scored,
 )
-from embrm.progress import progress
-from embrm.provenance import provenance
-from embrm.specs import canonical_json, read_toml
+from embrm.lm.loading import find_device, load_model
+from embrm.lm.tokens import reason_of
+from embrm.metrics.geometry import drift, shape
 from embrm.sweep.evaluation import Evaluation, ledger_row, part_tables
 from embrm.sweep.geometry import measured_row, samples
-from embrm.sweep.grid import Configuration, Run, RunSpec, Selection, configurations, identified
 from embrm.sweep.ledger import (
     GEOMETRY_SCHEMA,
     MODEL_FORMAT,
@@ -71,6 +70,7 @@ from embrm.sweep.ledger import (
 )
 from embrm.sweep.material import evaluation_splits, prompt_table, select, to_pairs
 from embrm.sweep.prepare import cache_for, check, leaked, pin
+from embrm.sweep.spec import Configuration, Run, RunSpec, Selection, configurations, identified
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import as_trained, with_rules
 from embrm.train.order import Order

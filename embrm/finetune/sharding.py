@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from accelerate.utils import parse_flag_from_env
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.finetune.spec import FinetuneRun, Tune
 
 _NOT_HERE = {

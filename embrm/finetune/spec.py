@@ -4,12 +4,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from embrm.core.errors import UserError
+from embrm.core.specs import Spec
 from embrm.data.sources import SourceSpec
-from embrm.errors import UserError
 from embrm.finetune.contrast import SimcseSpec
 from embrm.finetune.meta import MetaSpec
-from embrm.specs import Spec
-from embrm.sweep.grid import RunSpec, SweepSpec
+from embrm.sweep.spec import RunSpec, SweepSpec
 from embrm.train.regularizers import GRM
 
 Tune = Literal["full", "lora", "frozen"]

@@ -28,18 +28,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
+from embrm.core.files import disk_errors, write_bytes
+from embrm.core.progress import Progress
+from embrm.core.specs import canonical_json
 from embrm.extract.engine import by_length
-from embrm.extract.tokens import Encoded
-from embrm.files import disk_errors, write_bytes
 from embrm.finetune.batches import Minibatches, PairTokens, texts
 from embrm.finetune.contrast import Contrast, contrast, placed
 from embrm.finetune.losses import StepLoss
 from embrm.finetune.meta import Groups, discrimination
 from embrm.finetune.model import RewardModel
 from embrm.finetune.spec import FinetuneRun
-from embrm.progress import Progress
-from embrm.specs import canonical_json
+from embrm.lm.tokens import Encoded
 from embrm.train.bank import VALIDATION, Course, rate, validation_metrics
 from embrm.train.objectives import Pairs
 

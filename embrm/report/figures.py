@@ -11,9 +11,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from embrm.report.comparison import MEAN, Comparison
-from embrm.report.confirmation import Confirmation
-from embrm.report.drawing import (
+from embrm.core.drawing import (
     BLACK,
     BLUE,
     CURVES,
@@ -25,7 +23,9 @@ from embrm.report.drawing import (
     new_figure,
     short_name,
 )
-from embrm.report.table import printable
+from embrm.core.table import printable
+from embrm.results.comparison import MEAN, Comparison
+from embrm.studies.confirmation.table import Confirmation
 
 _NEAR = 0.25
 """Share of an axis by which it is widened, where that suffices to show a reference line."""

@@ -9,26 +9,26 @@ from typing import Any
 
 import polars as pl
 
-from embrm.errors import UserError
-from embrm.files import write_bytes
-from embrm.report.comparison import Comparison, compare_runs
-from embrm.report.confirmation import (
+from embrm.core.drawing import drawn
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.table import Table, escape, markdown
+from embrm.report.figures import confirmation_figures, figures
+from embrm.report.tables import further_tables, main_tables
+from embrm.results.comparison import Comparison, compare_runs
+from embrm.studies.confirmation.table import (
     Confirmation,
     confirmation_tables,
     further_confirmation_tables,
 )
-from embrm.report.drawing import drawn
-from embrm.report.figures import confirmation_figures, figures
-from embrm.report.noise import CAPTION as NOISE
-from embrm.report.noise import noise_figure, noise_tables
-from embrm.report.reliability import CAPTION as RELIABILITY
-from embrm.report.reliability import reliability_figure, reliability_tables, reliable_names
-from embrm.report.scenarios import CAPTION as SCENARIOS
-from embrm.report.scenarios import scenario_figure, scenario_tables
-from embrm.report.table import Table, escape, markdown
-from embrm.report.tables import further_tables, main_tables
+from embrm.studies.reliability.measure import reliability
+from embrm.studies.reliability.table import CAPTION as RELIABILITY
+from embrm.studies.reliability.table import reliability_figure, reliability_tables, reliable_names
+from embrm.studies.robustness.noise import CAPTION as NOISE
+from embrm.studies.robustness.noise import noise_figure, noise_tables
+from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
+from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
 from embrm.sweep.ledger import Results, open_results, training_name
-from embrm.sweep.reliability import reliability
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",

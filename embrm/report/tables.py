@@ -4,8 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from embrm.evaluate.geometry import SAMPLE
-from embrm.report.cells import (
+from embrm.core.formatting import (
     MISSING,
     difference_text,
     number_text,
@@ -17,8 +16,9 @@ from embrm.report.cells import (
     value_text,
     with_range_text,
 )
-from embrm.report.comparison import MEAN, Comparison
-from embrm.report.table import Table
+from embrm.core.table import Table
+from embrm.metrics.geometry import SAMPLE
+from embrm.results.comparison import MEAN, Comparison
 
 _ACROSS = 8
 """Splits side by side in one table: what fits 100 terminal columns beside the names."""

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from embrm.evaluate.accuracy import EvaluationSplit
-from embrm.evaluate.calibration import fit_temperature
-from embrm.specs import canonical_json
-from embrm.sweep.grid import Run
+from embrm.core.specs import canonical_json
+from embrm.metrics.accuracy import EvaluationSplit
+from embrm.metrics.calibration import fit_temperature
 from embrm.sweep.ledger import OUTCOMES_SCHEMA
+from embrm.sweep.spec import Run
 
 Rewards = NDArray[np.float32]
 

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from embrm.errors import UserError
-from embrm.files import exclusive, remove_temporaries
-from embrm.progress import progress
-from embrm.provenance import provenance
-from embrm.sweep.grid import Run
+from embrm.core.errors import UserError
+from embrm.core.files import exclusive, remove_temporaries
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
+from embrm.sweep.fusing import packs
 from embrm.sweep.ledger import finished, write_results
 from embrm.sweep.material import evaluation_splits, laid_out, prompt_table
-from embrm.sweep.packing import packs
 from embrm.sweep.prepare import Prepared, leaked, prepare
+from embrm.sweep.spec import Run
 from embrm.sweep.workers import worker_count, workers
 from embrm.train.numerics import Numerics, device, settings
 

@@ -1,4 +1,4 @@
-"""Geometry of the runs of a sweep: what `embrm.evaluate.geometry` measures, on a worker's material.
+"""Geometry of the runs of a sweep: what `embrm.metrics.geometry` measures, on a worker's material.
 
 The same responses are measured for every run; what no run changes about them is computed once.
 """
@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embrm.evaluate.accuracy import EvaluationSplit
-from embrm.evaluate.geometry import MEASURES, correlation, drift, shape, spread
-from embrm.evaluate.geometry import sample as evenly
-from embrm.sweep.grid import RunSpec
+from embrm.metrics.accuracy import EvaluationSplit
+from embrm.metrics.geometry import MEASURES, correlation, drift, shape, spread
+from embrm.metrics.geometry import sample as evenly
 from embrm.sweep.ledger import GEOMETRY_SCHEMA, training_name
+from embrm.sweep.spec import RunSpec
 from embrm.train.heads import (
     UP,
     Parameters,

@@ -41,13 +41,13 @@ import safetensors.torch
 import torch
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError, nearest
+from embrm.core.files import write_atomic, write_bytes
+from embrm.core.specs import canonical_json
 from embrm.data.scenarios import SCENARIOS
-from embrm.errors import UserError, nearest
-from embrm.evaluate.accuracy import OUTCOMES
-from embrm.evaluate.geometry import MEASURES
-from embrm.files import write_atomic, write_bytes
-from embrm.specs import canonical_json
-from embrm.sweep.grid import Run, RunSpec, SweepSpec
+from embrm.metrics.accuracy import OUTCOMES
+from embrm.metrics.geometry import MEASURES
+from embrm.sweep.spec import Run, RunSpec, SweepSpec
 from embrm.train.ensembles import Combination, Reference
 from embrm.train.heads import REWARDS, Parameters, Preprocess
 

@@ -12,8 +12,8 @@ import polars as pl
 import torch
 
 from embrm.cache.reader import Cache
-from embrm.files import TEMPORARY, disk_errors
-from embrm.progress import Progress
+from embrm.core.files import TEMPORARY, disk_errors
+from embrm.core.progress import Progress
 from embrm.train.states import States
 from embrm.train.tokens import LmHead, TokenData, facts
 

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY, disk_errors
+from embrm.core.progress import progress
 from embrm.data.splits import holdout
-from embrm.errors import UserError
-from embrm.evaluate.accuracy import EvaluationSplit
-from embrm.files import TEMPORARY, disk_errors
-from embrm.progress import progress
-from embrm.sweep.grid import Run, RunSpec, Selection
+from embrm.metrics.accuracy import EvaluationSplit
 from embrm.sweep.mapped import MappedFile, TokenFiles, write_rows
+from embrm.sweep.spec import Run, RunSpec, Selection
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import with_rules
 from embrm.sweep.views import open_view

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from embrm.errors import UserError
-from embrm.sweep.grid import RunSpec
+from embrm.core.errors import UserError
+from embrm.sweep.fused import Pack
+from embrm.sweep.fusing import packs
 from embrm.sweep.ledger import finished
 from embrm.sweep.mapped import first_tokens
 from embrm.sweep.material import evaluation_splits
-from embrm.sweep.pack import Pack
-from embrm.sweep.packing import packs
 from embrm.sweep.prepare import Prepared, prepare
+from embrm.sweep.spec import RunSpec
 from embrm.sweep.tables import read_tables
 from embrm.sweep.views import open_view
 from embrm.sweep.workers import worker_count

@@ -7,9 +7,10 @@ from pathlib import Path
 import polars as pl
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.errors import UserError, nearest
-from embrm.specs import read_toml
-from embrm.sweep.grid import (
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import read_toml
+from embrm.sweep.material import select, with_gold
+from embrm.sweep.spec import (
     Configuration,
     Run,
     RunSpec,
@@ -18,7 +19,6 @@ from embrm.sweep.grid import (
     configurations,
     runs,
 )
-from embrm.sweep.material import select, with_gold
 from embrm.sweep.tables import read_tables
 from embrm.sweep.training import as_trained, gold_as_trained, pinned, with_rules
 from embrm.sweep.views import AFTER_FINAL_NORM, missing_S, open_view

@@ -7,8 +7,8 @@ from functools import lru_cache
 import polars as pl
 
 from embrm.cache.reader import Cache
+from embrm.core.errors import UserError
 from embrm.data.scenarios import SCENARIOS, Scenarios, divide
-from embrm.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from embrm.core.errors import UserError
+from embrm.core.streams import stream
 from embrm.data.label_tables import LabelTable, read_table
 from embrm.data.splits import folds, holdout
-from embrm.errors import UserError
-from embrm.sweep.grid import RunSpec
-from embrm.train.streams import stream
+from embrm.sweep.spec import RunSpec
 
 _TABLE = ("label", "weight", "margin")
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from embrm.cache.reader import Cache
-from embrm.errors import UserError, nearest
+from embrm.core.errors import UserError, nearest
 
 TOKENS = "tokens"
 """Mean of a response's sampled token rows: a pooled reward, linear heads and adapters being linear

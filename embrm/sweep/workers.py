@@ -15,11 +15,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-from embrm.errors import UserError
-from embrm.files import write_bytes
-from embrm.progress import Progress
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.progress import Progress
+from embrm.sweep.fused import Pack, Trainer
 from embrm.sweep.material import Material
-from embrm.sweep.pack import Pack, Trainer
 from embrm.train.numerics import Numerics, begin, device, environment, settings, why_unavailable
 
 

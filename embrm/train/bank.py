@@ -20,7 +20,8 @@ from scipy.special import expit
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
+from embrm.core.streams import stream
 from embrm.train.heads import (
     HeadSpec,
     Parameters,
@@ -35,7 +36,6 @@ from embrm.train.objectives import Objective, ObjectiveBank, Pairs
 from embrm.train.order import Order
 from embrm.train.regularizers import Regularizer, direction_penalty, mean_fisher, regularize
 from embrm.train.states import States
-from embrm.train.streams import stream
 from embrm.train.tokens import TokenData, TokenRows, TopK
 
 _ADAM_EPS = 1e-8

@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from embrm.specs import Spec
+from embrm.core.specs import Spec
+from embrm.core.streams import stream
 from embrm.train.objectives import PairRewards
 from embrm.train.states import States
-from embrm.train.streams import stream
 
 Parameters = dict[str, Tensor]
 

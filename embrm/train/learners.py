@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from embrm.errors import UserError
-from embrm.specs import Spec
+from embrm.core.errors import UserError
+from embrm.core.specs import Spec
+from embrm.core.streams import stream
 from embrm.train.bank import Monitor, Trained, TrainingData
 from embrm.train.heads import REWARDS, Preprocess, PreprocessKind
 from embrm.train.objectives import Pairs
 from embrm.train.states import States
-from embrm.train.streams import stream
 
 Floats = NDArray[np.float64]
 

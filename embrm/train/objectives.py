@@ -14,8 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from embrm.errors import nearest
-from embrm.specs import Spec
+from embrm.core.errors import nearest
+from embrm.core.specs import Spec
 
 _ROOT_EPS = 1e-12
 """Under LogitNorm's root: without it the gradient at r_c = r_r = 0 is 0/0. It is far below the

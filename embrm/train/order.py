@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embrm.core.streams import stream
 from embrm.train.states import WINDOW_BLOCKS, States
-from embrm.train.streams import stream
 
 
 class Order:

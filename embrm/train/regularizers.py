@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag, logsigmoid
 
-from embrm.specs import Spec
+from embrm.core.specs import Spec
 from embrm.train.heads import Parameters, adapter_inner, adapter_readouts, product
 from embrm.train.tokens import TokenData, TokenRows, TopK
 

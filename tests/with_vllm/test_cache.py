@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from extract_models import save_config, tokenizer
-from test_extract_run import write_pairs
-from test_parity import FAMILIES
+from extract_world import write_pairs
+from lm_families import FAMILIES
 from typer.testing import CliRunner
 
 from embrm.cache.reader import open_cache
 from embrm.cli import app
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 
 
 def run(*arguments: str | Path) -> Any:

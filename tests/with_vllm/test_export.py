@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from export_world import write_sweep
 from extract_models import save_config, tokenizer
-from test_parity import FAMILIES
+from lm_families import FAMILIES
 
 from embrm.export.run import export
 from embrm.export.trained import open_trained

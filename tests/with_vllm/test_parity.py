@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from extract_models import VOCABULARY, save_config, tokenizer
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config
+from extract_models import save_config, tokenizer
+from lm_families import FAMILIES
 
-from embrm.errors import UserError
+from embrm.core.errors import UserError
 from embrm.extract import vllm_worker
 from embrm.extract.engine import Batch, Engine, Request, token_positions
 from embrm.extract.transformers_engine import load_engine
@@ -22,38 +22,6 @@ BLOCK = 32
 LONGEST = 160
 PROMPT = 70
 
-# The CPU build's attention wants heads of 32 or more.
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SIZES | {"num_attention_heads": 2}, tie_word_embeddings=False),
-    "gpt2": GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=64,
-        n_layer=3,
-        n_head=2,
-        n_positions=256,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    ),
-    # Caps this low bend every logit; the window is shorter than the sequences.
-    "gemma2": Gemma2Config(
-        **SIZES, final_logit_softcapping=0.5, attn_logit_softcapping=0.5, sliding_window=48
-    ),
-}
 WANTED: dict[str, Any] = {"views": ("last", "mean"), "top_k": 4, "tail_mean": True}
 
 

@@ -1,0 +1,109 @@
+"""How much configurations lose: on unseen prompts and models, and to wrong labels."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from embrm.core.specs import canonical_json
+from embrm.metrics.intervals import Replicates, compare
+
+_NOISE = "label_noise"
+
+_LINE = {"line": pl.String(), _NOISE: pl.Float64(), "name": pl.String()}
+
+
+def scenario_falls(
+    resampled: Mapping[tuple[str, str], Replicates],
+    scenarios: Sequence[str],
+    runs: pl.DataFrame,
+    baseline: str | None,
+) -> pl.DataFrame:
+    """The last of the `scenarios` minus the first: metric and the columns of `intervals.compare`.
+
+    resampled: of (split, metric), a column a run. runs: name and seed. Empty where not both of them
+    have a metric.
+    """
+    found = []
+    for metric in ("accuracy", "tau"):
+        having = [split for split in scenarios if (split, metric) in resampled]
+        if len(having) < 2 or (having[0], having[-1]) != (scenarios[0], scenarios[-1]):
+            continue
+        near, far = (resampled[split, metric] for split in (having[0], having[-1]))
+        change = _minus(far, near)
+        found.append(
+            compare(change, runs, baseline).select(pl.lit(metric).alias("metric"), pl.all())
+        )
+    return pl.concat(found) if found else pl.DataFrame()
+
+
+def noise_lines(ledger: pl.DataFrame) -> pl.DataFrame:
+    """Configurations that a grid of `label_noise` made, and that differ in nothing else: line (what
+    their names share), label_noise and name, sorted by line and rate. Empty where there are none.
+
+    ledger: name and spec.
+    """
+    rows = []
+    for name, text in ledger.select("name", "spec").unique("name").iter_rows():
+        rest = json.loads(text)
+        line, rate = _without_noise(name), rest.pop(_NOISE, None)
+        if line is not None and rate is not None:
+            rest.pop("seed", None)
+            rows.append({"line": line, _NOISE: rate, "name": name, "rest": canonical_json(rest)})
+    table = pl.DataFrame(rows, schema=_LINE | {"rest": pl.String()}).sort("line", _NOISE)
+    alike = pl.col("rest").n_unique().over("line") == 1
+    several = pl.col(_NOISE).n_unique().over("line") > 1
+    return table.filter(alike & several).drop("rest")
+
+
+def _without_noise(name: str) -> str | None:
+    """bt[lr=0.1] of bt[lr=0.1,label_noise=0.2], as a grid names it; None without a rate."""
+    base, _, labels = name.removesuffix("]").rpartition("[")
+    parts = labels.split(",")
+    kept = [part for part in parts if not part.startswith(f"{_NOISE}=")]
+    if not base or len(kept) == len(parts):
+        return None
+    return f"{base}[{','.join(kept)}]" if kept else base
+
+
+def noise_falls(
+    lines: pl.DataFrame, result: Replicates, runs: pl.DataFrame, baseline: str | None
+) -> pl.DataFrame:
+    """The metric at the highest rate minus that at the lowest: the columns of
+    `intervals.compare`, name being the line; differences are to the baseline's line.
+
+    Only of lines that have both the highest and the lowest of all rates, so that falls compare.
+    lines: as of `noise_lines`. result: a column a run. runs: name and seed.
+    """
+    places = {key: place for place, key in enumerate(runs.select("name", "seed").iter_rows())}
+    rate = pl.col(_NOISE)
+    clean, noisy = (
+        dict(lines.filter(rate == end).select("line", "name").iter_rows())
+        for end in (lines[_NOISE].min(), lines[_NOISE].max())
+    )
+    ends = {
+        (line, seed): (places[clean[line], seed], places[noisy[line], seed])
+        for line in clean.keys() & noisy.keys()
+        for seed in runs["seed"].unique()
+        if (clean[line], seed) in places and (noisy[line], seed) in places
+    }
+    fallen = pl.DataFrame([*ends], {"name": pl.String, "seed": pl.Int64}, orient="row")
+    columns = np.array([*ends.values()], dtype=np.int64).reshape(-1, 2)
+    line_of = dict(lines.select("name", "line").iter_rows())
+    change = _minus(_of(result, columns[:, 1]), _of(result, columns[:, 0]))
+    return compare(change, fallen, line_of.get(baseline or ""))
+
+
+def _minus(one: Replicates, other: Replicates) -> Replicates:
+    """Of the same runs; paired where they share prompts."""
+    return Replicates(
+        estimates=one.estimates - other.estimates,
+        draws=one.draws - other.draws,
+        prompts=min(one.prompts, other.prompts),
+    )
+
+
+def _of(result: Replicates, columns: NDArray[np.int64]) -> Replicates:
+    return Replicates(result.estimates[columns], result.draws[:, columns], result.prompts)

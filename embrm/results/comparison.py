@@ -1,0 +1,382 @@
+"""A finished sweep as numbers: who ranks where, by how much, how surely."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from embrm.core.errors import UserError, nearest
+from embrm.metrics.geometry import MEASURES as GEOMETRY
+from embrm.metrics.intervals import Replicates, compare, mean, replicate
+from embrm.metrics.outcomes import Outcomes
+from embrm.metrics.robustness import noise_falls, noise_lines, scenario_falls
+
+MEASURES = (
+    *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
+    *("ece_calibrated", "margin", "reward_mean", "reward_sd", "tau", "length_accuracy"),
+    *("disagreement", "disagreement_auroc"),
+)
+"""Metrics of the ledger (`metric@split`) that the report averages over seeds."""
+
+MEAN = "mean"
+"""The `rank_by` that averages over the evaluation splits."""
+
+_DETAILED = 4
+"""Configurations, besides the baseline, whose accuracy is broken down by subset."""
+
+
+_MANY = 8
+"""Splits beyond which label noise is looked at in their mean alone."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything the report says about a sweep. Shares and rewards are plain floats.
+
+    ranked_by: a split, or "mean"; ranked_splits: the splits it covers; unranked_splits: those it
+    would cover if they had two prompts; metric: accuracy, or tau where only groups exist.
+    ranking: rank, the columns of `intervals.compare` and run_ids in the order of their seeds, best
+    first.
+    at_epoch_limit: configurations, in the order of the ranking, of which a run with early stopping
+    ran all its epochs and had not stopped by then.
+    scores: split, metric, prompts and the columns of `intervals.compare`.
+    measures: split, name and `MEASURES`, means over seeds, null unless every seed has a value.
+    subsets: split, subset, prompts and the columns of `intervals.compare`, top configurations.
+    lengths: split, pairs, prompts, and accuracy of "longer is better" (estimate, low, high).
+    leak_free: split, removed, prompts and the columns of `intervals.compare`, without the prompts
+    that occur in training.
+    validation: name and accuracy on the training prompts held out for validation, mean over seeds.
+    geometry: split, name and `geometry.MEASURES`, means over seeds as in measures; trained_on is
+    one of its splits. Empty where no run was measured.
+    trained_on: what the training responses are called there.
+    scenarios: of the splits, those that the sweep made of groups, the nearest to training first.
+    scenario_falls: metric and the columns of `intervals.compare`, of the last scenario minus the
+    first.
+    noise: split (or "mean", over the ranked splits), line, label_noise, name, estimate, low and
+    high, of configurations that differ in that alone. Empty where there are none.
+    noise_falls: split and the columns of `intervals.compare`, name being the line, of the highest
+    rate of label noise minus the lowest.
+    unfinished: name, status and runs, of the runs that have no result.
+    """
+
+    title: str
+    baseline: str | None
+    splits: tuple[str, ...]
+    ranked_by: str
+    ranked_splits: tuple[str, ...]
+    unranked_splits: tuple[str, ...]
+    metric: str
+    ranking: pl.DataFrame
+    at_epoch_limit: tuple[str, ...]
+    scores: pl.DataFrame
+    measures: pl.DataFrame
+    subsets: pl.DataFrame
+    lengths: pl.DataFrame
+    leak_free: pl.DataFrame
+    validation: pl.DataFrame
+    geometry: pl.DataFrame
+    trained_on: str
+    scenarios: tuple[str, ...]
+    scenario_falls: pl.DataFrame
+    noise: pl.DataFrame
+    noise_falls: pl.DataFrame
+    unfinished: pl.DataFrame
+
+    def best(self, top: int) -> list[str]:
+        """The `top` configurations of the ranking, and the baseline."""
+        names = self.ranking["name"].to_list()[:top]
+        baseline = self.baseline
+        return names if baseline is None or baseline in names else [*names, baseline]
+
+    def longer_is_better(self) -> float | None:
+        """Accuracy of that rule, mean over the ranked splits; None where groups rank."""
+        if self.metric != "accuracy":
+            return None
+        ranked = self.lengths.filter(pl.col("split").is_in(self.ranked_splits))
+        mean = ranked["estimate"].mean()
+        return float(mean) if isinstance(mean, float) else None
+
+
+def compare_runs(
+    title: str,
+    ledger: pl.DataFrame,
+    prompts: pl.DataFrame,
+    outcomes: pl.DataFrame,
+    splits: Sequence[str],
+    baseline: str | None,
+    rank_by: str | None = None,
+    leaked: Mapping[str, Collection[str]] | None = None,
+    geometry: pl.DataFrame | None = None,
+    trained_on: str = "train",
+    scenarios: Sequence[str] = (),
+) -> Comparison:
+    """Compare the configurations of a sweep.
+
+    ledger: one row a run: run_id, config, seed, status, spec, epochs, best_epoch,
+        validation_accuracy, `metric@split`.
+    prompts: split and the columns of `accuracy.PROMPTS`.
+    outcomes: run_id, split and lists `accuracy.OUTCOMES` in the order of the split's prompts.
+    splits: evaluation splits in the order to show; those without results are left out.
+    rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
+        for the mean over the splits whose names do not start with "train".
+    leaked: per split, the ids of its prompts that occur in training.
+    geometry: run_id, split and `geometry.MEASURES`. trained_on: the split there that is the
+        training responses. scenarios: of the splits, those made of groups, nearest first.
+
+    Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing, or
+    `baseline` diverged in every seed.
+    """
+    ledger = ledger.rename({"config": "name"})
+    runs = (
+        ledger.join(outcomes, on="run_id", how="semi")
+        .select("run_id", "name", "seed")
+        .sort("name", "seed", "run_id")
+    )
+    if runs.is_empty():
+        if not ledger.is_empty() and (ledger["status"] == "diverged").all():
+            raise UserError(f"{title}: all {ledger.height} runs diverged: lower lr")
+        raise UserError(f"{title} has no finished runs: run the sweep first")
+    if baseline is not None and baseline not in runs["name"]:
+        status = ledger.filter(pl.col("name") == baseline)["status"]
+        if not status.is_empty() and (status == "diverged").all():
+            raise UserError(
+                f"baseline {baseline!r} diverged in every seed: name another with --baseline"
+            )
+        raise UserError(
+            f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
+        )
+    run_ids = runs["run_id"].to_list()
+    parts = {
+        split: Outcomes.of(
+            prompts.filter(pl.col("split") == split),
+            outcomes.filter(pl.col("split") == split),
+            run_ids,
+        )
+        for split in splits
+        if split in outcomes["split"]
+    }
+    resampled = {
+        (split, metric): replicate(part, metric)
+        for split, part in parts.items()
+        for metric in metrics(part)
+    }
+    ranked_splits, unranked_splits, metric = _ranked(rank_by, list(parts), resampled)
+    ranking = compare(mean(resampled[split, metric] for split in ranked_splits), runs, baseline)
+    ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
+    ranking = ranking.select(
+        pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"), pl.all()
+    ).join(
+        runs.group_by("name", maintain_order=True).agg(pl.col("run_id").alias("run_ids")),
+        on="name",
+        maintain_order="left",
+    )
+    at_limit = _at_epoch_limit(ledger.join(runs, on="run_id", how="semi"))
+    top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
+    detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
+
+    scenarios = tuple(split for split in scenarios if split in parts)
+    lines = noise_lines(ledger.join(runs, on="run_id", how="semi"))
+
+    leaked = leaked or {}
+    leak_free = []
+    for split, part in parts.items():
+        prompt_ids = part.prompts["prompt_id"]
+        touched = prompt_ids.is_in(list(leaked.get(split, ())))
+        if "accuracy" in metrics(part) and touched.any():
+            rest = part.on(~touched)
+            leak_free.append(
+                _tagged(replicate(rest, "accuracy"), runs, baseline, split=split).select(
+                    "split",
+                    pl.lit(prompt_ids.filter(touched).n_unique()).alias("removed"),
+                    pl.exclude("split"),
+                )
+            )
+
+    scores = pl.concat(
+        _tagged(result, runs, baseline, split=split, metric=name)
+        for (split, name), result in resampled.items()
+    )
+    noise, falls = [], []
+    for split, result in _panels(ranked_splits, metric, resampled) if lines.height else ():
+        found = scores.filter(split=split, metric=metric) if split in parts else ranking
+        found = found.select("name", "estimate", "low", "high")
+        joined = lines.join(found, on="name", how="left", maintain_order="left")
+        noise.append(joined.select(pl.lit(split).alias("split"), pl.all()))
+        fallen = noise_falls(lines, result, runs, baseline)
+        falls.append(fallen.select(pl.lit(split).alias("split"), pl.all()))
+    subsets = [
+        _tagged(
+            replicate(rows, "accuracy"),
+            runs.filter(detailed),
+            baseline,
+            split=split,
+            subset=subset,
+        )
+        for split, part in parts.items()
+        if "accuracy" in metrics(part) and part.prompts["subset"].n_unique() > 1
+        for subset, rows in _by_subset(part.by(detailed.arg_true().to_list()))
+    ]
+    return Comparison(
+        title=title,
+        baseline=baseline,
+        splits=tuple(parts),
+        ranked_by=rank_by or MEAN,
+        ranked_splits=ranked_splits,
+        unranked_splits=unranked_splits,
+        metric=metric,
+        ranking=ranking,
+        at_epoch_limit=tuple(name for name in ranking["name"] if name in at_limit),
+        scores=scores,
+        measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
+        subsets=_stack(subsets),
+        lengths=_stack([_length(split, part) for split, part in parts.items()]),
+        leak_free=_stack(leak_free),
+        validation=ledger.join(runs, on="run_id", how="semi")
+        .group_by("name")
+        .agg(pl.col("validation_accuracy").mean().alias("accuracy"))
+        .sort("name"),
+        geometry=_geometry(geometry, runs, [trained_on, *parts]),
+        trained_on=trained_on,
+        scenarios=scenarios,
+        scenario_falls=scenario_falls(resampled, scenarios, runs, baseline),
+        noise=_stack(noise),
+        noise_falls=_stack(falls),
+        unfinished=ledger.join(runs, on="run_id", how="anti")
+        .group_by("name", "status")
+        .agg(pl.len().alias("runs"))
+        .sort("name", "status"),
+    )
+
+
+def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
+    """Configurations with a run that early stopping would have let go on."""
+    limits = pl.Struct({"epochs": pl.Int64, "patience": pl.Int64})
+    spec = pl.col("spec").str.json_decode(limits)
+    reached = ledger.filter(
+        pl.col("epochs") == spec.struct.field("epochs"),
+        pl.col("epochs") - pl.col("best_epoch") < spec.struct.field("patience"),
+    )
+    return set(reached["name"])
+
+
+def metrics(part: Outcomes) -> list[str]:
+    """What a split can show: accuracy where it has pairs, tau where it has groups."""
+    return [
+        metric
+        for metric, present in (
+            ("accuracy", (part.prompts["pairs"] > 0).any()),
+            ("tau", not np.isnan(part.values["tau"]).all()),
+        )
+        if present
+    ]
+
+
+def _ranked(
+    rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
+) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    """The splits that the ranking averages over, those too small for it, and their metric.
+
+    A split with one prompt has no interval, and the mean would have none either.
+    """
+    wanted = splits
+    if rank_by is not None:
+        wanted = [name for name in splits if name == rank_by or name.startswith(f"{rank_by}/")]
+        if not wanted:
+            raise UserError(
+                f"rank_by = {rank_by!r} is no evaluated split: {nearest(rank_by, splits)}"
+            )
+    if rank_by is None and any(not split.startswith("train") for split in splits):
+        wanted = [split for split in splits if not split.startswith("train")]
+    for metric in ("accuracy", "tau"):
+        having = [split for split in wanted if (split, metric) in resampled]
+        large = [split for split in having if resampled[split, metric].prompts > 1] or having
+        if having:
+            return tuple(large), tuple(split for split in having if split not in large), metric
+    raise UserError(f"nothing to rank by in {', '.join(wanted)}: neither pairs nor groups there")
+
+
+def _panels(
+    splits: Sequence[str], metric: str, resampled: Mapping[tuple[str, str], Replicates]
+) -> list[tuple[str, Replicates]]:
+    """The ranked splits, after their mean where there are several; it alone where many."""
+    alone = [(split, resampled[split, metric]) for split in splits]
+    if len(alone) == 1:
+        return alone
+    return [(MEAN, mean(part for _, part in alone)), *(alone if len(alone) <= _MANY else [])]
+
+
+def _tagged(
+    result: Replicates, runs: pl.DataFrame, baseline: str | None, **tags: str | None
+) -> pl.DataFrame:
+    """The comparison of one result, with what it is of in front."""
+    return compare(result, runs, baseline).select(
+        *(pl.lit(value, dtype=pl.String).alias(tag) for tag, value in tags.items()),
+        pl.lit(result.prompts).alias("prompts"),
+        pl.all(),
+    )
+
+
+def _by_subset(part: Outcomes) -> list[tuple[str | None, Outcomes]]:
+    subsets = part.prompts["subset"]
+    return [
+        (subset, part.on(subsets.eq_missing(pl.Series([subset], dtype=pl.String))))
+        for subset in subsets.unique().sort(nulls_last=True)
+    ]
+
+
+def _length(split: str, part: Outcomes) -> pl.DataFrame:
+    """ "Longer is better" on one split: the same for every run."""
+    if "accuracy" not in metrics(part):
+        return pl.DataFrame()
+    alone = pl.DataFrame({"name": ["length"], "seed": [0]})
+    return compare(replicate(part, "length_accuracy"), alone, None).select(
+        pl.lit(split).alias("split"),
+        pl.lit(part.prompts["pairs"].sum()).alias("pairs"),
+        pl.lit(part.prompts["prompt_id"].n_unique()).alias("prompts"),
+        "estimate",
+        "low",
+        "high",
+    )
+
+
+def _geometry(geometry: pl.DataFrame | None, runs: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
+    if geometry is None or geometry.is_empty():
+        return pl.DataFrame()
+    return pl.concat(
+        runs.join(geometry.filter(pl.col("split") == split), on="run_id", how="left")
+        .group_by("name")
+        .agg(
+            _mean_over_seeds(name).alias(name)
+            if name in geometry.columns
+            else pl.lit(None, dtype=pl.Float64).alias(name)
+            for name in GEOMETRY
+        )
+        .sort("name")
+        .select(pl.lit(split).alias("split"), pl.all())
+        for split in splits
+    )
+
+
+def _mean_over_seeds(column: str) -> pl.Expr:
+    return pl.when(pl.col(column).null_count() == 0).then(pl.col(column).mean())
+
+
+def _measures(ledger: pl.DataFrame, splits: list[str]) -> pl.DataFrame:
+    return pl.concat(
+        ledger.group_by("name")
+        .agg(
+            _mean_over_seeds(f"{metric}@{split}").alias(metric)
+            if f"{metric}@{split}" in ledger.columns
+            else pl.lit(None, dtype=pl.Float64).alias(metric)
+            for metric in MEASURES
+        )
+        .sort("name")
+        .select(pl.lit(split).alias("split"), pl.all())
+        for split in splits
+    )
+
+
+def _stack(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    filled = [frame for frame in frames if not frame.is_empty()]
+    return pl.concat(filled) if filled else pl.DataFrame()

@@ -1,0 +1,183 @@
+"""Replay: train stored runs again, each alone, and compare with what the sweep stored."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from embrm.core.errors import UserError
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
+from embrm.sweep.fused import Pack
+from embrm.sweep.ledger import Results, cache_of, load_run, open_results
+from embrm.sweep.material import laid_out
+from embrm.sweep.spec import Run, RunSpec
+from embrm.sweep.workers import worker_count, workers
+from embrm.train.numerics import Numerics, settings, why_unavailable
+
+TOLERANCE = 0.01
+"""Where bits differ, what a report shows may differ by this much: see `REPORTED`."""
+
+REPORTED = ("accuracy", "nll", "nll_calibrated", "brier", "tau")
+"""Metrics the tolerance is about. Weights and mean rewards are no yardstick: other arithmetic
+leads an MLP to other weights of the same quality, and only differences of rewards mean anything."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One run, trained again."""
+
+    run_id: str
+    config: str
+    seed: int
+    same_bits: bool
+    """The weights and every number of the ledger's row are equal to the last bit."""
+    weights: float
+    """‖new - stored‖ / ‖stored‖ over all weights; 0 where no weights are stored (diverged)."""
+    metric: str
+    """The reported metric, `name@split`, that differs most, or ""."""
+    difference: float
+    """By how much, absolutely; infinite where one of the two runs has no value."""
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether every reported metric agrees within `TOLERANCE`."""
+        return self.difference <= TOLERANCE
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay found. environment: what differs from the sweep's: name → (then, now)."""
+
+    runs: tuple[Replayed, ...]
+    environment: dict[str, tuple[Any, Any]]
+
+
+def replay(
+    folder: Path,
+    *,
+    run: str | None = None,
+    sample: int | None = None,
+    cache: Path | None = None,
+    jobs: int | None = None,
+    memory: int | None = None,
+) -> Replay:
+    """Train runs of the sweep at `folder` again, alone in their packs, and compare.
+
+    run: this run alone; sample: so many, evenly spaced in the ledger; neither: all.
+    The sweep's numerics are used, native ones where this machine lacks them.
+    cache: where the cache is now, if it has moved. memory: as for a sweep. Nothing below
+    `folder` is changed.
+
+    Raises: UserError for an unknown run, another cache, or a run that fails now.
+    """
+    results = open_results(folder)
+    rows = _chosen(results, run, sample)
+    source = cache_of(results, cache)
+    selection = results.spec.selection(results.cache_id)
+    runs = [_run(row) for row in rows]
+    packs = [Pack((run,)) for run in runs]
+    wanted = results.spec.numerics
+    mode = "native" if why_unavailable(wanted) else wanted
+    jobs = worker_count(jobs, mode)
+    with (
+        workers(min(jobs, len(packs)), mode) as running,
+        tempfile.TemporaryDirectory() as name,
+        laid_out(source, selection, runs, Path(name), memory=memory, jobs=jobs) as material,
+        progress("replay", len(packs), "runs") as bar,
+    ):
+        out = Path(name)
+        failures = running.run(material, packs, out=out, bar=bar)
+        if failures:
+            first, why = next(iter(failures.items()))
+            raise UserError(f"{len(failures)} runs failed in the replay, first {first}: {why}")
+        replayed = tuple(
+            _compared(folder, out, row, _again(out, pack))
+            for row, pack in zip(rows, packs, strict=True)
+        )
+    return Replay(replayed, _changes(results.environment, mode))
+
+
+def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[str, Any]]:
+    if run is not None:
+        return [results.find(run)]
+    ledger = results.ledger
+    if sample is not None:
+        if sample < 1:
+            raise UserError(f"sample = {sample}: replay at least one run")
+        places = np.linspace(0, ledger.height - 1, min(sample, ledger.height)).round()
+        ledger = ledger[places.astype(int).tolist()]
+    return ledger.to_dicts()
+
+
+def _run(row: dict[str, Any]) -> Run:
+    spec = RunSpec.parse(json.loads(row["spec"]), f"run {row['run_id']}")
+    return Run(row["config"], row["run_id"], row["config_id"], spec)
+
+
+def _again(out: Path, pack: Pack) -> dict[str, Any]:
+    """The ledger's row of the pack's one run, as it came out now."""
+    table = pl.read_parquet(out / "parts" / pack.pack_id / "ledger.parquet")
+    return table.row(0, named=True)
+
+
+def _compared(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, Any]) -> Replayed:
+    # `numerics` explains a difference, it is none. A run that diverged alone has no metrics.
+    same = all(now.get(key) == value for key, value in stored.items() if key != "numerics")
+    apart = {
+        key: _apart(value, now.get(key))
+        for key, value in stored.items()
+        if key.partition("@")[0] in REPORTED
+    }
+    metric = max(apart, key=apart.__getitem__, default="")
+    difference = apart.get(metric, 0.0)
+    return Replayed(
+        run_id=stored["run_id"],
+        config=stored["config"],
+        seed=stored["seed"],
+        same_bits=same,
+        weights=0.0 if same else _distance(folder, out, stored, now),
+        metric=metric if difference else "",
+        difference=difference,
+    )
+
+
+def _apart(stored: float | None, now: float | None) -> float:
+    if stored is None or now is None:
+        return 0.0 if stored is now else float("inf")
+    return abs(stored - now)
+
+
+def _distance(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, Any]) -> float:
+    if stored["weights_sha256"] is None or now["weights_sha256"] is None:
+        return 0.0 if stored["weights_sha256"] is now["weights_sha256"] else float("inf")
+    before, after = (
+        torch.cat(
+            [tensor.flatten() for tensor in load_run(where, stored["run_id"]).parameters.values()]
+        )
+        for where in (folder, out)
+    )
+    return float((after - before).norm() / before.norm())
+
+
+def _changes(then: dict[str, Any], mode: Numerics) -> dict[str, tuple[Any, Any]]:
+    before = _flat(then)
+    after = _flat({**provenance(), "numerics": {"mode": mode, **settings(mode)}})
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{name}.{inner}" if inner else name: leaf for inner, leaf in nested}
+    return flat

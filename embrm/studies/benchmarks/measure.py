@@ -1,0 +1,150 @@
+"""Suites under every run of a sweep: the scores of the evaluation splits that hold a benchmark."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from embrm.cache.reader import Cache
+from embrm.core.errors import UserError, nearest
+from embrm.core.progress import progress
+from embrm.metrics.intervals import REPLICATES, Replicates
+from embrm.results.rewards import member_scores, pair_scores, rewarded
+from embrm.suites.formulas import SUITES, by_length, replicate_suite
+from embrm.sweep.ledger import Results, cache_of, load_run
+from embrm.sweep.tables import read_tables
+
+Rewards = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteScores:
+    """What runs have on one split.
+
+    scores: name of a score → its replicates, a column a run; the suite's main ones, the overall
+    score first. longer: the same scores of "the longer response is better". leaked: prompts that
+    also occur in training.
+    """
+
+    split: str
+    suite: str
+    scores: dict[str, Replicates]
+    longer: dict[str, float]
+    leaked: int
+
+
+def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
+    """Evaluated split → the suite it holds: those called SUITE or ood/SUITE, and `named`.
+
+    Raises: UserError for a split that is not evaluated, an unknown suite, and where there is none.
+    """
+    for split, suite in named.items():
+        if split not in results.evaluated:
+            known = nearest(split, results.evaluated)
+            raise UserError(f"{results.folder} evaluates no split {split!r}: {known}")
+        if suite not in SUITES:
+            raise UserError(f"no suite {suite!r}: {nearest(suite, SUITES)}")
+    found = {split: named.get(split, split.removeprefix("ood/")) for split in results.evaluated}
+    found = {split: suite for split, suite in found.items() if suite in SUITES}
+    if not found:
+        raise UserError(
+            f"{results.folder} evaluates no split called after a suite, but "
+            f"{', '.join(results.evaluated)}: name one with --suite SPLIT=SUITE"
+        )
+    return found
+
+
+def suite_scores(
+    results: Results,
+    runs: pl.DataFrame,
+    *,
+    named: Mapping[str, str] | None = None,
+    cache: Path | None = None,
+    replicates: int = REPLICATES,
+) -> tuple[list[SuiteScores], list[str]]:
+    """Suites under `runs` (run_id, …, of runs with weights) of a sweep.
+
+    named: split → suite, of those that `suite_splits` does not know by their names. cache: where it
+    is now, if it has moved.
+
+    Returns what was found on each split, and for each other one why it was left out.
+    Raises: UserError where one of `named`, or no split at all, can be scored, and what
+    `suite_splits` refuses.
+    """
+    source = cache_of(results, cache)
+    splits = suite_splits(results, named or {})
+    tables = {}
+    longer: dict[str, dict[str, float]] = {}
+    skipped = []
+    for split, suite in splits.items():
+        table = _table(results, source, split, suite)
+        try:  # by length first: what does not fit its suite needs no rewards
+            longer[split] = _longer(suite, table, source.n_response)
+            tables[split] = table
+        except UserError as error:
+            skipped.append(f"{split} is left out: {error}")
+            if split in (named or {}) or len(skipped) == len(splits):
+                raise UserError(f"{split} cannot be scored: {error}") from None
+    rows = np.unique(
+        np.concatenate([table[end] for table in tables.values() for end in _ends(table)])
+    ).astype(np.int64)
+    tokens = pl.Series(source.n_response[rows])
+    saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
+    rewards = rewarded(source, saved, rows)
+    found = []
+    with progress("suites", len(tables) * len(rewards), "scores") as bar:
+        for split, table in tables.items():
+            suite, main = splits[split], SUITES[splits[split]].main
+            # Ends by their place among the rows whose rewards there are.
+            table = table.with_columns(
+                pl.Series(end, np.searchsorted(rows, table[end])) for end in _ends(table)
+            )
+            each = []
+            for own in rewards:
+                scored = _score(suite)(table, tokens, own)
+                each.append(replicate_suite(suite, scored, replicates, main))
+                bar.advance()
+            scores = {name: _side_by_side([run[name] for run in each]) for name in main}
+            leaked = len(results.leaked.get(split, []))
+            found.append(SuiteScores(split, suite, scores, longer[split], leaked))
+    return found, skipped
+
+
+def _score(suite: str) -> Callable[[pl.DataFrame, pl.Series, Rewards], pl.DataFrame]:
+    return member_scores if SUITES[suite].of_groups else pair_scores
+
+
+def _longer(suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]) -> dict[str, float]:
+    kind = SUITES[suite]
+    missing = [f"column {name!r}" for name in kind.needs if name not in table.columns]
+    if table.is_empty():
+        missing = ["groups" if kind.of_groups else "pairs"]
+    if missing:
+        raise UserError(
+            f'{suite} finds no {missing[0]} in the cache: extract its data with suite = "{suite}"'
+        )
+    none = np.zeros(len(n_response), np.float32)
+    scored = _score(suite)(table, pl.Series(n_response), none)
+    return by_length(suite, scored, only=SUITES[suite].main)
+
+
+def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFrame:
+    tables = read_tables(source, results.spec.scenarios)
+    return (tables.members if SUITES[suite].of_groups else tables.pairs).filter(split=split)
+
+
+def _ends(table: pl.DataFrame) -> list[str]:
+    """Columns that number responses."""
+    return [name for name in ("chosen", "rejected", "response") if name in table.columns]
+
+
+def _side_by_side(runs: Sequence[Replicates]) -> Replicates:
+    return Replicates(
+        estimates=np.concatenate([run.estimates for run in runs]),
+        draws=np.concatenate([run.draws for run in runs], axis=1),
+        prompts=runs[0].prompts,
+        bounds=runs[0].bounds,
+    )

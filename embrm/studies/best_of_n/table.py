@@ -1,0 +1,234 @@
+"""Best of n under the heads of a sweep: curves with intervals, a summary, tables and a figure."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import polars.selectors as cs
+from numpy.typing import NDArray
+
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.table import Table, escape, markdown
+from embrm.metrics.best_of_n import gao_fit, kl_bound
+from embrm.metrics.intervals import Replicates, compare, resample
+from embrm.report.figures import best_of_n_figure
+from embrm.report.tables import best_of_n_tables
+from embrm.studies.best_of_n.measure import Chosen
+from embrm.studies.best_of_n.measure import best_of_n as choose
+from embrm.sweep.ledger import finished_runs, open_results, parquet
+
+Floats = NDArray[np.float64]
+
+_CAPTION = (
+    "Gain of gold and of the reward over a response at random, in standard deviations within a "
+    "prompt, with 95 % intervals"
+)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """What was found and where it was written. `tables` are those the terminal shows.
+
+    Standard deviations (sd) are within a prompt, as `sweep.best_of_n.Chosen` says; intervals
+    (…_low, …_high) are of 95 %, over prompts and seeds; differences are to the baseline, null for
+    the baseline itself.
+
+    curves: one row a split, configuration and n: split, n, kl (`kl_bound`), kl_estimate (null
+        without log-probabilities), name; gold and its gold_difference in the data's units, gain of
+        gold over n = 1 in sd, proxy (the reward's gain) in sd, all with intervals.
+    summary: one row a split and configuration, most gold at the largest n first: split, rank, name,
+        seeds, n (the largest); there gold with gold_difference, p and p_holm in the data's units,
+        and gap, the proxy's gain minus gold's, in sd; drop of gold from its peak to there in sd;
+        gap_difference, drop_difference; all with intervals; peak_n; alpha, beta, fit_peak (a √KL,
+        null beyond the largest n) and fit_drop of Gao's curve; tied (prompts whose responses all
+        have one reward, mean over seeds).
+    splits: one row a split: split, prompts, least, most (responses of a prompt), gold_at_1,
+        gold_sd, constant (prompts of one gold), leaked (prompts seen in training), excluded.
+    notes: what was left out, and why.
+    """
+
+    baseline: str
+    curves: pl.DataFrame
+    summary: pl.DataFrame
+    splits: pl.DataFrame
+    notes: tuple[str, ...]
+    tables: tuple[Table, ...]
+    files: tuple[Path, ...]
+
+    def json(self) -> str:
+        """Every number, to 12 significant digits."""
+        content: dict[str, Any] = {"baseline": self.baseline, "notes": self.notes}
+        for name in ("splits", "summary", "curves"):
+            content[name] = getattr(self, name).to_dicts()
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def best_of_n(
+    folder: Path,
+    *,
+    split: str | None = None,
+    ns: Sequence[int] | None = None,
+    baseline: str | None = None,
+    top: int = 20,
+    cache: Path | None = None,
+    out: Path | None = None,
+) -> BestOfN:
+    """Write bon.parquet (the curves), bon.json, bon.md and figures/bon.* of the sweep in `folder`.
+
+    split, ns, cache: as for `sweep.best_of_n`. baseline: the configuration that all others are
+    compared with; the spec's unless given. top: configurations in a table. out: where to write; the
+    sweep folder unless given. The same rewards give the same bytes.
+
+    Raises: UserError where the sweep has no groups with gold, a name is wrong, or no run has
+    weights.
+    """
+    results = open_results(folder)
+    runs, reference, diverged = finished_runs(results, baseline)
+    if ns is not None and max(ns) < 2:
+        raise UserError("n = 1 is a response at random: name at least one larger n")
+    chosen, skipped = choose(results, runs, split=split, ns=ns, cache=cache)
+    notes = [*skipped, *diverged]  # sentences, as the errors are
+    compared = [summarize(one, runs, reference) for one in chosen]
+    curves, summary = (pl.concat(tables) for tables in zip(*compared, strict=True))
+    splits = _rounded(pl.DataFrame([_described(one) for one in chosen]))
+    tables = best_of_n_tables(summary, splits, reference, top)
+    images = best_of_n_figure(curves, summary, reference)
+    out = out or folder
+    names = "bon.parquet", "bon.json", "bon.md", *(f"figures/{image}" for image in images)
+    files = tuple(out / name for name in names)
+    found = BestOfN(reference, curves, summary, splits, tuple(notes), tuple(tables), files)
+    contents = [parquet(curves), found.json().encode(), _markdown(folder.name, found).encode()]
+    for path, content in zip(files, [*contents, *images.values()], strict=True):
+        write_bytes(path, content)
+    return found
+
+
+def summarize(
+    chosen: Chosen, runs: pl.DataFrame, baseline: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Curves and summary of one split, as in `BestOfN`.
+
+    runs: name and seed, in the order of `chosen`.
+    """
+    seeds_of = {
+        name: np.flatnonzero(runs["name"].to_numpy() == name)
+        for name in runs["name"].unique().sort()  # the order of `compare`
+    }
+    prompts, ns = len(chosen.prompt_ids), chosen.ns
+    columns = runs.height * len(ns)
+    of_prompts = [
+        chosen.gold.reshape(prompts, columns),
+        chosen.proxy.reshape(prompts, columns),
+        _drops(chosen, seeds_of.values()),
+    ]
+    found = resample(chosen.prompt_ids, np.concatenate(of_prompts, axis=1), np.ones((prompts, 1)))
+    # The estimate goes in front of its replicates: what follows is the same arithmetic for both.
+    every = np.concatenate([found.estimates[None], found.draws])
+    gold, proxy, drop = np.split(every, [columns, 2 * columns], axis=1)
+    gold, proxy = (part.reshape(-1, runs.height, len(ns)) for part in (gold, proxy))
+    gain = gold - gold[..., :1]
+
+    def compared(values: Floats) -> pl.DataFrame:
+        return compare(Replicates(values[0], values[1:], found.prompts), runs, baseline)
+
+    divergences = kl_bound(ns)
+    curves = []
+    for place, n in enumerate(ns):
+        estimates = [chosen.kl[seeds, place].mean() for seeds in seeds_of.values()]
+        known = {"split": chosen.split, "n": n, "kl": divergences[place], "kl_estimate": estimates}
+        curves.append(
+            pl.DataFrame(known | {"name": [*seeds_of]})
+            .hstack(_in_units(compared(gold[..., place]), chosen).select(_named("gold")))
+            .hstack(compared(gain[..., place]).select(_named("gain")[:3]))
+            .hstack(compared(proxy[..., place]).select(_named("proxy")[:3]))
+        )
+    mean_gains = np.stack([gain[0, seeds].mean(axis=0) for seeds in seeds_of.values()])
+    fit, end = gao_fit(ns, mean_gains), float(np.sqrt(divergences[-1]))
+    of_gold = _in_units(compared(gold[..., -1]), chosen)
+    summary = (
+        of_gold.select(
+            pl.lit(chosen.split).alias("split"),
+            pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"),
+            "name",
+            "seeds",
+            pl.lit(ns[-1]).alias("n"),
+            *_named("gold"),
+            "p",
+            "p_holm",
+        )
+        .hstack(compared(proxy[..., -1] - gain[..., -1]).select(_named("gap")))
+        .hstack(compared(drop).select(_named("drop")))
+        .with_columns(
+            peak_n=pl.Series([ns[place] for place in mean_gains.argmax(axis=1)]),
+            alpha=pl.Series(fit.alpha),
+            beta=pl.Series(fit.beta),
+            fit_peak=pl.Series(np.where(fit.peak <= end, fit.peak, np.nan)),
+            fit_drop=pl.Series(fit.drop(end)),
+            tied=pl.Series([chosen.tied[seeds].mean() for seeds in seeds_of.values()]),
+        )
+    )
+    return _rounded(pl.concat(curves)), _rounded(summary.sort("rank", "name"))
+
+
+def _drops(chosen: Chosen, configurations: Iterable[NDArray[np.int64]]) -> Floats:
+    """Gold at the peak minus gold at the largest n, [prompts, runs]; NaN with one prompt.
+
+    The peak is that of the configuration on the other half of the prompts. On the same prompts the
+    highest of several points is partly noise, and every curve would seem to fall from it.
+    """
+    half = np.unique(chosen.prompt_ids.to_numpy(), return_inverse=True)[1] % 2
+    drops = np.full(chosen.gold.shape[:2], np.nan)
+    if half.any():
+        for own in configurations:
+            for side in (0, 1):
+                here = np.ix_(half == side, own)
+                peak = chosen.gold[half != side][:, own].mean(axis=(0, 1)).argmax()
+                drops[here] = chosen.gold[here][..., peak] - chosen.gold[here][..., -1]
+    return drops
+
+
+def _in_units(comparison: pl.DataFrame, chosen: Chosen) -> pl.DataFrame:
+    """Of gold in sd from the pool's mean: in the data's units."""
+    values, differences = pl.col("estimate", "low", "high"), cs.starts_with("difference")
+    return comparison.with_columns(
+        values * chosen.gold_sd + chosen.gold_mean, differences * chosen.gold_sd
+    )
+
+
+def _named(measure: str) -> list[pl.Expr]:
+    """Columns of `compare`, called by what they are of."""
+    ends = {"estimate": "", "low": "_low", "high": "_high"}
+    ends |= {f"difference{end}": f"_difference{end}" for end in ("", "_low", "_high")}
+    return [pl.col(column).alias(measure + end) for column, end in ends.items()]
+
+
+def _described(chosen: Chosen) -> dict[str, Any]:
+    """A row of `BestOfN.splits`."""
+    return {
+        "split": chosen.split,
+        "prompts": chosen.prompt_ids.n_unique(),
+        "least": chosen.sizes[0],
+        "most": chosen.sizes[1],
+        "gold_at_1": float(chosen.gold[:, 0, 0].mean() * chosen.gold_sd + chosen.gold_mean),
+        "gold_sd": chosen.gold_sd,
+        "constant": chosen.constant,
+        "leaked": chosen.leaked,
+        "excluded": ", ".join(f"{count} {reason}" for reason, count in chosen.excluded.items()),
+    }
+
+
+def _rounded(table: pl.DataFrame) -> pl.DataFrame:
+    """Numbers to 12 digits: the last ones depend on the machine's order of summation."""
+    return table.with_columns(cs.float().fill_nan(None).round_sig_figs(12))
+
+
+def _markdown(title: str, found: BestOfN) -> str:
+    parts = [f"# {escape(title)}: best of n\n", f"![{_CAPTION}](figures/bon.png)\n"]
+    parts += [markdown(table) for table in found.tables]
+    parts += [f"- {escape(note)}.\n" for note in found.notes]
+    return "\n".join(parts)

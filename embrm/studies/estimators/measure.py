@@ -1,0 +1,351 @@
+"""How far the regularizers' estimators are from what they estimate, on a cache's own token rows.
+
+A regularizer reads a sample of a response's positions, and at each the cached largest logits. On a
+sample of responses both are compared with the whole vocabulary, computed in float64 from the cached
+states and LM head: the language model is not needed. Definitions: `docs/methods.md`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError
+from embrm.core.streams import stream
+from embrm.sweep.mapped import positions_by_response
+from embrm.train.regularizers import divergence, log_probability_change, moved
+from embrm.train.states import States
+from embrm.train.tokens import WHOLE_VOCABULARY, LmHead, TokenData, facts
+
+DRIFTS = (0.01, 0.1)
+"""Mean ‖δ‖/‖h‖ of the shifts; settings are recommended for the largest."""
+
+_ADAPTERS, _RANK = 4, 16
+"""Random adapters that the responses take turns with, and their rank."""
+
+_LOGIT_BYTES = 128 << 20
+"""Of float64 logits at one shift, of the rows that are computed together."""
+
+_VOCABULARY_BLOCK = 1 << 13
+"""Tokens whose vectors are widened to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class TruncationError:
+    """What reading `top_k` logits and the target costs at shifts of one mean drift.
+
+    tail: probability of every other token, over the rows. The rest is relative: root of the summed
+    squared errors over the root of the summed squares of the exact, for ℓ̃ - ℓ, its gradient
+    ∂(ℓ̃ - ℓ)/∂δ, KL(p ‖ p̃) and ∂KL/∂δ.
+    """
+
+    drift: float
+    top_k: int
+    tail_mean: bool
+    """Whether the tail has its cached mean, or is held fixed."""
+    tail: float
+    tail_95: float
+    """95th percentile."""
+    tail_max: float
+    change: float
+    change_gradient: float
+    kl: float
+    kl_gradient: float
+
+
+@dataclass(frozen=True)
+class SamplingError:
+    """What reading `token_rows` of a response's positions costs: the standard error of its S̃ - S.
+
+    nats: root mean square over responses. relative: that, over the root mean square of S̃ - S; None
+    where the cached rows cannot tell S̃ - S from 0. Both None where no response has two rows.
+    """
+
+    drift: float
+    token_rows: int
+    nats: float | None
+    relative: float | None
+
+
+@dataclass(frozen=True)
+class EstimatorErrors:
+    """What the estimators of a cache cost, and the smallest settings within `target`.
+
+    grm_top_k, preserve_top_k: whose gradients (of ℓ̃ - ℓ, of KL) are within it; None where none is.
+    token_rows: the fewest within it, or all that are cached; token_rows_error: theirs.
+    """
+
+    responses: int
+    rows: int
+    vocabulary: int
+    target: float
+    truncation: tuple[TruncationError, ...]
+    sampling: tuple[SamplingError, ...]
+    grm_top_k: int | None
+    preserve_top_k: int | None
+    token_rows: int
+    token_rows_error: float | None
+    tail_mean: bool
+    """Whether the cache has tail means: then every run reads them."""
+
+
+def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) -> EstimatorErrors:
+    """Compare estimators and exact values on the token rows of `sample` responses, evenly spaced.
+
+    Raises: UserError when the cache at `folder` cannot be opened or lacks what regularizers read.
+    """
+    data = _sampled(_usable(open_cache(folder)), sample)
+    if not len(data.states.values):
+        raise UserError(f"{folder}: none of {sample} responses has token rows: raise --sample")
+    shifts = torch.stack([_shifts(data, drift) for drift in DRIFTS])
+    changes, truncation = _compare(data, shifts)
+    held = int(np.diff(data.starts).max())
+    sampling = tuple(
+        SamplingError(drift, rows, *sampling_error(data, change, rows))
+        for drift, change in zip(DRIFTS, changes, strict=True)
+        for rows in _powers_of_two(held)
+    )
+    tail_mean, last = data.tail_means is not None, DRIFTS[-1]
+    tried = [e for e in truncation if (e.drift, e.tail_mean) == (last, tail_mean)]
+    found = [e for e in sampling if e.drift == last]
+    within = (e for e in found if e.relative is not None and e.relative <= target)
+    taken = next(within, found[-1])
+    return EstimatorErrors(
+        responses=len(data.positions),
+        rows=len(data.states.values),
+        vocabulary=len(data.head.weight.values),
+        target=target,
+        truncation=truncation,
+        sampling=sampling,
+        grm_top_k=next((e.top_k for e in tried if e.change_gradient <= target), None),
+        preserve_top_k=next((e.top_k for e in tried if e.kl_gradient <= target), None),
+        token_rows=taken.token_rows,
+        token_rows_error=taken.relative,
+        tail_mean=tail_mean,
+    )
+
+
+def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:
+    """What helps a regularizer for which no cached top_k is within the target.
+
+    A tail's mean makes ∂(ℓ̃ - ℓ)/∂δ exact to first order; ∂KL/∂δ has no zeroth order, and its
+    first is the covariance of the tail.
+    """
+    mean_helps = regularizer == "grm" and not errors.tail_mean
+    text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
+    if errors.vocabulary <= WHOLE_VOCABULARY:
+        text += f", or take 'all' {errors.vocabulary:,} tokens"
+    return text
+
+
+def _usable(cache: Cache) -> Cache:
+    folder, layout = cache.folder, cache.layout
+    if layout.top_k is None:
+        raise UserError(f"{folder} has no token rows: extract with --token-rows 8")
+    if not layout.top_k:
+        raise UserError(f"{folder} keeps 0 logits a token row: extract with --top-k 32")
+    if not cache.vocabulary:
+        raise UserError(f"{folder} has no LM head: extract one with embrm extract --model MODEL")
+    return cache
+
+
+def _sampled(cache: Cache, size: int) -> TokenData:
+    """The token rows of `size` responses."""
+    count = cache.manifest.n_responses
+    chosen = np.unique(np.linspace(0, count - 1, min(count, size)).astype(np.int64))
+    response: list[NDArray[np.int32]] = []
+    known: list[NDArray[np.float32]] = []
+    states: list[Tensor] = []
+    tail_means: list[Tensor] = []
+    for rows in cache.token_shards():
+        own = np.isin(rows.response, chosen)
+        columns = (rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
+        response.append(rows.response[own])
+        known.append(facts(*(column[own] for column in columns)))
+        states.append(rows.states[torch.from_numpy(own)])
+        if rows.tail_means is not None:
+            tail_means.append(rows.tail_means[torch.from_numpy(own)])
+    head = cache.lm_head()
+    kept = np.concatenate(response)
+    table = positions_by_response(cache, kept)[chosen]
+    return TokenData(
+        states=States(torch.cat(states)),
+        facts=States(torch.from_numpy(np.concatenate(known))),
+        tail_means=States(torch.cat(tail_means)) if tail_means else None,
+        head=LmHead.of(head, States(head["weight"])),
+        starts=np.append(table["start"].to_numpy(), len(kept)),
+        positions=table["positions"].to_numpy(),
+        S=table["S"].to_numpy(),
+    )
+
+
+def _shifts(data: TokenData, drift: float) -> Tensor:
+    """Shifts δ float32 [N, d] of all rows: up·down·h, Gaussian up and down, of this mean drift."""
+    X, width = data.states.values.double(), data.states.width
+    owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % _ADAPTERS
+    shifts = torch.zeros_like(X)
+    for adapter in range(_ADAPTERS):
+        own = torch.from_numpy(owner == adapter)
+        down, up = stream(0, "estimators", adapter).standard_normal((2, _RANK, width))
+        raw = X[own] @ torch.from_numpy(down).T @ torch.from_numpy(up)
+        ratio = raw.norm(dim=1) / X[own].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        shifts[own] = raw * (drift / ratio.mean())
+    return shifts.float()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What D shifts of n rows do, float64: change [D, n] is ℓ̃ - ℓ, kl [D, n] is KL(p ‖ p̃), in
+    nats, with their gradients in δ, [D, n, d]."""
+
+    change: Tensor
+    change_gradient: Tensor
+    kl: Tensor
+    kl_gradient: Tensor
+
+
+def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Changes:
+    """Over the whole vocabulary, in float64.
+
+    X: [n, d]; target: int64 [n]; shifts: [D, n, d].
+    """
+    X, shifts = X.double(), shifts.double()
+    points = torch.cat([X[None], X + shifts])
+    z = torch.empty(*points.shape[:2], len(head.weight.values), dtype=torch.float64)
+    for part, words, bias in _vocabulary(head):
+        z[..., part] = (points @ words.T + bias) * head.scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    normaliser = z.logsumexp(-1, keepdim=True)
+    log_p = z.sub_(normaliser)
+    before, after = log_p[0], log_p[1:]
+
+    def slopes(log_p: Tensor) -> Tensor:
+        share = (log_p + normaliser[1:]) / (head.softcap or torch.inf)
+        return head.scale * (1 - share.square())
+
+    own = after.gather(2, target[None, :, None].expand(len(shifts), -1, 1))
+    kl = torch.zeros_like(own[..., 0])
+    kl_gradient = torch.zeros_like(shifts)
+    change_gradient = slopes(own) * head.weight.take(target).double()
+    for part, words, _ in _vocabulary(head):
+        p, moved_p, slope = before[:, part].exp(), after[..., part].exp(), slopes(after[..., part])
+        kl += (p * (before[:, part] - after[..., part])).sum(-1)
+        kl_gradient += ((moved_p - p) * slope) @ words
+        change_gradient -= (moved_p * slope) @ words
+    change = (own - before.gather(1, target[:, None]))[..., 0]
+    return Changes(change, change_gradient, kl, kl_gradient)
+
+
+def _vocabulary(head: LmHead) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Parts of it: their places, vectors [n, d] and biases [n], float64."""
+    values = head.weight.values
+    bias = values.new_zeros(len(values)) if head.bias is None else head.bias
+    for first in range(0, len(values), _VOCABULARY_BLOCK):
+        part = slice(first, first + _VOCABULARY_BLOCK)
+        yield part, values[part].double(), bias[part].double()
+
+
+def _estimated_changes(
+    data: TokenData, responses: Tensor, top_k: int, shifts: Tensor
+) -> tuple[Changes, Tensor]:
+    """The same as training estimates it, and the tails' probabilities [n].
+
+    responses: int64; shifts: [D, n, d] of all their token rows.
+    """
+    draws = np.zeros(len(responses))  # all rows, in their order
+    tokens = data.read(responses, rows=None, top_k=top_k, draws=draws)
+    columns: list[tuple[Tensor, ...]] = []
+    for shift in shifts:
+        row: list[Tensor] = []
+        for quantity in (log_probability_change, divergence):
+            leaf = shift.clone().requires_grad_()
+            value = quantity(tokens, moved(tokens, leaf, tokens.vectors))
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+            row += [value.detach().double(), gradient.double()]
+        columns.append(tuple(row))
+    return Changes(*map(torch.stack, zip(*columns, strict=True))), tokens.log_p[:, -1].exp()
+
+
+def _compare(data: TokenData, shifts: Tensor) -> tuple[Tensor, tuple[TruncationError, ...]]:
+    """Exact ℓ̃ - ℓ [D, N] of all rows, and what truncating costs. shifts: [D, N, d]."""
+    readings = [
+        (top_k, held)
+        for top_k in _powers_of_two(data.top_k)
+        for held in ((data, replace(data, tail_means=None)) if data.tail_means else (data,))
+    ]
+    changes: list[Tensor] = []
+    squares = torch.zeros(len(readings), len(shifts), 4, dtype=torch.float64)
+    sizes = torch.zeros(len(shifts), 4, dtype=torch.float64)
+    tails: list[list[Tensor]] = [[] for _ in readings]
+    row_bytes = 8 * len(data.head.weight.values)
+    at_once = max(1, _LOGIT_BYTES // (row_bytes * int(np.diff(data.starts).max())))
+    for responses in torch.arange(len(data.positions)).split(at_once):
+        rows = slice(*data.starts[[int(responses[0]), int(responses[-1]) + 1]].tolist())
+        X, own = data.states.values[rows], shifts[:, rows]
+        target = data.facts.values[rows, :1].contiguous().view(torch.int32)[:, 0].long()
+        exact = exact_changes(data.head, X, target, own)
+        changes.append(exact.change)
+        sizes += _squares(exact)
+        for reading, (top_k, held) in enumerate(readings):
+            estimated, tail = _estimated_changes(held, responses, top_k, own)
+            squares[reading] += _squares(estimated, exact)
+            tails[reading].append(tail)
+    relative = (squares / sizes.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    entries = []
+    for reading, (top_k, held) in enumerate(readings):
+        tail = torch.cat(tails[reading]).double()
+        of_tail = [float(f) for f in (tail.mean(), tail.quantile(0.95), tail.max())]
+        for drift, errors in zip(DRIFTS, relative[reading].tolist(), strict=True):
+            means = held.tail_means is not None
+            entries.append(TruncationError(drift, top_k, means, *of_tail, *errors))
+    entries.sort(key=lambda entry: (entry.drift, entry.top_k, entry.tail_mean))
+    return torch.cat(changes, 1), tuple(entries)
+
+
+def _squares(changes: Changes, exact: Changes | None = None) -> Tensor:
+    """Sums of squares [D, 4] of the four quantities, or of their differences to the exact."""
+    sums = []
+    for name in ("change", "change_gradient", "kl", "kl_gradient"):
+        values = getattr(changes, name)
+        difference = values if exact is None else values - getattr(exact, name)
+        sums.append(difference.square().flatten(1).sum(1))
+    return torch.stack(sums, 1)
+
+
+def sampling_error(
+    data: TokenData, change: Tensor, token_rows: int
+) -> tuple[float | None, float | None]:
+    """`SamplingError`: nats, and relative. change: float64 [N], ℓ̃ - ℓ of all rows.
+
+    m of a response's |R| positions drawn without replacement estimate S̃ - S with the variance
+    |R|²/m·(1 - m/|R|)·s²; s² is the sample variance over its cached rows. What the cached rows give
+    for (S̃ - S)² has that variance in it too, at the number cached: it is taken out.
+    Responses with one cached row of several positions have no s² and are left out.
+    """
+    variances, squares = [], []
+    parts = np.split(change.numpy(), data.starts[1:-1])
+    for held, positions in zip(parts, data.positions.tolist(), strict=True):
+        if len(held) > 1 or len(held) == positions == 1:
+            spread = held.var(ddof=1) if len(held) > 1 else 0.0
+            of_rows, of_held = (
+                positions**2 * (1 / n - 1 / positions) * spread
+                for n in (min(token_rows, positions), len(held))
+            )
+            variances.append(of_rows)
+            squares.append((positions * held.mean()) ** 2 - of_held)
+    if not variances:
+        return None, None
+    variance, square = float(np.mean(variances)), float(np.mean(squares))
+    return variance**0.5, (variance / square) ** 0.5 if square > 0 else None
+
+
+def _powers_of_two(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return [*(1 << i for i in range((most - 1).bit_length())), most]

@@ -1,0 +1,311 @@
+"""PPE beyond accuracy: how models rank under rewards and under votes, and best-of-K curves.
+
+Votes. Every two models have a win rate under the votes, and one under the rewards, where the
+response with the higher reward wins and equal ones share. From the wins of each, Bradley-Terry
+ratings (P(i beats j) = 1/(1 + exp(θ_j - θ_i)), centred) are fitted again in every replicate.
+Separability, confidence agreement and Brier score are BenchBuilder's (arXiv 2406.11939): statistics
+of all replicates, which have no interval of their own. Tied votes, half a win of each side, are not
+in the data. A model that a replicate does not draw has no rating there.
+
+Best of K. Every question has K samples, correct or wrong. The tool samples orders of them and
+follows the correctness of the highest reward so far; here a curve is the exact expectation over
+orders (`evaluate.best_of_n`, where ties share). So "highest", the maximum of the mean curve, is at
+most the mean of the orders' maxima, and the loss is without the variance between orders.
+
+Sources: PPE (arXiv 2410.14872) and BenchBuilder; the tool's code has not been compared with this.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from scipy.special import expit, ndtr
+
+from embrm.core.errors import UserError
+from embrm.metrics.best_of_n import Ranking
+from embrm.metrics.intervals import Replicates, kept_counts, mean, resample
+from embrm.suites.cells import undefined
+
+Floats = NDArray[np.float64]
+
+RANKS = (
+    "Spearman of ratings",
+    "Kendall of ratings",
+    "row-wise Pearson of win rates",
+    "separability",
+    "confidence agreement",
+    "Brier score of ranks",
+)
+
+METRICS = (
+    "best of K",
+    "highest best of k",
+    "ROC AUC",
+    "loss to the true best of k",
+    "best of 1",
+)
+"""Of a best-of-K set. AUC is of correct against wrong samples of all questions, rewards scaled to
+0 … 1 within each; the loss is the mean over k of the squared distance to the curve of a reward that
+knows what is correct; the best of 1 is a sample at random."""
+
+_RIDGE = 1e-6
+"""On ratings, per vote: a model that wins always has a finite one."""
+
+
+def ranks(
+    pairs: pl.DataFrame, replicates: int, only: Collection[str] | None = None
+) -> dict[str, Replicates]:
+    """`RANKS`, or those of them in `only`, of pairs with label, weight (the share of the votes that
+    prefer chosen, and their number), chosen_model and rejected_model; undefined with fewer than
+    three models, or without their names."""
+    names = [name for name in RANKS if only is None or name in only]
+    models = ("chosen_model", "rejected_model")
+    if names and set(models) <= set(pairs.columns):
+        votes = pairs.with_columns(pl.col(models).cast(pl.String)).drop_nulls(models)
+        votes = votes.filter(pl.col(models[0]) != pl.col(models[1]), pl.col("weight") > 0)
+        known = pl.concat([votes[side] for side in models]).unique().sort()
+        if len(known) > 2:
+            found = _ranked(votes, known, replicates)
+            return {name: found[name] for name in names}
+    return dict.fromkeys(names, undefined(replicates))
+
+
+def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str, Replicates]:
+    count = len(models)
+    ends = [
+        votes[side].replace_strict(models, range(count), return_dtype=pl.Int64).to_numpy()
+        for side in ("chosen_model", "rejected_model")
+    ]
+    margin = (votes["scores_chosen"] - votes["scores_rejected"]).to_numpy()
+    label, weight = (votes[name].to_numpy() for name in ("label", "weight"))
+    # Of the two models of a vote, whose numbers are first < second: wins of first and of second
+    # under the votes, then under the rewards.
+    first, second = np.minimum(*ends), np.maximum(*ends)
+    met, at = np.unique(first * count + second, return_inverse=True)
+    chosen_is_first = ends[0] == first
+    above = np.zeros((votes.height, 2, 2, len(met)))
+    for kind, of_chosen in enumerate((label, np.sign(margin) / 2 + 0.5)):
+        of_first = np.where(chosen_is_first, of_chosen, 1 - of_chosen)
+        above[np.arange(votes.height), kind, 0, at] = weight * of_first
+        above[np.arange(votes.height), kind, 1, at] = weight * (1 - of_first)
+    resampled = resample(
+        votes["prompt_id"],
+        above.reshape(votes.height, -1),
+        weight[:, None],
+        replicates=replicates,
+    )
+    every = np.concatenate([resampled.estimates[None], resampled.draws])
+    # No wins where a replicate draws no prompt at all.
+    every = np.nan_to_num(every).reshape(len(every), 2, 2, len(met))
+    wins = np.zeros((len(every), 2, count, count))
+    wins[..., met // count, met % count] = every[:, :, 0]
+    wins[..., met % count, met // count] = every[:, :, 1]
+    human, reward = ratings(wins[:, 0]), ratings(wins[:, 1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rates = wins / (wins + np.swapaxes(wins, -1, -2))
+        statistics = (
+            _pearson(_ranks(human), _ranks(reward)),
+            _kendall(human, reward),
+            _row_wise(rates[:, 0], rates[:, 1]),
+        )
+    of_replicates = np.full(3, np.nan)
+    if resampled.prompts > 1:  # the replicates of one say nothing
+        apart = _separated(reward)
+        agreed = apart * _separated(human)
+        of_replicates[:] = np.abs(apart).mean(), agreed.mean(), _brier(reward, human[0])
+    none = np.full(replicates, np.nan)
+    values = [*statistics, *(np.append(one, none) for one in of_replicates)]
+    return {
+        name: Replicates(one[:1], one[1:, None], resampled.prompts, (-1.0, 1.0))
+        for name, one in zip(RANKS, values, strict=True)
+    }
+
+
+def ratings(wins: Floats) -> Floats:
+    """Bradley-Terry ratings, float64 [..., models], mean 0, of wins float64 [..., models, models]
+    (of the row over the column) that add up to about 1; NaN for a model that meets none."""
+    total = wins + np.swapaxes(wins, -1, -2)
+    rating = np.zeros(wins.shape[:-1])
+    diagonal = np.eye(wins.shape[-1], dtype=np.bool_)
+    for _ in range(200):  # Newton's steps, shortened far from the solution
+        expected = expit(rating[..., :, None] - rating[..., None, :])
+        gradient = (wins - total * expected).sum(axis=-1) - _RIDGE * rating
+        curvature = -total * expected * (1 - expected)
+        own = _RIDGE - curvature.sum(axis=-1)
+        hessian = np.where(diagonal, own[..., None], curvature)
+        step = np.linalg.solve(hessian, gradient[..., None])[..., 0]
+        rating += np.clip(step, -1, 1)
+        if np.abs(step).max() < 1e-10:
+            break
+    # Rounded: ratings that are equal stay so.
+    rating = np.round(rating - rating.mean(axis=-1, keepdims=True), 8)
+    return np.where(total.any(axis=-1), rating, np.nan)
+
+
+def _ranks(values: Floats) -> Floats:
+    from scipy.stats import rankdata  # slow to load
+
+    ranked: Floats = rankdata(values, axis=-1, nan_policy="omit")
+    return ranked
+
+
+def _pearson(x: Floats, y: Floats) -> Floats:
+    """Over the last axis, without the places where either is NaN; NaN where one is constant."""
+    known = ~(np.isnan(x) | np.isnan(y))
+    count = known.sum(axis=-1, keepdims=True)
+    x, y = (np.where(known, side, 0.0) for side in (x, y))
+    x, y = (
+        np.where(known, side - side.sum(axis=-1, keepdims=True) / count, 0.0) for side in (x, y)
+    )
+    squares = np.square(x).sum(axis=-1) * np.square(y).sum(axis=-1)
+    return (x * y).sum(axis=-1) / np.sqrt(np.where(squares > 1e-24, squares, np.nan))
+
+
+def _kendall(x: Floats, y: Floats) -> Floats:
+    """τ-b over the last axis, of the twos that both have."""
+    first, second = np.triu_indices(x.shape[-1], k=1)
+    x, y = (np.nan_to_num(np.sign(side[..., first] - side[..., second])) for side in (x, y))
+    return (x * y).sum(axis=-1) / np.sqrt(np.abs(x).sum(axis=-1) * np.abs(y).sum(axis=-1))
+
+
+def _row_wise(x: Floats, y: Floats) -> Floats:
+    """Mean over rows of matrices of their correlations; of the rows that have one."""
+    rows = _pearson(x, y)
+    known = ~np.isnan(rows)
+    return np.where(known, rows, 0.0).sum(axis=-1) / known.sum(axis=-1)
+
+
+def _separated(rated: Floats) -> Floats:
+    """Of every two models, 1 and -1 where the 95 % interval of one lies above that of the other, 0
+    where they overlap. rated: [1 + replicates, models], the estimate first; a model's interval is
+    of the replicates that have it."""
+    low, high = np.nanquantile(rated[1:], [0.025, 0.975], axis=0)
+    first, second = np.triu_indices(rated.shape[-1], k=1)
+    above, below = low[first] > high[second], low[second] > high[first]
+    return above.astype(np.float64) - below
+
+
+def _brier(rated: Floats, human: Floats) -> float:
+    """Mean over every two models of (p - whether votes rank the first higher)², p by a normal
+    approximation of the replicates of each rating."""
+    first, second = np.triu_indices(rated.shape[-1], k=1)
+    variance = np.nanvar(rated[1:], axis=0)
+    spread = np.sqrt(variance[first] + variance[second])
+    difference = rated[0, first] - rated[0, second]
+    z = np.divide(difference, spread, out=np.copysign(np.inf, difference), where=spread > 0)
+    p = ndtr(np.where(difference == 0, 0.0, z))
+    outcome = np.sign(human[first] - human[second]) / 2 + 0.5
+    return float(np.square(p - outcome).mean())
+
+
+def best_of_k(
+    members: pl.DataFrame, replicates: int, only: Collection[str] | None = None
+) -> dict[str, Replicates]:
+    """`METRICS` of the mean of subsets, then of every subset, or those in `only`.
+
+    members: a row a sample: subset, prompt_id, source and row (the same for the samples of one
+        question), gold (correctness, 0 … 1; AUC is undefined unless all are 0 or 1), score.
+
+    Raises: UserError for another gold.
+    """
+    gold = members["gold"].cast(pl.Float64, strict=False)
+    others = members["gold"].filter(~gold.is_between(0, 1).fill_null(False))
+    if len(others):
+        raise UserError(
+            f"gold of ppe-best-of-k must be 0 … 1, found {repr(others[0])[:60]}: "
+            'read the data with suite = "ppe-best-of-k"'
+        )
+    members = members.with_columns(gold)
+    subsets = members["subset"].unique().sort()
+    parts = {name: _of_subset(members.filter(subset=name), replicates) for name in subsets}
+    found = {}
+    for metric in METRICS:
+        together = mean(part[metric] for part in parts.values())
+        prompts = sum(part[metric].prompts for part in parts.values())
+        found[f"{metric}, mean of subsets"] = replace(together, prompts=prompts)
+    found |= {
+        f"{name}: {metric}": part[metric]
+        for name, part in parts.items()
+        for metric in METRICS
+        if name
+    }
+    return {name: one for name, one in found.items() if only is None or name in only}
+
+
+def _of_subset(members: pl.DataFrame, replicates: int) -> dict[str, Replicates]:
+    questions = (
+        members.group_by("source", "row", maintain_order=True)
+        .agg(pl.col("prompt_id").first(), "gold", "score", samples=pl.len())
+        .sort("samples", maintain_order=True)
+    )
+    largest = int(questions["samples"][-1])
+    curves = np.concatenate(
+        [_curves(pool, largest) for pool in questions.partition_by("samples", maintain_order=True)]
+    )
+    prompts = questions["prompt_id"]
+    found = resample(prompts, curves, np.ones((len(curves), 1)), replicates=replicates)
+    every = np.concatenate([found.estimates[None], found.draws])
+    ours, true = every[:, :largest], every[:, largest:]
+    values = (
+        ours[:, -1],
+        ours.max(axis=1),
+        _areas(questions, replicates),
+        np.square(true - ours).mean(axis=1),
+        ours[:, 0],
+    )
+    return {
+        metric: Replicates(one[:1], one[1:, None], found.prompts, (0.0, 1.0))
+        for metric, one in zip(METRICS, values, strict=True)
+    }
+
+
+def _curves(pool: pl.DataFrame, largest: int) -> Floats:
+    """Expected correctness of the best of 1 … `largest` by reward, then by correctness itself,
+    [questions, 2·largest], of questions with equally many samples, beyond which a curve is flat."""
+    gold, score = (np.stack(pool[name].to_list()).astype(np.float64) for name in ("gold", "score"))
+    ns = np.minimum(np.arange(1, largest + 1), gold.shape[1]).tolist()
+    return np.concatenate([Ranking.by(by).expected(gold, ns) for by in (score, gold)], axis=1)
+
+
+def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
+    """Area under the ROC curve, observed and in every replicate: [1 + replicates].
+
+    It is the share of twos of a correct and a wrong sample, of whatever questions, that rewards
+    order right, and half of those they tie: a sum over twos of questions, which a replicate weighs
+    by the counts of both, Σ c_p·c_q·right[p, q].
+    """
+    scores, gold, owner = [], [], []
+    for number, (own, correct) in enumerate(questions.select("score", "gold").iter_rows()):
+        values = np.asarray(own, dtype=np.float64)
+        spread = np.ptp(values)
+        scores.append((values - values.min()) / spread if spread else np.full(len(values), 0.5))
+        gold += correct
+        owner += [number] * len(values)
+    value, correct, owners = np.concatenate(scores), np.asarray(gold), np.asarray(owner)
+    if not np.isin(correct, (0, 1)).all():
+        return np.full(1 + replicates, np.nan)
+    order = np.argsort(value, kind="stable")
+    ranked, wrong = value[order], 1.0 - correct[order]
+    # Row t: how many of the t lowest samples are wrong, by question.
+    below = np.zeros((len(value) + 1, questions.height), np.float32)
+    below[np.arange(1, len(value) + 1), owners[order]] = wrong
+    np.cumsum(below, axis=0, out=below)
+    right_of = np.flatnonzero(correct == 1)
+    low, high = (np.searchsorted(ranked, value[right_of], side) for side in ("left", "right"))
+    # Samples stand question by question, so those of one that are correct are neighbours.
+    of_question, first = np.unique(owners[right_of], return_index=True)
+    right = np.zeros((questions.height, questions.height))
+    ordered = (below[low] + below[high]) / 2
+    right[of_question] = np.add.reduceat(ordered, first, axis=0, dtype=np.float64)
+    prompts = questions["prompt_id"].unique().sort()  # as `resample`, which has their counts
+    of_prompt = questions["prompt_id"].replace_strict(
+        prompts, range(len(prompts)), return_dtype=pl.Int64
+    )
+    counts = kept_counts(tuple(prompts), replicates)[:, of_prompt.to_numpy()]
+    counts = np.concatenate([np.ones((1, questions.height)), counts])
+    positives = np.bincount(owners, correct, questions.height)
+    negatives = np.bincount(owners, 1.0 - correct, questions.height)
+    with np.errstate(invalid="ignore"):
+        return (counts @ right * counts).sum(axis=1) / (counts @ positives * (counts @ negatives))

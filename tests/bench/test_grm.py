@@ -1,0 +1,75 @@
+"""The cost of regularizers is that of real packs on a real cache."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embrm.bench.caches import Tokens, synthetic
+from embrm.bench.grm import measure_grm
+from embrm.cache.reader import open_cache
+from embrm.cache.verify import verify
+from embrm.core.errors import UserError
+
+_TOKENS = Tokens(rows=3, top_k=5, vocabulary=40)
+
+
+@pytest.mark.parametrize("tail_mean", [False, True])
+def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: bool) -> None:
+    tokens = replace(_TOKENS, tail_mean=tail_mean)
+    folder = synthetic(tmp_path / "cache", {"train": 200}, 8, tokens=tokens)
+    assert verify(folder) == []
+    cache = open_cache(folder)
+    rows = cache.token_rows()
+    assert len(rows.target) == 3 * 400
+    assert rows.top_ids.shape == (1200, 5)
+    assert 0 <= rows.top_ids.min() < rows.top_ids.max() < 40
+    assert (rows.tail_means is not None) == tail_mean
+    assert cache.lm_head()["weight"].shape == (40, 8)
+
+
+def test_a_regularizer_reads_no_less_than_it_must(
+    tmp_path: Path,
+) -> None:
+    rows = measure_grm(
+        tmp_path,
+        runs=2,
+        regularizers=["none (bt)", "grm-sft", "grm-sft, all token rows"],
+        pairs=2_000,
+        width=64,
+        tokens=_TOKENS,
+    )
+    twin, sampled, every, limited = rows
+    assert limited["GB read"] == every["GB read"]
+    assert limited["regularizer"] == "grm-sft, all token rows, --memory 2GB"
+    assert twin["times bt"] == 1
+    assert twin["GB read"] is None
+    assert every["GB read"] > sampled["GB read"] > 0
+    assert every["times least"] >= 1
+    row = 64 * 2 + 4 * (3 + 2 * 5)
+    most = 2_000 * 3 * row + 40 * 64 * 2 * 4  # chosen responses, in four minibatches
+    assert every["GB read"] == pytest.approx(most / 1e9, rel=0.02)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_tail_means_are_read_too(tmp_path: Path) -> None:
+    """A vector more a token row."""
+    options: dict[str, Any] = {
+        "runs": 1,
+        "regularizers": ["none (bt)", "grm-dpo"],
+        "pairs": 200,
+        "width": 32,
+    }
+    plain, with_means = (
+        measure_grm(tmp_path, tokens=replace(_TOKENS, tail_mean=asked), **options)[1]
+        for asked in (False, True)
+    )
+    rows = 2 * 400  # two of the three that each response has
+    assert with_means["GB read"] - plain["GB read"] == pytest.approx(rows * 32 * 2 / 1e9, rel=1e-6)
+
+
+def test_a_cache_without_token_rows_is_refused(tmp_path: Path) -> None:
+    cache = synthetic(tmp_path / "cache", {"train": 20}, 8)
+    with pytest.raises(UserError, match="--token-rows"):
+        measure_grm(tmp_path, cache)

@@ -1,0 +1,354 @@
+"""What was written is what is read, or nothing is."""
+
+import re
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
+from small_cache import IDENTITY, RESPONSES, opened, shard, tables, write_cache
+
+from embrm.cache.manifest import (
+    NAME,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    responses_file,
+    tokens_file,
+    write_manifest,
+)
+from embrm.cache.reader import Cache, open_cache
+from embrm.cache.schema import ShardRows, encode, responses_table, to_parquet
+from embrm.core.errors import UserError
+from embrm.core.files import sha256
+from embrm.core.specs import content_id
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reader") / "small"
+    write_cache(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip(tmp_path: Path, dtype: str) -> None:
+    write_cache(tmp_path, dtype)
+    cache = open_cache(tmp_path)
+    assert (cache.dtype, cache.width, cache.views) == (dtype, 6, ("last", "layer:1", "mean"))
+    assert cache.cache_id == content_id(IDENTITY)
+    assert cache.splits == ["groups", "ood", "train"]
+    for name, table in tables().items():
+        assert_frame_equal(getattr(cache, name), table)
+    shards = [shard(index, dtype) for index in range(5)]
+    for view in cache.views:
+        states = cache.states(view)
+        assert states.dtype == getattr(torch, dtype)
+        assert torch.equal(states, torch.cat([rows.states[view] for rows, _ in shards]))
+        assert [len(part) for part in cache.state_shards(view)] == [5, 5, 5, 5, 3]
+        norms = torch.cat([rows.norms[view] for rows, _ in shards])
+        np.testing.assert_array_equal(cache.responses[f"norm.{view}"], norms)
+    assert cache.responses["response_id"].to_list() == [f"{i:016x}" for i in range(RESPONSES)]
+    for name in ("n_prompt", "n_response", "truncated", "final_position", "final_token", "S"):
+        expected = np.concatenate([getattr(rows, name) for rows, _ in shards])
+        column = cache.responses[name].to_numpy()
+        assert column.dtype == expected.dtype
+        np.testing.assert_array_equal(column, expected)
+    got = cache.token_rows()
+    assert torch.equal(got.states, torch.cat([tokens.states for _, tokens in shards]))
+    assert got.tail_means is not None
+    assert got.tail_means.dtype == getattr(torch, dtype)
+    assert torch.equal(got.tail_means, torch.cat([tokens.tail_means for _, tokens in shards]))
+    for name in (
+        "response position target target_logit logsumexp top_ids top_logits".split()  # noqa: SIM905
+    ):
+        expected = np.concatenate([getattr(tokens, name) for _, tokens in shards])
+        assert getattr(got, name).dtype == expected.dtype
+        np.testing.assert_array_equal(getattr(got, name), expected)
+    owners = np.concatenate([tokens.response for _, tokens in shards])
+    assert cache.n_token_rows.tolist() == [(owners == row).sum() for row in range(RESPONSES)]
+    assert torch.equal(cache.lm_head()["weight"], torch.arange(48.0).reshape(8, 6))
+
+
+def test_the_vocabulary_is_known_without_reading_the_head(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    head = copy / "lm_head.safetensors"
+    content = head.read_bytes()
+    head.write_bytes(content[:-4] + b"else")  # a number, not the header
+    assert open_cache(copy).vocabulary == 8
+    head.write_bytes(b"\xff" * len(content))
+    with pytest.raises(UserError, match=r"lm_head\.safetensors is damaged"):
+        _ = open_cache(copy).vocabulary
+    write_cache(tmp_path / "headless", lm_head=dict)
+    assert open_cache(tmp_path / "headless").vocabulary == 0
+
+
+def test_states_can_be_changed_without_changing_the_cache(folder: Path) -> None:
+    cache = open_cache(folder)
+    cache.states("last").zero_()
+    assert cache.states("last").abs().sum() > 0
+
+
+def test_without_sampled_positions(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(writer.n_shards):
+            writer.write_shard(index, shard(index)[0], None)
+        writer.finish()
+    with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
+        open_cache(tmp_path).token_rows()
+
+
+def test_without_tail_means(tmp_path: Path) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(writer.n_shards):
+            rows, tokens = shard(index)
+            writer.write_shard(index, rows, replace(tokens, tail_means=None))
+        writer.finish()
+    assert '"tail_mean"' not in (tmp_path / NAME).read_text()
+    assert open_cache(tmp_path).token_rows().tail_means is None
+
+
+def test_an_unknown_view_names_the_nearest(folder: Path) -> None:
+    cache = open_cache(folder)
+    with pytest.raises(UserError, match=r"view 'layer:2' is not in .*: did you mean 'layer:1'\?"):
+        cache.states("layer:2")
+    with pytest.raises(UserError, match="valid: last, layer:1, mean"):
+        cache.states("zzz")
+
+
+@pytest.mark.parametrize("done", [0, 2, 5])
+def test_an_incomplete_cache_is_refused(tmp_path: Path, done: int) -> None:
+    with opened(tmp_path) as writer:
+        for index in range(done):
+            writer.write_shard(index, *shard(index))
+    message = rf"is incomplete \({done} of 5 shards are finished\): run the command that made it"
+    with pytest.raises(UserError, match=message):
+        open_cache(tmp_path)
+
+
+def test_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cache at"):
+        open_cache(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
+)
+def test_a_missing_or_cut_file_is_refused_on_opening(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / name
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError) as error:
+        open_cache(copy)
+    assert str(error.value) == (
+        f"{path} is damaged ({size - 1} bytes instead of {size}): "
+        "delete it and run the command that made it again"
+    )
+    path.unlink()
+    with pytest.raises(UserError, match="is missing: run the command that made it again"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize(
+    "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
+)
+def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, name: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    cache = open_cache(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{Path(name).name} is (damaged|missing)"):
+        everything(cache)
+
+
+def everything(cache: Cache) -> list[bytes]:
+    """All content, as bytes."""
+    frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
+    tokens = cache.token_rows()
+    tensors = [*map(cache.states, cache.views), tokens.states, cache.lm_head()["weight"]]
+    assert tokens.tail_means is not None
+    tensors.append(tokens.tail_means)
+    arrays = [
+        *(tensor.flatten().view(torch.uint8).numpy() for tensor in tensors),
+        *(value for value in vars(tokens).values() if isinstance(value, np.ndarray)),
+    ]
+    return [frame.write_csv().encode() for frame in frames] + [a.tobytes() for a in arrays]
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_flipped_byte_is_refused_or_changes_nothing(folder: Path, data: st.DataObject) -> None:
+    # Some bytes of a Parquet file say nothing (statistics, names of the writing program);
+    # `verify` finds those, a reader may pass them by.
+    intact = everything(open_cache(folder))
+    name = data.draw(st.sampled_from(sorted(read_manifest(folder).files())))
+    path = folder / name
+    raw = path.read_bytes()
+    at = data.draw(st.integers(0, len(raw) - 1))
+    mask = data.draw(st.integers(1, 255))
+    try:
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ mask]) + raw[at + 1 :])
+        refusal = ""
+        try:
+            assert everything(open_cache(folder)) == intact
+        except UserError as error:
+            refusal = str(error)
+        assert not refusal or (str(path) in refusal and "\n" not in refusal)
+    finally:
+        path.write_bytes(raw)
+
+
+def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / responses_file(3)
+    vector = encode(shard(3)[0].states["mean"])[2].as_py()
+    content = path.read_bytes()
+    assert content.count(vector) == 1
+    path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
+    cache = open_cache(copy)
+    cache.states("last")
+    with pytest.raises(UserError, match=r"part-00003\.parquet is damaged \(.*CRC.*\): delete it"):
+        cache.states("mean")
+
+
+def test_a_flipped_tail_mean_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / tokens_file(3)
+    tail_means = shard(3)[1].tail_means
+    assert tail_means is not None
+    vector = encode(tail_means)[2].as_py()
+    content = path.read_bytes()
+    assert content.count(vector) == 1
+    path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
+    with pytest.raises(UserError, match=r"tokens/part-00003\.parquet is damaged \(.*CRC.*\)"):
+        open_cache(copy).token_rows()
+
+
+@pytest.mark.parametrize("flipped", [b"dtyp\xff", b"dtypf"])
+def test_flipped_metadata_of_a_footer_is_refused(
+    folder: Path, tmp_path: Path, flipped: bytes
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / responses_file(0)
+    content = path.read_bytes()
+    assert content.count(b"dtype") == 1
+    path.write_bytes(content.replace(b"dtype", flipped))
+    with pytest.raises(UserError, match=r"part-00000\.parquet is damaged"):
+        _ = open_cache(copy).responses
+
+
+def forge(folder: Path, index: int, rows: ShardRows) -> None:
+    """Replace a shard behind the writer's back, with a manifest that agrees."""
+    manifest = read_manifest(folder)
+    assert manifest.layout is not None
+    path = folder / responses_file(index)
+    with path.open("wb") as stream:
+        to_parquet(responses_table(rows, manifest.layout), stream)
+    entry = manifest.shards[index]
+    assert entry is not None
+    changed = entry.responses.model_copy(
+        update={"bytes": path.stat().st_size, "sha256": sha256(path)}
+    )
+    shards = list(manifest.shards)
+    shards[index] = entry.model_copy(update={"responses": changed})
+    write_manifest(folder, manifest.model_copy(update={"shards": tuple(shards)}))
+
+
+def test_a_nan_that_another_program_wrote_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    rows, _ = shard(1)
+    rows.states["last"][0, 0] = float("nan")
+    forge(copy, 1, rows)
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(it holds a vector that"):
+        open_cache(copy).states("last")
+
+
+def test_a_shard_of_another_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    forge(copy, 1, shard(4)[0])
+    with pytest.raises(UserError, match=r"damaged \(3 rows instead of 5\)"):
+        open_cache(copy).states("last")
+
+
+def test_a_manifest_from_the_future_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    text = (copy / NAME).read_text()
+    (copy / NAME).write_text(text.replace('"version":1', '"version":9'))
+    with pytest.raises(UserError, match="cache format version 9"):
+        open_cache(copy)
+
+
+def test_45_thousand_states_are_read_within_a_second(tmp_path: Path) -> None:
+    n, width, size = 45_000, 192, 4096
+    states = torch.randn(n, width, generator=torch.Generator().manual_seed(0))
+    with opened(tmp_path, n_responses=n, shard_rows=size) as writer:
+        for index in range(writer.n_shards):
+            part = states[index * size : (index + 1) * size]
+            ones = np.ones(len(part), np.int32)
+            rows = ShardRows(
+                index * size,
+                [f"{row:016x}" for row in range(len(part))],
+                ["p"] * len(part),
+                *(ones, ones, ones > 0, ones, ones, -ones.astype(np.float64)),
+                states={"last": part},
+                norms={"last": part.norm(dim=1)},
+            )
+            writer.write_shard(index, rows, None)
+        writer.finish()
+    fastest = float("inf")
+    for _ in range(3):  # a busy machine may delay one
+        start = time.perf_counter()
+        read = open_cache(tmp_path).states("last")
+        fastest = min(fastest, time.perf_counter() - start)
+        assert torch.equal(read, states)
+    assert fastest < 1
+
+
+def test_tables_keep_their_types(folder: Path) -> None:
+    cache = open_cache(folder)
+    assert cache.pairs.schema["chosen"] == pl.Int32
+    assert cache.pairs.schema["subset"] == pl.String
+    assert cache.leaks.schema == tables()["leaks"].schema
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_program_in_the_documentation_reads_the_same_states(tmp_path: Path, dtype: str) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cache-format.md"
+    program, _ = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    exec(program, names)
+    write_cache(tmp_path, dtype)
+    cache = open_cache(tmp_path)
+    for view in cache.views:
+        read = names["read_states"](tmp_path, view)
+        np.testing.assert_array_equal(read, cache.states(view).to(torch.float32).numpy())
+
+
+def test_the_documentation_names_every_column_and_key(folder: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "cache-format.md"
+    text = page.read_text()
+    manifest = read_manifest(folder)
+    assert manifest.layout is not None
+    columns = {
+        name.partition(".")[0]
+        for schema in (manifest.layout.responses(), manifest.layout.tokens())
+        for name in schema.names
+    }
+    for name in {*columns, *Manifest.model_fields, *FileEntry.model_fields}:
+        assert re.search(rf"[`\"]{name}\b", text), name

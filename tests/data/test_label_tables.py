@@ -1,0 +1,87 @@
+"""Label tables: what is written is read, and nothing else is."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from embrm.core.errors import UserError
+from embrm.data.label_tables import LabelTable, open_table, read_table, write_table
+
+ROWS = pl.DataFrame({"pair_id": ["b", "a"], "label": [1.0, 0.25], "weight": [0.0, 2.0]})
+MADE = {"rule": "test", "parameters": {"q": 1.5}, "cache_id": "c", "embrm": "0"}
+
+
+def test_a_table_comes_back_with_its_provenance(tmp_path: Path) -> None:
+    table = LabelTable("labels", ROWS, MADE)
+    write_table(tmp_path / "labels" / "one.parquet", table)
+    found = read_table(tmp_path / "labels" / "one.parquet", "labels")
+    assert found.provenance == MADE
+    assert found.rows.equals(ROWS.sort("pair_id"))
+    assert found.digest == table.digest
+    assert found.counts() == {"pairs": 2, "turned": 1, "soft": 1, "left_out": 1}
+
+
+def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    table = LabelTable("labels", ROWS, MADE)
+    assert LabelTable("labels", ROWS.reverse().select("weight", "label", "pair_id"), {}).digest == (
+        table.digest
+    )
+    for name, value in (("pair_id", "c"), ("label", 0.5), ("weight", 3.0)):
+        other = ROWS.with_columns(pl.when(pl.col("pair_id") == "a").then(pl.lit(value))
+                                  .otherwise(name).alias(name))  # fmt: skip
+        assert LabelTable("labels", other, MADE).digest != table.digest
+    paths = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
+    write_table(paths[0], table)
+    write_table(paths[1], LabelTable("labels", ROWS.reverse(), MADE))
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"label": [1.0, 1.5]}, "label = 1.5 in 1 of 2 rows: it is a number from 0 to 1"),
+        ({"label": [None, 1.0]}, "label = None in 1 of 2 rows"),
+        ({"margin": [float("nan"), 1.0]}, "margin = nan in 1 of 2 rows"),
+        ({"weight": [-1.0, 1.0]}, "weight = -1.0 in 1 of 2 rows"),
+        ({"pair_id": ["a", "a"], "label": [1.0, 1.0]}, "names a pair twice"),
+        ({"lable": [1.0, 1.0]}, "has the columns pair_id String, lable Float64: a table of labels"),
+        ({"label": ["1", "0"]}, "has the columns pair_id String, label String: a table of labels"),
+        ({}, "has the columns pair_id String: a table of labels has"),
+    ],
+)
+def test_wrong_values_are_refused(columns: dict[str, Any], line: str, tmp_path: Path) -> None:
+    rows = pl.DataFrame({"pair_id": ["a", "b"], **columns})
+    path = tmp_path / "wrong.parquet"
+    _written(path, rows)
+    with pytest.raises(UserError, match=line) as caught:
+        open_table(path)
+    assert "\n" not in str(caught.value)
+
+
+def _written(path: Path, rows: pl.DataFrame) -> None:
+    rows.write_parquet(path, metadata={"embrm": '{"kind":"labels","digest":"x"}'})
+
+
+def test_wrong_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.parquet"
+    with pytest.raises(UserError, match=r"no label table at .*one\.parquet: make it with embrm"):
+        open_table(path)
+    path.write_text("pair_id,label")
+    with pytest.raises(UserError, match="is not a whole Parquet file"):
+        open_table(path)
+    ROWS.write_parquet(path)
+    with pytest.raises(UserError, match="is no label table"):
+        open_table(path)
+    ROWS.write_parquet(path, metadata={"embrm": "[1]"})
+    with pytest.raises(UserError, match="is no label table"):
+        open_table(path)
+    _written(path, ROWS)
+    with pytest.raises(UserError, match="is not as it was written"):
+        open_table(path)
+    write_table(path, LabelTable("labels", ROWS, MADE))
+    with pytest.raises(UserError, match="holds labels, not strengths: make them with embrm labels"):
+        read_table(path, "strengths")
+    with pytest.raises(UserError, match=r"a label table is a \.parquet file"):
+        write_table(tmp_path / "one.csv", LabelTable("labels", ROWS, MADE))

@@ -1,0 +1,284 @@
+"""Intervals against closed forms and against simulated truth."""
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from embrm.metrics.accuracy import OUTCOMES, PROMPTS
+from embrm.metrics.intervals import Replicates, compare, holm, mean, prompt_counts, replicate
+from embrm.metrics.outcomes import Outcomes
+
+
+def sums(wins: np.ndarray, pairs: np.ndarray, **others: np.ndarray) -> Outcomes:
+    """Of wins [prompts, runs] out of pairs [prompts]; others [prompts, runs] by name."""
+    known = {"wins": wins, **others}
+    empty = {name: np.nan if name == "tau" else 0.0 for name in OUTCOMES}
+    prompts = pl.DataFrame(
+        {"prompt_id": [f"prompt{prompt}" for prompt in range(len(wins))], "pairs": pairs}
+    ).with_columns(subset=pl.lit(None), length_wins=0.0, length_ties=0.0)
+    return Outcomes(
+        prompts.select(pl.col(name).cast(kind) for name, kind in PROMPTS.items()),
+        {
+            name: known.get(name, np.full(wins.shape, empty[name])).T.astype(np.float32)
+            for name in OUTCOMES
+        },
+    )
+
+
+def seeds(names: list[str], numbers: list[int]) -> pl.DataFrame:
+    return pl.DataFrame({"name": names, "seed": numbers})
+
+
+def test_equal_prompts_reproduce_the_closed_form() -> None:
+    generator = np.random.default_rng(0)
+    wins = generator.binomial(10, 0.7, size=(400, 1))
+    result = replicate(sums(wins, np.full(400, 10)), "accuracy")
+    row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
+    shares = wins[:, 0] / 10
+    half = 1.96 * shares.std() / np.sqrt(400)
+    assert row["estimate"] == pytest.approx(shares.mean(), rel=1e-12)
+    assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.06)
+    assert (row["low"] + row["high"]) / 2 == pytest.approx(shares.mean(), abs=0.1 * half)
+
+
+def test_ratio_variance_matches_the_delta_method() -> None:
+    generator = np.random.default_rng(1)
+    pairs = generator.integers(1, 60, size=500)
+    wins = generator.binomial(pairs, generator.beta(4, 3, size=500))[:, None]
+    result = replicate(sums(wins, pairs), "accuracy")
+    ratio = wins.sum() / pairs.sum()
+    residuals = wins[:, 0] - ratio * pairs
+    expected = np.sqrt(np.square(residuals).sum()) / pairs.sum()
+    assert result.estimates[0] == ratio
+    assert result.draws[:, 0].std() == pytest.approx(expected, rel=0.06)
+
+
+def test_seed_variance_is_unbiased() -> None:
+    """Prompts that never vary leave only the seeds: the replicates must have variance s²/k."""
+    estimates = np.concatenate([[0.60, 0.64, 0.71], np.full(3, 0.62)])
+    result = Replicates(estimates, np.tile(estimates, (20_000, 1)), prompts=50)
+    table = compare(result, seeds(["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2), "b")
+    row = table.row(0, named=True)
+    deviation = np.sqrt(estimates[:3].var(ddof=1) / 3)
+    assert row["estimate"] == pytest.approx(0.65)
+    assert row["p"] == pytest.approx(2 * norm.sf(0.03 / deviation), rel=0.03)
+    assert row["difference_low"] == pytest.approx(row["low"] - 0.62)
+    assert row["difference_high"] == pytest.approx(row["high"] - 0.62)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_intervals_cover_the_truth_and_rows_would_not(k: int) -> None:
+    """Clustered pairs: 95 % intervals over prompts hold; the binomial over pairs does not."""
+    generator = np.random.default_rng(k)
+    prompts, pairs, truth, trials = 60, 20, 0.7, 300
+    covered = covered_by_rows = 0
+    for _ in range(trials):
+        # Prompts differ in difficulty, seeds in skill, mean 0.7 over both. One seed says nothing
+        # about others, so its interval is for that seed.
+        difficulty = generator.uniform(0.4, 1.0, size=(prompts, 1))
+        skill = generator.normal(0.0, 0.02 if k > 1 else 0.0, size=(1, k))
+        wins = generator.binomial(pairs, np.clip(difficulty + skill, 0, 1))
+        frame = sums(wins, np.full(prompts, pairs))
+        result = replicate(frame, "accuracy", replicates=500)
+        row = compare(result, seeds(["a"] * k, list(range(k))), None).row(0, named=True)
+        covered += row["low"] <= truth <= row["high"]
+        share = wins.mean() / pairs
+        half = 1.96 * np.sqrt(share * (1 - share) / (prompts * pairs * k))
+        covered_by_rows += abs(share - truth) <= half
+    assert 0.91 <= covered / trials <= 0.985
+    assert covered_by_rows / trials < 0.85
+
+
+def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
+    generator = np.random.default_rng(5)
+    prompts, pairs, gain, trials, k = 80, 20, 0.03, 200, 3
+    names, numbers = ["base"] * k + ["better"] * k, list(range(k)) * 2
+    covered, widths, unpaired = 0, [], []
+    for _ in range(trials):
+        difficulty = generator.uniform(0.3, 0.9, size=(prompts, 1))
+        seed = generator.normal(0.0, 0.01, size=(1, k))  # shared by the two: paired by seed
+        share = np.concatenate([difficulty + seed, difficulty + seed + gain], axis=1)
+        frame = sums(generator.binomial(pairs, np.clip(share, 0, 1)), np.full(prompts, pairs))
+        result = replicate(frame, "accuracy", 400)
+        table = compare(result, seeds(names, numbers), "base")
+        base, better = table.row(0, named=True), table.row(1, named=True)
+        covered += better["difference_low"] <= gain <= better["difference_high"]
+        widths.append(better["difference_high"] - better["difference_low"])
+        unpaired.append(np.hypot(base["high"] - base["low"], better["high"] - better["low"]))
+    assert covered / trials >= 0.92
+    assert np.mean(widths) < 0.6 * np.mean(unpaired)
+
+
+def test_an_accuracy_interval_stays_within_0_and_1() -> None:
+    """Seeds at 1.0 and 0.7 are drawn around 0.85 by 0.21: past the end without a bound."""
+    wins = np.tile([10.0, 7.0, 3.0, 0.0], (9, 1))
+    runs = seeds(["good", "good", "bad", "bad"], [0, 1, 0, 1])
+    found = replicate(sums(wins, np.full(9, 10)), "accuracy")
+    for result in (found, mean([found, found])):
+        bad, good = compare(result, runs, "bad").rows(named=True)
+        assert (good["high"], bad["low"]) == (1, 0)
+        assert 0 < bad["high"] < good["low"] < 1
+    good = compare(Replicates(found.estimates, found.draws, 9), runs, None).row(1, named=True)
+    assert good["high"] == pytest.approx(0.85 + 0.15 * np.sqrt(2))
+
+
+def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
+    tau = np.tile([0.9, -0.9, -0.9, 0.9], (9, 1))
+    frame = sums(np.zeros((9, 4)), np.zeros(9), tau=tau)
+    table = compare(replicate(frame, "tau"), seeds(["a"] * 2 + ["b"] * 2, [0, 1] * 2), "b")
+    row = table.row(0, named=True)
+    assert (row["low"], row["high"]) == (-1, 1)
+    assert row["difference_low"] < -2 < 2 < row["difference_high"]
+
+
+def test_baseline_and_missing_seeds() -> None:
+    generator = np.random.default_rng(2)
+    result = replicate(sums(generator.binomial(5, 0.6, size=(30, 4)), np.full(30, 5)), "accuracy")
+    table = compare(result, seeds(["base", "base", "half", "none"], [0, 1, 1, 7]), "base")
+    base, half, none = table.rows(named=True)
+    assert (base["seeds"], base["common_seeds"], base["difference"], base["p"]) == (
+        2,
+        0,
+        None,
+        None,
+    )
+    assert half["common_seeds"] == 1
+    assert half["difference"] == result.estimates[2] - result.estimates[1]
+    assert none["difference"] is None
+    assert none["p_holm"] is None
+    assert compare(result, seeds(["a", "b", "c", "d"], [0] * 4), None)["difference"].is_null().all()
+
+
+def test_a_copy_of_the_baseline_differs_by_exactly_nothing() -> None:
+    wins = np.repeat(np.random.default_rng(3).binomial(9, 0.7, size=(25, 1)), 2, axis=1)
+    result = replicate(sums(wins, np.full(25, 9)), "accuracy")
+    copy = compare(result, seeds(["base", "copy"], [0, 0]), "base").row(1, named=True)
+    assert (copy["difference"], copy["difference_low"], copy["difference_high"]) == (0, 0, 0)
+    assert copy["p"] == copy["p_holm"] == 1
+
+
+def test_one_prompt_has_an_estimate_and_no_interval() -> None:
+    result = replicate(sums(np.array([[3, 4]]), np.array([4])), "accuracy")
+    table = compare(result, seeds(["a", "b"], [0, 0]), "a")
+    assert table["estimate"].to_list() == [0.75, 1.0]
+    assert table["low"].to_list() == [None, None]
+    assert table.row(1, named=True)["difference"] == 0.25
+    assert table.row(1, named=True)["p"] is None
+
+
+def test_all_ties_give_no_accuracy() -> None:
+    pairs = np.full(6, 0.1)  # which float32 rounds
+    result = replicate(sums(np.zeros((6, 1)), pairs, ties=pairs[:, None]), "accuracy")
+    row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
+    assert (row["estimate"], row["low"], row["high"]) == (None, None, None)
+
+
+def test_a_common_shift_of_seeds_cancels_in_the_difference() -> None:
+    """Same draws for both configurations: only what differs between them is left."""
+    generator = np.random.default_rng(4)
+    draws = generator.normal(0.7, 0.02, size=(500, 2))
+    result = Replicates(
+        np.array([0.7, 0.72, 0.71, 0.73]), np.concatenate([draws, draws + 0.01], axis=1), 40
+    )
+    table = compare(result, seeds(["a", "a", "b", "b"], [0, 1, 0, 1]), "a")
+    row = table.row(1, named=True)
+    assert row["difference_low"] == pytest.approx(0.01)
+    assert row["difference_high"] == pytest.approx(0.01)
+
+
+def test_tau_is_a_mean_over_the_prompts_where_it_is_defined() -> None:
+    tau = np.array([[0.5], [np.nan], [-0.1], [0.2]])
+    result = replicate(sums(np.zeros((4, 1)), np.zeros(4), tau=tau), "tau")
+    assert result.prompts == 3
+    assert result.estimates[0] == pytest.approx(0.2)
+
+
+def test_subsets_of_a_prompt_stay_one_cluster() -> None:
+    one = sums(np.array([[4.0], [3.0]]), np.array([6, 6]))
+    prompts = one.prompts.with_columns(pairs=3.0)
+    halves = Outcomes(
+        pl.concat(prompts.with_columns(subset=pl.lit(half)) for half in ("easy", "hard")),
+        {name: np.tile(values / 2, 2) for name, values in one.values.items()},
+    )
+    whole = replicate(one, "accuracy")
+    split = replicate(halves, "accuracy")
+    assert split.prompts == 2
+    np.testing.assert_array_equal(whole.draws, split.draws)
+
+
+def test_counts_are_poisson_and_depend_on_the_prompt_alone() -> None:
+    counts = prompt_counts(["a", "b", "c"])
+    np.testing.assert_array_equal(counts[:, [2, 0]], prompt_counts(["c", "a"]))
+    np.testing.assert_array_equal(counts[:10], prompt_counts(["a", "b", "c"], 10))
+    many = prompt_counts([str(number) for number in range(200)])
+    assert many.mean() == pytest.approx(1, abs=0.01)
+    assert many.var() == pytest.approx(1, abs=0.02)
+    correlation = np.corrcoef(many, rowvar=False) - np.eye(200)
+    assert np.abs(correlation).max() < 6 / np.sqrt(2000)
+
+
+def test_rows_and_runs_in_any_order_give_the_same_bits() -> None:
+    generator = np.random.default_rng(6)
+    shape = (50, 3)
+    ties = generator.binomial(1, 0.3, size=shape) * 0.1
+    nll = generator.gamma(3.0, size=shape)
+    whole = sums(generator.binomial(7, 0.6, size=shape), np.full(50, 7), nll=nll, ties=ties)
+    order = generator.permutation(50)
+    mixed = whole.by([2, 0, 1])
+    mixed = Outcomes(mixed.prompts[order], {k: v[:, order] for k, v in mixed.values.items()})
+    for metric in ("accuracy", "nll"):
+        straight, shuffled = replicate(whole, metric), replicate(mixed, metric)
+        np.testing.assert_array_equal(straight.draws[:, [2, 0, 1]], shuffled.draws)
+        np.testing.assert_array_equal(straight.estimates[[2, 0, 1]], shuffled.estimates)
+        alone = replicate(whole.by([1]), metric)
+        np.testing.assert_array_equal(straight.draws[:, [1]], alone.draws)
+        np.testing.assert_array_equal(straight.estimates[[1]], alone.estimates)
+
+
+def test_mean_over_splits() -> None:
+    generator = np.random.default_rng(7)
+    parts = [
+        Replicates(generator.random(2), generator.random((10, 2)), prompts) for prompts in (9, 4)
+    ]
+    both = mean(parts)
+    np.testing.assert_allclose(both.estimates, (parts[0].estimates + parts[1].estimates) / 2)
+    np.testing.assert_allclose(both.draws, (parts[0].draws + parts[1].draws) / 2)
+    assert both.prompts == 4
+    within = [
+        replace(part, bounds=(low, 1.0)) for part, low in zip(parts, (0.0, -1.0), strict=True)
+    ]
+    assert mean(within).bounds == (-0.5, 1)
+
+
+def test_the_same_split_twice_is_not_two_samples() -> None:
+    wins = np.random.default_rng(8).binomial(8, 0.6, size=(40, 1))
+    once = replicate(sums(wins, np.full(40, 8)), "accuracy")
+    np.testing.assert_array_equal(mean([once, once]).draws, once.draws)
+
+
+def test_no_prompts_give_no_numbers() -> None:
+    result = replicate(sums(np.zeros((0, 2)), np.zeros(0)), "accuracy")
+    assert result.prompts == 0
+    assert np.isnan(result.estimates).all()
+
+
+def test_holm_textbook() -> None:
+    adjusted = holm(pl.Series("p", [0.01, None, 0.04, 0.03, 0.005]))
+    assert adjusted.to_list() == pytest.approx([0.03, None, 0.06, 0.06, 0.02])
+    assert holm(pl.Series("p", [], dtype=pl.Float64)).to_list() == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_holm_keeps_order_and_lies_between_raw_and_bonferroni(values: list[float]) -> None:
+    adjusted = holm(pl.Series("p", values)).to_numpy()
+    raw = np.array(values)
+    assert (adjusted >= raw).all()
+    assert (adjusted <= np.minimum(raw * len(raw), 1)).all()
+    order = np.argsort(raw, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()
