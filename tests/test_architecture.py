@@ -1,6 +1,7 @@
 """The house stays easy to read: imports run one way, and the sweep needs no language model."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,29 +12,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "embrm"
 
-# What each room may import, besides itself. The order is the flow of data.
-GROUND = {"errors", "files", "specs", "progress", "provenance"}
-MAY_IMPORT = {
-    "data": GROUND,
-    "cache": GROUND,
-    "extract": GROUND | {"data", "cache"},
-    "adopt": GROUND | {"data", "cache"},
-    "train": GROUND,
-    "evaluate": GROUND,
-    "sweep": GROUND | {"data", "cache", "train", "evaluate"},
-    "report": GROUND | {"cache", "evaluate", "sweep"},
-    "finetune": GROUND | {"data", "cache", "extract", "train", "evaluate", "sweep", "report"},
-    "export": GROUND
-    | {"data", "cache", "extract", "train", "evaluate", "sweep", "report", "finetune"},
-    "bench": GROUND
-    | {"data", "cache", "extract", "adopt", "train", "evaluate", "sweep", "finetune"},
-    "demo": GROUND | {"data", "extract", "sweep", "evaluate", "report", "export"},
-}
-MAY_IMPORT["cli"] = GROUND.union(*MAY_IMPORT.values(), MAY_IMPORT, {"interrupts"})
 LANGUAGE_MODEL_LIBRARIES = {
     "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "tokenizers",
 }  # fmt: skip
-MAY_LOAD_MODELS = {"extract", "finetune", "export", "demo"}
+
+
+def _rooms() -> dict[str, set[str]]:
+    """Room → the language model libraries it may import, in the order of CONTRIBUTING's table."""
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| ([^|]*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    return {
+        room: LANGUAGE_MODEL_LIBRARIES
+        if libraries == "yes"
+        else {*re.findall(r"`(\w+)`", libraries)}
+        for room, libraries in rows
+    }
+
+
+ROOMS = _rooms()
+"""A room imports from those before it."""
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -46,35 +44,29 @@ def _imports(path: Path) -> Iterator[str]:
                 yield from (f"embrm.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+@pytest.mark.parametrize("room", ROOMS)
 def test_imports_run_one_way(room: str) -> None:
-    allowed = MAY_IMPORT[room] | {room, "__version__"}
+    allowed = [*ROOMS][: [*ROOMS].index(room) + 1]
     wrong = {
-        f"{path.name} imports {name}"
+        f"{path.relative_to(PACKAGE)} imports {name}"
         for path in (PACKAGE / room).rglob("*.py")
         for name in _imports(path)
-        if name.startswith("embrm.") and name.split(".")[1] not in allowed
+        if name.startswith("embrm.") and name.split(".")[1] not in [*allowed, "__version__"]
     }
     assert not wrong
 
 
-def test_every_room_has_a_rule() -> None:
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert rooms == set(MAY_IMPORT)
+def test_every_room_is_in_the_table() -> None:
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 
 
-def test_language_model_libraries_stay_in_their_rooms() -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_language_model_libraries_stay_in_their_rooms(room: str) -> None:
     wrong = {
         f"{path.relative_to(PACKAGE)} imports {name}"
-        for path in PACKAGE.rglob("*.py")
+        for path in (PACKAGE / room).rglob("*.py")
         for name in _imports(path)
-        if name.split(".")[0] in LANGUAGE_MODEL_LIBRARIES
-        and path.relative_to(PACKAGE).parts[0] not in MAY_LOAD_MODELS
-        # The hub reader of preference data, inside the function that needs it.
-        and not (name == "datasets" and path.name == "sources.py")
-        # The models that extraction and fine-tuning are measured with, likewise.
-        and path.relative_to(PACKAGE).as_posix()
-        not in ("bench/extraction.py", "bench/finetuning.py")
+        if name.split(".")[0] in LANGUAGE_MODEL_LIBRARIES - ROOMS[room]
     }
     assert not wrong
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embrm.core.errors import UserError, nearest
 from embrm.core.progress import progress
-from embrm.data.tables import first_line, listed, quoted
+from embrm.core.text import first_line, listed, quoted
 
 BLOCK_BYTES = 64 << 20
 """Of an array, read at once."""

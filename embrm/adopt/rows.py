@@ -14,11 +14,11 @@ from embrm.adopt.arrays import StateArray
 from embrm.adopt.findings import Finding
 from embrm.core.errors import UserError
 from embrm.core.specs import canonical_json
+from embrm.core.text import listed
 from embrm.data.collector import EXCLUSIONS, Schema
 from embrm.data.forms import RowError
 from embrm.data.labels import number
 from embrm.data.sources import SourceSpec, Table, read_rows
-from embrm.data.tables import listed
 
 Order = Literal["prompts", "responses"]
 """The first axis of an array of three: (prompts, responses, width) or (responses, prompts, width).

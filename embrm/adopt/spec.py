@@ -9,9 +9,9 @@ from pydantic import Field, field_validator, model_validator
 from embrm.adopt.rows import Order
 from embrm.core.errors import UserError
 from embrm.core.specs import Spec
+from embrm.core.text import quoted
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
-from embrm.data.tables import quoted
 
 
 class ArraySource(Spec):

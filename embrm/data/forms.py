@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from embrm.core.errors import UserError
+from embrm.core.text import listed, quoted
 from embrm.data.sources import Table
-from embrm.data.tables import listed, quoted
 from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
 
 Messages = tuple[Message, ...]

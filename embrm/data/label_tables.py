@@ -22,7 +22,7 @@ import polars as pl
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.specs import canonical_json, content_id
-from embrm.data.tables import first_line
+from embrm.core.text import first_line
 
 Kind = Literal["labels", "strengths"]
 

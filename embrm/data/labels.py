@@ -2,8 +2,9 @@
 
 import math
 
+from embrm.core.text import quoted
 from embrm.data.forms import RowError
-from embrm.data.tables import Columns, quoted
+from embrm.data.tables import Columns
 
 _LARGEST = 3.4e38
 """Heads are trained in float32: beyond this a margin is infinite there."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from embrm.core.errors import UserError
+from embrm.core.text import listed, quoted
 from embrm.data.collector import Collector, Place
 from embrm.data.forms import Form, Record, RowError, canonical, detect
 from embrm.data.groups import Member, pair_members
 from embrm.data.labels import number, pair_numbers
 from embrm.data.sources import SourceSpec, Table, read_rows
 from embrm.data.splits import holdout
-from embrm.data.tables import listed, quoted
 
 
 def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:

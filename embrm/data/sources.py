@@ -11,9 +11,10 @@ from pydantic import Field, field_validator, model_validator
 
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import Spec
+from embrm.core.text import first_line, quoted
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
-from embrm.data.tables import READERS, Choose, Columns, first_line, quoted, read_file
+from embrm.data.tables import READERS, Choose, Columns, read_file
 from embrm.suites.layouts import SUITES, Layout, arrange, layout_of
 
 FIELDS: dict[str, tuple[str, ...]] = {

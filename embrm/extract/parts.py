@@ -8,7 +8,7 @@ from pathlib import Path
 
 from embrm.cache.manifest import Part
 from embrm.core.errors import UserError
-from embrm.data.tables import quoted
+from embrm.core.text import quoted
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from embrm.extract import packing
 from embrm.extract.engine import (
     TOLERANCE,
     Batch,
-    LmHead,
     Request,
     TokenStatistics,
     by_length,
@@ -26,6 +25,7 @@ from embrm.extract.engine import (
     to_device,
 )
 from embrm.extract.packing import Packed, pack
+from embrm.lm.head import LmHead
 from embrm.lm.loading import load_model
 from embrm.lm.tokens import reason_of
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from embrm.core.errors import UserError
 from embrm.extract import packing
-from embrm.extract.engine import Batch, LmHead, Request, TokenStatistics
+from embrm.extract.engine import Batch, Request, TokenStatistics
 from embrm.extract.vllm_worker import Extension, Selection, load_head, unpack, wish
+from embrm.lm.head import LmHead
 from embrm.lm.tokens import reason_of
 
 VIEWS = ("last", "mean")

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from embrm.core.errors import UserError
-from embrm.extract.engine import LmHead, Request, of_responses, predicting_positions
+from embrm.extract.engine import Request, of_responses, predicting_positions
+from embrm.lm.head import LmHead
 from embrm.lm.tokens import reason_of
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from embrm.core.errors import UserError
-from embrm.extract.engine import LmHead
 from embrm.finetune.spec import LoraSpec, Tune
+from embrm.lm.head import LmHead
 from embrm.lm.likelihood import log_probabilities
 from embrm.sweep.ledger import MODEL_FORMAT
 from embrm.train.heads import HeadSpec, Parameters, initialise, rewards

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embrm.extract.engine import LmHead
+from embrm.lm.head import LmHead
 
 _LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 """Size of a float32 block of logits."""

@@ -63,17 +63,6 @@ def policy_figures(curves: pl.DataFrame, baseline: str) -> dict[str, bytes]:
     return drawn({"overoptimisation": _overoptimisation(curves, baseline)})
 
 
-def best_of_n_figure(
-    curves: pl.DataFrame, summary: pl.DataFrame, baseline: str
-) -> dict[str, bytes]:
-    """File name to content, "bon": a row of panels a split, gold and reward against √KL.
-
-    curves, summary: as of `best_of_n.BestOfN`. Shown are the baseline and the configurations with
-    the most gold at the largest n of the first split.
-    """
-    return drawn({"bon": lambda: _best_of_n(curves, summary, baseline)})
-
-
 def _label(comparison: Comparison) -> str:
     what, unit = ("accuracy", " (%)") if comparison.metric == "accuracy" else ("Kendall τ-b", "")
     splits = comparison.ranked_splits
@@ -443,49 +432,6 @@ def _overoptimisation(curves: pl.DataFrame, baseline: str) -> Callable[[], Figur
         return figure
 
     return draw
-
-
-def _best_of_n(curves: pl.DataFrame, summary: pl.DataFrame, baseline: str) -> Figure:
-    splits = summary["split"].unique(maintain_order=True).to_list()
-    first = summary.filter(split=splits[0])["name"].to_list()
-    names = [*[name for name in first if name != baseline][: len(CURVES)], baseline]
-    figure, axes = new_figure(0.6 + 2.6 * len(splits), 2, len(splits))
-    for of_gold, of_reward, split in zip(axes[::2], axes[1::2], splits, strict=True):
-        of_reward.sharey(of_gold)
-        for axis, measure, title in ((of_gold, "gain", "Gold"), (of_reward, "proxy", "Reward")):
-            colors = iter(CURVES)
-            for name in names:
-                own = curves.filter(split=split, name=name).sort("n")
-                d = np.sqrt(own["kl"].to_numpy())
-                value, low, high = (
-                    own[column].cast(pl.Float64).to_numpy()
-                    for column in (measure, f"{measure}_low", f"{measure}_high")
-                )
-                color = BLACK if name == baseline else next(colors)
-                axis.fill_between(d, low, high, color=color, alpha=0.12, linewidth=0)
-                axis.plot(
-                    d,
-                    value,
-                    "o",
-                    color=color,
-                    markersize=3,
-                    linewidth=1.4,
-                    linestyle=(0, (4, 2)) if name == baseline else "-",
-                    label=short_name(name),
-                )
-            axis.axhline(0, color=GREY, linewidth=0.9)
-            axis.set_title(f"{title}, {short_name(split, 30)}")
-            axis.set_xlabel("√KL, KL in nats")
-            axis.set_ylabel("Gain over n = 1 (sd)")
-            axis.grid()
-            axis.set_axisbelow(True)
-            above = axis.secondary_xaxis("top")
-            above.set_xticks(d, [str(n) for n in own["n"]], fontsize=7, color=GREY)
-            above.tick_params(length=0)
-            above.spines["top"].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-    return figure
 
 
 def _listed(splits: list[str]) -> str:

@@ -14,7 +14,6 @@ from embrm.core.formatting import (
     short_text,
     small_text,
     value_text,
-    with_range_text,
 )
 from embrm.core.table import Table
 from embrm.metrics.geometry import SAMPLE
@@ -68,13 +67,6 @@ _DISAGREEMENT = (
     "and more a sign that the heads know what is new to them."
 )
 
-_OPTIMIZED = (
-    "peak n: where gold is highest. drop: of gold from its peak to the largest n, the peak chosen "
-    "on other prompts; above 0 gold falls while the reward rises. gap: the reward's gain minus "
-    "gold's at the largest n; 0 for gold itself. Both in standard deviations within a prompt. "
-    "Square brackets: 95 % intervals, bootstrap over prompts and seeds."
-)
-
 
 def main_tables(comparison: Comparison, top: int) -> list[Table]:
     """What the terminal shows: ranking, splits, accuracy and difference per split, calibration, and
@@ -104,98 +96,6 @@ def further_tables(comparison: Comparison, top: int) -> list[Table]:
         *_disagreement(comparison, shown),
         *([] if _moves_states(comparison) else _geometry(comparison, shown)),
     ]
-
-
-def best_of_n_tables(
-    summary: pl.DataFrame, splits: pl.DataFrame, baseline: str, top: int
-) -> list[Table]:
-    """Of the pools, then of every split: `summary` and `splits` are those of `best_of_n.BestOfN`.
-
-    top: configurations to show; the baseline is always among them.
-    """
-    pools = Table(
-        "Response pools",
-        (
-            "split",
-            "prompts",
-            "responses",
-            "gold at n = 1",
-            "gold sd",
-            "constant gold",
-            "seen in training",
-        ),
-        tuple(
-            (
-                row["split"],
-                f"{row['prompts']:,}",
-                "-".join(str(size) for size in dict.fromkeys((row["least"], row["most"]))),
-                number_text(row["gold_at_1"]),
-                number_text(row["gold_sd"]),
-                str(row["constant"]),
-                str(row["leaked"]),
-            )
-            for row in splits.iter_rows(named=True)
-        ),
-        " ".join(
-            ["sd: of gold within a prompt."]
-            + [
-                f"Groups of {row['split']} left out: {row['excluded']}."
-                for row in splits.iter_rows(named=True)
-                if row["excluded"]
-            ]
-        ),
-    )
-    return [
-        pools,
-        *(
-            _best_of_n(summary.filter(pl.col("split") == split), baseline, top)
-            for split in splits["split"]
-        ),
-    ]
-
-
-def _best_of_n(summary: pl.DataFrame, baseline: str, top: int) -> Table:
-    shown = summary.filter((pl.int_range(pl.len()) < max(top, 1)) | (pl.col("name") == baseline))
-    split, n = summary["split"][0], summary["n"][0]
-    rows = []
-    for row in shown.iter_rows(named=True):
-        gold = {f"difference{end}": row[f"gold_difference{end}"] for end in ("", "_low", "_high")}
-        rows.append(
-            (
-                str(row["rank"] or ""),
-                row["name"] + ("°" if row["tied"] else ""),
-                f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
-                with_range_text(row, "gold"),
-                "baseline" if row["name"] == baseline else difference_text(gold, ""),
-                p_text(row["p_holm"]),
-                str(row["peak_n"]),
-                "none"
-                if row["peak_n"] == n and row["drop"] == 0
-                else with_range_text(row, "drop", "+"),
-                with_range_text(row, "gap", "+"),
-                *(number_text(row[name]) for name in ("alpha", "beta", "fit_peak", "fit_drop")),
-            )
-        )
-    notes = [_OPTIMIZED]
-    if hidden := summary.height - shown.height:
-        notes.append(f"{hidden} more configurations in bon.json.")
-    if shown["gold_low"].is_null().all():
-        notes.append("No intervals: too few prompts to resample.")
-    if (shown["seeds"] == 1).any():
-        notes.append("* one seed: variance between seeds is not covered.")
-    if (shown["tied"] > 0).any():
-        notes.append("° rewards all responses of some prompts alike, and then chooses at random.")
-    return Table(
-        f"Best of n: {split}",
-        (
-            *("#", "configuration", "seeds", f"gold at n = {n}", f"minus {baseline}", "Holm p"),
-            *("peak n", "drop", "gap", "alpha", "beta", "fitted peak", "fitted drop"),
-        ),
-        tuple(rows),
-        " ".join(notes),
-        left=2,
-        wide=("alpha", "beta", "fitted peak", "fitted drop"),
-    )
 
 
 def _ranking(comparison: Comparison, shown: list[str]) -> Table:

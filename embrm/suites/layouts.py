@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from embrm.core.errors import UserError
-from embrm.data.tables import Columns, listed, quoted
+from embrm.core.text import listed, quoted
 
 Row = dict[str, Any]
+Columns = dict[str, list[Any]]
 
 _STYLES = ("concise", "detailed", "markdown")
 """Of RM-Bench, in the order of its lists."""

@@ -19,7 +19,6 @@ from embrm.extract.engine import read
 from embrm.extract.run import plan
 from embrm.extract.transformers_engine import load_engine
 
-
 WANTED: dict[str, Any] = {"dtype": "float32", "device": "cpu", "views": VIEWS, "top_k": 3}
 OTHERS = texts([11, 2, 33], [[6, 25, 3], [40], [8, 2]], seed=1)
 CXX = os.environ.get("CXX", "g++")

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from embrm.core.errors import UserError
 from embrm.extract.engine import (
     Batch,
-    LmHead,
     PositionsRule,
     Request,
     TokenStatistics,
@@ -32,6 +31,7 @@ from embrm.extract.engine import (
     token_positions,
 )
 from embrm.extract.transformers_engine import TransformersEngine, load_engine
+from embrm.lm.head import LmHead
 from embrm.lm.loading import load_config, load_model, longest, model_folder
 
 VIEWS = ("last", "mean", "prenorm", "layer:0", "layer:2")

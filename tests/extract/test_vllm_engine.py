@@ -19,14 +19,14 @@ from embrm.cache.manifest import NAME
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.extract import vllm_engine
-from embrm.extract.engine import LmHead, Request, token_positions
+from embrm.extract.engine import Request, token_positions
 from embrm.extract.parts import Share
 from embrm.extract.probe import probe
 from embrm.extract.run import extract, with_engine
 from embrm.extract.transformers_engine import load_engine
 from embrm.extract.vllm_engine import VllmEngine, load_vllm
 from embrm.extract.vllm_worker import Extension, load_head, pack, unpack
-
+from embrm.lm.head import LmHead
 
 BLOCK = 8
 PROMPT = 20

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from embrm.extract.engine import LmHead
 from embrm.lm import likelihood
+from embrm.lm.head import LmHead
 from embrm.lm.likelihood import log_probabilities
 
 ROWS, WIDTH, VOCABULARY = 150, 12, 90

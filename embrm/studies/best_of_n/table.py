@@ -9,15 +9,23 @@ from typing import Any
 import numpy as np
 import polars as pl
 import polars.selectors as cs
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from embrm.core.drawing import (
+    BLACK,
+    CURVES,
+    GREY,
+    drawn,
+    new_figure,
+    short_name,
+)
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
+from embrm.core.formatting import difference_text, number_text, p_text, with_range_text
 from embrm.core.table import Table, escape, markdown
 from embrm.metrics.best_of_n import gao_fit, kl_bound
 from embrm.metrics.intervals import Replicates, compare, resample
-from embrm.report.figures import best_of_n_figure
-from embrm.report.tables import best_of_n_tables
 from embrm.studies.best_of_n.measure import Chosen
 from embrm.studies.best_of_n.measure import best_of_n as choose
 from embrm.sweep.ledger import finished_runs, open_results, parquet
@@ -27,6 +35,13 @@ Floats = NDArray[np.float64]
 _CAPTION = (
     "Gain of gold and of the reward over a response at random, in standard deviations within a "
     "prompt, with 95 % intervals"
+)
+
+_OPTIMIZED = (
+    "peak n: where gold is highest. drop: of gold from its peak to the largest n, the peak chosen "
+    "on other prompts; above 0 gold falls while the reward rises. gap: the reward's gain minus "
+    "gold's at the largest n; 0 for gold itself. Both in standard deviations within a prompt. "
+    "Square brackets: 95 % intervals, bootstrap over prompts and seeds."
 )
 
 
@@ -232,3 +247,149 @@ def _markdown(title: str, found: BestOfN) -> str:
     parts += [markdown(table) for table in found.tables]
     parts += [f"- {escape(note)}.\n" for note in found.notes]
     return "\n".join(parts)
+
+
+def best_of_n_tables(
+    summary: pl.DataFrame, splits: pl.DataFrame, baseline: str, top: int
+) -> list[Table]:
+    """Of the pools, then of every split: `summary` and `splits` are those of `best_of_n.BestOfN`.
+
+    top: configurations to show; the baseline is always among them.
+    """
+    pools = Table(
+        "Response pools",
+        (
+            "split",
+            "prompts",
+            "responses",
+            "gold at n = 1",
+            "gold sd",
+            "constant gold",
+            "seen in training",
+        ),
+        tuple(
+            (
+                row["split"],
+                f"{row['prompts']:,}",
+                "-".join(str(size) for size in dict.fromkeys((row["least"], row["most"]))),
+                number_text(row["gold_at_1"]),
+                number_text(row["gold_sd"]),
+                str(row["constant"]),
+                str(row["leaked"]),
+            )
+            for row in splits.iter_rows(named=True)
+        ),
+        " ".join(
+            ["sd: of gold within a prompt."]
+            + [
+                f"Groups of {row['split']} left out: {row['excluded']}."
+                for row in splits.iter_rows(named=True)
+                if row["excluded"]
+            ]
+        ),
+    )
+    return [
+        pools,
+        *(
+            _split_table(summary.filter(pl.col("split") == split), baseline, top)
+            for split in splits["split"]
+        ),
+    ]
+
+
+def _split_table(summary: pl.DataFrame, baseline: str, top: int) -> Table:
+    shown = summary.filter((pl.int_range(pl.len()) < max(top, 1)) | (pl.col("name") == baseline))
+    split, n = summary["split"][0], summary["n"][0]
+    rows = []
+    for row in shown.iter_rows(named=True):
+        gold = {f"difference{end}": row[f"gold_difference{end}"] for end in ("", "_low", "_high")}
+        rows.append(
+            (
+                str(row["rank"] or ""),
+                row["name"] + ("°" if row["tied"] else ""),
+                f"{row['seeds']}{'' if row['seeds'] > 1 else '*'}",
+                with_range_text(row, "gold"),
+                "baseline" if row["name"] == baseline else difference_text(gold, ""),
+                p_text(row["p_holm"]),
+                str(row["peak_n"]),
+                "none"
+                if row["peak_n"] == n and row["drop"] == 0
+                else with_range_text(row, "drop", "+"),
+                with_range_text(row, "gap", "+"),
+                *(number_text(row[name]) for name in ("alpha", "beta", "fit_peak", "fit_drop")),
+            )
+        )
+    notes = [_OPTIMIZED]
+    if hidden := summary.height - shown.height:
+        notes.append(f"{hidden} more configurations in bon.json.")
+    if shown["gold_low"].is_null().all():
+        notes.append("No intervals: too few prompts to resample.")
+    if (shown["seeds"] == 1).any():
+        notes.append("* one seed: variance between seeds is not covered.")
+    if (shown["tied"] > 0).any():
+        notes.append("° rewards all responses of some prompts alike, and then chooses at random.")
+    return Table(
+        f"Best of n: {split}",
+        (
+            *("#", "configuration", "seeds", f"gold at n = {n}", f"minus {baseline}", "Holm p"),
+            *("peak n", "drop", "gap", "alpha", "beta", "fitted peak", "fitted drop"),
+        ),
+        tuple(rows),
+        " ".join(notes),
+        left=2,
+        wide=("alpha", "beta", "fitted peak", "fitted drop"),
+    )
+
+
+def best_of_n_figure(
+    curves: pl.DataFrame, summary: pl.DataFrame, baseline: str
+) -> dict[str, bytes]:
+    """File name to content, "bon": a row of panels a split, gold and reward against √KL.
+
+    curves, summary: as of `best_of_n.BestOfN`. Shown are the baseline and the configurations with
+    the most gold at the largest n of the first split.
+    """
+    return drawn({"bon": lambda: _draw(curves, summary, baseline)})
+
+
+def _draw(curves: pl.DataFrame, summary: pl.DataFrame, baseline: str) -> Figure:
+    splits = summary["split"].unique(maintain_order=True).to_list()
+    first = summary.filter(split=splits[0])["name"].to_list()
+    names = [*[name for name in first if name != baseline][: len(CURVES)], baseline]
+    figure, axes = new_figure(0.6 + 2.6 * len(splits), 2, len(splits))
+    for of_gold, of_reward, split in zip(axes[::2], axes[1::2], splits, strict=True):
+        of_reward.sharey(of_gold)
+        for axis, measure, title in ((of_gold, "gain", "Gold"), (of_reward, "proxy", "Reward")):
+            colors = iter(CURVES)
+            for name in names:
+                own = curves.filter(split=split, name=name).sort("n")
+                d = np.sqrt(own["kl"].to_numpy())
+                value, low, high = (
+                    own[column].cast(pl.Float64).to_numpy()
+                    for column in (measure, f"{measure}_low", f"{measure}_high")
+                )
+                color = BLACK if name == baseline else next(colors)
+                axis.fill_between(d, low, high, color=color, alpha=0.12, linewidth=0)
+                axis.plot(
+                    d,
+                    value,
+                    "o",
+                    color=color,
+                    markersize=3,
+                    linewidth=1.4,
+                    linestyle=(0, (4, 2)) if name == baseline else "-",
+                    label=short_name(name),
+                )
+            axis.axhline(0, color=GREY, linewidth=0.9)
+            axis.set_title(f"{title}, {short_name(split, 30)}")
+            axis.set_xlabel("√KL, KL in nats")
+            axis.set_ylabel("Gain over n = 1 (sd)")
+            axis.grid()
+            axis.set_axisbelow(True)
+            above = axis.secondary_xaxis("top")
+            above.set_xticks(d, [str(n) for n in own["n"]], fontsize=7, color=GREY)
+            above.tick_params(length=0)
+            above.spines["top"].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    return figure

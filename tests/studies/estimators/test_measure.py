@@ -31,7 +31,6 @@ from embrm.studies.estimators.measure import (
 from embrm.train.states import States
 from embrm.train.tokens import LmHead, TokenData
 
-
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 
 
