@@ -13,10 +13,8 @@ from toy_cache import toy_cache
 from embrm.cli import main
 from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import kl_bound
-from embrm.report.figures import best_of_n_figure
-from embrm.report.tables import best_of_n_tables
 from embrm.studies.best_of_n.measure import Chosen
-from embrm.studies.best_of_n.table import best_of_n, summarize
+from embrm.studies.best_of_n.table import best_of_n, best_of_n_figure, best_of_n_tables, summarize
 from embrm.sweep.execute import sweep
 
 NS = (1, 2, 4, 8, 16, 32)
