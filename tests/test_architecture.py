@@ -79,7 +79,7 @@ def test_nothing_loads_or_writes_pickles() -> None:
             safe = {word.arg: word.value for word in call.keywords}.get("weights_only")
             assert isinstance(safe, ast.Constant), path
             assert safe.value is True, path
-            assert path == PACKAGE / "adopt" / "arrays.py", path
+            assert path == PACKAGE / "adoption" / "arrays.py", path
 
 
 def _torch_loads(path: Path) -> Iterator[ast.Call]:
@@ -109,7 +109,7 @@ class Refuse:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import embrm.cli, embrm.cache.reader, embrm.cache.verify, embrm.cache.listing
-import embrm.adopt.run, embrm.train.bank, embrm.sweep.execute, embrm.report.run
+import embrm.adoption.run, embrm.training.bank, embrm.sweeps.execute, embrm.reports.run
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -21,8 +21,8 @@ import pytest
 from small_demo import RECIPE, SMALL_SWEEP, WORLD
 from typer.testing import CliRunner
 
-from embrm.adopt.run import adopt
-from embrm.adopt.spec import AdoptSpec, ArraySource
+from embrm.adoption.run import adopt
+from embrm.adoption.spec import AdoptSpec, ArraySource
 from embrm.cache.verify import verify
 from embrm.cli import app, main
 from embrm.core.specs import Spec, read_toml
@@ -31,14 +31,14 @@ from embrm.data.scenarios import Scenarios
 from embrm.data.sources import SourceSpec
 from embrm.data.splits import Holdout
 from embrm.demo.run import demo
-from embrm.extract.run import ExtractSpec, plan
-from embrm.finetune.contrast import SimcseSpec
-from embrm.finetune.meta import MetaSpec
-from embrm.finetune.spec import FinetuneRun, FinetuneSpec, LoraSpec
-from embrm.sweep.spec import RunSpec, SweepSpec, configurations
-from embrm.train.heads import AdapterSpec, HeadSpec
-from embrm.train.learners import GradientBoosting, Logistic, Ridge
-from embrm.train.regularizers import Regularizer
+from embrm.extraction.run import ExtractSpec, plan
+from embrm.finetuning.contrast import SimcseSpec
+from embrm.finetuning.meta import MetaSpec
+from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, LoraSpec
+from embrm.sweeps.spec import RunSpec, SweepSpec, configurations
+from embrm.training.heads import AdapterSpec, HeadSpec
+from embrm.training.learners import GradientBoosting, Logistic, Ridge
+from embrm.training.regularizers import Regularizer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = [

@@ -48,7 +48,7 @@ grid = { lr = [0.001, 0.003, 0.01, 0.03, 0.1], bsr = [0.0, 0.001, 0.01, 0.1] }
 
 
 def _extract(model: str, data: str, out: Path) -> None:
-    from embrm.extract.run import ExtractSpec, extract
+    from embrm.extraction.run import ExtractSpec, extract
 
     spec = ExtractSpec.parse(
         {
@@ -64,7 +64,7 @@ def _extract(model: str, data: str, out: Path) -> None:
 
 
 def _sweep(spec: str, cache: str, out: Path) -> None:
-    from embrm.sweep.execute import sweep
+    from embrm.sweeps.execute import sweep
 
     sweep(Path(spec), Path(cache), jobs=2, out=out)
 
@@ -178,7 +178,7 @@ def test_twenty_kills_lose_nothing_and_leave_the_same_bytes(stage: str, tmp_path
 if __name__ == "__main__":
     _stage, _first, _second, _folder = sys.argv[1:]
     if _stage == "extract":
-        import embrm.extract.run
-    import embrm.sweep.execute  # noqa: F401
+        import embrm.extraction.run
+    import embrm.sweeps.execute  # noqa: F401
 
     _drive(_stage, _first, _second, Path(_folder))

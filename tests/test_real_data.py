@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.extract.probe import probe
-from embrm.extract.run import ExtractSpec, extract
-from embrm.sweep.material import select, to_pairs
-from embrm.sweep.spec import RunSpec, Selection
-from embrm.train.bank import TrainingData, train
-from embrm.train.states import States
+from embrm.extraction.probe import probe
+from embrm.extraction.run import ExtractSpec, extract
+from embrm.sweeps.material import select, to_pairs
+from embrm.sweeps.spec import RunSpec, Selection
+from embrm.training.bank import TrainingData, train
+from embrm.training.states import States
 
 
 @pytest.fixture(scope="module")

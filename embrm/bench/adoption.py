@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from embrm.adopt.run import adopt
-from embrm.adopt.spec import AdoptSpec
+from embrm.adoption.run import adopt
+from embrm.adoption.spec import AdoptSpec
 from embrm.bench.processes import measure
 
 _COPY_BYTES = 1 << 20

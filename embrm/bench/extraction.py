@@ -20,11 +20,11 @@ from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.extract.engine import Request, by_length, predicting_positions, read, read_shards
-from embrm.extract.probe import BATCH_TOKENS
-from embrm.extract.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
-from embrm.extract.transformers_engine import TransformersEngine, load_engine, padded
-from embrm.extract.vllm_engine import installed_version, load_vllm
+from embrm.extraction.engine import Request, by_length, predicting_positions, read, read_shards
+from embrm.extraction.probe import BATCH_TOKENS
+from embrm.extraction.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
+from embrm.extraction.transformers_engine import TransformersEngine, load_engine, padded
+from embrm.extraction.vllm_engine import installed_version, load_vllm
 
 PER_PROMPT = 10
 """Responses to each prompt of the part "prefix"."""

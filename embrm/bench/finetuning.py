@@ -20,20 +20,20 @@ from embrm.bench.sweeps import cores
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.extract.engine import read
-from embrm.extract.run import ExtractSpec, Prepared, prepare
-from embrm.extract.transformers_engine import load_engine
-from embrm.finetune.batches import Minibatches, PairTokens
-from embrm.finetune.losses import StepLoss
-from embrm.finetune.model import RewardModel
-from embrm.finetune.spec import FinetuneRun
-from embrm.finetune.trainer import RewardTrainer, Validation
+from embrm.extraction.engine import read
+from embrm.extraction.run import ExtractSpec, Prepared, prepare
+from embrm.extraction.transformers_engine import load_engine
+from embrm.finetuning.batches import Minibatches, PairTokens
+from embrm.finetuning.losses import StepLoss
+from embrm.finetuning.model import RewardModel
+from embrm.finetuning.spec import FinetuneRun
+from embrm.finetuning.trainer import RewardTrainer, Validation
 from embrm.lm.loading import find_device, load_model
 from embrm.lm.tokens import Encoded
-from embrm.sweep.material import to_pairs
-from embrm.train.heads import initialise
-from embrm.train.order import Order
-from embrm.train.states import States
+from embrm.sweeps.material import to_pairs
+from embrm.training.heads import initialise
+from embrm.training.order import Order
+from embrm.training.states import States
 
 _TURNS = 4
 """Micro-batches of a minibatch where gradients are accumulated."""

@@ -14,11 +14,11 @@ from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.streams import stream
-from embrm.sweep.material import Material, laid_out, to_pairs
-from embrm.sweep.spec import Run, RunSpec, Selection
-from embrm.train.bank import TrainingData, train
-from embrm.train.numerics import settings
-from embrm.train.order import Order
+from embrm.sweeps.material import Material, laid_out, to_pairs
+from embrm.sweeps.spec import Run, RunSpec, Selection
+from embrm.training.bank import TrainingData, train
+from embrm.training.numerics import settings
+from embrm.training.order import Order
 
 _HEAD = {"adapter": {"kind": "low-rank", "width": 16}}
 _REGULARIZERS: dict[str, dict[str, Any] | None] = {

@@ -9,11 +9,11 @@ import torch
 
 from embrm.bench.processes import measure
 from embrm.core.progress import progress
-from embrm.train.bank import TrainingData, TrainSpec, train
-from embrm.train.heads import HeadSpec
-from embrm.train.numerics import begin, settings
-from embrm.train.objectives import Pairs
-from embrm.train.states import States
+from embrm.training.bank import TrainingData, TrainSpec, train
+from embrm.training.heads import HeadSpec
+from embrm.training.numerics import begin, settings
+from embrm.training.objectives import Pairs
+from embrm.training.states import States
 
 _LINEAR, _MLP = HeadSpec(), HeadSpec(kind="mlp", widths=(64,))
 _BLOCK = 4096

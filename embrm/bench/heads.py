@@ -16,7 +16,7 @@ from embrm.bench.loops import BATCH, SKLEARN_EPOCHS, logistic, tight_loop
 from embrm.bench.processes import measure
 from embrm.bench.sweeps import Swept, cores, swept
 from embrm.core.progress import progress
-from embrm.train.heads import HeadSpec
+from embrm.training.heads import HeadSpec
 
 _VALIDATION = 0.1
 _SPLITS = 6

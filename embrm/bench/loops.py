@@ -15,10 +15,10 @@ from torch.nn.functional import logsigmoid
 
 from embrm.bench.caches import HELD_OUT
 from embrm.cache.reader import open_cache
-from embrm.sweep.material import select, to_pairs
-from embrm.sweep.spec import Selection
-from embrm.train.heads import HeadSpec
-from embrm.train.objectives import Pairs
+from embrm.sweeps.material import select, to_pairs
+from embrm.sweeps.spec import Selection
+from embrm.training.heads import HeadSpec
+from embrm.training.objectives import Pairs
 
 BATCH = 512
 SKLEARN_EPOCHS = 20

@@ -14,7 +14,7 @@ import torch
 
 from embrm.bench.footprint import Footprint, watched
 from embrm.core.errors import UserError
-from embrm.train.numerics import environment
+from embrm.training.numerics import environment
 
 Prepare = Callable[..., Callable[[], Any]]
 """A module's function: sets everything up, and returns what is to be timed."""

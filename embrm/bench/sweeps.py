@@ -7,9 +7,9 @@ from pathlib import Path
 
 from embrm.bench.footprint import Footprint
 from embrm.bench.processes import measure
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import Results, open_results
-from embrm.sweep.workers import worker_count
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import Results, open_results
+from embrm.sweeps.workers import worker_count
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def cache_adopt(
     as_json: Json = False,
 ) -> None:
     """Make a cache of arrays of states that another program computed, checking them."""
-    from embrm.adopt.run import adopt
-    from embrm.adopt.spec import AdoptSpec, parse_arrays
+    from embrm.adoption.run import adopt
+    from embrm.adoption.spec import AdoptSpec, parse_arrays
     from embrm.core.specs import read_toml
 
     given = {"states": states, "gold": gold, "rows": rows, "order": order, "models": models,
@@ -195,8 +195,8 @@ def cache_probe(
         return
     if target is not None:
         raise UserError("--target is for --regularizer: add it, or leave --target out")
-    from embrm.extract.probe import probe
-    from embrm.extract.run import EngineName
+    from embrm.extraction.probe import probe
+    from embrm.extraction.run import EngineName
 
     if engine is not None and engine not in get_args(EngineName):
         raise UserError(f"--engine {engine!r}: {nearest(engine, get_args(EngineName))}")

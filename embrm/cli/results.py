@@ -90,7 +90,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Rank a sweep's heads, with intervals over prompts and seeds; write tables and figures."""
-    from embrm.report.run import report as run_report
+    from embrm.reports.run import report as run_report
 
     result = run_report(folder, rank_by=rank_by, baseline=baseline, top=top, cache=cache, out=out)
     if as_json:
@@ -251,7 +251,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run as a reward model that transformers loads, checked to score as the run does."""
-    from embrm.export.run import export as run_export
+    from embrm.exports.run import export as run_export
 
     made = run_export(
         source,
@@ -306,8 +306,8 @@ def score(
     """Score preference or group data with a reward model or a run."""
     from embrm.core.files import write_bytes
     from embrm.data.sources import parse_source
-    from embrm.export.scoring import score as run_score
-    from embrm.sweep.ledger import parquet
+    from embrm.exports.scoring import score as run_score
+    from embrm.sweeps.ledger import parquet
 
     if out and out.suffix != ".parquet":
         raise UserError(f"--out {out}: its name must end in .parquet")

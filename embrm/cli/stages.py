@@ -107,9 +107,9 @@ def extract(
     """Cache a language model's final states and LM statistics over preference data."""
     from embrm.core.specs import read_toml
     from embrm.data.sources import parse_source
-    from embrm.extract.parts import Share
-    from embrm.extract.run import ExtractSpec, plan
-    from embrm.extract.run import extract as run_extract
+    from embrm.extraction.parts import Share
+    from embrm.extraction.run import ExtractSpec, plan
+    from embrm.extraction.run import extract as run_extract
 
     values: dict[str, Any] = read_toml(spec) if spec else {}
     named = values.pop("out", None)
@@ -183,10 +183,10 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
-    from embrm.sweep.execute import sweep as run_sweep
-    from embrm.sweep.ledger import open_results
-    from embrm.sweep.plan import plan
-    from embrm.train.numerics import Numerics
+    from embrm.sweeps.execute import sweep as run_sweep
+    from embrm.sweeps.ledger import open_results
+    from embrm.sweeps.plan import plan
+    from embrm.training.numerics import Numerics
 
     if numerics is not None and numerics not in get_args(Numerics):
         raise UserError(f"--numerics {numerics!r}: {nearest(numerics, get_args(Numerics))}")
@@ -224,8 +224,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Train the model itself with a sweep's objectives; finished runs are skipped."""
-    from embrm.finetune.run import finetune as run_finetune
-    from embrm.sweep.ledger import open_results
+    from embrm.finetuning.run import finetune as run_finetune
+    from embrm.sweeps.ledger import open_results
 
     folder = run_finetune(spec, cache, out=out, device=device)
     if os.environ.get("RANK", "0") != "0":
@@ -269,7 +269,7 @@ def confirm(
     as_json: Json = False,
 ) -> None:
     """Fine-tune some of a sweep's configurations; report how far its ranking holds."""
-    from embrm.finetune.confirm import confirm as run_confirm
+    from embrm.finetuning.confirm import confirm as run_confirm
 
     result = run_confirm(folder, runs, spec, cache, rank_by=rank_by, device=device, out=out)
     if result is None:

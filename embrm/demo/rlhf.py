@@ -21,11 +21,11 @@ from embrm.demo.policy import Asked, PolicyRecipe, train_policy
 from embrm.demo.run import demo
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, prompts
-from embrm.export.run import write_model
-from embrm.export.trained import open_trained
-from embrm.report.figures import policy_figures
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import Results, open_results
+from embrm.exports.run import write_model
+from embrm.exports.trained import open_trained
+from embrm.reports.figures import policy_figures
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import Results, open_results
 
 HELD_OUT = 96
 """Prompts that policies are watched on, of the split "id": new tasks of the trained skills."""

@@ -11,9 +11,9 @@ from embrm.core.files import write_bytes
 from embrm.core.table import terminal
 from embrm.demo.tiny_lm import Recipe, train_lm
 from embrm.demo.world import World, make_world
-from embrm.extract.run import ExtractSpec, extract
-from embrm.report.run import Report, report
-from embrm.sweep.execute import sweep
+from embrm.extraction.run import ExtractSpec, extract
+from embrm.reports.run import Report, report
+from embrm.sweeps.execute import sweep
 
 SPLITS = {
     "train": "train",

@@ -13,12 +13,12 @@ import torch
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
-from embrm.sweep.fused import Pack
-from embrm.sweep.ledger import Results, cache_of, load_run, open_results
-from embrm.sweep.material import laid_out
-from embrm.sweep.spec import Run, RunSpec
-from embrm.sweep.workers import worker_count, workers
-from embrm.train.numerics import Numerics, settings, why_unavailable
+from embrm.sweeps.fused import Pack
+from embrm.sweeps.ledger import Results, cache_of, load_run, open_results
+from embrm.sweeps.material import laid_out
+from embrm.sweeps.spec import Run, RunSpec
+from embrm.sweeps.workers import worker_count, workers
+from embrm.training.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
 """Where bits differ, what a report shows may differ by this much: see `REPORTED`."""

@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
-from embrm.sweep.ledger import SavedRun, cache_of, load_run, open_results
-from embrm.sweep.material import select
-from embrm.sweep.tables import read_tables
-from embrm.sweep.training import as_trained, with_rules
-from embrm.sweep.views import open_view
-from embrm.train.heads import REWARDS, score
-from embrm.train.states import States
+from embrm.sweeps.ledger import SavedRun, cache_of, load_run, open_results
+from embrm.sweeps.material import select
+from embrm.sweeps.tables import read_tables
+from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.views import open_view
+from embrm.training.heads import REWARDS, score
+from embrm.training.states import States
 
 _PAIR = (
     *("pair_id", "split", "used", "subset", "prompt_id", "source", "row"),

@@ -9,9 +9,9 @@ from embrm import __version__
 from embrm.core.errors import UserError
 from embrm.data.annotators import annotate, win_probability
 from embrm.data.label_tables import LabelTable
-from embrm.sweep.material import select
-from embrm.sweep.prepare import prepare
-from embrm.sweep.tables import read_tables
+from embrm.sweeps.material import select
+from embrm.sweeps.prepare import prepare
+from embrm.sweeps.tables import read_tables
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from extract_models import save_model, tokenizer
 from embrm.bench import extraction
 from embrm.bench.extraction import PER_PROMPT, Size, made_model, measure_extraction
 from embrm.core.errors import UserError
-from embrm.extract.engine import Engine
-from embrm.extract.run import Prepared, fill
-from embrm.extract.transformers_engine import load_engine
+from embrm.extraction.engine import Engine
+from embrm.extraction.run import Prepared, fill
+from embrm.extraction.transformers_engine import load_engine
 
 
 def test_the_figures_fit_together(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_writers_part_times_extractions_of_what_is_at_hand(
 def test_a_vllm_that_cannot_be_used_is_left_out_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("embrm.bench.extraction", "embrm.extract.vllm_engine"):
+    for module in ("embrm.bench.extraction", "embrm.extraction.vllm_engine"):
         monkeypatch.setattr(f"{module}.installed_version", lambda: "0.10.1")
     parts = measure_extraction(
         tmp_path, device="cpu", responses=8, rounds=1, size=Size(64, 1, 1100)

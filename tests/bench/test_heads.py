@@ -3,7 +3,7 @@
 import pytest
 
 from embrm.bench.heads import Case, measure_heads, useful_operations
-from embrm.train.heads import HeadSpec
+from embrm.training.heads import HeadSpec
 
 _MLP = HeadSpec(kind="mlp", widths=(4,))
 

@@ -432,7 +432,7 @@ def test_an_extra_that_is_not_installed(
     embrm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, spec: Path
 ) -> None:
     for package, extra in {"accelerate": "finetune", "transformers": "extract"}.items():
-        monkeypatch.delitem(sys.modules, "embrm.finetune.run", raising=False)
+        monkeypatch.delitem(sys.modules, "embrm.finetuning.run", raising=False)
         monkeypatch.setitem(sys.modules, package, None)
         refused(
             embrm("finetune", spec), f"{package}, which is not", f"pip install 'embrm[{extra}]'"

@@ -10,7 +10,7 @@ from toy_groups import toy_groups
 
 from embrm.cli import main
 from embrm.data.label_tables import read_table
-from embrm.sweep.prepare import prepare
+from embrm.sweeps.prepare import prepare
 
 SPEC = """
 baseline = "bt"

@@ -10,7 +10,7 @@ from embrm.cache.reader import open_cache
 from embrm.cache.verify import verify
 from embrm.core.specs import read_toml
 from embrm.demo.run import SPLITS, demo
-from embrm.sweep.spec import SweepSpec, configurations
+from embrm.sweeps.spec import SweepSpec, configurations
 
 PACKAGE = Path(__file__).parents[2] / "embrm" / "demo"
 
@@ -53,7 +53,7 @@ def test_the_same_command_again_keeps_everything(
 ) -> None:
     before = bytes_below(finished)
     monkeypatch.setattr("embrm.demo.tiny_lm._optimise", None)  # training the model would fail
-    engine = "embrm.extract.transformers_engine.TransformersEngine"
+    engine = "embrm.extraction.transformers_engine.TransformersEngine"
     monkeypatch.setattr(f"{engine}._begin", None)  # so would a forward pass
     demo(finished, WORLD, RECIPE)
     assert bytes_below(finished) == before

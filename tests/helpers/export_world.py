@@ -8,8 +8,8 @@ import numpy as np
 from extract_models import CHAT, save_model, tokenizer
 from extract_world import write_pairs
 
-from embrm.extract.run import ExtractSpec, extract
-from embrm.sweep.execute import sweep
+from embrm.extraction.run import ExtractSpec, extract
+from embrm.sweeps.execute import sweep
 
 SPEC = """
 seeds = [0]

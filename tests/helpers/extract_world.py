@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from extract_models import save_model, tokenizer
 
-from embrm.extract.run import ExtractSpec, extract
+from embrm.extraction.run import ExtractSpec, extract
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
 

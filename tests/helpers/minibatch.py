@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrm.finetune.batches import Micro, Within
+from embrm.finetuning.batches import Micro, Within
 from embrm.lm.tokens import Encoded
-from embrm.train.objectives import Pairs
+from embrm.training.objectives import Pairs
 
 PAIRS = 7
 CUTS = [[range(7)], [range(3), range(3, 6), range(6, 7)]]

@@ -3,7 +3,7 @@
 import numpy as np
 from extract_models import VOCABULARY
 
-from embrm.extract.engine import Request, token_positions
+from embrm.extraction.engine import Request, token_positions
 
 VIEWS = ("last", "mean", "prenorm", "layer:1")
 

@@ -13,8 +13,8 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from embrm.finetune.run import finetune
-from embrm.finetune.trainer import RewardTrainer
+from embrm.finetuning.run import finetune
+from embrm.finetuning.trainer import RewardTrainer
 
 STOPS = {2: "SHARDED_STATE_DICT", 5: "FULL_STATE_DICT", 7: "FULL_STATE_DICT"}
 """In the steps begun so far, counted from 1 over two runs of three steps with a checkpoint each: in

@@ -9,8 +9,8 @@ import safetensors.torch
 from extract_models import save_model, tokenizer
 from torch import Tensor
 
-from embrm.extract.run import ExtractSpec, extract
-from embrm.sweep.ledger import open_results
+from embrm.extraction.run import ExtractSpec, extract
+from embrm.sweeps.ledger import open_results
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
 

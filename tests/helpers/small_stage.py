@@ -9,8 +9,8 @@ import polars as pl
 
 from embrm.core.specs import canonical_json, content_id
 from embrm.metrics.accuracy import OUTCOMES, PROMPTS
-from embrm.sweep.ledger import parquet
-from embrm.sweep.spec import RunSpec, SweepSpec
+from embrm.sweeps.ledger import parquet
+from embrm.sweeps.spec import RunSpec, SweepSpec
 
 SPLITS = ("id", "ood/far")
 PROMPT_COUNT, PAIRS = 80, 8

@@ -18,7 +18,7 @@ METRICS = (
 
 @dataclass(frozen=True)
 class SmallSweep:
-    """The tables of `embrm.sweep.ledger`, as far as the report reads them."""
+    """The tables of `embrm.sweeps.ledger`, as far as the report reads them."""
 
     ledger: pl.DataFrame
     curves: pl.DataFrame

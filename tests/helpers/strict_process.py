@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from embrm.train.numerics import Numerics, begin, environment, settings
+from embrm.training.numerics import Numerics, begin, environment, settings
 
 
 @contextmanager

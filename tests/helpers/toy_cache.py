@@ -10,7 +10,7 @@ import torch
 from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.writer import open_writer
 from embrm.core.specs import content_id
-from embrm.extract.engine import statistics
+from embrm.extraction.engine import statistics
 from embrm.lm.head import LmHead
 
 _NO_EXCLUSIONS = pl.DataFrame(schema={"row": pl.Int64})

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrm.train.states import States
-from embrm.train.tokens import LmHead, TokenData, facts
+from embrm.training.states import States
+from embrm.training.tokens import LmHead, TokenData, facts
 
 
 @dataclass(frozen=True)

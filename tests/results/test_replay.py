@@ -11,8 +11,8 @@ from toy_cache import toy_cache
 
 from embrm.core.errors import UserError
 from embrm.results.replay import replay
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import open_results
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from embrm.extract.vllm_engine import installed_version
+from embrm.extraction.vllm_engine import installed_version
 
 # One process and quiet logs: a test then starts an engine in seconds and sees its errors.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

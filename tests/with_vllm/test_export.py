@@ -8,8 +8,8 @@ from export_world import write_sweep
 from extract_models import save_config, tokenizer
 from lm_families import FAMILIES
 
-from embrm.export.run import export
-from embrm.export.trained import open_trained
+from embrm.exports.run import export
+from embrm.exports.trained import open_trained
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -13,10 +13,10 @@ from extract_models import save_config, tokenizer
 from lm_families import FAMILIES
 
 from embrm.core.errors import UserError
-from embrm.extract import vllm_worker
-from embrm.extract.engine import Batch, Engine, Request, token_positions
-from embrm.extract.transformers_engine import load_engine
-from embrm.extract.vllm_engine import VllmEngine, load_vllm
+from embrm.extraction import vllm_worker
+from embrm.extraction.engine import Batch, Engine, Request, token_positions
+from embrm.extraction.transformers_engine import load_engine
+from embrm.extraction.vllm_engine import VllmEngine, load_vllm
 
 BLOCK = 32
 LONGEST = 160

@@ -14,8 +14,8 @@ from embrm.core.progress import progress
 from embrm.metrics.intervals import REPLICATES, Replicates
 from embrm.results.rewards import member_scores, pair_scores, rewarded
 from embrm.suites.formulas import SUITES, by_length, replicate_suite
-from embrm.sweep.ledger import Results, cache_of, load_run
-from embrm.sweep.tables import read_tables
+from embrm.sweeps.ledger import Results, cache_of, load_run
+from embrm.sweeps.tables import read_tables
 
 Rewards = NDArray[np.float32]
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from embrm.core.errors import UserError, nearest
 from embrm.metrics.best_of_n import Ranking, kl_estimate
 from embrm.results.rewards import rewarded
-from embrm.sweep.ledger import Results, cache_of, load_run
-from embrm.sweep.tables import read_tables
+from embrm.sweeps.ledger import Results, cache_of, load_run
+from embrm.sweeps.tables import read_tables
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]

@@ -28,7 +28,7 @@ from embrm.metrics.best_of_n import gao_fit, kl_bound
 from embrm.metrics.intervals import Replicates, compare, resample
 from embrm.studies.best_of_n.measure import Chosen
 from embrm.studies.best_of_n.measure import best_of_n as choose
-from embrm.sweep.ledger import finished_runs, open_results, parquet
+from embrm.sweeps.ledger import finished_runs, open_results, parquet
 
 Floats = NDArray[np.float64]
 

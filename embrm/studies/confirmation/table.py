@@ -12,7 +12,7 @@ from embrm.metrics.agreement import Stage, agreement
 from embrm.metrics.intervals import Replicates, compare, mean, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.results.comparison import MEAN, metrics
-from embrm.sweep.ledger import Results
+from embrm.sweeps.ledger import Results
 
 _VALUE = ("estimate", "low", "high")
 _GAIN = ("difference", "difference_low", "difference_high")

@@ -18,10 +18,10 @@ from torch import Tensor
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError
 from embrm.core.streams import stream
-from embrm.sweep.mapped import positions_by_response
-from embrm.train.regularizers import divergence, log_probability_change, moved
-from embrm.train.states import States
-from embrm.train.tokens import WHOLE_VOCABULARY, LmHead, TokenData, facts
+from embrm.sweeps.mapped import positions_by_response
+from embrm.training.regularizers import divergence, log_probability_change, moved
+from embrm.training.states import States
+from embrm.training.tokens import WHOLE_VOCABULARY, LmHead, TokenData, facts
 
 DRIFTS = (0.01, 0.1)
 """Mean ‖δ‖/‖h‖ of the shifts; settings are recommended for the largest."""

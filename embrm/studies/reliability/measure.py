@@ -8,8 +8,8 @@ import polars as pl
 
 from embrm.metrics.reliability import reliability as binned
 from embrm.results.rewards import rewarded
-from embrm.sweep.ledger import Results, cache_of, load_run
-from embrm.sweep.material import evaluation_splits
+from embrm.sweeps.ledger import Results, cache_of, load_run
+from embrm.sweeps.material import evaluation_splits
 
 
 def reliability(results: Results, names: Sequence[str], cache: Path | None = None) -> pl.DataFrame:

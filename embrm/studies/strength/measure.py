@@ -13,12 +13,12 @@ from embrm.cache.reader import Cache
 from embrm.core.errors import UserError, nearest
 from embrm.data.label_tables import LabelTable
 from embrm.data.splits import folds
-from embrm.sweep.ledger import Results, SavedRun, cache_of, load_run, open_results
-from embrm.sweep.material import select
-from embrm.sweep.training import as_trained, with_rules
-from embrm.sweep.views import open_view
-from embrm.train.heads import score
-from embrm.train.states import States
+from embrm.sweeps.ledger import Results, SavedRun, cache_of, load_run, open_results
+from embrm.sweeps.material import select
+from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.views import open_view
+from embrm.training.heads import score
+from embrm.training.states import States
 
 DECILES = 10
 

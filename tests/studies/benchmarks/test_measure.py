@@ -16,8 +16,8 @@ from embrm.metrics.intervals import compare
 from embrm.results.rewards import scores
 from embrm.studies.benchmarks.measure import suite_scores, suite_splits
 from embrm.suites.formulas import SUITES, score_suite
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import Results, finished_runs, open_results
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import Results, finished_runs, open_results
 
 SPEC = """
 baseline = "bt"

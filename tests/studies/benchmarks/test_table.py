@@ -16,7 +16,7 @@ from embrm.core.table import markdown
 from embrm.metrics.intervals import Replicates
 from embrm.studies.benchmarks.measure import SuiteScores
 from embrm.studies.benchmarks.table import MEAN, suite_tables, suites, summarize
-from embrm.sweep.execute import sweep
+from embrm.sweeps.execute import sweep
 
 NAMES = ("bt", "hinge|$x_1$ [red]*", "bad")
 NAN = float("nan")

@@ -14,8 +14,8 @@ from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import Ranking, kl_estimate
 from embrm.results.rewards import scores
 from embrm.studies.best_of_n.measure import Chosen, best_of_n
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import open_results
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt"

@@ -15,7 +15,7 @@ from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import kl_bound
 from embrm.studies.best_of_n.measure import Chosen
 from embrm.studies.best_of_n.table import best_of_n, best_of_n_figure, best_of_n_tables, summarize
-from embrm.sweep.execute import sweep
+from embrm.sweeps.execute import sweep
 
 NS = (1, 2, 4, 8, 16, 32)
 D = np.sqrt(kl_bound(NS))

@@ -9,8 +9,8 @@ from small_stage import SPLITS, small_stage
 
 from embrm.core.errors import UserError
 from embrm.core.table import markdown
-from embrm.report.figures import confirmation_figures
-from embrm.report.run import confirmation_report
+from embrm.reports.figures import confirmation_figures
+from embrm.reports.run import confirmation_report
 from embrm.results.comparison import compare_runs
 from embrm.studies.confirmation.table import (
     Confirmation,
@@ -19,7 +19,7 @@ from embrm.studies.confirmation.table import (
     compare_stages,
     confirmation_tables,
 )
-from embrm.sweep.ledger import Results, open_results
+from embrm.sweeps.ledger import Results, open_results
 
 FROZEN = {"a|b $x$": 0.75, "a-lr": 0.74, "hinge": 0.68, "bt": 0.6, "low": 0.5, "worse": 0.4}
 FULL = {"a|b $x$": 0.8, "hinge": 0.72, "bt": 0.74, "low": 0.6, "worse": None}

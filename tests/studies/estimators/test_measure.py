@@ -17,7 +17,7 @@ from toy_cache import toy_cache
 from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
-from embrm.extract import engine
+from embrm.extraction import engine
 from embrm.studies.estimators import measure as estimators
 from embrm.studies.estimators.measure import (
     DRIFTS,
@@ -28,8 +28,8 @@ from embrm.studies.estimators.measure import (
     measure_estimators,
     sampling_error,
 )
-from embrm.train.states import States
-from embrm.train.tokens import LmHead, TokenData
+from embrm.training.states import States
+from embrm.training.tokens import LmHead, TokenData
 
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 

@@ -10,12 +10,12 @@ from toy_groups import toy_groups
 
 from embrm.core.errors import UserError
 from embrm.metrics.reliability import FEW
-from embrm.report.run import report
+from embrm.reports.run import report
 from embrm.results.comparison import compare_runs
 from embrm.studies.reliability.measure import reliability
 from embrm.studies.reliability.table import reliability_figure, reliability_tables
-from embrm.sweep.execute import sweep
-from embrm.sweep.ledger import open_results
+from embrm.sweeps.execute import sweep
+from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt[label_noise=0]"

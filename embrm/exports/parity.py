@@ -1,0 +1,125 @@
+"""Parity: does an exported folder give the rewards that the run gives?
+
+The folder is loaded as anyone would load it, and reads a sample of the cache's responses padded on
+the left and on the right, alone and in batches. Two things are held against the run: how far a
+reward is off, and how many twos of responses are ordered otherwise or tied, for a score layer in
+bfloat16 has steps of 1/16 between 8 and 16, which are small beside a logit of 15 and large beside
+rewards that differ by 0.5. The rewards to meet are those of the cached states
+for a sweep's run; for a fine-tuned one, those that extraction and the head give with its weights.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embrm.core.errors import UserError
+from embrm.exports.exported import Exported, Side
+from embrm.exports.trained import Trained
+from embrm.extraction.engine import TOLERANCE, read
+from embrm.extraction.run import Prepared
+
+BATCH = 16
+
+REORDERED = {"float32": 0.01, "bfloat16": 0.03, "float16": 0.03}
+"""Largest share of twos that may be ordered otherwise or newly tied. In half precision states
+themselves move with the batch they are read in: of tiny models that alone reorders up to 1.4 %."""
+
+_PASSES: tuple[tuple[str, Side, int], ...] = (
+    ("batch 1", "right", 1),
+    (f"batch {BATCH}, padded on the right", "right", BATCH),
+    (f"batch {BATCH}, padded on the left", "left", BATCH),
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the comparison found; `differences` are within `tolerance`, `reordered` within `bound`.
+
+    differences: how the texts were read → the largest |exported - run|. reordered: the same →
+    `reordered`. scale: the largest |reward| in float32, otherwise the largest |logit|, offset
+    included, what rounding is relative to. position_ids: padded on the left the class needs
+    position_ids, which it does not make from the mask.
+    """
+
+    responses: int
+    tolerance: float
+    scale: float
+    differences: dict[str, float]
+    bound: float
+    reordered: dict[str, float]
+    position_ids: bool
+
+
+def expected_rewards(trained: Trained, prepared: Prepared, rows: list[int], device: str) -> Tensor:
+    """float32 [n], the rewards of the run for these responses of the cache."""
+    if not trained.backbone:
+        return trained.cached_rewards(rows)
+    engine, requests = trained.engine(prepared, device), prepared.requests(rows)
+    return trained.rewards(read(engine, requests, engine.batch_tokens), requests)
+
+
+def check_parity(
+    exported: Exported, expected: Tensor, prepared: Prepared, rows: list[int], tolerance: float
+) -> Parity:
+    """Compare with `expected` float32 [n], of the responses `rows`.
+
+    tolerance: largest difference in units of max(1, the largest |reward|) for float32; other dtypes
+        have their own, as states do, of the largest |logit|.
+    Raises: UserError when rewards differ by more, or more than `REORDERED` of the twos are ordered
+        otherwise, however the texts are read.
+    """
+    dtype = prepared.spec.dtype
+    half = dtype != "float32"
+    relative = max(tolerance, TOLERANCE[dtype] * half)
+    scale = float((expected + exported.offset * half).abs().max())
+    bound = REORDERED[dtype]
+    allowed = relative * max(1.0, scale)
+    texts = [prepared.encoded[row] for row in rows]
+    differences, shares, position_ids = {}, {}, False
+    for name, side, size in _PASSES:
+        batches = [
+            range(first, min(first + size, len(rows))) for first in range(0, len(rows), size)
+        ]
+        found = exported.rewards(texts, batches, side)
+        largest, share = _largest(found, expected), reordered(found, expected)
+        if not (largest <= allowed and share <= bound) and side == "left":
+            position_ids = True
+            found = exported.rewards(texts, batches, side, position_ids=True)
+            largest, share = _largest(found, expected), reordered(found, expected)
+        if not largest <= allowed:
+            raise UserError(
+                f"the exported model's rewards differ by {largest:.2g} from the run's ({name}), "
+                f"more than {allowed:.2g}: nothing is exported; check the cache with embrm cache "
+                "verify and embrm cache probe"
+            )
+        if share > bound:
+            raise UserError(
+                f"the exported model orders {share:.1%} of the twos of responses otherwise than "
+                f"the run or ties them ({name}), more than {bound:.0%}: nothing is exported; "
+                "--custom keeps the head in float32, a cache extracted in float32 all of it"
+            )
+        differences[name], shares[name] = largest, share
+    return Parity(len(rows), allowed, scale, differences, bound, shares, position_ids)
+
+
+def reordered(found: Tensor, expected: Tensor) -> float:
+    """Share of the twos that differ in `expected` [n] that `found` [n] orders otherwise or ties."""
+    changed = decided = 0
+    for row in range(len(expected)):  # one by one: n² twos need no room
+        before = torch.sign(expected[row + 1 :] - expected[row])
+        after = torch.sign(found[row + 1 :] - found[row])
+        decided += int((before != 0).sum())
+        changed += int(((before != 0) & (after != before)).sum())
+    return changed / decided if decided else 0.0
+
+
+def spread(count: int, size: int) -> list[int]:
+    """At most `size` of the numbers below `count`, evenly spaced."""
+    found: list[int] = np.unique(np.linspace(0, count - 1, min(count, size)).astype(int)).tolist()
+    return found
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).abs().max())

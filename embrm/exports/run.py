@@ -1,0 +1,184 @@
+"""Export: a run in, a folder out that transformers loads and that scores as the run does."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from embrm import __version__
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY, disk_errors, write_bytes
+from embrm.exports.card import card
+from embrm.exports.exported import load_exported
+from embrm.exports.model import CODE, CUSTOM, custom_model, quiet, stock_model, why_not_stock
+from embrm.exports.parity import Parity, check_parity, expected_rewards, spread
+from embrm.exports.trained import Trained, open_trained
+from embrm.extraction.run import Prepared
+from embrm.lm.tokens import load_tokenizer, reason_of
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written. stock: loads without our code. offset: reward = logit - offset."""
+
+    folder: Path
+    stock: bool
+    offset: float
+    parity: Parity
+
+
+def export(
+    source: Path,
+    run: str,
+    out: Path,
+    *,
+    cache: Path | None = None,
+    model: str | None = None,
+    custom: bool = False,
+    push: str | None = None,
+    tolerance: float = 1e-4,
+    sample: int = 256,
+    device: str = "auto",
+) -> Export:
+    """Write run `run` of the results in `source` to the new folder `out` as a reward model.
+
+    run: a run id, the beginning of one, or CONFIGURATION@SEED. cache, model: where they are now,
+    if they have moved. custom: accept our own small class where no stock one can hold the head, its
+    form or, in half precision, its float32.
+    push: a hub repository to upload the folder to, made private if it is new. tolerance, sample:
+    of the comparison with the run's own rewards, see `check_parity`. The same run gives the same
+    bytes. `out` appears when everything is in it and has been checked, or not at all.
+
+    Raises: UserError for a run that has no such form, a model or data that are not those of the
+    cache any more, rewards beyond tolerance, or a folder that is not empty.
+    """
+    _refuse_content(out)
+    trained = open_trained(source, run, cache)
+    made = write_model(
+        trained,
+        trained.prepared(model),
+        out,
+        custom=custom,
+        tolerance=tolerance,
+        sample=sample,
+        device=device,
+    )
+    if push is not None:
+        upload(out, push)
+    return made
+
+
+def write_model(
+    trained: Trained,
+    prepared: Prepared,
+    out: Path,
+    *,
+    custom: bool = False,
+    tolerance: float = 1e-4,
+    sample: int = 256,
+    device: str = "auto",
+) -> Export:
+    """`export` of a run that has been read. prepared: the texts of its cache."""
+    _refuse_content(out)
+    if prepared.spec.trust_remote_code:
+        raise UserError(
+            "the cache was made with trust_remote_code: a model with code of its own cannot be "
+            "exported"
+        )
+    if trained.view not in CUSTOM:
+        raise UserError(
+            f"run {trained.name} reads state {trained.view!r}, which cannot be exported: take a "
+            "run on 'last' or 'mean', or score with embrm score FOLDER:RUN"
+        )
+    reason = why_not_stock(trained, prepared)
+    if reason and not custom:
+        raise UserError(
+            f"run {trained.name} has no stock form: {reason}; with --custom it is saved with a "
+            "small class of ours, or score with embrm score FOLDER:RUN"
+        )
+    rows = spread(len(prepared.encoded), sample)
+    expected = expected_rewards(trained, prepared, rows, device)
+    # A stock class has its score layer in the dtype of the backbone, ours its head in float32.
+    stock = not reason and not (custom and prepared.spec.dtype != "float32")
+    build = stock_model if stock else custom_model
+    built = build(trained, prepared, _about(trained, prepared))
+    with _new_folder(out) as folder:
+        with quiet():
+            built.save_pretrained(folder)
+        offset = float(built.config.embrm["offset"])
+        del built  # before the saved one is loaded: one large model at a time
+        _save_tokenizer(folder, prepared)
+        if not stock:
+            shutil.copyfile(CODE, folder / CODE.name)
+        exported = load_exported(folder, device=device)
+        parity = check_parity(exported, expected, prepared, rows, tolerance)
+        text = card(trained, prepared, exported, parity, stock=stock)
+        write_bytes(folder / "README.md", text.encode())
+    return Export(out, stock, offset, parity)
+
+
+def _refuse_content(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty: name a new folder, or remove it first")
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload `folder` to the hub, into a repository that is made, private, if it is not there.
+
+    Raises: UserError when the hub refuses; the folder stays.
+    """
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # offline, no token, a wrong name: each has its own exception
+        raise UserError(
+            f"{folder} is exported, but the hub gave {reason_of(error)}: check the name and "
+            "hf auth login, then upload the folder"
+        ) from None
+
+
+def _about(trained: Trained, prepared: Prepared) -> dict[str, Any]:
+    """What config.json says under "embrm", beside the offset: how texts become tokens, and from
+    where the model is."""
+    tokens = prepared.identity["tokenizer"]
+    return {
+        "version": __version__,
+        "run_id": trained.row["run_id"],
+        "cache_id": trained.cache.cache_id,
+        **{name: tokens[name] for name in ("template", "max_length", "truncation")},
+    }
+
+
+def _save_tokenizer(folder: Path, prepared: Prepared) -> None:
+    """With the pad token, template and length that the cache was made with.
+
+    Padded on the right, where absolute positions need no help; cut on the left, where the prompt
+    is.
+    """
+    tokens = prepared.identity["tokenizer"]
+    tokenizer = load_tokenizer(prepared.folder)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(tokens["pad"])
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    tokenizer.model_max_length = tokens["max_length"]
+    if tokens["template"] == "plain":
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that becomes `path` when the block ends well, and goes otherwise."""
+    temporary = path.absolute().with_name(TEMPORARY + path.absolute().name)
+    with disk_errors(path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

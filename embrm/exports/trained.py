@@ -1,0 +1,217 @@
+"""A finished run of a sweep or a fine-tune: its head, its backbone if it has one, its cache."""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from embrm.cache.reader import Cache
+from embrm.core.errors import UserError
+from embrm.data.sources import SourceSpec
+from embrm.extraction.engine import Batch, Engine, Request
+from embrm.extraction.probe import refuse_other
+from embrm.extraction.run import ExtractSpec, Prepared, engine_for, prepare, with_engine
+from embrm.extraction.transformers_engine import load_engine
+from embrm.sweeps.ledger import MODEL_FORMAT, Results, cache_of, load_run, open_results
+from embrm.sweeps.views import TOKENS
+from embrm.training.ensembles import Combination
+from embrm.training.heads import REWARDS, Parameters, Preprocess, score
+from embrm.training.states import States
+
+_HEAD, _BACKBONE = "head.", "backbone."
+_WITH_S = "+S"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with what it takes to score with it. Create it with `open_trained`."""
+
+    results: Results
+    row: dict[str, Any]
+    """Its row of the ledger."""
+    run: dict[str, Any]
+    """Its fields, as the weights file has them."""
+    parameters: Parameters
+    """The head, or the members of an ensemble: [members, ...], see `embrm.training.heads`."""
+    preprocess: Preprocess
+    combination: Combination
+    """How members become one reward."""
+    backbone: dict[str, Tensor]
+    """Fine-tuned weights, named as in the base model's state_dict; none: the model of the cache."""
+    cache: Cache
+
+    @property
+    def name(self) -> str:
+        """CONFIGURATION@SEED."""
+        return f"{self.row['config']}@{self.row['seed']}"
+
+    @property
+    def view(self) -> str:
+        """The states that the head reads."""
+        return str(self.run.get("state", "last"))
+
+    def extraction(self, **changes: Any) -> ExtractSpec:
+        """The spec that the cache was made by, with other fields.
+
+        Raises: UserError when it was not made by embrm extract.
+        """
+        recorded = self.cache.manifest.extraction
+        if not recorded:
+            raise UserError(
+                f"{self.cache.folder} does not say what it was extracted from, so its texts and "
+                "model cannot be read: extract one with embrm extract"
+            )
+        recorded = recorded | changes
+        return ExtractSpec.parse(recorded, str(self.cache.folder / "manifest.json"))
+
+    def prepared(self, model: str | None) -> Prepared:
+        """The cache's texts as token ids: `encoded[i]` is response i of the cache.
+
+        model: where the cache's model is now, if it has moved.
+        Raises: UserError when model or data are gone, or are not those the cache was made from.
+        """
+        spec = self.extraction(**({"model": model, "revision": None} if model else {}))
+        return self._same(spec, None)
+
+    def prepared_for(self, data: Sequence[SourceSpec]) -> Prepared:
+        """Other texts, as the cache's would be read.
+
+        Raises: UserError when the model is gone or is not the cache's, or for wrong data.
+        """
+        pooled = self.view.removesuffix(_WITH_S)
+        rows = {} if pooled == TOKENS else {"token_rows": 0, "tail_mean": False}
+        views = self.cache.manifest.extraction["states"] if pooled == TOKENS else [pooled]
+        spec = self.extraction(
+            data=[source.model_dump(mode="json", exclude_none=True) for source in data],
+            states=views,
+            limit=None,
+            engine="auto",
+            **rows,
+        )
+        return self._same(spec, ("model", "tokenizer"))
+
+    def _same(self, spec: ExtractSpec, parts: Collection[str] | None) -> Prepared:
+        try:
+            prepared = prepare(spec)
+        except UserError as error:
+            raise UserError(f"{self.cache.folder}, read again as it was made: {error}") from None
+        refuse_other(self.cache, prepared, parts)
+        if self.backbone:  # its weights are float32, whatever the cache's were
+            spec = prepared.spec.model_copy(update={"dtype": "float32"})
+            prepared = replace(prepared, spec=spec)
+        return prepared
+
+    def engine(self, prepared: Prepared, device: str) -> Engine:
+        """What reads texts for this run: the model of the cache, or the fine-tuned one."""
+        spec = prepared.spec
+        if not self.backbone:
+            return engine_for(replace(prepared, spec=with_engine(spec, device)), device)
+        # Its own view alone: the cache's are of other weights, and need not have this one.
+        engine = load_engine(
+            prepared.folder, dtype=spec.dtype, device=device, views=[self.view], top_k=spec.top_k
+        )
+        load_backbone(engine.model.base_model, self.backbone, self.name)
+        return engine
+
+    def rewards(self, batch: Batch, requests: Sequence[Request]) -> Tensor:
+        """float32 [n] of requests that an engine has read, as the sweep scores cached states."""
+        pooled = self.view.removesuffix(_WITH_S)
+        states = _token_means(batch, requests) if pooled == TOKENS else batch.states[pooled]
+        if pooled != self.view:
+            S = torch.from_numpy(batch.S).float()
+            states = torch.cat([states.float(), S[:, None]], 1)
+        return self._score(states)
+
+    def cached_rewards(self, rows: Sequence[int]) -> Tensor:
+        """float32 [n] of responses of the cache, ascending, from their cached states: of a sweep's
+        runs alone."""
+        parts, first = [], 0
+        for shard in self.cache.state_shards(self.view):
+            parts.append(shard[[row - first for row in rows if 0 <= row - first < len(shard)]])
+            first += len(shard)
+        return self._score(torch.cat(parts))
+
+    def _score(self, states: Tensor) -> Tensor:
+        rows = torch.arange(len(states))
+        return self.combination(score(self.parameters, self.preprocess, States(states), rows))
+
+
+def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
+    """Read a run of the results in `folder`. run: a run id, the beginning of one, or
+    CONFIGURATION@SEED. cache: where the cache is now, if it has moved.
+
+    Raises: UserError for an unknown run, one that diverged or has no weights, damaged weights, or
+    another cache.
+    """
+    results = open_results(folder)
+    row = results.find(run)
+    path = folder / "weights" / f"{row['run_id']}.safetensors"
+    header, tensors = _read(path) if path.is_file() else ({}, {})
+    if header.get("format") != MODEL_FORMAT:
+        saved = load_run(folder, row["run_id"])
+        if REWARDS in saved.parameters:
+            raise UserError(
+                f"run {row['config']}@{row['seed']} has no weights, only its rewards of the "
+                "cache's responses: read them with embrm scores, or name a run with a head or a "
+                "linear learner"
+            )
+        fields, parameters = saved.spec.model_dump(mode="json"), saved.parameters
+        preprocess, combination, backbone = saved.preprocess, saved.combination, {}
+    else:
+        fields, preprocess, combination = header["run"], Preprocess(None, None), Combination()
+        parameters = _below(tensors, _HEAD)
+        backbone = _below(tensors, _BACKBONE)
+    source = cache_of(results, cache)
+    return Trained(results, row, fields, parameters, preprocess, combination, backbone, source)
+
+
+def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
+    """Put fine-tuned weights into a base model, in its dtype.
+
+    Raises: UserError when the model has no such tensor, or one of another shape.
+    """
+    own = model.state_dict()
+    for tensor, values in backbone.items():
+        there = own.get(tensor)
+        if there is None or there.shape != values.shape:
+            shape = "no such tensor" if there is None else f"shape {list(there.shape)}"
+            raise UserError(
+                f"run {name}: its weights have backbone tensor {tensor!r} of shape "
+                f"{list(values.shape)}, the model has {shape}: name the model it was tuned from"
+            )
+    model.load_state_dict(backbone, strict=False)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a fine-tuned run's weights file; no tensors of any other's."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["embrm"])
+            wanted = file.keys() if header["format"] == MODEL_FORMAT else ()
+            return header, {name: file.get_tensor(name) for name in wanted}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged: delete it and its parts folder, and train the run again"
+        ) from None
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _token_means(batch: Batch, requests: Sequence[Request]) -> Tensor:
+    """Mean of each request's token rows, [n, d], as `embrm.sweeps.views` pools a cache's."""
+    counts = torch.tensor([len(request.positions) for request in requests])
+    owner = torch.arange(len(requests)).repeat_interleave(counts)
+    total = torch.zeros(len(requests), batch.token_states.shape[1])
+    total.index_add_(0, owner, batch.token_states.float())
+    return (total / counts[:, None]).to(batch.token_states.dtype)

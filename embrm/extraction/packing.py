@@ -1,0 +1,297 @@
+"""Packing: many texts as one sequence without padding, in which texts with one prompt share it.
+
+Everything but attention works on one token at a time, so that only attention has to know where a
+text begins. A shared prompt is computed once: its tokens stand before the responses', and each
+response attends to them and to itself. The states are those of the texts read alone, up to the
+order of float arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from embrm.extraction.engine import Request, to_device
+
+ATTENTION = "embrm-packed"
+"""The name under which transformers finds `_attend`."""
+
+NOTED = "embrm-packed-noted"
+"""The same, for a look at the windows: see `_attend_and_note`."""
+
+_WORTH = 8
+"""Tokens of the shortest prompt that is shared: to compute fewer costs less than what sharing adds,
+a call to attention and a copy of keys and values in every layer."""
+
+
+_COPIES = 8
+"""How many times a batch's tokens its texts may have, the prompt counted in each: every layer
+copies a shared prompt's keys and values for each text."""
+
+
+class Segment(NamedTuple):
+    """Tokens start:stop of a packed sequence, which follow each other in a text. They see each
+    other and begin:end, a prompt that other texts share (begin = end: none)."""
+
+    start: int
+    stop: int
+    begin: int
+    end: int
+
+
+class _Offsets(NamedTuple):
+    """Segments as the kernel for variable lengths takes them: int32 [segments + 1] where each
+    one's queries and keys begin, the most that one has, and int64 the places of all keys."""
+
+    queries: Tensor
+    keys: Tensor
+    most_queries: int
+    most_keys: int
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Requests as one sequence of T tokens.
+
+    ids: int64 [1, T]; positions: int64 [1, T], of each token in its text; segments: they cover the
+    sequence in its order; places: for each request, int64 [length], where its tokens are.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: tuple[Segment, ...]
+    places: list[npt.NDArray[np.int64]]
+
+    @cached_property
+    def offsets(self) -> _Offsets:
+        queries = np.array([stop - start for start, stop, _, _ in self.segments])
+        keys = queries + [end - begin for _, _, begin, end in self.segments]
+        places = [
+            np.concatenate([np.arange(begin, end), np.arange(start, stop)])
+            for start, stop, begin, end in self.segments
+        ]
+        device = self.ids.device
+
+        def firsts(counts: npt.NDArray[np.int64]) -> Tensor:
+            return to_device(np.cumsum([0, *counts], dtype=np.int32), device)
+
+        return _Offsets(
+            firsts(queries),
+            firsts(keys),
+            int(queries.max()),
+            int(keys.max()),
+            to_device(np.concatenate(places), device),
+        )
+
+
+def pack(requests: Sequence[Request], device: torch.device) -> Packed:
+    """One sequence of what texts share and of each text's own tokens."""
+    ids: list[npt.NDArray[np.int32]] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    segments: list[Segment] = []
+    places = [np.empty(0, np.int64)] * len(requests)
+
+    def add(tokens: npt.NDArray[np.int32], begin: int, end: int) -> npt.NDArray[np.int64]:
+        start = segments[-1].stop if segments else 0
+        stop = start + len(tokens)
+        if len(tokens):
+            ids.append(tokens)
+            positions.append(np.arange(end - begin, end - begin + len(tokens)))
+            segments.append(Segment(start, stop, begin, end))
+        return np.arange(start, stop)
+
+    for group in _by_prompt(requests):
+        shared = _shared(requests, group)
+        prompt = add(requests[group[0]].ids[:shared], 0, 0)
+        begin, end = (int(prompt[0]), int(prompt[-1]) + 1) if shared else (0, 0)
+        for index in group:
+            places[index] = np.concatenate([prompt, add(requests[index].ids[shared:], begin, end)])
+    return Packed(
+        to_device(np.concatenate(ids).astype(np.int64)[None], device),
+        to_device(np.concatenate(positions)[None], device),
+        tuple(segments),
+        places,
+    )
+
+
+def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+    """Indices of the requests to pack together, in at most `batch_tokens` tokens with a shared
+    prompt counted once, and eight times as many with it counted in each text (a longer request
+    goes alone).
+
+    Texts that share a prompt begin a batch unless they all fit into the last one; where they do
+    not fit into one, every further batch reads the prompt again.
+    """
+    made: list[list[int]] = []
+    room = copies = 0
+    for group in _by_prompt(requests):
+        shared = _shared(requests, group)
+        own = [len(requests[index].ids) - shared for index in group]
+        if not made or (shared and room < shared + sum(own)):
+            made.append([])
+            room, copies = batch_tokens, _COPIES * batch_tokens
+        room -= shared
+        for index, tokens in zip(group, own, strict=True):
+            if made[-1] and (tokens > room or shared + tokens > copies):
+                made.append([])
+                room, copies = batch_tokens - shared, _COPIES * batch_tokens
+            made[-1].append(index)
+            room -= tokens
+            copies -= shared + tokens
+    return made
+
+
+def _by_prompt(requests: Sequence[Request]) -> list[list[int]]:
+    """Indices of the requests with one prompt, in the order of their first."""
+    groups: dict[bytes, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.ids[: request.n_prompt].tobytes(), []).append(index)
+    return list(groups.values())
+
+
+def _shared(requests: Sequence[Request], group: Sequence[int]) -> int:
+    """How many first tokens the texts of one prompt share: all of the prompt's, or none."""
+    n_prompt = requests[group[0]].n_prompt
+    return n_prompt if len(group) > 1 and n_prompt >= _WORTH else 0
+
+
+def _attend(
+    module: Any,  # noqa: ARG001
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # noqa: ARG001
+    *,
+    packed: Packed,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within the texts of a packed sequence. query: [1, heads, T, d]; key, value: [1,
+    heads or a divisor, T, d]; returns [1, T, heads, d].
+
+    softcap: scores become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2).
+    sliding_window: how many keys a query sees, its own the last of them; None: all before it.
+    """
+    if query.is_cuda and query.dtype != torch.float32 and softcap is None:
+        out = _attend_at_once(query, key, value, packed.offsets, scaling, sliding_window)
+        return out, None
+    parts = []
+    for start, stop, begin, end in packed.segments:
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        shared = end - begin
+        window = sliding_window if sliding_window and sliding_window < shared + stop - start else 0
+        # A causal kernel skips what a mask computes in vain: with a prompt that is shorter than
+        # the rest, to ask for the prompt's rows again costs less than a mask.
+        again = 0 < shared < stop - start and softcap is None and not window
+        if shared:
+            k, v = (
+                torch.cat([tensor[:, :, begin:end], own], dim=2)
+                for tensor, own in ((key, k), (value, v))
+            )
+        if again:
+            q = torch.cat([query[:, :, begin:end], q], dim=2)
+        if softcap is not None:
+            parts.append(_capped(q, k, v, _causal(q, k, window), scaling, softcap))
+            continue
+        mask = _causal(q, k, window) if window or (shared and not again) else None
+        out = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        parts.append(out[:, :, shared:] if again else out)
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """bool [queries, keys]: what queries see, the last of them every key, or `window` if any."""
+    queries, keys = query.shape[2], key.shape[2]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    return mask.triu(keys - queries - window + 1) if window else mask
+
+
+def _attend_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: _Offsets,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """All segments in one call to flash attention, which a GPU has in half precision."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    out = varlen_attn(
+        q,
+        k[offsets.places],
+        v[offsets.places],
+        offsets.queries,
+        offsets.keys,
+        offsets.most_queries,
+        offsets.most_keys,
+        scale=scaling,
+        # Keys before a query, none after it (causal, aligned at the last key); -1: no limit.
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    times = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(times, dim=1) for tensor in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    weights = torch.softmax(scores.float().masked_fill(~mask, -torch.inf), dim=-1)
+    return weights.to(query.dtype) @ value
+
+
+def _attend_and_note(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    windows: list[tuple[int | None, int]],
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """`_attend`, which appends to `windows` the window that the model's mask would cut here (None:
+    the model has made no mask) and the one that attention is told of; 0 is none."""
+    masked = None if attention_mask is None else int(attention_mask)
+    windows.append((masked, sliding_window or 0))
+    return _attend(module, query, key, value, None, sliding_window=sliding_window, **more)
+
+
+def _window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor:
+    """In place of a mask, what it would cut: a window or a chunk."""
+    return torch.full((1, 1, 1, 1), local_size or 0)
+
+
+# What it does depends on where each text begins: traced, every batch would be compiled anew.
+AttentionInterface.register(ATTENTION, torch.compiler.disable(_attend))
+AttentionInterface.register(NOTED, _attend_and_note)
+AttentionMaskInterface.register(NOTED, _window_of_mask)

@@ -1,0 +1,193 @@
+"""Probe: does a cache still say what the model says, whatever the batch size and the engine?
+
+A sample of its responses is extracted again, one at a time and in batches of several sizes, and
+compared with what is stored.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError
+from embrm.extraction.engine import TOLERANCE, read
+from embrm.extraction.run import (
+    EngineName,
+    ExtractSpec,
+    Prepared,
+    engine_for,
+    made_by,
+    prepare,
+    with_engine,
+)
+
+BATCH_TOKENS = (1, 1024, 8192)
+"""Token budgets tried; 1 reads every response alone."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One quantity under one batch size, over the sample.
+
+    quantity: a view's name, S, or the logsumexp of the sampled positions. absolute: the largest
+    |new - stored| of any component. relative: the largest of ‖new - stored‖ / ‖stored‖ over the
+    responses (for a number, |new - stored| / |stored|). orders_changed: pairs of the sample whose
+    two sides swapped, ranked by S, or for a view by a fixed random linear readout; None for the
+    logsumexp, which is no property of a response.
+    """
+
+    quantity: str
+    batch_tokens: int
+    absolute: float
+    relative: float
+    orders_changed: int | None
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found; a sound cache is within tolerance."""
+
+    responses: int
+    pairs: int
+    engine: str
+    """What read the sample; `made_by` is what made the cache."""
+    made_by: str
+    dtype: str
+    tolerance: float
+    """Of the dtype: float32 1e-4, float16 1e-2, bfloat16 5e-2."""
+    deviations: tuple[Deviation, ...]
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether the cache holds what the model gives."""
+        return all(entry.relative <= self.tolerance for entry in self.deviations)
+
+
+def probe(
+    folder: Path,
+    *,
+    sample: int = 64,
+    batch_tokens: Sequence[int] = BATCH_TOKENS,
+    device: str = "auto",
+    engine: EngineName | None = None,
+) -> ProbeResult:
+    """Extract about `sample` responses of the cache at `folder` again and compare.
+
+    Model and data are read from where the extraction read them. engine: what to read them with;
+    None: what made the cache.
+
+    Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
+    longer those it was made from.
+    """
+    cache = open_cache(folder)
+    if "model" not in cache.manifest.extraction:
+        raise UserError(
+            f"{folder} names no model to extract its states again with: it was adopted; "
+            "embrm cache verify checks its bytes"
+        )
+    maker = made_by(cache.manifest)
+    recorded = cache.manifest.extraction | {"engine": engine or maker}
+    spec = ExtractSpec.parse(recorded, str(folder / "manifest.json"))
+    prepared = prepare(with_engine(spec, device))
+    refuse_other(cache, prepared)
+    rows, pairs = _sample(cache, sample)
+    reader = engine_for(prepared, device)
+    requests = prepared.requests(rows)
+    stored = {view: _states(cache, view, rows) for view in cache.views}
+    stored["S"] = cache.responses["S"].to_numpy()[rows][:, None]
+    if prepared.spec.token_rows:
+        parts = [shard.logsumexp[np.isin(shard.response, rows)] for shard in cache.token_shards()]
+        stored["logsumexp"] = np.concatenate(parts).astype(np.float64)[:, None]
+    deviations = []
+    for budget in batch_tokens:
+        batch = read(reader, requests, budget)
+        found = {view: batch.states[view].double().numpy() for view in cache.views}
+        found["S"] = batch.S[:, None]
+        found["logsumexp"] = batch.tokens.logsumexp.double().numpy()[:, None]
+        deviations += [
+            _deviation(quantity, budget, stored[quantity], found[quantity], pairs)
+            for quantity in stored
+        ]
+    return ProbeResult(
+        len(rows),
+        len(pairs),
+        str(prepared.spec.engine),
+        maker,
+        cache.dtype,
+        TOLERANCE[cache.dtype],
+        (*deviations,),
+    )
+
+
+def refuse_other(cache: Cache, prepared: Prepared, parts: Collection[str] | None = None) -> None:
+    """Raise UserError unless what is prepared is what the cache was made from.
+
+    parts: of the identity, those to compare; None: all but the engine.
+    """
+    for part, expected in cache.manifest.identity.items():
+        wanted = part != "engine" if parts is None else part in parts
+        if wanted and prepared.identity.get(part) != expected:
+            raise UserError(
+                f"{cache.folder}: the {part} its spec names is not the one it was made from "
+                "any more: restore it, or extract again into a new folder"
+            )
+
+
+def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Rows of the sample, sorted, and its pairs as positions among them, int64 [pairs, 2].
+
+    Both sides of evenly spaced pairs; evenly spaced responses where the cache has no pairs.
+    """
+    ends = cache.pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
+    ends = ends[_evenly(len(ends), size // 2)]
+    rows = np.unique(ends) if len(ends) else _evenly(cache.manifest.n_responses, size)
+    return rows.tolist(), np.searchsorted(rows, ends)
+
+
+def _states(cache: Cache, view: str, rows: list[int]) -> npt.NDArray[np.float64]:
+    """The stored states of these rows, [rows, width], with one shard of them in memory."""
+    shard, within = np.divmod(rows, cache.manifest.shard_rows)
+    parts = [states[within[shard == i]] for i, states in enumerate(cache.state_shards(view))]
+    states: npt.NDArray[np.float64] = torch.cat(parts).double().numpy()
+    return states
+
+
+def _evenly(count: int, size: int) -> npt.NDArray[np.int64]:
+    return np.unique(np.linspace(0, count - 1, min(count, max(size, 1))).astype(np.int64))
+
+
+def _deviation(
+    quantity: str,
+    budget: int,
+    stored: npt.NDArray[np.float64],
+    found: npt.NDArray[np.float64],
+    pairs: npt.NDArray[np.int64],
+) -> Deviation:
+    """Compare float64 [rows, width]."""
+    difference = found - stored
+    scale = np.maximum(np.linalg.norm(stored, axis=1), np.finfo(np.float32).tiny)
+    orders_changed = None
+    if quantity != "logsumexp":
+        readout = np.ones(1) if quantity == "S" else _readout(stored.shape[1])
+        before, after = ((values @ readout)[pairs] for values in (stored, found))
+        changed = np.sign(before[:, 0] - before[:, 1]) != np.sign(after[:, 0] - after[:, 1])
+        orders_changed = int(changed.sum())
+    return Deviation(
+        quantity,
+        budget,
+        float(np.abs(difference).max()),
+        float((np.linalg.norm(difference, axis=1) / scale).max()),
+        orders_changed,
+    )
+
+
+def _readout(width: int) -> npt.NDArray[np.float64]:
+    generator = torch.Generator().manual_seed(0)
+    weights: npt.NDArray[np.float64] = torch.randn(
+        width, dtype=torch.float64, generator=generator
+    ).numpy()
+    return weights

@@ -1,0 +1,441 @@
+"""The transformers engine: the reference implementation, on CPU, CUDA or MPS."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+from embrm.core.errors import UserError
+from embrm.extraction import packing
+from embrm.extraction.engine import (
+    TOLERANCE,
+    Batch,
+    Request,
+    TokenStatistics,
+    by_length,
+    of_responses,
+    predicting_positions,
+    to_device,
+)
+from embrm.extraction.packing import Packed, pack
+from embrm.lm.head import LmHead
+from embrm.lm.loading import load_model
+from embrm.lm.tokens import reason_of
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+
+
+def load_engine(
+    folder: Path,
+    *,
+    dtype: str,
+    device: str = "auto",
+    views: Sequence[str] = ("last",),
+    top_k: int = 0,
+    tail_mean: bool = False,
+    trust_remote_code: bool = False,
+    compiled: bool = False,
+) -> "TransformersEngine":
+    """Load a causal LM as an engine, run by torch.compile if `compiled`; see `load_model`.
+
+    Raises: UserError also when the engine refuses the model (see `TransformersEngine`), or
+    torch.compile does.
+    """
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    engine = TransformersEngine(model, views, top_k, tail_mean)
+    if compiled:
+        engine.compile()
+    return engine
+
+
+class TransformersEngine:
+    """A causal LM in memory. Create it with `load_engine`."""
+
+    def __init__(
+        self, model: Any, views: Sequence[str], top_k: int, tail_mean: bool = False
+    ) -> None:
+        """Wrap a model that is in evaluation mode.
+
+        Raises: UserError when its logits are computed in a way embrm does not know, when its
+        states depend on what follows them, or when it lacks one of the views.
+        """
+        self.head = LmHead.from_model(model)
+        self.width: int = self.head.weight.shape[1]
+        self.batch_tokens = BATCH_TOKENS[model.device.type]
+        self.environment: dict[str, Any] = {
+            "engine": "transformers",
+            "attention": model.config._attn_implementation,
+            "device": _device_name(model.device),
+        }
+        self.model = model
+        self._views = tuple(views)
+        self._top_k = top_k
+        self._tail_mean = tail_mean
+        self._layers = [int(view.removeprefix("layer:")) for view in views if ":" in view]
+        self._before_norm: Tensor | None = None
+        self._own_attention: str = model.config._attn_implementation
+        self._longest_packed = 0
+        if model.base_model is model:
+            raise UserError(
+                f"{type(model).__name__} does not say which part of it gives the states: "
+                "use another architecture"
+            )
+        with torch.inference_mode():
+            self._check_layers()
+            if "prenorm" in views:
+                self._hook_final_norm()
+            self._check_logits()
+            self._check_causality()
+            why_not = self._try_packing()
+        if why_not:
+            print(
+                f"warning: {type(model).__name__} is read padded and every prompt anew with each "
+                f"response: packed, {why_not}",
+                file=sys.stderr,
+            )
+        elif self._longest_packed < sys.maxsize:
+            print(
+                f"warning: texts of over {self._longest_packed:,} tokens, the reach of "
+                f"{type(model).__name__}'s attention, are read padded and each with its prompt",
+                file=sys.stderr,
+            )
+        self.environment["batches"] = "padded" if why_not else "packed"
+
+    def compile(self) -> None:
+        """From now on, run the base model through torch.compile, for batches of any size.
+
+        Raises: UserError when that fails, or gives other states.
+        """
+        ids, none = self._probe_ids().cpu().numpy().astype(np.int32), np.empty(0, np.int32)
+        requests = [Request(text, 9, len(text) - 1, none) for text in (ids, ids[:12])]
+        expected = self.hidden(requests)[0]["last"]
+        self.model.base_model.compile(dynamic=True)
+        reason = None
+        try:
+            if not self._close(self.hidden(requests)[0]["last"], expected):
+                reason = "it changes the states"
+        except Exception as error:  # no compiler, or whatever it cannot compile
+            reason = reason_of(error)
+        if reason:
+            raise UserError(
+                f"torch.compile fails on {type(self.model).__name__}, {reason}: leave out --compile"
+            )
+        self.environment["compiled"] = True
+
+    def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+        """Packed where the model allows it, otherwise of like length and padded."""
+        lengths = [len(request.ids) for request in requests]
+        some = [index for index, length in enumerate(lengths) if length <= self._longest_packed]
+        rest = [index for index, length in enumerate(lengths) if length > self._longest_packed]
+        packed = packing.batches([requests[index] for index in some], batch_tokens)
+        alike = by_length([lengths[index] for index in rest], batch_tokens)
+        return [
+            *([some[index] for index in batch] for batch in packed),
+            *([rest[index] for index in batch] for batch in alike),
+        ]
+
+    def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
+        """Read each batch packed, or right-padded where a text is too long for that.
+
+        While the answer to one batch is copied and handed on, a GPU reads the next. Where a model
+        asks for a number in between (padded masks, longrope), it gets to the next later.
+        """
+        before: _Answer | None = None
+        for requests in batches:
+            try:
+                begun = self._begin(requests)
+            except UserError:
+                if before:  # the last of a shard, it may be, which is then whole
+                    yield before.batch()
+                raise
+            if before:
+                yield before.batch()
+            before = begun
+        if before:
+            yield before.batch()
+
+    def _begin(self, requests: Sequence[Request]) -> "_Answer":
+        try:
+            return self._read(requests)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {self.model.device} with a batch of "
+                f"{sum(len(request.ids) for request in requests):,} tokens: lower --batch-tokens; "
+                "finished shards are kept"
+            ) from None
+        except TorchDynamoException as error:  # a shape that the probe did not have
+            raise UserError(
+                f"torch.compile fails on {type(self.model).__name__}, {reason_of(error)}: run "
+                "again without --compile; finished shards are kept"
+            ) from None
+
+    @torch.inference_mode()
+    def _read(self, requests: Sequence[Request]) -> "_Answer":
+        hidden, places = self.hidden(requests)
+        post, dtype = hidden["last"], self.head.weight.dtype
+        entries = list(zip(requests, places, strict=True))
+        spans = [predicting_positions(request.n_prompt, len(request.ids)) for request in requests]
+        final = _joined([own[[r.final_position]] for r, own in entries], post.device)
+        pooled = {
+            view: torch.stack([_mean(post, own[r.n_prompt :]) for r, own in entries])
+            if view == "mean"
+            else hidden[view][final]
+            for view in self._views
+        }
+        predicting = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
+        targets = [r.ids[s.start + 1 : s.stop + 1] for r, s in zip(requests, spans, strict=True)]
+        counts = [len(span) for span in spans]
+        terms, rows = of_responses(
+            self.head,
+            post[_joined(predicting, post.device)],
+            _joined(targets, post.device),
+            counts,
+            [request.positions - s.start for request, s in zip(requests, spans, strict=True)],
+            self._top_k,
+            tail_mean=self._tail_mean,
+        )
+        return _Answer.copied(
+            {
+                **{f"state {view}": state.to(dtype) for view, state in pooled.items()},
+                **{f"norm {view}": state.float().norm(dim=1) for view, state in pooled.items()},
+                "terms": terms,
+                **rows,
+            },
+            self._views,
+            counts,
+        )
+
+    @torch.inference_mode()
+    def hidden(
+        self, requests: Sequence[Request]
+    ) -> tuple[dict[str, Tensor], list[npt.NDArray[np.int64]]]:
+        """The model alone on one batch: view → states [places, d], "last" always, and for each
+        request, int64 [length], the places of its tokens.
+
+        No mask is passed. Padded, no token sees the padding to its right under causal attention,
+        positions count from the left, and without a mask the fast causal kernels run;
+        `_check_causality` tests the premise on the model at hand. Packed, see `packing`.
+        """
+        device = self.model.device
+        if max(len(request.ids) for request in requests) <= self._longest_packed:
+            packed = pack(requests, device)
+            hidden = self._hidden_packed(packed)
+            places = packed.places
+        else:
+            self._attend_by(self._own_attention)
+            ids, places = padded(requests)
+            hidden = self._hidden(to_device(ids.numpy(), device))
+        return {view: states.flatten(0, 1) for view, states in hidden.items()}, places
+
+    def _attend_by(self, implementation: str) -> None:
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+
+    def _hidden_packed(
+        self, packed: Packed, attention: str = packing.ATTENTION, **inputs: Any
+    ) -> dict[str, Tensor]:
+        self._attend_by(attention)
+        return self._hidden(packed.ids, position_ids=packed.positions, packed=packed, **inputs)
+
+    def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
+        output = self.model.base_model(
+            input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
+        )
+        hidden = {"last": output.last_hidden_state}
+        if self._before_norm is not None:
+            hidden["prenorm"] = self._before_norm
+        for layer in self._layers:
+            hidden[f"layer:{layer}"] = output.hidden_states[layer]
+        return hidden
+
+    def _check_layers(self) -> None:
+        layers = self.model.config.get_text_config().num_hidden_layers
+        for layer in self._layers:
+            if layer >= layers:
+                raise UserError(
+                    f"states: view 'layer:{layer}' is not in this model: valid: layer:0 "
+                    f"(embeddings) to layer:{layers - 1}; the output of the last layer is 'prenorm'"
+                )
+
+    def _hook_final_norm(self) -> None:
+        """Keep what enters the final norm, the module whose output is the base model's output."""
+        produced: list[tuple[torch.nn.Module, Tensor]] = []
+
+        def note(module: torch.nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and "norm" in type(module).__name__.lower():
+                produced.append((module, output))
+
+        def keep(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._before_norm = inputs[0]
+
+        base = self.model.base_model
+        handles = [module.register_forward_hook(note) for module in base.modules()]
+        last = self._hidden(self._probe_ids()[None])["last"]
+        for handle in handles:
+            handle.remove()
+        norms = [module for module, output in produced if output.data_ptr() == last.data_ptr()]
+        if not norms:
+            raise UserError(
+                "states: view 'prenorm' is not in this model, whose last step is no norm: "
+                "leave it out"
+            )
+        norms[-1].register_forward_pre_hook(keep)
+
+    def _probe_ids(self) -> Tensor:
+        """A short sequence, int64 [16], spread over the vocabulary."""
+        vocabulary = self.head.weight.shape[0]
+        return torch.arange(16, device=self.model.device) * (vocabulary // 16)
+
+    def _check_logits(self) -> None:
+        ids = self._probe_ids()[None]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        if not expected.isfinite().all():
+            raise UserError(
+                f"{type(self.model).__name__} gives logits that are NaN or infinite: "
+                "check its weights; a model trained in bfloat16 may not fit float16"
+            )
+        if not self._close(self.head.logits(self._hidden(ids)["last"][0]), expected):
+            raise UserError(
+                f"{type(self.model).__name__} computes its logits in a way embrm does not know: "
+                "S and token rows would be wrong; use another architecture"
+            )
+
+    def _check_causality(self) -> None:
+        ids = self._probe_ids()
+        both = torch.stack([ids, torch.where(torch.arange(16, device=ids.device) < 6, ids, 0)])
+        alone = self._hidden(ids[None, :6])["last"][0]
+        if not self._close(self._hidden(both)["last"][1, :6], alone):
+            raise UserError(
+                f"{type(self.model).__name__} is not causal: a token's state depends on what "
+                "follows it; use a causal LM"
+            )
+
+    def _try_packing(self) -> str | None:
+        """Pack from now on, or say why not: packed texts must have the states they have alone."""
+        config = self.model.config.get_text_config()
+        ids = self._probe_ids().cpu().numpy().astype(np.int32)
+        texts = [(ids[:11], 9), (np.concatenate([ids[:9], ids[:2:-1]]), 9), (ids[::-1], 0)]
+        none = np.empty(0, np.int32)
+        requests = [Request(text, prompt, len(text) - 1, none) for text, prompt in texts]
+        alone = torch.cat([self.hidden([request])[0]["last"] for request in requests])
+        reason = None
+        try:
+            packed = pack(requests, self.model.device)
+            hidden = self._hidden_packed(packed)["last"]
+            # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
+            # than these texts.
+            if getattr(config, "attn_temperature_tuning", False):
+                reason = "a token's attention would depend on where its text is packed"
+            elif not self._close(hidden[0][np.concatenate(packed.places)], alone):
+                reason = "a token's state would depend on other texts"
+        except Exception as error:  # whatever a model says that cannot take packed texts
+            reason = reason_of(error)
+        if reason:
+            self._attend_by(self._own_attention)
+        else:
+            self._longest_packed = self._reach(packed)
+        return reason
+
+    def _reach(self, packed: Packed) -> int:
+        """Tokens of the longest text that attends packed as it does alone.
+
+        Packed attention cuts the windows it is told of. A window that is in the model's mask alone
+        it does not, nor a chunk (Llama 4): up to its length that hides nothing.
+        """
+        config = self.model.config.get_text_config()
+        windows: list[tuple[int | None, int]] = []
+        try:
+            self._hidden_packed(packed, packing.NOTED, windows=windows)
+            told = all(masked == own for masked, own in windows)
+        except Exception:  # a model that makes its masks by itself can make anything of another's
+            told = False
+        window = None if told and windows else getattr(config, "sliding_window", None)
+        chunk = getattr(config, "attention_chunk_size", None)
+        return min((size for size in (window, chunk) if size), default=sys.maxsize)
+
+    def _close(self, found: Tensor, expected: Tensor) -> bool:
+        limit = TOLERANCE[str(self.head.weight.dtype).removeprefix("torch.")]
+        error = (found.float() - expected.float()).abs().max()
+        return bool(error <= limit * expected.float().abs().max())
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A batch on its way from the device.
+
+    found: complete once `arrived` has happened (None: it is); its "terms" are log p of every
+    predicted token, of each request as many as `spans` says.
+    """
+
+    found: dict[str, Tensor]
+    views: tuple[str, ...]
+    spans: list[int]
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def copied(
+        cls, tensors: dict[str, Tensor], views: tuple[str, ...], spans: list[int]
+    ) -> "_Answer":
+        """Copy the tensors to the CPU: from a GPU into pinned memory, without waiting for it."""
+        on_gpu = tensors["terms"].is_cuda
+        found = {name: each.to("cpu", non_blocking=on_gpu) for name, each in tensors.items()}
+        arrived = None
+        if on_gpu:
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(tensors["terms"].device))
+        return cls(found, views, spans, arrived)
+
+    def batch(self) -> Batch:
+        """Wait for the copies, and sum the terms to S."""
+        if self.arrived:
+            self.arrived.synchronize()
+        found = self.found
+        terms = found["terms"].double()
+        return Batch(
+            states={view: found[f"state {view}"] for view in self.views},
+            norms={view: found[f"norm {view}"] for view in self.views},
+            S=np.array([float(part.sum()) for part in terms.split(self.spans)]),
+            token_states=found["states"],
+            targets=found["targets"],
+            tokens=TokenStatistics(
+                found["target_logit"],
+                found["logsumexp"],
+                found["top_logits"],
+                found["top_ids"],
+                found.get("tail_means"),
+            ),
+        )
+
+
+def padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int64]]]:
+    """The requests' ids, int64 [requests, longest], filled up on the right with token 0; and for
+    each request, int64 [length], the places of its tokens in them, flattened."""
+    ids = np.zeros((len(requests), max(len(request.ids) for request in requests)), np.int64)
+    for row, request in zip(ids, requests, strict=True):
+        row[: len(request.ids)] = request.ids
+    firsts = ids.shape[1] * np.arange(len(requests))
+    places = [
+        first + np.arange(len(request.ids)) for first, request in zip(firsts, requests, strict=True)
+    ]
+    return torch.from_numpy(ids), places
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], device: torch.device) -> Tensor:
+    return to_device(np.concatenate(parts).astype(np.int64), device)
+
+
+def _mean(states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
+    """Over a response, whose tokens stand side by side, packed or padded."""
+    return states[int(places[0]) : int(places[-1]) + 1].float().mean(0)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

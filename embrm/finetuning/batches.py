@@ -1,0 +1,205 @@
+"""The minibatches of a sweep, cut into what each process reads at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from embrm.core.streams import stream
+from embrm.extraction.engine import predicting_positions
+from embrm.finetuning.contrast import ViewMasks
+from embrm.lm.tokens import Encoded
+from embrm.training.heads import HeadSpec
+from embrm.training.objectives import Pairs
+from embrm.training.order import Order
+from embrm.training.regularizers import Regularizer
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where a micro-batch is, for losses that see its whole minibatch.
+
+    epoch: from 1; minibatch: its number in the epoch; places: int64 [2b], of the responses among
+    the 2·size of the minibatch, chosen first; distinct: int64 [m], one place of each distinct
+    response among these.
+    """
+
+    epoch: int
+    minibatch: int
+    places: Tensor
+    distinct: Tensor
+
+
+@dataclass(frozen=True)
+class Micro:
+    """Pairs of one forward step on one device.
+
+    pairs: int64 [b], numbers of pairs; share: their part of the minibatch's `size` pairs, which is
+    0 where there was nothing left for this process, and one pair stands in; kept: the head's
+    dropout masks [2b, width], of the chosen, then of the rejected.
+    """
+
+    pairs: Tensor
+    share: float
+    size: int
+    kept: list[Tensor]
+    within: Within
+
+
+class Minibatches:
+    """A batch sampler: the micro-batches of one process in an epoch, by `set_epoch`.
+
+    Whatever the number of processes and the size of a micro-batch, a minibatch has the pairs and
+    the dropout masks of the sweep's.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        order: Order,
+        head: HeadSpec,
+        seed: int,
+        *,
+        batch: int,
+        micro: int,
+        process: int,
+        processes: int,
+        lengths: Tensor | None = None,
+    ) -> None:
+        """lengths: int64 [N], tokens of each pair's longer text: a minibatch is then cut into
+        micro-batches of like length, the longest first, for less padding."""
+        self._pairs, self._order, self._head, self._seed = pairs, order, head, seed
+        self._lengths = lengths
+        self._batch, self._micro = batch, micro
+        self._process, self._processes = process, processes
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch to read next, from 0."""
+        self._epoch = epoch
+
+    @property
+    def turns(self) -> int:
+        """Micro-batches of a whole minibatch on each process."""
+        return self._turns(self._batch)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._pairs), self._batch)
+        return whole * self.turns + self._turns(rest)
+
+    def _turns(self, size: int) -> int:
+        return -(-size // (self._micro * self._processes))
+
+    def __iter__(self) -> Iterator[Micro]:
+        chosen, rejected = self._pairs.chosen, self._pairs.rejected
+        dropout = stream(self._seed, "dropout", self._epoch + 1)
+        minibatches = self._order.minibatches(self._epoch + 1, self._batch)
+        for number, some in enumerate(minibatches):
+            size = len(some)
+            rows, places = torch.cat([chosen[some], rejected[some]]).unique(return_inverse=True)
+            kept = [
+                torch.from_numpy(dropout.random((len(rows), width), dtype="float32"))
+                .ge(self._head.dropout)
+                .div(1 - self._head.dropout)
+                for width in (self._head.widths if self._head.dropout else ())
+            ]
+            distinct = torch.from_numpy(np.unique(places.numpy(), return_index=True)[1])
+            cut = torch.arange(size)
+            if self._lengths is not None:
+                cut = self._lengths[some].argsort(descending=True, stable=True)
+            for turn in range(self._turns(size)):
+                first = (turn * self._processes + self._process) * self._micro
+                own = cut[first : first + self._micro]
+                share = len(own) / size
+                if not len(own):
+                    own = torch.zeros(1, dtype=torch.int64)
+                ends = torch.cat([own, own + size])
+                of_own = [mask[places[ends]] for mask in kept]
+                within = Within(self._epoch + 1, number, ends, distinct)
+                yield Micro(some[own], share, size, of_own, within)
+
+
+class PairTokens(Dataset[dict[str, Any]]):
+    """What a forward step reads of a `Micro`; see `__getitems__`."""
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded],
+        pairs: Pairs,
+        regularizer: Regularizer | None = None,
+        S: Tensor | None = None,
+        view_masks: ViewMasks | None = None,
+    ) -> None:
+        """regularizer: a grm-*, whose log-probabilities are wanted; S: the reference's, [all].
+        view_masks: for two views of every response."""
+        self._encoded, self._pairs = encoded, pairs
+        self._weight = pairs.weight / pairs.weight.mean()  # as in a sweep
+        self._regularizer, self._S = regularizer, S
+        self._view_masks = view_masks
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        raise NotImplementedError("a batch sampler's items are read by __getitems__")
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitems__(self, micro: Micro) -> dict[str, Any]:
+        """`text`: what `RewardModel.forward` takes, of the chosen, then of the rejected; `pairs`:
+        what `StepLoss` takes; the minibatch's share and size; and `within`, places and distinct."""
+        pairs, some = self._pairs, micro.pairs
+        rows = torch.cat([pairs.chosen[some], pairs.rejected[some]])
+        label = pairs.label[some]
+        of_pairs: dict[str, Any] = {
+            "label": label,
+            "weight": self._weight[some],
+            "margin": None if pairs.margin is None else pairs.margin[some],
+        }
+        weighed = None
+        if self._regularizer is not None and self._S is not None:
+            chosen, rejected = torch.arange(len(rows)).chunk(2)
+            weighed = self._regularizer.weighed(len(rows), chosen, rejected, label)
+            number = (weighed.cumsum(0) - 1).clamp_min(0)
+            of_pairs["numbers"] = number.chunk(2)
+            of_pairs["reference"] = self._S[rows[weighed]]
+        encoded = [self._encoded[row] for row in rows.tolist()]
+        text = texts(encoded, None if weighed is None else weighed.tolist())
+        text["kept"] = micro.kept
+        within = micro.within
+        if self._view_masks is not None:
+            text["masks"] = self._view_masks.of(within.epoch, within.minibatch, rows.tolist())
+        return {
+            "text": text,
+            "pairs": of_pairs,
+            "share": micro.share,
+            "size": micro.size,
+            "within": {"places": within.places, "distinct": within.distinct},
+        }
+
+
+def texts(encoded: Sequence[Encoded], weighed: Sequence[bool] | None = None) -> dict[str, Any]:
+    """What `RewardModel.forward` takes of some responses; weighed: those whose S is wanted."""
+    length = max(len(entry.ids) for entry in encoded)
+    ids = np.zeros((len(encoded), length), dtype=np.int64)
+    for padded, entry in zip(ids, encoded, strict=True):
+        padded[: len(entry.ids)] = entry.ids
+    found: dict[str, Any] = {
+        "ids": torch.from_numpy(ids),
+        "final": torch.tensor([entry.final_position for entry in encoded]),
+    }
+    if weighed is None:
+        return found
+    places, targets = [], []
+    for row, (entry, wanted) in enumerate(zip(encoded, weighed, strict=True)):
+        if wanted:
+            span = predicting_positions(entry.n_prompt, len(entry.ids))
+            places.append(row * length + np.arange(span.start, span.stop))
+            targets.append(entry.ids[span.start + 1 : span.stop + 1].astype(np.int64))
+    return found | {
+        "predicting": torch.from_numpy(np.concatenate(places)),
+        "targets": torch.from_numpy(np.concatenate(targets)),
+        "counts": [len(own) for own in places],
+    }

@@ -1,0 +1,81 @@
+"""A run's loss, as a sum over the micro-batches of a minibatch: exact however it is cut."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from embrm.finetuning.contrast import Contrast
+from embrm.finetuning.spec import FinetuneRun
+from embrm.training.objectives import ObjectiveBank, PairRewards
+from embrm.training.regularizers import grm
+
+
+class StepLoss:
+    """What a sweep minimises, of one run; GRM's R is exact here.
+
+    A minibatch's loss is a mean over its pairs, hence the sum of its micro-batches' means times
+    their shares; but λ·B_ref·r̄² of bsr is not, r̄ being a mean over all of them. With r̄ known
+    beforehand, λ·B_ref·r̄·(2·r̄ₖ - r̄), r̄ₖ the micro-batch's own mean, has this sum and, r̄ taken
+    as a constant, the gradient of the whole: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄². So it is with SimCSE, once
+    the minibatch's features are known: see `embrm.finetuning.contrast`.
+    """
+
+    def __init__(
+        self, run: FinetuneRun, batch: int, *, soft_labels: bool, bsr_of: int | None = None
+    ) -> None:
+        """batch: pairs of a minibatch; bsr_of: pairs of a micro-batch, where r̄ is its own mean."""
+        self.needs_mean = run.bsr > 0 and bsr_of is None
+        objective = run
+        if self.needs_mean:
+            objective = run.model_copy(update={"bsr": 0.0, "bsr_batch": None})
+        self._bsr = run.bsr_effective(batch)
+        self._regularizer = run.active_regularizer
+        self._l2 = run.l2
+        self._simcse = run.simcse
+        self._arguments = [objective], bsr_of or batch
+        self._soft_labels = soft_labels
+        self._bank: ObjectiveBank | None = None
+
+    def __call__(
+        self,
+        r: Tensor,
+        S: Tensor | None,
+        squares: Tensor,
+        features: Tensor | None = None,
+        *,
+        label: Tensor,
+        weight: Tensor,
+        margin: Tensor | None,
+        numbers: Sequence[Tensor] = (),
+        reference: Tensor | None = None,
+        mean_reward: Tensor | None = None,
+        contrast: Contrast | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The loss and R of a micro-batch, before its share.
+
+        r: float32 [2b], rewards of the chosen, then of the rejected; S: those log-probabilities
+        that R depends on, reference: theirs under the reference; numbers: int64 [b] twice, which
+        of them are the chosen's and the rejected's; squares: the head's ‖parameters‖²;
+        mean_reward: r̄ of the minibatch, where `needs_mean`; features: float32 [2, 2b, d], of two
+        views, where the run has simcse, and contrast: what L_cl asks of them.
+        """
+        if self._bank is None:
+            self._bank = ObjectiveBank(
+                *self._arguments, soft_labels=self._soft_labels, device=r.device
+            )
+        bank = self._bank
+        won, lost = r.chunk(2)
+        total = (won + lost)[None]
+        rewards = PairRewards((won - lost)[None], total[bank.totals], total[bank.means].mean(1))
+        loss = bank.data_loss(rewards, label, weight, margin)[0]
+        if mean_reward is not None:
+            loss = loss + self._bsr * mean_reward * (total.mean() - mean_reward)
+        R = loss.new_zeros(())
+        if self._regularizer is not None and S is not None and reference is not None:
+            chosen, rejected = numbers
+            change = S - reference
+            R = grm(self._regularizer, S, change, chosen, rejected, label, weight)
+            loss = self._regularizer.of_loss * loss + self._regularizer.of_value * R
+        if self._simcse is not None and features is not None and contrast is not None:
+            loss = loss + self._simcse.weight * contrast.part(features)
+        return loss + self._l2 / 2 * squares, R.detach()

@@ -1,0 +1,219 @@
+"""The report of a sweep folder, or of its confirmation: written next to the results, and handed to
+the caller."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from embrm.core.drawing import drawn
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.table import Table, escape, markdown
+from embrm.reports.figures import confirmation_figures, figures
+from embrm.reports.tables import further_tables, main_tables
+from embrm.results.comparison import Comparison, compare_runs
+from embrm.studies.confirmation.table import (
+    Confirmation,
+    confirmation_tables,
+    further_confirmation_tables,
+)
+from embrm.studies.reliability.measure import reliability
+from embrm.studies.reliability.table import CAPTION as RELIABILITY
+from embrm.studies.reliability.table import reliability_figure, reliability_tables, reliable_names
+from embrm.studies.robustness.noise import CAPTION as NOISE
+from embrm.studies.robustness.noise import noise_figure, noise_tables
+from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
+from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
+from embrm.sweeps.ledger import Results, open_results, training_name
+
+_CAPTIONS = {
+    "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
+    "id_vs_ood": "Accuracy in distribution against out of distribution",
+    "scenarios": SCENARIOS,
+    "noise": NOISE,
+    "reliability": RELIABILITY,
+    "curves": "Learning curves: median over seeds, band from the lowest to the highest seed",
+    "agreement": "Frozen against fine-tuned configurations, with 95 % intervals",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found and where it was written. `tables` are those the terminal shows."""
+
+    comparison: Comparison
+    reliability: pl.DataFrame
+    """As of `sweep.reliability`, of the best configuration and the baseline; empty without it."""
+    notes: tuple[str, ...]
+    """What was left out, and why."""
+    tables: tuple[Table, ...]
+    files: tuple[Path, ...]
+
+    def json(self) -> str:
+        """Every number of the report, to 12 significant digits."""
+        return _json({**vars(self.comparison), "reliability": self.reliability})
+
+
+def report(
+    folder: Path,
+    *,
+    rank_by: str | None = None,
+    baseline: str | None = None,
+    top: int = 20,
+    cache: Path | None = None,
+    out: Path | None = None,
+) -> Report:
+    """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
+
+    rank_by: an evaluation split, "ood" for the mean over all named "ood/...", or None for the mean
+        over all not named "train...".
+    baseline: the configuration that all others are compared with; the spec's unless given.
+    top: configurations to show; the JSON always holds all of them.
+    cache: where it is now, if it has moved: reliability is of rewards computed again, and is left
+        out where that cannot be, unless a cache is named.
+    out: where to write; the sweep folder unless given.
+    The same results and cache give the same bytes.
+
+    Raises: UserError where the sweep has no finished runs or a name is wrong.
+    """
+    results = open_results(folder)
+    comparison = compare_runs(
+        folder.name,
+        results.ledger,
+        results.prompts,
+        results.outcomes,
+        results.evaluated,
+        baseline or results.spec.baseline,
+        rank_by,
+        results.leaked,
+        results.geometry,
+        training_name(results.spec.train),
+        results.scenarios,
+    )
+    names = results.ledger.select("run_id", name="config")
+    curves = results.curves.join(names, on="run_id", maintain_order="left")
+    reliable, notes = _reliability(results, comparison, cache)
+    further_figures = {
+        "scenarios": scenario_figure(comparison),
+        "noise": noise_figure(comparison),
+        "reliability": reliability_figure(reliable, comparison),
+    }
+    images = figures(comparison, curves, top)
+    images |= drawn({name: draw for name, draw in further_figures.items() if draw})
+    shown = main_tables(comparison, top)
+    further = [
+        *scenario_tables(comparison, top),
+        *noise_tables(comparison, top),
+        *further_tables(comparison, top),
+        *reliability_tables(reliable),
+    ]
+    out = out or folder
+    contents = {
+        "report.md": _markdown(comparison, [*shown, *further], images, notes),
+        "report.json": _json({**vars(comparison), "reliability": reliable}),
+    }
+    written = {
+        **{out / name: text.encode() for name, text in contents.items()},
+        **{out / "figures" / name: image for name, image in images.items()},
+    }
+    for path, content in written.items():
+        write_bytes(path, content)
+    return Report(comparison, reliable, notes, tuple(shown), tuple(written))
+
+
+def _reliability(
+    results: Results, comparison: Comparison, cache: Path | None
+) -> tuple[pl.DataFrame, tuple[str, ...]]:
+    """As `Report` has it, and its notes; nothing of fine-tuned models, which score no cached
+    states."""
+    if results.finetuned:
+        return pl.DataFrame(), ()
+    try:
+        return reliability(results, reliable_names(comparison), cache), ()
+    except UserError as error:
+        if cache is not None:
+            raise
+        return pl.DataFrame(), (f"no reliability diagrams: {error}",)
+
+
+@dataclass(frozen=True)
+class ConfirmationReport:
+    """What was found and where it was written. `tables` are those the terminal shows."""
+
+    confirmation: Confirmation
+    tables: tuple[Table, ...]
+    files: tuple[Path, ...]
+
+    def json(self) -> str:
+        """Every number of the confirmation, to 12 significant digits."""
+        return _json(vars(self.confirmation))
+
+
+def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationReport:
+    """Write confirm.md, confirm.json and figures/agreement.png, *.svg to `out`."""
+    shown = confirmation_tables(confirmation)
+    images = confirmation_figures(confirmation)
+    tuned = len({match.full for match in confirmation.matches})
+    text = _page(
+        f"{confirmation.title}, confirmed",
+        f"{len(confirmation.matches)} configurations of the sweep, fine-tuned as {tuned}.",
+        [*shown, *further_confirmation_tables(confirmation)],
+        images,
+    )
+    written = {
+        out / "confirm.md": text.encode(),
+        out / "confirm.json": _json(vars(confirmation)).encode(),
+        **{out / "figures" / name: image for name, image in images.items()},
+    }
+    for path, content in written.items():
+        write_bytes(path, content)
+    return ConfirmationReport(confirmation, tuple(shown), tuple(written))
+
+
+def _markdown(
+    comparison: Comparison,
+    tables: list[Table],
+    images: Mapping[str, bytes],
+    notes: Sequence[str],
+) -> str:
+    runs = int(comparison.ranking["seeds"].sum())
+    line = f"{comparison.ranking.height} configurations, {runs} runs."
+    page = _page(comparison.title, line, tables, images)
+    return "\n".join([page, *(f"- {escape(note)}\n" for note in notes)])
+
+
+def _page(title: str, line: str, tables: list[Table], images: Mapping[str, bytes]) -> str:
+    parts = [
+        f"# {escape(title)}\n",
+        f"{line}\n",
+        *(
+            f"![{caption}](figures/{name}.png)\n"
+            for name, caption in _CAPTIONS.items()
+            if f"{name}.png" in images
+        ),
+        *(markdown(table) for table in tables),
+    ]
+    return "\n".join(parts)
+
+
+def _json(found: Mapping[str, Any]) -> str:
+    return json.dumps(_rounded(dict(found)), indent=1, allow_nan=False) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """For JSON, floats to 12 digits: the last ones depend on the machine's order of summation."""
+    if isinstance(value, pl.DataFrame):
+        return _rounded(value.to_dicts())
+    if is_dataclass(value):
+        return _rounded(vars(value))
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,92 @@
+"""Running a sweep: packs of runs over worker processes, resumable at any moment."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embrm.core.errors import UserError
+from embrm.core.files import exclusive, remove_temporaries
+from embrm.core.progress import progress
+from embrm.core.provenance import provenance
+from embrm.sweeps.fusing import packs
+from embrm.sweeps.ledger import finished, write_results
+from embrm.sweeps.material import evaluation_splits, laid_out, prompt_table
+from embrm.sweeps.prepare import Prepared, leaked, prepare
+from embrm.sweeps.spec import Run
+from embrm.sweeps.workers import worker_count, workers
+from embrm.training.numerics import Numerics, device, settings
+
+
+def sweep(
+    spec_path: Path,
+    cache: Path | None = None,
+    *,
+    jobs: int | None = None,
+    out: Path | None = None,
+    numerics: Numerics | None = None,
+    memory: int | None = None,
+) -> Path:
+    """Train and evaluate every run of the spec that `out` does not hold yet; returns `out`.
+
+    cache: folder, instead of the spec's own. jobs: worker processes, default one a core.
+    out: results folder, default the spec's path without `.toml`. numerics: instead of the spec's.
+    memory: bytes of states that the workers may keep; larger caches are streamed.
+    Raises: UserError for anything wrong in the spec or cache, and at the end for failed runs;
+    whatever has finished by then is kept and compacted.
+    """
+    prepared = prepare(spec_path, cache, numerics)
+    mode = prepared.spec.numerics
+    jobs = worker_count(jobs, mode)
+    out = out or spec_path.with_suffix("")
+    with exclusive(out):
+        remove_temporaries(out)
+        done = finished(out)
+        todo = [run for run in prepared.runs if run.run_id not in done]
+        failures: dict[str, str] = {}
+        interrupted = False
+        try:
+            failures = _train(prepared, todo, out=out, jobs=jobs, memory=memory)
+        except KeyboardInterrupt:
+            interrupted = True
+        header = {
+            "cache": str(prepared.cache.folder),
+            "cache_id": prepared.cache.cache_id,
+            "leaked": leaked(prepared.cache, prepared.spec, prepared.evaluate),
+            "environment": {**provenance(), "numerics": {"mode": mode, **settings(mode)}},
+        }
+        prompts = prompt_table(evaluation_splits(prepared.cache, prepared.selection))
+        write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header, prompts)
+    if interrupted:
+        raise KeyboardInterrupt
+    if failures:
+        listed = "; ".join(f"{run}: {why}" for run, why in [*failures.items()][:5])
+        more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+        raise UserError(
+            f"{len(failures)} of {len(prepared.runs)} runs failed, the others are kept: "
+            f"{listed}{more}"
+        )
+    return out
+
+
+def _train(
+    prepared: Prepared,
+    todo: Sequence[Run],
+    *,
+    out: Path,
+    jobs: int,
+    memory: int | None,
+) -> dict[str, str]:
+    """Train the runs `todo`; those that failed, with the reason."""
+    if not todo:
+        return {}
+    mode = prepared.spec.numerics
+    found = packs(
+        todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=device(mode).type != "cpu"
+    )
+    with (
+        workers(min(jobs, len(found)), mode) as running,
+        laid_out(
+            prepared.cache, prepared.selection, todo, out, memory=memory, jobs=jobs
+        ) as material,
+        progress("training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)) as bar,
+    ):
+        return running.run(material, found, out=out, bar=bar)

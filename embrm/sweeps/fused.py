@@ -1,0 +1,230 @@
+"""One pack of work: train its runs, evaluate them, and hand back the files to keep."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from embrm.core.specs import content_id
+from embrm.sweeps.evaluation import Evaluation, Rewards, ledger_row, part_tables
+from embrm.sweeps.geometry import Geometry, samples
+from embrm.sweeps.ledger import TABLES, parquet, weights_file
+from embrm.sweeps.material import Material, to_pairs
+from embrm.sweeps.spec import Run, RunSpec
+from embrm.sweeps.training import as_trained, gold_as_trained, resample
+from embrm.training import numerics
+from embrm.training.bank import Trained, TrainingData, train
+from embrm.training.ensembles import Combination, Reference
+from embrm.training.heads import score, stack
+from embrm.training.learners import Gold, Learner, fit
+from embrm.training.numerics import Numerics
+from embrm.training.states import States
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs trained together: equal in state, pairs and `TrainSpec.pack_key`."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def pack_id(self) -> str:
+        """Name of its part folder."""
+        return content_id([run.run_id for run in self.runs])
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A run's rewards, float32 [n]; of an ensemble how far its members disagree, float64 [n]."""
+
+    rewards: Rewards
+    combination: Combination
+    disagreement: NDArray[np.float64] | None
+
+
+class Trainer:
+    """Trains and evaluates packs on one material, in a process begun with `numerics`."""
+
+    def __init__(self, material: Material, mode: Numerics) -> None:
+        self._material, self._mode = material, mode
+        self._states: dict[str, States] = {}
+        self._tokens = material.tokens.open() if material.tokens else None
+        self._data: dict[tuple[Any, ...], TrainingData] = {}
+        self._training, self._validation = material.pairs("training"), material.pairs("validation")
+        splits = material.splits()
+        found = samples(material.responses(), self._training, material.selection.train, splits)
+        sampled = {name: own.rows.numpy() for name, own in found.items()}
+        # Rewards are wanted of these responses alone.
+        self._evaluation = Evaluation.of(self._validation, splits, [*sampled.values()])
+        rows = self._evaluation.rows
+        self._rows = torch.from_numpy(rows)
+        self._geometry = Geometry(found, self._tokens)
+        self._sampled = {name: np.searchsorted(rows, own) for name, own in sampled.items()}
+
+    def run(self, pack: Pack) -> dict[str, bytes]:
+        """Train and evaluate `pack`: the files to write below the results folder, in order."""
+        start = time.time()
+        asked = pack.runs[0].spec
+        data = self._training_data(asked)
+        if asked.learner:
+            trained = [self._fitted(asked, asked.learner, data)] * len(pack.runs)
+        else:
+            trained = self._train([run.spec for run in pack.runs], data)
+        after_training = time.time()
+        scored = self._scored(pack, trained, data)
+        after_scoring = time.time()
+        files: dict[str, bytes] = {}
+        ledger: list[dict[str, Any]] = []
+        curves: list[dict[str, Any]] = []
+        outcomes: list[dict[str, Any]] = []
+        cache_id = self._material.selection.cache_id
+        for run, result, own in zip(pack.runs, trained, scored, strict=True):
+            row = ledger_row(
+                run,
+                result.curve,
+                result.best_epoch,
+                finite=own is not None,
+                diverged=result.diverged,
+                cache_id=cache_id,
+                train_pairs=0 if asked.learner and asked.learner.reads_gold else len(data.train),
+                validation_pairs=len(data.validation),
+                bsr_effective=run.spec.bsr_effective(min(run.spec.batch_pairs, len(data.train))),
+                numerics=numerics.in_use(self._mode),
+            )
+            curves += [{"run_id": run.run_id, **point} for point in result.curve]
+            if own is not None:
+                content, row["weights_sha256"] = weights_file(
+                    run,
+                    cache_id,
+                    result.parameters,
+                    result.preprocess,
+                    own.combination.reference,
+                )
+                files[f"weights/{run.run_id}.safetensors"] = content
+                columns, sums = self._evaluation.measure(run.run_id, own.rewards)
+                row |= columns
+                if own.disagreement is not None:
+                    row |= self._evaluation.disagreement(own.disagreement)
+                outcomes += sums
+            ledger.append(row)
+        geometry = self._measured(pack, trained, scored, data)
+        tables = part_tables(
+            ledger,
+            curves,
+            outcomes,
+            start=start,
+            trained=after_training,
+            scored=after_scoring,
+            end=time.time(),
+        )
+        tables["geometry"] = geometry
+        folder = f"parts/{pack.pack_id}"
+        return files | {f"{folder}/{name}.parquet": parquet(tables[name]) for name in TABLES}
+
+    def _fitted(self, spec: RunSpec, learner: Learner, data: TrainingData) -> Trained:
+        gold = None
+        if learner.reads_gold:
+            table = gold_as_trained(self._material.gold(), spec)
+            gold = Gold(*(torch.tensor(table[name].to_numpy()) for name in ("response", "gold")))
+        return fit(learner, spec.preprocess, spec.seed, data, gold)
+
+    def _measured(
+        self,
+        pack: Pack,
+        trained: Sequence[Trained],
+        scored: Sequence[_Scored | None],
+        data: TrainingData,
+    ) -> pl.DataFrame:
+        """Geometry of the runs that did not diverge."""
+        heads, rewarded = {}, {}
+        for run, result, own in zip(pack.runs, trained, scored, strict=True):
+            if own is not None:
+                heads[run.run_id] = result.parameters
+                rewarded[run.run_id] = {n: own.rewards[at] for n, at in self._sampled.items()}
+        spec, preprocess = pack.runs[0].spec, trained[0].preprocess
+        return self._geometry.measure(spec, data.states, preprocess, heads, rewarded)
+
+    def _training_data(self, spec: RunSpec) -> TrainingData:
+        key, view = spec.data_key(), spec.state
+        if key not in self._data:
+            if view not in self._states:
+                self._states[view] = self._on_device(self._material.states[view].open())
+            self._data[key] = TrainingData(
+                self._states[view],
+                to_pairs(as_trained(self._training, spec)),
+                to_pairs(self._validation),
+                self._tokens,
+            )
+        return self._data[key]
+
+    def _on_device(self, states: States) -> States:
+        device = numerics.device(self._mode)
+        return states if device.type == "cpu" else States(states.values.to(device))
+
+    def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[Trained]:
+        """Train the runs of a pack, ensembles one member after the other; runs that differ in how
+        members are combined alone, once.
+
+        An ensemble's parameters are its members', [members, ...]; its curve and best epoch are the
+        first member's, and it has diverged where any member has.
+        """
+        asked = [spec.member(0) for spec in specs]
+        distinct = [*dict.fromkeys(asked)]
+        members = []
+        for number in range(specs[0].members):
+            heads = [spec.member(number) for spec in distinct]
+            members.append(train(heads, self._seen(heads[0], data)))
+        found = map(_ensemble, zip(*members, strict=True))
+        known = dict(zip(distinct, found, strict=True))
+        return [known[spec] for spec in asked]
+
+    def _seen(self, member: RunSpec, data: TrainingData) -> TrainingData:
+        """What of the training pairs a member is trained on."""
+        if not member.bootstrap:
+            return data
+        rows = resample(as_trained(self._training, member), member.seed)
+        return data.resampled(torch.from_numpy(rows))
+
+    def _scored(
+        self, pack: Pack, trained: Sequence[Trained], data: TrainingData
+    ) -> list[_Scored | None]:
+        """The responses `_rows` under every run; None where not all rewards are finite."""
+        found: list[_Scored | None] = [None] * len(trained)
+        good = [index for index, result in enumerate(trained) if result.diverged is None]
+        if not good:
+            return found
+        bank = stack([trained[index].parameters for index in good])
+
+        def by_run(rows: torch.Tensor) -> torch.Tensor:
+            scored = score(bank, trained[0].preprocess, data.states, rows)
+            return scored.unflatten(0, (len(good), -1))
+
+        several = pack.runs[0].spec.members > 1
+        on_training = by_run(data.responses()) if several else None
+        for place, (index, heads) in enumerate(zip(good, by_run(self._rows), strict=True)):
+            spec = pack.runs[index].spec
+            reference, disagreement = None, None
+            if on_training is not None:
+                reference = Reference.of(on_training[place])
+                disagreement = reference.disagreement(heads).numpy()
+            combination = Combination(
+                spec.combine, spec.penalty, None if spec.combine == "mean" else reference
+            )
+            rewards = combination(heads).numpy()
+            if np.isfinite(rewards).all():
+                found[index] = _Scored(rewards, combination, disagreement)
+        return found
+
+
+def _ensemble(heads: Sequence[Trained]) -> Trained:
+    diverged = next((head.diverged for head in heads if head.diverged is not None), None)
+    if len(heads) == 1 or heads[0].diverged is not None:
+        return heads[0]
+    if diverged is not None:
+        return replace(heads[0], parameters={}, best_epoch=0, diverged=diverged)
+    return replace(heads[0], parameters=stack([head.parameters for head in heads]))

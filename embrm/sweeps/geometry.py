@@ -1,0 +1,248 @@
+"""Geometry of the runs of a sweep: what `embrm.metrics.geometry` measures, on a worker's material.
+
+The same responses are measured for every run; what no run changes about them is computed once.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from embrm.metrics.accuracy import EvaluationSplit
+from embrm.metrics.geometry import MEASURES, correlation, drift, shape, spread
+from embrm.metrics.geometry import sample as evenly
+from embrm.sweeps.ledger import GEOMETRY_SCHEMA, training_name
+from embrm.sweeps.spec import RunSpec
+from embrm.training.heads import (
+    UP,
+    Parameters,
+    Preprocess,
+    adapted,
+    adapter_inner,
+    adapter_readouts,
+)
+from embrm.training.regularizers import divergence, moved
+from embrm.training.states import States
+from embrm.training.tokens import LmHead, TokenData, TokenRows, TopK, facts
+
+REWARD_POSITION = "last"
+"""The view whose states are the LM's at one position: a mean of states predicts no next token."""
+
+_TOKEN_ROWS = 1
+"""Token rows measured of a response."""
+
+_TOP_K = 64
+"""Largest logits kept of a reward position."""
+
+_EXACT = 1 << 13
+"""Tokens of the largest vocabulary whose every logit is compared at the reward position, not just
+the largest: where the next token is near certain, many unlikely ones make up the divergence."""
+
+_WORDS = 4096
+"""Tokens whose logits are computed at a time."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Responses that are measured. rows: int64 [n], ascending; lengths, S: float64 [n]."""
+
+    rows: Tensor
+    lengths: NDArray[np.float64]
+    S: NDArray[np.float64]
+
+
+def samples(
+    responses: pl.DataFrame,
+    training: pl.DataFrame,
+    train: Sequence[str],
+    splits: Mapping[str, EvaluationSplit],
+) -> dict[str, Sample]:
+    """What is measured: of every split, and of the responses of the training pairs, whatever a
+    run's limit. responses: n_response and S of all; train: the splits trained on."""
+    trained_on = [training[side].to_numpy() for side in ("chosen", "rejected")]
+    lengths, S = (responses[of].cast(pl.Float64).to_numpy() for of in ("n_response", "S"))
+    every = {training_name(train): np.unique(np.concatenate(trained_on).astype(np.int64))}
+    every |= {name: split.rows for name, split in splits.items()}
+    some = {name: evenly(rows) for name, rows in every.items()}
+    return {
+        name: Sample(torch.from_numpy(rows), lengths[rows], S[rows]) for name, rows in some.items()
+    }
+
+
+def measured_row(
+    run_id: str,
+    split: str,
+    sample: Sample,
+    found: Mapping[str, float],
+    rewards: NDArray[np.float32],
+) -> dict[str, Any]:
+    """Of `GEOMETRY_SCHEMA`: what was `found` of the states of `sample`, and how its rewards go
+    along with length and S; undefined numbers null."""
+    r = rewards.astype(np.float64)
+    of_rewards = {
+        "corr_length": correlation(r, sample.lengths),
+        "corr_S": correlation(r, sample.S),
+    }
+    row = dict.fromkeys(MEASURES, math.nan) | dict(found) | of_rewards
+    return {"run_id": run_id, "split": split, "responses": len(r)} | {
+        name: x if math.isfinite(x) else None for name, x in row.items()
+    }
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """samples: by split. tokens: where the material has token rows."""
+
+    samples: dict[str, Sample]
+    tokens: TokenData | None
+    _shapes: dict[Any, dict[str, dict[str, float]]] = field(default_factory=dict, repr=False)
+    _rewarded: dict[str, TokenData] = field(default_factory=dict, repr=False)
+
+    @torch.no_grad()
+    def measure(
+        self,
+        spec: RunSpec,
+        states: States,
+        preprocess: Preprocess,
+        heads: Mapping[str, Parameters],
+        rewards: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    ) -> pl.DataFrame:
+        """Of runs of one pack, a row a run and split: `GEOMETRY_SCHEMA`, undefined numbers null.
+
+        spec: of any of them. heads: by run id; adapters of several slots are an ensemble's, whose
+        numbers are the mean over them. rewards: by run id and split, of the sample. Heads are
+        measured one after the other, so that none's bits depend on the others.
+        """
+        rows: list[dict[str, Any]] = []
+        for split, sample in self.samples.items():
+            moving = {run_id: _slots(own) for run_id, own in heads.items() if UP in own}
+            measured: dict[str, dict[str, float]] = {run_id: {} for run_id in heads}
+            if len(moving) < len(heads):
+                unmoved = self._shape(spec, split, states, preprocess)
+                measured = {run_id: dict(unmoved) for run_id in heads}
+            if moving:
+                X = preprocess(states.take(sample.rows).cpu())
+                for run_id, slots in moving.items():
+                    measured[run_id] = _mean([_moved_by(slot, X) for slot in slots])
+                if self.tokens is not None:
+                    self._divergences(spec, split, states, moving, measured)
+            for run_id, found in measured.items():
+                r = rewards[run_id][split]
+                rows.append(measured_row(run_id, split, sample, found, r))
+        states.let_go()
+        return pl.DataFrame(rows, schema=GEOMETRY_SCHEMA)
+
+    def _shape(
+        self, spec: RunSpec, split: str, states: States, preprocess: Preprocess
+    ) -> dict[str, float]:
+        """Of the states themselves, once for all heads that read them so."""
+        # Preprocessing is fitted on the training pairs, which these cut.
+        cut = spec.pairs_limit, spec.fold, spec.labels
+        key = spec.state, spec.preprocess, cut if preprocess.mean is not None else None
+        known = self._shapes.setdefault(key, {})
+        if split not in known:
+            known[split] = shape(preprocess(states.take(self.samples[split].rows).cpu()))
+        return known[split]
+
+    def _divergences(
+        self,
+        spec: RunSpec,
+        split: str,
+        states: States,
+        moving: Mapping[str, Sequence[Parameters]],
+        measured: dict[str, dict[str, float]],
+    ) -> None:
+        """Enter the mean KL of every run at token rows and at the reward position, and the drift at
+        token rows."""
+        assert self.tokens is not None
+        rows = self.samples[split].rows
+        exact = len(self.tokens.head.weight.values) <= _EXACT
+        found: list[tuple[str, TokenData, Tensor, TopK]] = [("kl_tokens", self.tokens, rows, None)]
+        if spec.state == REWARD_POSITION:
+            own = self._rewarded_at(split, states)
+            found.append(("kl_reward", own, torch.arange(len(rows)), "all" if exact else None))
+        for name, data, responses, top_k in found:
+            if (data.starts[responses] == data.starts[responses + 1]).all():
+                continue  # none has a token row
+            draws = spread(len(responses))
+            tokens = data.read(responses, rows=_TOKEN_ROWS, top_k=top_k, draws=draws)
+            for run_id, slots in moving.items():
+                measured[run_id] |= _mean([{name: _divergence(tokens, slot)} for slot in slots])
+                if data is self.tokens:
+                    drifts = [drift(tokens.X, adapted(slot, tokens.X)) for slot in slots]
+                    measured[run_id]["drift_tokens"] = sum(drifts) / len(drifts)
+            data.let_go()
+
+    def _rewarded_at(self, split: str, states: States) -> TokenData:
+        """The sample's reward positions, as if each were a response's one token row."""
+        assert self.tokens is not None
+        if not self._rewarded:
+            every = [sample.rows for sample in self.samples.values()]
+            X = states.take(torch.cat(every)).cpu().clone()
+            table = reward_positions(self.tokens.head, X)
+            counts = [len(rows) for rows in every]
+            for name, own, found in zip(
+                self.samples, X.split(counts), table.split(counts), strict=True
+            ):
+                self._rewarded[name] = TokenData(
+                    states=States(own),
+                    facts=States(found),
+                    tail_means=None,
+                    head=self.tokens.head,
+                    starts=np.arange(len(own) + 1),
+                    positions=np.ones(len(own), np.int64),
+                    S=np.zeros(len(own)),
+                )
+        return self._rewarded[split]
+
+
+def reward_positions(head: LmHead, X: Tensor) -> Tensor:
+    """`TokenData.facts` of positions that are no cached token rows, from their states X [n, d].
+
+    The target is the likeliest token. The vocabulary is read in parts, once.
+    """
+    top_logits, top_ids = X.new_empty(len(X), 0), torch.empty(len(X), 0, dtype=torch.int64)
+    normaliser = X.new_full((len(X),), -torch.inf)
+    for words in torch.arange(len(head.weight.values)).split(_WORDS):
+        bias = None if head.bias is None else head.bias[words]
+        own = LmHead(States(head.weight.take(words)), bias, head.scale, head.softcap)
+        logits = own.logits(X)
+        normaliser = torch.logaddexp(normaliser, logits.logsumexp(1))
+        both = torch.cat([top_logits, logits], 1)
+        every = torch.cat([top_ids, words.expand(len(X), -1)], 1)
+        top_logits, places = both.topk(min(_TOP_K, both.shape[1]), 1)
+        top_ids = every.gather(1, places)
+    head.weight.let_go()
+    ids, top = top_ids.int().numpy(), top_logits.numpy()
+    return torch.from_numpy(facts(ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top))
+
+
+def _slots(parameters: Parameters) -> list[Parameters]:
+    """Banks of one slot each."""
+    count = len(parameters[UP])
+    return [
+        {name: tensor[slot : slot + 1] for name, tensor in parameters.items()}
+        for slot in range(count)
+    ]
+
+
+def _mean(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+
+
+def _moved_by(parameters: Parameters, X: Tensor) -> dict[str, float]:
+    after = adapted(parameters, X)
+    return {**shape(after), "drift": drift(X, after)}
+
+
+def _divergence(tokens: TokenRows, parameters: Parameters) -> float:
+    """Mean KL(p ‖ p̃) of the rows under a bank of one slot with an adapter."""
+    [inner] = adapter_inner(parameters, tokens.X)
+    [readouts] = adapter_readouts(parameters, tokens.vectors)
+    return float(divergence(tokens, moved(tokens, inner, readouts)).double().mean())

@@ -1,0 +1,276 @@
+"""What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError
+from embrm.core.files import TEMPORARY, disk_errors
+from embrm.core.progress import progress
+from embrm.data.splits import holdout
+from embrm.metrics.accuracy import EvaluationSplit
+from embrm.sweeps.mapped import MappedFile, TokenFiles, write_rows
+from embrm.sweeps.spec import Run, RunSpec, Selection
+from embrm.sweeps.tables import read_tables
+from embrm.sweeps.training import with_rules
+from embrm.sweeps.views import open_view
+from embrm.training.learners import LIBRARY_BYTES
+from embrm.training.objectives import Pairs
+from embrm.training.regularizers import FISHER_AT_ONCE
+from embrm.training.states import WINDOW_BYTES
+
+PROCESS_BYTES = 410_000_000
+"""What this process and each worker take before any state is kept: Python, libraries, buffers."""
+
+LEAST_RESIDENT = WINDOW_BYTES
+"""Bytes of states that a worker must be able to keep."""
+
+_TABLES = ("training", "validation", "gold", "pairs", "members", "responses")
+_TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
+_PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
+_MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a worker reads: files, so that starting a worker hands over names alone.
+
+    states: by view. tokens: what regularizers read, if any run has one or an adapter. tables: Arrow
+    files of training and validation (chosen, rejected, label, weight, margin, by pair id), of the
+    gold that is learned from, if any run does, and of the pairs, members and responses (n_response,
+    S) to evaluate on.
+    """
+
+    selection: Selection
+    states: dict[str, MappedFile]
+    tokens: TokenFiles | None
+    tables: dict[str, Path]
+
+    def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
+        """Pairs to train on, for `training.as_trained`, or to validate on."""
+        return pl.read_ipc(self.tables[side])
+
+    def gold(self) -> pl.DataFrame:
+        """Gold to train on: see `with_gold`."""
+        return pl.read_ipc(self.tables["gold"])
+
+    def splits(self) -> dict[str, EvaluationSplit]:
+        """Every split that is not trained on, by name."""
+        pairs, members = (pl.read_ipc(self.tables[name]) for name in ("pairs", "members"))
+        return _splits(pairs, members, self.responses()["n_response"].to_numpy())
+
+    def responses(self) -> pl.DataFrame:
+        """Tokens (n_response) and log-probability (S) of every response."""
+        return pl.read_ipc(self.tables["responses"])
+
+
+def select(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Training and validation pairs of `cache`, split by prompt, both sorted by pair id, a hash;
+    what training reads."""
+    tables = read_tables(cache, selection.scenarios)
+    trained_on = tables.pairs.lazy().filter(pl.col("split").is_in(selection.train))
+    pairs = trained_on.select("pair_id", "prompt_id", *_TRAINED_ON).sort("pair_id").collect()
+    held = pl.Series(holdout(pairs["prompt_id"], selection.validation, 0))
+    return pairs.filter(~held), pairs.filter(held)
+
+
+def with_gold(cache: Cache, selection: Selection) -> pl.DataFrame:
+    """Group members of the training splits but those of prompts that validate: response int64,
+    prompt_id and gold, by response."""
+    members = read_tables(cache, selection.scenarios).members
+    found = members.filter(pl.col("split").is_in(selection.train)).select(
+        pl.col("response").cast(pl.Int64), "prompt_id", "gold"
+    )
+    held = pl.Series(holdout(found["prompt_id"], selection.validation, 0), dtype=pl.Boolean)
+    return found.filter(~held).sort("response", maintain_order=True)
+
+
+def to_pairs(table: pl.DataFrame) -> Pairs:
+    """Pairs as tensors."""
+
+    def tensor(column: str, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(table[column].to_numpy(), dtype=dtype)
+
+    return Pairs(
+        chosen=tensor("chosen", torch.int64),
+        rejected=tensor("rejected", torch.int64),
+        label=tensor("label", torch.float32),
+        weight=tensor("weight", torch.float32),
+        margin=None if table["margin"].null_count() else tensor("margin", torch.float32),
+    )
+
+
+def evaluation_splits(cache: Cache, selection: Selection) -> dict[str, EvaluationSplit]:
+    """Every split that is not trained on, prepared for evaluation."""
+    return _splits(*_evaluated(cache, selection), cache.n_response)
+
+
+def _evaluated(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Pairs and members that are not trained on."""
+    other = ~pl.col("split").is_in(selection.train)
+    tables = read_tables(cache, selection.scenarios)
+    return tables.pairs.filter(other).select(_PAIRS), tables.members.filter(other).select(_MEMBERS)
+
+
+def _splits(
+    pairs: pl.DataFrame, members: pl.DataFrame, n_response: NDArray[np.int32]
+) -> dict[str, EvaluationSplit]:
+    return {
+        split: EvaluationSplit.of(
+            pairs.filter(pl.col("split") == split),
+            members.filter(pl.col("split") == split),
+            n_response,
+        )
+        for split in sorted({*pairs["split"], *members["split"]})
+    }
+
+
+def prompt_table(splits: Mapping[str, EvaluationSplit]) -> pl.DataFrame:
+    """The prompts of all splits, with what no run changes: split, `accuracy.PROMPTS`."""
+    return pl.concat(
+        split.prompts.select(pl.lit(name).alias("split"), pl.all())
+        for name, split in splits.items()
+    )
+
+
+@contextmanager
+def laid_out(
+    cache: Cache,
+    selection: Selection,
+    runs: Sequence[Run],
+    folder: Path,
+    *,
+    memory: int | None = None,
+    jobs: int = 1,
+) -> Iterator[Material]:
+    """Prepare what `runs` need; it lies below `folder` until the block is left.
+
+    memory: bytes that this process and `jobs` workers together may take, their libraries included;
+    where what they map does not fit, workers stream it. None: no limit of our own.
+
+    Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
+    """
+    views = [open_view(cache, name) for name in sorted({run.spec.state for run in runs})]
+    with_tokens = _reads_tokens(cache, runs)
+    token_bytes = TokenFiles.size(cache) if with_tokens else 0
+    vocabulary = cache.vocabulary if with_tokens else 0
+    read = max((_minibatch_bytes(cache, vocabulary, run) for run in runs), default=0)
+    read = max(read, _learner_bytes(cache, selection, [run.spec for run in runs]))
+    share = _share(
+        sum(view.size for view in views) + token_bytes, memory, jobs, PROCESS_BYTES + read
+    )
+    table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
+    state_paths = {view.name: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
+    token_paths = TokenFiles.paths(folder)
+    shards = len(cache.manifest.shards)
+    try:
+        for name, table in _tables(cache, selection, [run.spec for run in runs]):
+            with disk_errors(table_paths[name]):
+                folder.mkdir(parents=True, exist_ok=True)
+                table.write_ipc(table_paths[name], compression="uncompressed")
+            del table
+        states: dict[str, MappedFile] = {}
+        tokens = None
+        with progress("reading states", (len(views) + with_tokens) * shards, "shards") as bar:
+            for view in views:
+                path = state_paths[view.name]
+                write_rows(path, view.shards(), bar)
+                resident = None if share is None else int(share * view.size)
+                states[view.name] = MappedFile(path, view.shape, view.dtype, resident)
+            if with_tokens:
+                tokens = TokenFiles.write(cache, folder, share, bar)
+        yield Material(selection, states, tokens, table_paths)
+    finally:
+        for path in (*table_paths.values(), *state_paths.values(), *token_paths.values()):
+            path.unlink(missing_ok=True)
+
+
+def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:
+    """Regularizers do, and an adapter's geometry where it can: a run's numbers must not depend on
+    which other runs are left to do."""
+    if any(run.spec.active_regularizer for run in runs):
+        return True
+    adapters = any(run.spec.head.adapter for run in runs)
+    return adapters and cache.layout.top_k is not None and cache.vocabulary > 0
+
+
+def _tables(
+    cache: Cache, selection: Selection, specs: Sequence[RunSpec]
+) -> Iterator[tuple[str, pl.DataFrame]]:
+    """The tables of `_TABLES`; none of them is kept, nor what they are made from."""
+    cache = open_cache(cache.folder)
+    training, validation = select(cache, selection)
+    yield "training", with_rules(training, specs).drop("pair_id", "prompt_id")
+    yield "validation", validation.select(_TRAINED_ON)
+    del training, validation
+    if any(spec.learner and spec.learner.reads_gold for spec in specs):
+        yield "gold", with_gold(cache, selection)
+    pairs, members = _evaluated(cache, selection)
+    yield "pairs", pairs
+    yield "members", members
+    del pairs, members
+    yield "responses", cache.responses.select("n_response", "S")
+    read_tables.cache_clear()
+
+
+def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
+    """At most, of what a minibatch reads of token rows: above all the vectors of its candidates
+    and tails, in float32, and a quarter of that for what is computed from them."""
+    regularizer, layout = run.spec.active_regularizer, cache.layout
+    if regularizer is None or layout.top_k is None:
+        return 0
+    _, rows, top_k = regularizer.reads
+    responses = min(2 * run.spec.batch_pairs, cache.manifest.n_responses)
+    if not regularizer.moves_states:
+        responses, rows = FISHER_AT_ONCE, None
+    positions = responses * (int(cache.n_token_rows.max()) if rows is None else rows)
+    if top_k == "all":
+        return 5 * (vocabulary * cache.width + positions * (cache.width + 6 * vocabulary))
+    candidates = positions * (2 + (layout.top_k if top_k is None else top_k))
+    return 5 * cache.width * (min(vocabulary, candidates) + 2 * positions)
+
+
+def _learner_bytes(cache: Cache, selection: Selection, specs: Sequence[RunSpec]) -> int:
+    """At most, of what scikit-learn and a fit take: it wants all rows in memory, in float64."""
+    learning = [spec for spec in specs if spec.learner]
+    if not learning:
+        return 0
+    training, _ = select(cache, selection)
+    ends = pl.concat([training["chosen"], training["rejected"]])
+    soft = any(spec.labels for spec in learning) or not training["label"].is_in([0.0, 1.0]).all()
+    gold = any(spec.learner.reads_gold for spec in learning if spec.learner)
+    rows = {
+        "logistic": len(training) * (1 + soft),
+        "ridge": len(with_gold(cache, selection)) if gold else 0,
+        "gradient_boosting": 2 * ends.n_unique(),
+    }
+    return LIBRARY_BYTES + max(
+        spec.learner.room(rows[spec.learner.kind], open_view(cache, spec.state).shape[1])
+        for spec in learning
+        if spec.learner
+    )
+
+
+def _share(size: int, memory: int | None, jobs: int, needed: int) -> float | None:
+    """Part of the `size` bytes of mapped files that each worker may keep; None: all.
+
+    needed: bytes that a worker takes beside them.
+    """
+    if memory is None:
+        return None
+    left = memory - PROCESS_BYTES - jobs * needed
+    if left < jobs * LEAST_RESIDENT:
+        least = (PROCESS_BYTES + jobs * (needed + LEAST_RESIDENT)) / 1e9
+        raise UserError(
+            f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
+            "raise it, or lower --jobs"
+        )
+    return None if size <= left else left / jobs / size

@@ -1,0 +1,271 @@
+"""A sweep checked against its cache, before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from embrm.cache.reader import Cache, open_cache
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import read_toml
+from embrm.sweeps.material import select, with_gold
+from embrm.sweeps.spec import (
+    Configuration,
+    Run,
+    RunSpec,
+    Selection,
+    SweepSpec,
+    configurations,
+    runs,
+)
+from embrm.sweeps.tables import read_tables
+from embrm.sweeps.training import as_trained, gold_as_trained, pinned, with_rules
+from embrm.sweeps.views import AFTER_FINAL_NORM, missing_S, open_view
+from embrm.training.numerics import Numerics
+from embrm.training.regularizers import READS_S
+from embrm.training.tokens import WHOLE_VOCABULARY
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep checked against its cache."""
+
+    spec: SweepSpec
+    cache: Cache
+    selection: Selection
+    runs: list[Run]
+    evaluate: list[str]
+    training_pairs: int
+
+
+def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | None) -> Prepared:
+    """Read the spec, open its cache, and check one against the other.
+
+    cache_folder, numerics: instead of the spec's own.
+    Raises: UserError for anything wrong in the spec or cache.
+    """
+    where = str(spec_path)
+    spec = SweepSpec.parse(read_toml(spec_path), where)
+    spec = spec.model_copy(update={"numerics": numerics or spec.numerics})
+    found = pin(configurations(spec, where), where)
+    cache = cache_for(spec, cache_folder, where)
+    selection, training_pairs, evaluate = check(spec, found, cache, where)
+    _check_regularizers(found, cache, where)
+    _check_gold(found, cache, selection, where)
+    for configuration in found:
+        run = f"{where}: run {configuration.name!r}"
+        asked = configuration.spec
+        try:
+            open_view(cache, asked.state)
+        except UserError as error:
+            raise UserError(f"{run}: {error}") from None
+        if (asked.head.adapter or asked.regularizer) and asked.state not in AFTER_FINAL_NORM:
+            raise UserError(
+                f"{run}: state {asked.state!r}: adapters and regularizers act on states after the "
+                f"final norm: take state = {' or '.join(map(repr, AFTER_FINAL_NORM))}"
+            )
+    return Prepared(
+        training_pairs=training_pairs,
+        spec=spec,
+        cache=open_cache(cache.folder),  # without the tables read so far: a sweep takes hours
+        selection=selection,
+        runs=runs(found, spec.seeds, selection, spec.numerics),
+        evaluate=evaluate,
+    )
+
+
+def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:
+    """The cache in `folder`, or else the spec's own. Raises: UserError when there is none."""
+    folder = folder or (Path(spec.cache) if spec.cache else None)
+    if folder is None:
+        raise UserError(f"{where}: cache is missing: add cache = 'cache/NAME', or pass --cache")
+    return open_cache(folder)
+
+
+def check(
+    spec: SweepSpec, found: Sequence[Configuration], cache: Cache, where: str
+) -> tuple[Selection, int, list[str]]:
+    """Which pairs are trained on, how many they are, and the splits to evaluate on.
+
+    Raises: UserError where `cache` lacks splits, pairs or margins that the spec read from `where`
+    asks for.
+    """
+    folder = cache.folder
+    try:
+        splits = read_tables(cache, spec.scenarios).splits
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    for field, names in (("train", spec.train), ("evaluate", spec.evaluate or ())):
+        for name in names:
+            if name not in splits:
+                raise UserError(
+                    f"{where}: {field} split {name!r} is not in {folder}: {nearest(name, splits)}"
+                )
+    selection = spec.selection(cache.cache_id)
+    training, validation = select(cache, selection)
+    if not len(training):
+        raise UserError(
+            f"{where}: no training pairs in {', '.join(spec.train)}: choose other train splits"
+        )
+    if spec.validation and not len(validation):
+        raise UserError(
+            f"{where}: validation = {spec.validation:g} keeps no prompt of "
+            f"{training['prompt_id'].n_unique()}: raise it, or set validation = 0"
+        )
+    for side, pairs in (("training", training), ("validation", validation)):
+        if len(pairs) and not pairs["weight"].sum():
+            raise UserError(f"{where}: every {side} pair has weight 0: give some a weight above 0")
+    others = [split for split in splits if split not in spec.train]
+    if not others:
+        raise UserError(
+            f"{where}: {folder} has no split to evaluate on beside {', '.join(spec.train)}: "
+            "extract one with another --data, or hold out prompts with holdout in its spec"
+        )
+    for configuration in found:
+        run = f"{where}: run {configuration.name!r}"
+        asked = configuration.spec
+        if asked.pairs_limit and asked.pairs_limit > len(training):
+            raise UserError(
+                f"{run}: pairs_limit = {asked.pairs_limit}, but there are {len(training)} "
+                "training pairs: lower or remove it"
+            )
+        pairs = training
+        if asked.labels or asked.fold:
+            try:
+                pairs = as_trained(with_rules(training, [asked]), asked)
+            except UserError as error:
+                raise UserError(f"{run}: {error}") from None
+            if not pairs["weight"].sum():
+                raise UserError(
+                    f"{run}: its label table and fold leave no pair to train on: change one of them"
+                )
+        no_margin = pairs["margin"].null_count()
+        if asked.margin_scale is not None and no_margin:
+            raise UserError(
+                f"{run}: margin_scale = {asked.margin_scale:g}, but {no_margin} of "
+                f"{len(pairs)} training pairs have no margin: use margin instead"
+            )
+    return selection, len(training), list(spec.evaluate) if spec.evaluate else others
+
+
+def pin(found: Sequence[Configuration], where: str) -> list[Configuration]:
+    """`found` with the digests of their label tables, where they have one.
+
+    Raises: UserError when a table is missing, or two configurations differ in its path alone.
+    """
+    known: dict[RunSpec, str] = {}
+    out = []
+    for one in found:
+        if one.spec.labels is None:
+            out.append(one)
+            continue
+        try:
+            labels = pinned(one.spec.labels)
+        except UserError as error:
+            raise UserError(f"{where}: run {one.name!r}: {error}") from None
+        content = one.spec.model_copy(update={"labels": labels.partition("#")[2]})
+        if known.setdefault(content, one.name) != one.name:
+            raise UserError(
+                f"{where}: runs {known[content]!r} and {one.name!r} have label tables of the same "
+                "content: remove one"
+            )
+        out.append(replace(one, spec=one.spec.model_copy(update={"labels": labels})))
+    return out
+
+
+def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str) -> None:
+    """Whether the cache has what the regularizers of `found` read."""
+    users = [
+        (f"{where}: run {one.name!r}", regularizer)
+        for one in found
+        if (regularizer := one.spec.active_regularizer)
+    ]
+    if not users:
+        return
+    layout, folder = cache.layout, cache.folder
+    S_missing = missing_S(cache)
+    for run, regularizer in users:
+        kind = f"regularizer {regularizer.kind!r}"
+        if layout.top_k is None:
+            raise UserError(
+                f"{run}: {kind} reads token rows, and {folder} has none: "
+                "extract with --token-rows 8"
+            )
+        if not cache.vocabulary:
+            raise UserError(
+                f"{run}: {kind} reads the LM head, and {folder} has none: extract one with embrm "
+                "extract --model"
+            )
+        if regularizer.top_k == "all":
+            if cache.vocabulary > WHOLE_VOCABULARY:
+                raise UserError(
+                    f"{run}: top_k = 'all' with {cache.vocabulary} tokens: it is for vocabularies "
+                    f"of at most {WHOLE_VOCABULARY}: leave top_k out"
+                )
+        elif layout.top_k < (regularizer.top_k or 1):
+            raise UserError(
+                f"{run}: top_k = {regularizer.top_k or 1}, and {folder} keeps {layout.top_k} "
+                "logits a token row: lower it, or extract with "
+                f"--top-k {regularizer.top_k or 32}"
+            )
+        if regularizer.kind in READS_S and S_missing:
+            raise UserError(
+                f"{run}: {kind} reads S, the responses' log-probability, and {folder} lacks it for "
+                f"{S_missing} responses: take grm-dpo or preserve-kl, or extract them with embrm "
+                "extract"
+            )
+
+
+def _check_gold(
+    found: Sequence[Configuration], cache: Cache, selection: Selection, where: str
+) -> None:
+    """Whether the training splits have the gold that some of `found` learn from."""
+    asked = [one for one in found if one.spec.learner and one.spec.learner.reads_gold]
+    table = with_gold(cache, selection) if asked else None
+    for one in asked:
+        assert table is not None
+        assert one.spec.learner is not None
+        run = f"{where}: run {one.name!r}: learner {one.spec.learner.kind!r} reads gold"
+        gold = gold_as_trained(table, one.spec)["gold"]
+        if gold.is_empty():
+            raise UserError(
+                f"{run}, and {', '.join(selection.train)} has no group members to train on: train "
+                "on groups of responses with gold scores, or take another learner"
+            )
+        bad = int(gold.is_finite().not_().sum())
+        if bad:
+            raise UserError(
+                f"{run}: that of {bad} of {len(gold)} training responses is not finite: remove "
+                "them from the data and extract again"
+            )
+        if gold.n_unique() == 1:
+            raise UserError(
+                f"{run}, and that of all {len(gold)} training responses is {gold[0]:g}: nothing "
+                "can be learned from it, take another learner or other data"
+            )
+
+
+def leaked(cache: Cache, spec: SweepSpec, evaluate: Sequence[str]) -> dict[str, list[str]]:
+    """Evaluation split → ids of its prompts that also occur in the train splits.
+
+    The cache's report knows equal prompts of unequal spelling for splits named train; equal ids
+    are leaks whatever a split that is trained on is called.
+    """
+    tables = read_tables(cache, spec.scenarios)
+    trained = tables.pairs.filter(pl.col("split").is_in(spec.train))["prompt_id"].implode()
+    # Of the splits that scenarios divide the report cannot tell which part has an equal prompt.
+    sources = spec.scenarios.splits if spec.scenarios else spec.train
+    found: dict[str, list[str]] = {}
+    for split in evaluate:
+        reported = cache.leaks.filter(
+            pl.col("train_split").is_in(sources), pl.col("eval_split") == split
+        )["prompt_ids"]
+        asked = pl.concat(
+            table.filter(pl.col("split") == split)["prompt_id"]
+            for table in (tables.pairs, tables.members)
+        )
+        shared = {*reported.explode().drop_nulls(), *asked.filter(asked.is_in(trained))}
+        if shared:
+            found[split] = sorted(shared)
+    return found

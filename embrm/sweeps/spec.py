@@ -1,0 +1,324 @@
+"""What a sweep asks for: a TOML spec, expanded into configurations and runs with content ids."""
+
+import itertools
+import operator
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from embrm import __version__
+from embrm.core.errors import UserError, nearest
+from embrm.core.specs import Spec, content_id
+from embrm.data.scenarios import Scenarios
+from embrm.training.bank import TrainSpec
+from embrm.training.ensembles import PENALTY, Combine
+from embrm.training.learners import Learner
+from embrm.training.numerics import Numerics
+
+
+class RunSpec(TrainSpec):
+    """One run: what it reads of the cache, and how it is trained."""
+
+    state: str = "last"
+    """View of the cache: "last", "mean", "prenorm" or "layer:K"; "tokens": the mean of a response's
+    sampled token rows; any of them with "+S": and the response's log-probability."""
+    pairs_limit: int | None = Field(default=None, gt=0)
+    """Train on this many pairs, the first by pair id (a hash); smaller limits nest in larger."""
+    label_noise: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the training pairs whose label is flipped, by a hash of the pair id: the same pairs
+    for every seed, and more of them nest fewer. Validation pairs keep theirs."""
+    # What came later is recorded only where it is set: other runs keep their ids.
+    labels: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    """A label table of embrm labels, whose label, weight and margin replace those of the training
+    pairs; pairs of weight 0 are left out. Its content is part of the run's identity."""
+    fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
+    """i/k: of k folds of the training prompts, from 0, train on all but the i-th."""
+    members: int = Field(default=1, gt=0)
+    """Heads of an ensemble: each trained with a seed of its own, their rewards combined."""
+    combine: Combine = Field(default="mean", exclude_if=lambda kind: kind == "mean")
+    """How members become one reward: their mean, or, standardised on the training responses, the
+    min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
+    penalty: float = Field(default=PENALTY, ge=0, le=100, exclude_if=lambda value: value == PENALTY)
+    """λ of combine = "uwo", β of combine = "lcb"."""
+    bootstrap: bool = Field(default=False, exclude_if=operator.not_)
+    """Train each member on a resample of the training prompts: as many, drawn with replacement."""
+    learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
+    """A table: see below. scikit-learn fits it in place of a head, and what it does not read must
+    keep its default."""
+
+    def member(self, number: int) -> "RunSpec":
+        """One head of the ensemble; the first has the run's seed. How members are combined is
+        nothing to a member."""
+        alone = {"combine": "mean", "penalty": PENALTY}
+        return self.model_copy(update={"seed": self.seed + number * 2**32, **alone})
+
+    @model_validator(mode="after")
+    def _combines_something(self) -> Self:
+        if self.members == 1 and (self.combine != "mean" or self.bootstrap):
+            field = "bootstrap = true" if self.bootstrap else f"combine = {self.combine!r}"
+            raise ValueError(f"{field} with members = 1: set members to 2 or more, or remove it")
+        if self.penalty != PENALTY and self.combine not in ("uwo", "lcb"):
+            raise ValueError(
+                f"penalty = {self.penalty:g} with combine = {self.combine!r}: it is the λ of "
+                "'uwo' and the β of 'lcb': take one of them, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.fold is not None and not 0 <= self.fold_of[0] < self.fold_of[1] >= 2:
+            raise ValueError(
+                f"fold = {self.fold!r}: write i/k with 0 ≤ i < k and k at least 2, such as '0/5'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learner_reads_all(self) -> Self:
+        learner = self.learner
+        if learner is None:
+            return self
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in learner.reads and value != field.default:
+                shown = value if isinstance(value, int | float | str) else str(value)
+                raise ValueError(
+                    f"{name} = {shown!r} with learner {learner.kind!r}, which does not read "
+                    f"it: remove {name} here, or from defaults"
+                )
+        return self
+
+    @property
+    def fold_of(self) -> tuple[int, int]:
+        """i and k of `fold`; (-1, 0) where it is none or cannot be read."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
+        return (int(found[1]), int(found[2])) if found else (-1, 0)
+
+    def data_key(self) -> tuple[Any, ...]:
+        """Runs with equal keys are trained on the same data."""
+        key = self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
+        return *key, self.bootstrap
+
+    def pack_key(self) -> tuple[Any, ...]:
+        """As of every `TrainSpec`; a pack with a learner has one fit for all its runs."""
+        if self.learner is None:
+            return super().pack_key()
+        return self.learner, self.preprocess, self.seed if self.learner.seeded else None
+
+
+class SweepSpec(Spec):
+    """A sweep as its TOML file says it.
+
+    `defaults` and every entry of `runs` hold fields of `RunSpec` but the seed. An entry adds a
+    `name` and may add `grid`, a table of field = list of values whose product is taken; a dotted
+    field such as "head.widths" reaches into a table. A table given in an entry replaces the one
+    in `defaults`.
+    """
+
+    cache: str | None = None
+    """Cache folder; the option --cache wins."""
+    train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
+    """Splits trained on."""
+    # Recorded only where it is set, so that older sweeps keep their bytes.
+    scenarios: Scenarios | None = Field(default=None, exclude_if=lambda rule: rule is None)
+    """A table: divide groups into train, id, prompt, model and mutual, see below."""
+    evaluate: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Splits the ledger reports; None: all that are not trained on."""
+    validation: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of the training prompts kept out for early stopping and the temperature."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    """Every configuration is run with each."""
+    numerics: Numerics = "native"
+    """native: this CPU's widest instructions; portable: AVX2 alone, slower, the same bits on every
+    x86 machine; cuda, cuda-tf32, mps: a GPU, where runs repeat within a tolerance."""
+    baseline: str
+    """Configuration that the report compares all others with."""
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    """Fields of every run, as below."""
+    runs: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
+    """A name, fields as below, and a grid: field = list of values."""
+
+    @model_validator(mode="after")
+    def _lists_name_things_once(self) -> Self:
+        for field in ("train", "evaluate", "seeds"):
+            values = getattr(self, field) or ()
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{field} names {value!r} twice: remove one")
+        for split in self.evaluate or ():
+            if split in self.train:
+                raise ValueError(f"split {split!r} is trained on: remove it from evaluate")
+        return self
+
+    def selection(self, cache_id: str) -> "Selection":
+        """What it reads of this cache."""
+        return Selection(cache_id, self.train, self.validation, self.scenarios)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A named point of the sweep; with a seed it is a run."""
+
+    name: str
+    spec: RunSpec
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which pairs of the cache are trained on and which validate. Part of every run's identity."""
+
+    cache_id: str
+    train: tuple[str, ...]
+    validation: float
+    scenarios: Scenarios | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration with one seed. `run_id` and `config_id` hash its content, not its name."""
+
+    name: str
+    run_id: str
+    config_id: str
+    spec: RunSpec
+
+
+def configurations(
+    sweep: SweepSpec, where: str, kind: type[RunSpec] = RunSpec
+) -> list[Configuration]:
+    """Every configuration of `sweep`, read from `where`, in its order; kind: what its runs are.
+
+    Raises: UserError for a wrong field (naming the entry), two configurations of one name or of
+    one content, or a baseline that none of them is.
+    """
+    found: dict[str, Configuration] = {}
+    contents: dict[RunSpec, str] = {}
+    for index, entry in enumerate(sweep.runs):
+        for name, fields in _expand(entry, sweep.defaults, f"{where}: runs[{index}]"):
+            if "seed" in fields:
+                raise UserError(
+                    f"{where}: run {name!r}: seed = {fields['seed']!r}: "
+                    "seeds belong to the whole sweep, write seeds = [...] at the top"
+                )
+            spec = kind.parse(fields, f"{where}: run {name!r}")
+            if name in found:
+                raise UserError(f"{where}: two runs are named {name!r}: rename one")
+            if spec in contents:
+                raise UserError(
+                    f"{where}: runs {contents[spec]!r} and {name!r} are the same configuration: "
+                    "remove one"
+                )
+            _check_patience(sweep, spec, f"{where}: run {name!r}")
+            contents[spec] = name
+            found[name] = Configuration(name, spec)
+    if sweep.baseline not in found:
+        raise UserError(
+            f"{where}: baseline = {sweep.baseline!r} is no run of this sweep: "
+            f"{nearest(sweep.baseline, found)}"
+        )
+    return [*found.values()]
+
+
+def runs(
+    found: Sequence[Configuration], seeds: Sequence[int], selection: Selection, numerics: Numerics
+) -> list[Run]:
+    """Every configuration of a sweep with every seed."""
+    return identified(found, seeds, selection, {"numerics": numerics})
+
+
+def identified(
+    found: Sequence[Configuration],
+    seeds: Sequence[int],
+    selection: Selection,
+    settings: dict[str, Any],
+) -> list[Run]:
+    """Every configuration with every seed, trained with these settings.
+
+    A run's ids depend on nothing but its own content, the settings and the version of embrm:
+    another version may train otherwise, and must not pass off older results as its own.
+    """
+    read: dict[str, Any] = {
+        "embrm": __version__,
+        "cache_id": selection.cache_id,
+        "train": sorted(selection.train),
+        "validation": selection.validation,
+        **settings,
+    }
+    if selection.scenarios:  # named only where it is there: other runs keep their ids
+        read["scenarios"] = selection.scenarios.model_dump(mode="json")
+    out = []
+    for configuration in found:
+        content = configuration.spec.model_dump(mode="json", exclude={"seed"})
+        if configuration.spec.labels:  # pinned: PATH#DIGEST
+            content["labels"] = configuration.spec.labels.partition("#")[2]
+        for seed in seeds:
+            out.append(
+                Run(
+                    name=configuration.name,
+                    run_id=content_id({**read, "run": {**content, "seed": seed}}),
+                    config_id=content_id({**read, "run": content}),
+                    spec=configuration.spec.model_copy(update={"seed": seed}),
+                )
+            )
+    return out
+
+
+def _check_patience(sweep: SweepSpec, spec: RunSpec, where: str) -> None:
+    if spec.patience is not None and not sweep.validation:
+        raise UserError(
+            f"{where}: patience = {spec.patience} with validation = 0: early stopping needs "
+            "validation pairs, raise validation or remove patience"
+        )
+
+
+def _expand(
+    entry: dict[str, Any], defaults: dict[str, Any], where: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """The (name, fields) of an entry: one, or one for each point of its grid."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{where}: name = {name!r}: a run needs a name, such as name = 'bt'")
+    grid = entry.get("grid", {})
+    if not isinstance(grid, dict):
+        raise UserError(f"{where}: grid = {grid!r}: write a table, such as grid.lr = [1e-3, 1e-4]")
+    for field, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(
+                f"{where}: grid.{field} = {values!r}: write a list of values, "
+                "and quote a dotted field"
+            )
+    base = {**defaults, **{key: entry[key] for key in entry if key not in ("name", "grid")}}
+    # A dotted field is called by its last part where that is clear.
+    last = [field.rpartition(".")[2] for field in grid]
+    labels = [
+        name if last.count(name) == 1 else field for field, name in zip(grid, last, strict=True)
+    ]
+    points = []
+    for values in itertools.product(*grid.values()):
+        fields = deepcopy(base)
+        for field, value in zip(grid, values, strict=True):
+            _set(fields, field, value, where)
+        label = ",".join(f"{key}={_short(v)}" for key, v in zip(labels, values, strict=True))
+        points.append((f"{name}[{label}]" if label else name, fields))
+    return points
+
+
+def _set(fields: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    *path, last = dotted.split(".")
+    for key in path:
+        fields = fields.setdefault(key, {})
+        if not isinstance(fields, dict):
+            raise UserError(f"{where}: grid field {dotted!r}: {key} is not a table: remove the dot")
+    fields[last] = value
+
+
+def _short(value: Any) -> str:
+    """A grid value in a configuration's name: 0.001, mlp, 64-32."""
+    if isinstance(value, list):
+        return "-".join(map(_short, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

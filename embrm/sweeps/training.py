@@ -1,0 +1,121 @@
+"""What a run is trained on: its limit, its fold, its label table and its noise, in this order; and
+what a member of an ensemble sees of it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from embrm.core.errors import UserError
+from embrm.core.streams import stream
+from embrm.data.label_tables import LabelTable, read_table
+from embrm.data.splits import folds, holdout
+from embrm.sweeps.spec import RunSpec
+
+_TABLE = ("label", "weight", "margin")
+
+_PROMPT = "number of the prompt"
+
+
+def pinned(labels: str) -> str:
+    """PATH#DIGEST of a label table, from the PATH in a spec or from itself.
+
+    Raises: UserError when there is none at PATH, or another than the digest says.
+    """
+    return f"{labels.partition('#')[0]}#{_read(labels).digest}"
+
+
+def _read(labels: str) -> LabelTable:
+    path, _, digest = labels.partition("#")
+    table = read_table(Path(path), "labels")
+    if digest not in ("", table.digest):
+        raise UserError(
+            f"labels = {path!r} has become another table ({table.digest}, not {digest}): restore "
+            "it, or run the sweep again"
+        )
+    return table
+
+
+def with_rules(training: pl.DataFrame, specs: Sequence[RunSpec]) -> pl.DataFrame:
+    """`training` (pair_id, prompt_id, label, weight, margin, ...) with the columns that
+    `as_trained` reads for these runs: hashes of ids, and rows of label tables.
+
+    Raises: UserError when a label table is missing, or lacks some of the pairs.
+    """
+    columns: dict[str, pl.Series] = {}
+    for spec in specs:
+        if spec.label_noise and _flip(spec) not in columns:
+            flipped = holdout(training["pair_id"], spec.label_noise, 0, "label noise")
+            columns[_flip(spec)] = pl.Series(flipped)
+        if spec.fold and _fold(spec) not in columns:
+            columns[_fold(spec)] = pl.Series(folds(training["prompt_id"], spec.fold_of[1]))
+        if spec.bootstrap and _PROMPT not in columns:
+            columns[_PROMPT] = training["prompt_id"].rank("dense")
+        if spec.labels and _from_table(spec, "label") not in columns:
+            columns |= _relabelled(training, spec)
+    return training.with_columns(**columns)
+
+
+def _relabelled(training: pl.DataFrame, spec: RunSpec) -> dict[str, pl.Series]:
+    """The columns of the run's label table in the order of `training`; where the table has none,
+    the data's."""
+    assert spec.labels is not None
+    rows = _read(spec.labels).rows
+    missing = training.join(rows, on="pair_id", how="anti")
+    if missing.height:
+        raise UserError(
+            f"labels = {spec.labels.partition('#')[0]!r} lacks {missing.height} of the "
+            f"{training.height} training pairs, such as {missing['pair_id'][0]}: make it from the "
+            "pairs of this sweep"
+        )
+    own = training.select("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")
+    return {
+        _from_table(spec, name): (own if name in own.columns else training)[name] for name in _TABLE
+    }
+
+
+def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
+    """The pairs of `with_rules` that a run is trained on, with its labels; order kept."""
+    table = table.head(spec.pairs_limit or table.height)
+    if spec.fold:
+        table = table.filter(pl.col(_fold(spec)) != spec.fold_of[0])
+    if spec.labels:
+        names = {name: pl.col(_from_table(spec, name)) for name in _TABLE}
+        table = table.with_columns(**names).filter(pl.col("weight") > 0)
+    if spec.label_noise:
+        label = pl.when(pl.col(_flip(spec))).then(1 - pl.col("label")).otherwise("label")
+        table = table.with_columns(label=label)
+    return table
+
+
+def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
+    """A bootstrap of the pairs of `as_trained`, by number, ascending: of k prompts k are drawn with
+    replacement, and each brings all its pairs along.
+
+    Of one seed the same, whatever the run does with the pairs.
+    """
+    _, prompt = np.unique(table[_PROMPT].to_numpy(), return_inverse=True)
+    prompts = int(prompt.max()) + 1
+    times = np.bincount(stream(seed, "bootstrap").integers(0, prompts, prompts), minlength=prompts)
+    return np.repeat(np.arange(len(prompt)), times[prompt])
+
+
+def gold_as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
+    """The group members of `material.with_gold` that a run is trained on; order kept."""
+    if not spec.fold:
+        return table
+    return table.filter(folds(table["prompt_id"], spec.fold_of[1]) != spec.fold_of[0])
+
+
+def _flip(spec: RunSpec) -> str:
+    return f"flipped {spec.label_noise!r}"
+
+
+def _fold(spec: RunSpec) -> str:
+    return f"fold of {spec.fold_of[1]}"
+
+
+def _from_table(spec: RunSpec, name: str) -> str:
+    return f"{name} of {spec.labels}"

@@ -1,0 +1,156 @@
+"""Worker processes that train packs: they compute and return bytes, their parent alone writes.
+
+On the CPU a worker has one thread and fixed numerics, and a run's bits depend on the run alone, so
+neither the number of workers nor the runs it shared a pack with can be seen in the results.
+"""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.core.progress import Progress
+from embrm.sweeps.fused import Pack, Trainer
+from embrm.sweeps.material import Material
+from embrm.training.numerics import Numerics, begin, device, environment, settings, why_unavailable
+
+
+def worker_count(jobs: int | None, mode: Numerics) -> int:
+    """`jobs`, or one worker a usable core, or one for the GPU.
+
+    Raises: UserError for less than one, or where this machine cannot compute so.
+    """
+    lacking = why_unavailable(mode)
+    if lacking:
+        raise UserError(f"numerics = {mode!r}: {lacking}: use native numerics")
+    if jobs is None:
+        if device(mode).type != "cpu":
+            return 1
+        return (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
+    if jobs < 1:
+        raise UserError(f"jobs = {jobs}: at least one worker is needed")
+    return jobs
+
+
+class Workers:
+    """Processes that train packs. Create them with `workers`."""
+
+    def __init__(self, pool: ProcessPoolExecutor, mode: Numerics) -> None:
+        self._pool, self._mode = pool, mode
+
+    def run(
+        self, material: Material, packs: Sequence[Pack], *, out: Path, bar: Progress
+    ) -> dict[str, str]:
+        """Run `packs`, writing each below `out` as it finishes.
+
+        A pack that fails is tried again run by run. Returns the runs that failed, with the reason.
+        Raises: UserError when a worker was killed or the disk is full; what is finished is kept.
+        """
+        failures: dict[str, str] = {}
+        waiting: dict[Future[dict[str, bytes]], Pack] = {}
+
+        def submit(pack: Pack) -> None:
+            waiting[self._pool.submit(_run, material, self._mode, pack)] = pack
+
+        try:
+            for pack in packs:
+                submit(pack)
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    pack = waiting.pop(future)
+                    try:
+                        files = future.result()
+                    except BrokenProcessPool:
+                        raise
+                    except Exception as error:
+                        if len(pack.runs) > 1:
+                            for run in pack.runs:
+                                submit(Pack((run,)))
+                            continue
+                        run = pack.runs[0]
+                        failures[f"{run.name} seed {run.spec.seed}"] = _one_line(error)
+                    else:
+                        for name, content in files.items():
+                            write_bytes(out / name, content)
+                    bar.advance(len(pack.runs))
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, perhaps for lack of memory: finished "
+                "runs are kept; run the same command again with fewer --jobs"
+            ) from None
+        return failures
+
+
+@contextmanager
+def workers(jobs: int, mode: Numerics) -> Iterator[Workers]:
+    """`jobs` worker processes, loading their libraries while this one goes on."""
+    context = multiprocessing.get_context("spawn")
+    # The workers watch the other end: it closes when this process lets go of it or dies.
+    watched, lifeline = context.Pipe(duplex=False)
+    with (
+        environment(settings(mode)),
+        ProcessPoolExecutor(jobs, context, _start_worker, (watched, mode)) as pool,
+    ):
+        try:
+            with _ignoring_interrupts():  # workers inherit it: Ctrl-C is for this process
+                for _ in range(jobs):
+                    pool.submit(_nothing)
+            yield Workers(pool, mode)
+        except BaseException:
+            lifeline.close()
+            raise
+    lifeline.close()
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals, and may say what becomes of them
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _start_worker(lifeline: multiprocessing.connection.Connection, mode: Numerics) -> None:
+    begin(mode)
+
+    def follow() -> None:
+        lifeline.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _nothing() -> None:
+    """Work whose only use is to start a worker."""
+
+
+_trainer: tuple[Material, Trainer] | None = None
+"""Of this worker process."""
+
+
+def _run(material: Material, mode: Numerics, pack: Pack) -> dict[str, bytes]:
+    global _trainer
+    if _trainer is None or _trainer[0] != material:
+        _trainer = material, Trainer(material, mode)
+    return _trainer[1].run(pack)

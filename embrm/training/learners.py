@@ -1,0 +1,335 @@
+"""Learners that scikit-learn fits to their minimum, in place of a head trained step by step.
+
+Logistic regression and ridge end as linear heads. Trees have no weights that a file could hold
+without code, so their rewards of every response are kept instead.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from embrm.core.errors import UserError
+from embrm.core.specs import Spec
+from embrm.core.streams import stream
+from embrm.training.bank import Monitor, Trained, TrainingData
+from embrm.training.heads import REWARDS, Preprocess, PreprocessKind
+from embrm.training.objectives import Pairs
+from embrm.training.states import States
+
+Floats = NDArray[np.float64]
+
+LIBRARY_BYTES = 150_000_000
+"""What scikit-learn takes once it is loaded."""
+
+_OF_PAIRS = frozenset({"learner", "seed", "state", "pairs_limit", "label_noise", "labels", "fold"})
+"""Fields of a run that every learner from pairs reads."""
+
+_ROWS = 512
+"""States widened at a time."""
+
+_TOLERANCE = 1e-8
+"""Largest component of the gradient at which logistic regression stops: far below what the float32
+of its weights can tell."""
+
+_ITERATIONS = 10_000
+
+_BINS = 256
+"""Of a component's, one is for missing values, which states do not have."""
+_COPIED = 200_000
+"""Of more rows than these scikit-learn copies so many to look at."""
+
+
+class Logistic(Spec):
+    """Logistic regression on differences of states, without an intercept: the minimum of a linear
+    bt head with l2 = 1/(C·Σ weight)."""
+
+    reads: ClassVar = _OF_PAIRS | {"preprocess"}
+    reads_gold: ClassVar = False
+    seeded: ClassVar = False
+    loss: ClassVar = "bt"
+    passes: ClassVar = 100.0
+    """Over the pairs, about, in minibatch steps of a linear head: to plan with."""
+
+    kind: Literal["logistic"]
+    C: float = Field(default=1.0, gt=0)
+    """½‖w‖² + C·Σ weight·loss over the pairs is minimised."""
+
+    def __str__(self) -> str:
+        return f"logistic C {self.C:g}"
+
+    def room(self, rows: int, width: int) -> int:
+        """Bytes that a fit of so many rows takes."""
+        return 8 * rows * width
+
+
+class Ridge(Spec):
+    """Ridge regression of gold scores on states, pointwise, with an intercept, which no comparison
+    of rewards sees and the head leaves out."""
+
+    reads: ClassVar = frozenset({"learner", "seed", "state", "fold", "preprocess"})
+    reads_gold: ClassVar = True
+    seeded: ClassVar = False
+    loss: ClassVar = "squared error"
+    passes: ClassVar = 10.0
+    """As those of `Logistic`."""
+
+    kind: Literal["ridge"]
+    alpha: float = Field(default=1.0, gt=0)
+    """Σ (gold - w·h - b)² + alpha·‖w‖² over the group members is minimised."""
+
+    def __str__(self) -> str:
+        return f"ridge alpha {self.alpha:g}"
+
+    def room(self, rows: int, width: int) -> int:
+        """As that of `Logistic`: beside the states two matrices of their products."""
+        return 8 * (rows * width + 2 * min(rows, width) ** 2)
+
+
+class GradientBoosting(Spec):
+    """Trees by gradient boosting on binned states, pointwise: has a response won or lost its pair?
+    The reward is the log-odds."""
+
+    reads: ClassVar = _OF_PAIRS
+    reads_gold: ClassVar = False
+    loss: ClassVar = "classifier"
+
+    kind: Literal["gradient_boosting"]
+    learning_rate: float = Field(default=0.1, gt=0)
+    """What every tree's leaves are multiplied by."""
+    iterations: int = Field(default=100, gt=0)
+    """Trees: all are grown, none is given up for what pairs say."""
+    leaves: int = Field(default=31, ge=2)
+    """Of a tree, at most."""
+    l2: float = Field(default=0.0, ge=0)
+    """Added to the second derivative of the loss, summed over a leaf's ends of pairs."""
+    features: float = Field(default=1.0, gt=0, le=1)
+    """Share of the components that a split may use, drawn by the seed; at 1 seeds do nothing."""
+
+    def __str__(self) -> str:
+        return f"gradient boosting {self.iterations} trees of {self.leaves} leaves"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed matters."""
+        return self.features < 1
+
+    @property
+    def passes(self) -> float:
+        """As those of `Logistic`."""
+        return 10.0 * self.iterations
+
+    def room(self, rows: int, width: int) -> int:
+        """As that of `Logistic`: states and their bins, and histograms (24 bytes a bin) of every
+        leaf."""
+        copied = 8 * _COPIED if rows > _COPIED else 0
+        return width * (9 * rows + copied + 8 * _BINS + 24 * _BINS * (self.leaves + 1))
+
+
+Learner = Annotated[Logistic | Ridge | GradientBoosting, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Gold:
+    """What ridge is fitted to. rows: int64 [n], of the states; score: float64 [n]."""
+
+    rows: Tensor
+    score: Tensor
+
+
+def fit(
+    learner: Learner, preprocess: PreprocessKind, seed: int, data: TrainingData, gold: Gold | None
+) -> Trained:
+    """Fit `learner` on the training pairs of `data`, or on `gold`: as a run of one epoch.
+
+    Its row of the curve counts the solver's iterations as steps; the training loss has the penalty
+    in it where the learner is linear, and its scale is the mean over pairs, responses or ends.
+
+    Raises: UserError when there are too few rows, or no minimum is found.
+    """
+    fitted = data.preprocess(preprocess)
+    if isinstance(learner, GradientBoosting):
+        rewards, loss = _boosted(learner, seed, data)
+        parameters, steps = {REWARDS: rewards[None]}, learner.iterations
+    else:
+        if isinstance(learner, Ridge):
+            assert gold is not None  # a sweep that has none is refused
+            X = _taken(data.states, fitted, gold.rows)
+            w, loss = ridge(learner.alpha, X, gold.score.numpy())
+            steps = 1
+        else:
+            w, loss, steps = logistic(learner.C, *_better_minus_worse(data, fitted))
+        parameters = {"output.weight": torch.from_numpy(w).float()[None]}
+    if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
+        raise UserError(f"learner {learner.kind!r}: its rewards are not finite: regularize it more")
+    measured = Monitor(data, fitted).measure(parameters)
+    row: dict[str, Any] = {"epoch": 1, "step": steps, "train_loss": loss, "regularizer": None}
+    row |= {name: values[0] for name, values in measured.items()}
+    if REWARDS in parameters:
+        row["weight_norm"] = None
+    return Trained(parameters, fitted, [row], 1, None)
+
+
+def logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, int]:
+    """The w [d] that minimises ½‖w‖² - C·Σ weight·logsigmoid(X·w), its value over C·Σ weight, and
+    the iterations.
+
+    X: [n, d], states of the better response minus those of the worse; changed. weight: [n].
+    Raises: UserError for fewer than two rows, and where no minimum is found.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    if len(X) < 2:
+        raise UserError("learner 'logistic' with one training pair: it needs at least two")
+    X[1::2] *= -1  # both classes must occur, and the loss is the same
+    better = np.arange(len(X)) % 2 == 0
+    regression = LogisticRegression(C=C, fit_intercept=False, tol=_TOLERANCE, max_iter=_ITERATIONS)
+    with warnings.catch_warnings():
+        # Also given where rounding lets the loss fall no further, which is what we want.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        regression.fit(X, better, sample_weight=weight)
+    steps = int(regression.n_iter_[0])
+    if steps >= _ITERATIONS:
+        raise UserError(
+            f"learner 'logistic': no minimum after {steps:,} iterations: lower C, or take "
+            "preprocess = 'standardize'"
+        )
+    w: Floats = regression.coef_[0]
+    losses = np.logaddexp(0, np.where(better, -1, 1) * (X @ w))
+    total = weight.sum()
+    return w, float(weight @ losses / total + w @ w / (2 * C * total)), steps
+
+
+def ridge(alpha: float, X: Floats, score: Floats) -> tuple[Floats, float]:
+    """The w [d] that minimises ‖score - X·w - b‖² + alpha·‖w‖² over w and b, and its value over n.
+
+    X: [n, d], changed. score: [n].
+    """
+    import sklearn.linear_model
+
+    X -= X.mean(0)
+    centred = score - score.mean()
+    regression = sklearn.linear_model.Ridge(alpha, fit_intercept=False, copy_X=False)
+    w: Floats = regression.fit(X, centred).coef_
+    error = centred - X @ w
+    return w, float((error @ error + alpha * (w @ w)) / len(X))
+
+
+@dataclass(frozen=True)
+class Trees:
+    """A fitted classifier of states whose components are replaced by their bins.
+
+    edges: float64 [254, d], ascending; a component's bin is the number of edges below it.
+    """
+
+    edges: Floats
+    model: Any
+
+    def rewards(self, X: Floats) -> Floats:
+        """Log-odds [n] of X [n, d], which is changed."""
+        _bin(X, self.edges)
+        found: Floats = self.model.decision_function(X)
+        return found
+
+
+def boosting(
+    learner: GradientBoosting, seed: int, X: Floats, won: NDArray[np.bool_], weight: Floats
+) -> Trees:
+    """Trees that tell which rows of X [n, d] won; X is changed. weight: [n].
+
+    The bins hold equally many rows each. Left to itself scikit-learn would weigh the rows for that
+    too, which takes longer than all trees.
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    share = np.linspace(0, 1, _BINS)[1:-1]
+    edges = np.stack(
+        [np.quantile(column, share, method="averaged_inverted_cdf") for column in X.T], axis=1
+    )
+    _bin(X, edges)
+    model = HistGradientBoostingClassifier(
+        learning_rate=learner.learning_rate,
+        max_iter=learner.iterations,
+        max_leaf_nodes=learner.leaves,
+        l2_regularization=learner.l2,
+        max_features=learner.features,
+        early_stopping=False,  # its rows would be responses to prompts that are trained on
+        random_state=int(stream(seed if learner.seeded else 0, "learner").integers(2**31)),
+    )
+    return Trees(edges, model.fit(X, won, sample_weight=weight))
+
+
+def _bin(X: Floats, edges: Floats) -> None:
+    for column, own in zip(X.T, edges.T, strict=True):
+        column[:] = np.searchsorted(own, column)
+
+
+def _boosted(learner: GradientBoosting, seed: int, data: TrainingData) -> tuple[Tensor, float]:
+    """Rewards float32 of all states, and the mean loss of the pairs' ends."""
+    rows, won, lost = ends(data.train)
+    every = torch.cat([rows[won > 0], rows[lost > 0]])
+    target = np.repeat([True, False], [int((won > 0).sum()), int((lost > 0).sum())])
+    weight = np.concatenate([won[won > 0], lost[lost > 0]])
+    X = _taken(data.states, Preprocess(None, None), every)
+    trees = boosting(learner, seed, X, target, weight)
+    del X
+    rewards = torch.empty(len(data.states.values))
+    responses = torch.arange(len(rewards))
+    for some in _parts(len(rewards)):
+        X = data.states.take(responses[some]).cpu().double().numpy()
+        rewards[some] = torch.from_numpy(trees.rewards(X)).float()
+    data.states.let_go()
+    losses = np.logaddexp(0, np.where(target, -1, 1) * rewards[every].double().numpy())
+    return rewards, float(weight @ losses / weight.sum())
+
+
+def ends(pairs: Pairs) -> tuple[Tensor, Floats, Floats]:
+    """Responses of the pairs, int64 ascending, and the weights with which each has won and lost.
+
+    A pair of label p and weight w is won by its chosen response with w·p, lost with w·(1 - p). A
+    response of many pairs so is one row, or two, and the loss the same.
+    """
+    rows, places = torch.cat([pairs.chosen, pairs.rejected]).unique(return_inverse=True)
+    label, weight = pairs.label.double().numpy(), pairs.weight.double().numpy()
+    better, worse = weight * label, weight * (1 - label)
+
+    def total(*sides: Floats) -> Floats:
+        return np.bincount(places.numpy(), np.concatenate(sides), len(rows)).astype(np.float64)
+
+    return rows, total(better, worse), total(worse, better)
+
+
+def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Floats, Floats]:
+    """Rows [n, d] and weights [n] for `logistic`: a pair of label p counts with p in its own
+    direction and with 1 - p in the other."""
+    pairs, states = data.train, data.states
+    label, weight = pairs.label.double(), pairs.weight.double()
+    own, other = (label > 0).nonzero()[:, 0], (label < 1).nonzero()[:, 0]
+    better = torch.cat([pairs.chosen[own], pairs.rejected[other]])
+    worse = torch.cat([pairs.rejected[own], pairs.chosen[other]])
+    X = np.empty((len(better), states.width))
+    for some in _parts(len(X)):
+        X[some] = preprocess(states.take(better[some]).cpu()).numpy()
+        X[some] -= preprocess(states.take(worse[some]).cpu()).numpy()
+    states.let_go()
+    weights = torch.cat([weight[own] * label[own], weight[other] * (1 - label[other])])
+    return X, weights.numpy()
+
+
+def _taken(states: States, preprocess: Preprocess, rows: Tensor) -> Floats:
+    """States of the rows, float64 [n, d]."""
+    X = np.empty((len(rows), states.width))
+    for some in _parts(len(X)):
+        X[some] = preprocess(states.take(rows[some]).cpu()).numpy()
+    states.let_go()
+    return X
+
+
+def _parts(count: int) -> list[slice]:
+    return [slice(first, first + _ROWS) for first in range(0, count, _ROWS)]

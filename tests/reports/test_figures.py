@@ -1,0 +1,114 @@
+"""Figures exist where there is something to draw, and equal numbers give equal bytes."""
+
+import dataclasses
+import re
+
+import polars as pl
+import pytest
+from small_sweep import SPLITS, small_sweep
+
+from embrm.reports.figures import figures
+from embrm.results.comparison import Comparison, compare_runs
+
+SWEEP = small_sweep()
+COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+CURVES = SWEEP.curves.join(SWEEP.ledger.select("run_id", name="config"), on="run_id")
+NO_CURVES = CURVES.head(0)
+BLUE, ORANGE = b"#0072b2", b"#d55e00"
+
+
+@pytest.fixture(scope="module")
+def drawn() -> dict[str, bytes]:
+    return figures(COMPARISON, CURVES, 20)
+
+
+def test_all_three_as_png_and_svg(drawn: dict[str, bytes]) -> None:
+    assert sorted(drawn) == sorted(
+        f"{name}.{suffix}"
+        for name in ("ranked", "id_vs_ood", "curves")
+        for suffix in ("png", "svg")
+    )
+    for name, content in drawn.items():
+        start = b"\x89PNG" if name.endswith("png") else b"<?xml"
+        assert content.startswith(start)
+
+
+def test_same_bytes_again_and_from_shuffled_tables(drawn: dict[str, bytes]) -> None:
+    assert figures(COMPARISON, CURVES.sample(fraction=1, shuffle=True, seed=3), 20) == drawn
+
+
+def test_no_date_in_the_file(drawn: dict[str, bytes]) -> None:
+    assert b"dc:date" not in drawn["ranked.svg"]
+    assert b"tEXt" not in drawn["ranked.png"]
+
+
+def test_names_are_not_read_as_mathematics(drawn: dict[str, bytes]) -> None:
+    # the svg names each drawn text in a comment
+    assert b"hinge|$x_1$ [red]*" in drawn["ranked.svg"]
+
+
+def test_names_no_font_can_draw_or_mathtext_parse_do_no_harm() -> None:
+    ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", "奖励 $\\frac{ \x1b"))
+    comparison = compare_runs("odd", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    assert "ranked.png" in figures(comparison, NO_CURVES, 20)
+
+
+def test_scatter_falls_back_on_held_out_training_prompts() -> None:
+    ood = compare_runs(
+        "ood", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("ood/maths", "ood/chat_hard"), "bt"
+    )
+    assert b"held-out training prompts" in figures(ood, NO_CURVES, 20)["id_vs_ood.svg"]
+    blind = dataclasses.replace(ood, validation=ood.validation.with_columns(accuracy=pl.lit(None)))
+    assert "id_vs_ood.svg" not in figures(blind, NO_CURVES, 20)
+
+
+def ranked(comparison: Comparison) -> bytes:
+    return figures(comparison, NO_CURVES, 20)["ranked.svg"]
+
+
+def dots(comparison: Comparison, color: bytes) -> tuple[int, int]:
+    """Filled and hollow markers of a colour in the two panels, and in the legend."""
+    uses = re.findall(rb'<use [^>]*style="([^"]*)"', ranked(comparison))
+    own = [style for style in uses if b"stroke: " + color in style]
+    filled = sum(b"fill: " + color in style for style in own)
+    return filled, len(own) - filled
+
+
+def test_dots_are_filled_only_where_holm_tells_them_apart() -> None:
+    # "bsr" is above and "bad" below: a dot in both panels, and the legend has one of each kind
+    assert dots(COMPARISON, BLUE) == dots(COMPARISON, ORANGE) == (3, 1)
+    unsure = COMPARISON.ranking.with_columns(p_holm=pl.lit(0.05))
+    hollow = dataclasses.replace(COMPARISON, ranking=unsure)
+    assert dots(hollow, BLUE) == dots(hollow, ORANGE) == (1, 3)
+    assert "interval excludes 0, Holm p ≥ 0.05".encode() in ranked(hollow)
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.625, True), (0.05, False), (1.0, False)])
+def test_longer_is_better_is_drawn_where_it_is_near(share: float, drawn: bool) -> None:
+    lengths = COMPARISON.lengths.with_columns(estimate=pl.lit(share))
+    comparison = dataclasses.replace(COMPARISON, lengths=lengths)
+    assert (b"longer is better" in ranked(comparison)) == drawn
+
+
+def test_the_axis_says_over_what() -> None:
+    assert b"Mean accuracy over 3 splits (%)" in ranked(COMPARISON)
+    one = compare_runs(
+        "one", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", rank_by="id"
+    )
+    assert b"Accuracy, id (%)" in ranked(one)
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
+    assert "Kendall τ-b, groups".encode() in ranked(groups)
+
+
+def test_no_curves_no_figure() -> None:
+    assert "curves.png" not in figures(COMPARISON, NO_CURVES, 20)
+
+
+def test_groups_alone_draw_the_ranking() -> None:
+    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
+    assert sorted(figures(groups, NO_CURVES, 20)) == ["ranked.png", "ranked.svg"]
+
+
+def test_without_a_baseline() -> None:
+    comparison = compare_runs("free", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, None)
+    assert len(figures(comparison, CURVES, 2)) == 6
