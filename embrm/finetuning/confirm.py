@@ -15,7 +15,7 @@ from embrm.finetuning.run import RunsFailedError, finetune
 from embrm.finetuning.spec import FinetuneSpec
 from embrm.lm.loading import find_device
 from embrm.reports.run import ConfirmationReport, confirmation_report
-from embrm.studies.confirmation.table import compare_stages
+from embrm.studies.confirmation.measure import compare_stages
 from embrm.sweeps.ledger import Results, cache_of, open_results
 
 _OPTIMISATION = (

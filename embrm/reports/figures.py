@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from embrm.core.drawing import (
@@ -17,15 +16,13 @@ from embrm.core.drawing import (
     CURVES,
     GREY,
     ORANGE,
-    PANELS,
     dot,
     drawn,
     new_figure,
     short_name,
 )
 from embrm.core.table import printable
-from embrm.results.comparison import MEAN, Comparison
-from embrm.studies.confirmation.table import Confirmation
+from embrm.results.comparison import Comparison
 
 _NEAR = 0.25
 """Share of an axis by which it is widened, where that suffices to show a reference line."""
@@ -48,11 +45,6 @@ def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str,
     if curves["epoch"].n_unique() > 1:
         made["curves"] = _learning_curves(comparison, curves, names)
     return drawn(made)
-
-
-def confirmation_figures(confirmation: Confirmation) -> dict[str, bytes]:
-    """File name to content. agreement: frozen against fine-tuned values, a panel a split."""
-    return drawn({"agreement": _agreement(confirmation)})
 
 
 def policy_figures(curves: pl.DataFrame, baseline: str) -> dict[str, bytes]:
@@ -324,72 +316,6 @@ def _learning_curves(
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-        return figure
-
-    return draw
-
-
-def _agreement(confirmation: Confirmation) -> Callable[[], Figure]:
-    """Panels of accuracy, or of tau where a split has groups alone; last, whose rank is which."""
-    cells = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
-    metric_of: dict[str, str] = {}
-    for split, metric in cells:
-        if metric != "nll":
-            metric_of.setdefault(split, metric)
-    order = sorted(metric_of, key=lambda split: split != MEAN)
-
-    def draw() -> Figure:
-        cells = len(order) + 1
-        columns = 2 if cells % 2 == 0 and cells % PANELS else min(PANELS, cells)
-        rows = -(-cells // columns)
-        listing = [f"{match.rank}  {short_name(match.name, 34)}" for match in confirmation.matches]
-        figure, axes = new_figure(max(2.5 * rows, 1.0 + 0.15 * len(listing)), columns, rows)
-        for axis, split in zip(axes, order, strict=False):
-            metric = metric_of[split]
-            here = (pl.col("split") == split, pl.col("metric") == metric)
-            points = confirmation.points.filter(*here)
-            scale = 100 if metric == "accuracy" else 1
-            for match, row in zip(confirmation.matches, points.iter_rows(named=True), strict=True):
-                if row["frozen_estimate"] is None or row["full_estimate"] is None:
-                    continue
-                x, y = scale * row["frozen_estimate"], scale * row["full_estimate"]
-                is_baseline = match.name == confirmation.baseline
-                color = ORANGE if is_baseline else BLUE
-                if row["frozen_low"] is not None and row["full_low"] is not None:
-                    low, high = scale * row["frozen_low"], scale * row["frozen_high"]
-                    axis.plot([low, high], [y, y], color=color, linewidth=0.8, alpha=0.4)
-                    low, high = scale * row["full_low"], scale * row["full_high"]
-                    axis.plot([x, x], [low, high], color=color, linewidth=0.8, alpha=0.4)
-                axis.plot(x, y, "D" if is_baseline else "o", color=color, markersize=4.5)
-                axis.annotate(
-                    str(match.rank),
-                    (x, y),
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    fontsize=7,
-                )
-            rho = confirmation.agreement.filter(*here, pl.col("statistic") == "spearman")["value"]
-            known = "n/a" if rho[0] is None else f"{rho[0]:.2f}"
-            axis.set_title(f"{short_name(split, 20)}, ρ = {known}")
-            unit = "accuracy (%)" if metric == "accuracy" else "Kendall τ-b"
-            axis.set_xlabel(f"Frozen {unit}")
-            axis.set_ylabel(f"Fine-tuned {unit}")
-            axis.margins(0.12)
-            axis.grid()
-            axis.set_axisbelow(True)
-            axis.xaxis.set_major_locator(MaxNLocator(4))
-            axis.yaxis.set_major_locator(MaxNLocator(5))
-        for axis in axes[len(order) :]:
-            axis.axis("off")
-        axes[len(order)].text(
-            0, 1, "\n".join(listing), transform=axes[len(order)].transAxes, va="top", fontsize=7
-        )
-        entries = {
-            "configuration": Line2D([], [], color=BLUE, marker="o", linestyle=""),
-            "baseline": Line2D([], [], color=ORANGE, marker="D", linestyle=""),
-            "95 % interval": Line2D([], [], color=BLUE, linewidth=0.8, alpha=0.4),
-        }
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)
         return figure
 
     return draw

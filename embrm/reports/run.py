@@ -13,11 +13,13 @@ from embrm.core.drawing import drawn
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.table import Table, escape, markdown
-from embrm.reports.figures import confirmation_figures, figures
+from embrm.reports.figures import figures
 from embrm.reports.tables import further_tables, main_tables
 from embrm.results.comparison import Comparison, compare_runs
+from embrm.studies.confirmation.measure import Confirmation
+from embrm.studies.confirmation.table import CAPTION as AGREEMENT
 from embrm.studies.confirmation.table import (
-    Confirmation,
+    confirmation_figure,
     confirmation_tables,
     further_confirmation_tables,
 )
@@ -37,7 +39,7 @@ _CAPTIONS = {
     "noise": NOISE,
     "reliability": RELIABILITY,
     "curves": "Learning curves: median over seeds, band from the lowest to the highest seed",
-    "agreement": "Frozen against fine-tuned configurations, with 95 % intervals",
+    "agreement": AGREEMENT,
 }
 
 
@@ -156,7 +158,7 @@ class ConfirmationReport:
 def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationReport:
     """Write confirm.md, confirm.json and figures/agreement.png, *.svg to `out`."""
     shown = confirmation_tables(confirmation)
-    images = confirmation_figures(confirmation)
+    images = drawn({"agreement": confirmation_figure(confirmation)})
     tuned = len({match.full for match in confirmation.matches})
     text = _page(
         f"{confirmation.title}, confirmed",

@@ -1,251 +1,66 @@
-"""A sweep held against the fine-tune of some of its configurations: numbers and tables."""
+"""How far a sweep's ranking holds when its configurations are fine-tuned: tables and figure."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from embrm.core.errors import UserError
+from embrm.core.drawing import BLUE, ORANGE, PANELS, new_figure, short_name
 from embrm.core.formatting import MISSING, range_text, value_text
 from embrm.core.table import Table
-from embrm.metrics.agreement import Stage, agreement
-from embrm.metrics.intervals import Replicates, compare, mean, replicate
-from embrm.metrics.outcomes import Outcomes
-from embrm.results.comparison import MEAN, metrics
-from embrm.sweeps.ledger import Results
+from embrm.results.comparison import MEAN
+from embrm.studies.confirmation.measure import GAIN, METRICS, VALUE, Confirmation, Excluded
 
-_VALUE = ("estimate", "low", "high")
-_GAIN = ("difference", "difference_low", "difference_high")
-"""Columns of `intervals.compare` that a stage's points keep."""
+CAPTION = "Frozen against fine-tuned configurations, with 95 % intervals"
 
-_LABELS = {"accuracy": "accuracy %", "tau": "Kendall tau-b", "nll": "NLL"}
-
-
-@dataclass(frozen=True)
-class Match:
-    """A configuration of the sweep and the one that was fine-tuned for it.
-
-    rank: in the sweep, from 1; by: what chose it; full: its name in the fine-tune, which others of
-    the same objective share; left: what of it only frozen states have or the fine-tune sets anew.
-    """
-
-    name: str
-    rank: int
-    by: str
-    full: str
-    left: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Excluded:
-    """A configuration of the sweep that cannot be fine-tuned."""
-
-    name: str
-    rank: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """How far the frozen ranking holds in the fine-tune.
-
-    splits: compared; after them, where the ranking averages over several, comes their mean.
-    matches: the configurations compared, best frozen first. untuned: those without a finished
-    fine-tune, with the reason. excluded: all of the sweep that none can be made of.
-    points: split, metric, name, full_name, and for either stage, frozen_ and full_, the columns
-    `estimate`, `low`, `high`, `difference` (to the baseline), its `low` and `high`, as the report
-    of that stage has them.
-    agreement: split, metric, prompts and the columns of `agreement.agreement`.
-    """
-
-    title: str
-    baseline: str
-    splits: tuple[str, ...]
-    ranked_splits: tuple[str, ...]
-    matches: tuple[Match, ...]
-    untuned: tuple[Excluded, ...]
-    excluded: tuple[Excluded, ...]
-    points: pl.DataFrame
-    agreement: pl.DataFrame
-
-
-def compare_stages(
-    frozen: Results,
-    full: Results,
-    matches: Sequence[Match],
-    excluded: Sequence[Excluded],
-    baseline: str,
-    ranked_splits: Sequence[str],
-) -> Confirmation:
-    """Compare the sweep `frozen` with `full`, the fine-tune of its configurations `matches`.
-
-    baseline: one of the sweep's. ranked_splits: those that the mean is taken over.
-
-    Raises: UserError when the two are not of one cache, data or split, or fewer than two
-    configurations were fine-tuned to the end.
-    """
-    if full.cache_id != frozen.cache_id:
-        raise UserError(
-            f"{full.folder} was made with cache {full.cache_id}, {frozen.folder} with "
-            f"{frozen.cache_id}: confirm a sweep with a fine-tune of the same cache"
-        )
-    tuned = _runs(full, {match.full for match in matches})
-    compared = tuple(match for match in matches if match.full in tuned["name"])
-    if len({match.full for match in compared}) < 2:
-        raise UserError(
-            f"{full.folder} has finished runs of fewer than 2 of the configurations: "
-            "there is nothing to compare, lower lr or fine-tune more"
-        )
-    ran = _runs(frozen, {match.name for match in compared})
-    place = next((i for i, match in enumerate(compared) if match.name == baseline), None)
-    splits = [split for split in frozen.evaluated if split in full.prompts["split"]]
-    if not splits:
-        raise UserError(
-            f"{full.folder} and {frozen.folder} have no evaluation split in common: "
-            "leave evaluate out of the fine-tune's spec"
-        )
-    resampled: dict[tuple[str, str], tuple[Replicates, Replicates]] = {}
-    for split in splits:
-        cheap, dear = _part(frozen, split, ran), _part(full, split, tuned)
-        seen = ("subset", "prompt_id", "pairs")
-        if not cheap.prompts.select(seen).equals(dear.prompts.select(seen)):
-            raise UserError(
-                f"split {split!r} has other prompts in {full.folder} than in {frozen.folder}: "
-                "run the older of the two again"
-            )
-        found = metrics(cheap)
-        for metric in [*found, *(["nll"] if "accuracy" in found else [])]:
-            resampled[split, metric] = replicate(cheap, metric), replicate(dear, metric)
-    for metric in ("accuracy", "tau", "nll"):
-        parts = [
-            resampled[split, metric] for split in ranked_splits if (split, metric) in resampled
-        ]
-        if len(parts) > 1:
-            resampled[MEAN, metric] = mean(x for x, _ in parts), mean(y for _, y in parts)
-    points, agreements = [], []
-    for (split, metric), (x, y) in resampled.items():
-        tags = [pl.lit(split).alias("split"), pl.lit(metric).alias("metric")]
-        points.append(_points(x, y, ran, tuned, compared, baseline).select(*tags, pl.all()))
-        result = agreement(
-            Stage.of(x, ran, [match.name for match in compared], metric, "frozen"),
-            Stage.of(y, tuned, [match.full for match in compared], metric, "full"),
-            place,
-        )
-        prompts = pl.lit(min(x.prompts, y.prompts)).alias("prompts")
-        agreements.append(result.select(*tags, prompts, pl.all()))
-    return Confirmation(
-        title=frozen.folder.name,
-        baseline=baseline,
-        splits=tuple(splits),
-        ranked_splits=tuple(split for split in ranked_splits if split in splits),
-        matches=compared,
-        untuned=tuple(
-            Excluded(match.name, match.rank, _why_untuned(full, match.full))
-            for match in matches
-            if match not in compared
-        ),
-        excluded=tuple(excluded),
-        points=pl.concat(points),
-        agreement=pl.concat(agreements),
-    )
+_LABELS = dict(zip(METRICS, ("accuracy %", "Kendall tau-b", "NLL"), strict=True))
 
 
 def confirmation_tables(confirmation: Confirmation) -> list[Table]:
-    """What the terminal shows: agreement of ranks and gains, configurations, what is left out."""
+    """The tables for the terminal: agreement of ranks, agreement of gains, each configuration by
+    the sweep's own ranking, and the configurations that are not compared."""
     return [
-        _ranks(confirmation),
-        _gains(confirmation),
-        *_configurations(confirmation, _leading(confirmation)),
-        *_left_out(confirmation),
+        _rank_agreement(confirmation),
+        _gain_agreement(confirmation),
+        _configurations(confirmation, _leading_cell(confirmation)),
+        *_not_compared(confirmation),
     ]
 
 
 def further_confirmation_tables(confirmation: Confirmation) -> list[Table]:
-    """What only the Markdown adds: the configurations on every split and by every metric."""
-    shown = _leading(confirmation)
-    rest = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
-    return [
-        table
-        for split, metric in rest
-        if (split, metric) != shown
-        for table in _configurations(confirmation, (split, metric))
-    ]
+    """The tables that only the Markdown report adds: each configuration on every other split and
+    by every other metric."""
+    shown = _leading_cell(confirmation)
+    cells = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
+    return [_configurations(confirmation, cell) for cell in cells if cell != shown]
 
 
-def _runs(results: Results, names: set[str]) -> pl.DataFrame:
-    """run_id, name and seed of the finished runs of the configurations `names`."""
-    return (
-        results.ledger.rename({"config": "name"})
-        .filter(pl.col("name").is_in(list(names)))
-        .join(results.outcomes, on="run_id", how="semi")
-        .select("run_id", "name", "seed")
-        .sort("name", "seed", "run_id")
-    )
-
-
-def _part(results: Results, split: str, runs: pl.DataFrame) -> Outcomes:
-    return Outcomes.of(
-        results.prompts.filter(pl.col("split") == split),
-        results.outcomes.filter(pl.col("split") == split),
-        runs["run_id"].to_list(),
-    )
-
-
-def _why_untuned(full: Results, name: str) -> str:
-    status = full.ledger.filter(pl.col("config") == name)["status"]
-    if not status.is_empty() and (status == "diverged").all():
-        return "its fine-tune diverged in every seed"
-    return "its fine-tune has not finished"
-
-
-def _points(
-    x: Replicates,
-    y: Replicates,
-    ran: pl.DataFrame,
-    tuned: pl.DataFrame,
-    matches: Sequence[Match],
-    baseline: str,
-) -> pl.DataFrame:
-    full_baseline = next((match.full for match in matches if match.name == baseline), None)
-    pairs = pl.DataFrame(
-        [(match.name, match.full) for match in matches],
-        schema={"name": pl.String, "full_name": pl.String},
-        orient="row",
-    )
-    for prefix, key, table in (
-        ("frozen", "name", compare(x, ran, baseline)),
-        ("full", "full_name", compare(y, tuned, full_baseline)),
-    ):
-        columns = table.select(
-            pl.col("name").alias(key), pl.col("seeds", *_VALUE, *_GAIN).name.prefix(f"{prefix}_")
-        )
-        pairs = pairs.join(columns, on=key, how="left", maintain_order="left")
-    return pairs
-
-
-def _leading(confirmation: Confirmation) -> tuple[str, str]:
-    """The split and metric shown first: those of the sweep's ranking."""
-    shown = set(confirmation.points.select("split", "metric").unique().rows())
+def _leading_cell(confirmation: Confirmation) -> tuple[str, str]:
+    """The split and metric that the sweep was ranked by, or the nearest that both stages have."""
+    present = set(confirmation.points.select("split", "metric").unique().rows())
     wanted = [MEAN, *confirmation.ranked_splits, *confirmation.splits]
     return next(
         (split, metric)
         for metric in ("accuracy", "tau")
         for split in wanted
-        if (split, metric) in shown
+        if (split, metric) in present
     )
 
 
-def _where(confirmation: Confirmation, split: str) -> str:
-    return f"mean over {', '.join(confirmation.ranked_splits)}" if split == MEAN else split
-
-
-def _found(confirmation: Confirmation) -> list[tuple[str, str, dict[str, dict[str, float | None]]]]:
-    """Of every split and metric its statistics by name; the mean first, then metric by metric."""
+def _statistics(
+    confirmation: Confirmation,
+) -> list[tuple[str, str, dict[str, dict[str, float | None]]]]:
+    """Split, metric, and their rows of `agreement` by the statistic's name; ordered by metric, and
+    within a metric with the mean first."""
     cells = confirmation.agreement.select("split", "metric").unique(maintain_order=True).rows()
     found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {cell: {} for cell in cells}
     for row in confirmation.agreement.iter_rows(named=True):
         found[row["split"], row["metric"]][row["statistic"]] = row
-    order = sorted(found, key=lambda cell: ([*_LABELS].index(cell[1]), cell[0] != MEAN))
+    order = sorted(found, key=lambda cell: (METRICS.index(cell[1]), cell[0] != MEAN))
     return [(split, metric, found[split, metric]) for split, metric in order]
 
 
@@ -254,19 +69,19 @@ def _text(row: dict[str, float | None], metric: str, sign: str = "") -> str:
     return f"{value_text(row['value'], metric, sign)} {interval}".strip()
 
 
-def _resampled(confirmation: Confirmation) -> str:
-    """What intervals are over: a stage of one seed has none to draw."""
-    one = [
+def _what_is_resampled(confirmation: Confirmation) -> str:
+    """What the intervals cover: a stage with one seed has no seeds to resample."""
+    one_seed = [
         name
         for name, column in (("frozen", "frozen_seeds"), ("fine-tuned", "full_seeds"))
         if (confirmation.points[column] == 1).all()
     ]
-    if len(one) == 2:
+    if len(one_seed) == 2:
         return "prompts only: one seed"
-    return "prompts and seeds" + (f" ({one[0]}: prompts only: one seed)" if one else "")
+    return "prompts and seeds" + (f" ({one_seed[0]}: prompts only: one seed)" if one_seed else "")
 
 
-def _ranks(confirmation: Confirmation) -> Table:
+def _rank_agreement(confirmation: Confirmation) -> Table:
     rows = [
         (
             split,
@@ -277,15 +92,15 @@ def _ranks(confirmation: Confirmation) -> Table:
             _text(found["halves_full"], ""),
             _text(found["halves_frozen"], ""),
         )
-        for split, metric, found in _found(confirmation)
+        for split, metric, found in _statistics(confirmation)
     ]
     notes = [
-        f"Square brackets: 95 % intervals, bootstrap over {_resampled(confirmation)}, of these "
-        "configurations: others may agree otherwise. They reach up to the agreement that noise may "
-        "hide.",
-        "ordered: twos of configurations that both stages order alike.",
-        "halves: rho between two halves of a stage's own seeds: what the noise of half the seeds "
-        "leaves of perfect agreement.",
+        f"Square brackets: 95 % intervals, bootstrap over {_what_is_resampled(confirmation)}, of "
+        "these configurations; other configurations may agree differently. The intervals are "
+        "widened upwards, because noise in the means hides agreement.",
+        "ordered: share of pairs of configurations that both stages put in the same order.",
+        "halves: rho between the two halves of a stage's own seeds, which is how much of perfect "
+        "agreement the noise of half the seeds leaves.",
         *_reasons(confirmation, ("spearman", "kendall", "ordered", "halves_full", "halves_frozen")),
     ]
     return Table(
@@ -297,7 +112,7 @@ def _ranks(confirmation: Confirmation) -> Table:
     )
 
 
-def _gains(confirmation: Confirmation) -> Table:
+def _gain_agreement(confirmation: Confirmation) -> Table:
     rows = [
         (
             split,
@@ -307,14 +122,15 @@ def _gains(confirmation: Confirmation) -> Table:
             _text(found["intercept"], metric, "+"),
             _text(found["bias"], metric, "+"),
         )
-        for split, metric, found in _found(confirmation)
+        for split, metric, found in _statistics(confirmation)
     ]
     notes = [
-        "regret: the best fine-tuned value minus that of the configuration ranked first by frozen "
-        "states.",
-        "slope, intercept: of the line of fine-tuned on frozen gains; 1 and 0 if frozen gains were "
-        "exact. Noise of frozen gains alone flattens it, and the best of many are partly lucky.",
-        "bias: mean frozen minus mean fine-tuned gain. Gains of NLL are what it falls by.",
+        "regret: the best fine-tuned value minus the fine-tuned value of the configuration that "
+        "frozen states rank first.",
+        "slope, intercept: of the line fitted to fine-tuned against frozen gains; 1 and 0 where "
+        "frozen gains equal fine-tuned ones. Noise in the frozen gains flattens the line, and the "
+        "best of many configurations owe part of their gain to luck.",
+        "bias: mean frozen gain minus mean fine-tuned gain. Gains of NLL are its decrease.",
         *_reasons(confirmation, ("regret", "slope", "intercept", "bias")),
     ]
     return Table(
@@ -327,19 +143,20 @@ def _gains(confirmation: Confirmation) -> Table:
 
 
 def _reasons(confirmation: Confirmation, statistics: tuple[str, ...]) -> list[str]:
-    """Why some of the statistics are missing."""
+    """Why some of these statistics are missing, one sentence per reason."""
     found = confirmation.agreement.filter(pl.col("statistic").is_in(statistics))["reason"]
     return [f"{MISSING}: {reason}." for reason in found.drop_nulls().unique(maintain_order=True)]
 
 
-def _configurations(confirmation: Confirmation, cell: tuple[str, str]) -> list[Table]:
+def _configurations(confirmation: Confirmation, cell: tuple[str, str]) -> Table:
+    """Both stages' values and gains of every configuration, on one split by one metric."""
     split, metric = cell
     points = confirmation.points.filter(pl.col("split") == split, pl.col("metric") == metric)
     rows = []
     for match, row in zip(confirmation.matches, points.iter_rows(named=True), strict=True):
         stages = []
         for stage in ("frozen", "full"):
-            for names, sign in ((_VALUE, ""), (_GAIN, "+")):
+            for names, sign in ((VALUE, ""), (GAIN, "+")):
                 value, low, high = (row[f"{stage}_{name}"] for name in names)
                 text = value_text(value, metric, sign)
                 stages.append(f"{text} {range_text(low, high, metric, sign)}".strip())
@@ -358,33 +175,31 @@ def _configurations(confirmation: Confirmation, cell: tuple[str, str]) -> list[T
                 "; ".join(match.left),
             )
         )
-    notes = ["#: rank in the sweep. Two configurations fine-tuned as one share its runs."]
-    return [
-        Table(
-            f"{_LABELS[metric][0].upper()}{_LABELS[metric][1:]}: {_where(confirmation, split)}",
-            (
-                *("#", "configuration", "tuned as", "frozen", "gain", "tuned", "its gain"),
-                *("seeds", "chosen by", "not taken over"),
-            ),
-            tuple(rows),
-            " ".join(notes),
-            left=3,
-            wide=("seeds", "chosen by", "not taken over"),
-        )
-    ]
+    averaged = ", ".join(confirmation.ranked_splits)
+    where = f"mean over {averaged}" if split == MEAN else split
+    return Table(
+        f"{_LABELS[metric][0].upper()}{_LABELS[metric][1:]}: {where}",
+        (
+            *("#", "configuration", "tuned as", "frozen", "gain", "tuned", "its gain"),
+            *("seeds", "chosen by", "not taken over"),
+        ),
+        tuple(rows),
+        "#: rank in the sweep. Configurations that are fine-tuned as one share its runs.",
+        left=3,
+        wide=("seeds", "chosen by", "not taken over"),
+    )
 
 
-def _left_out(confirmation: Confirmation) -> list[Table]:
+def _not_compared(confirmation: Confirmation) -> list[Table]:
     by_reason: dict[str, list[Excluded]] = {}
     for entry in (*confirmation.untuned, *confirmation.excluded):
         by_reason.setdefault(entry.reason, []).append(entry)
     if not by_reason:
         return []
-    rows = [
-        (reason, str(len(entries)), min(entries, key=lambda entry: entry.rank).name,
-         str(min(entry.rank for entry in entries)))
-        for reason, entries in by_reason.items()
-    ]  # fmt: skip
+    rows = []
+    for reason, entries in by_reason.items():
+        best = min(entries, key=lambda entry: entry.rank)
+        rows.append((reason, str(len(entries)), best.name, str(best.rank)))
     return [
         Table(
             "Configurations of the sweep that are not compared",
@@ -392,3 +207,80 @@ def _left_out(confirmation: Confirmation) -> list[Table]:
             tuple(rows),
         )
     ]
+
+
+def confirmation_figure(confirmation: Confirmation) -> Callable[[], Figure]:
+    """A function that draws fine-tuned against frozen values, one panel per split.
+
+    A panel shows accuracy, or Kendall's tau-b on a split with groups only. The last panel lists
+    which configuration has which rank in the sweep.
+    """
+    metric_of: dict[str, str] = {}
+    cells = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
+    for split, metric in cells:
+        if metric != "nll":
+            metric_of.setdefault(split, metric)
+    order = sorted(metric_of, key=lambda split: split != MEAN)
+
+    def draw() -> Figure:
+        panels = len(order) + 1
+        columns = 2 if panels % 2 == 0 and panels % PANELS else min(PANELS, panels)
+        rows = -(-panels // columns)
+        listing = [f"{match.rank}  {short_name(match.name, 34)}" for match in confirmation.matches]
+        figure, axes = new_figure(max(2.5 * rows, 1.0 + 0.15 * len(listing)), columns, rows)
+        for axis, split in zip(axes, order, strict=False):
+            _draw_split(axis, confirmation, split, metric_of[split])
+        for axis in axes[len(order) :]:
+            axis.axis("off")
+        axes[len(order)].text(
+            0, 1, "\n".join(listing), transform=axes[len(order)].transAxes, va="top", fontsize=7
+        )
+        entries = {
+            "configuration": Line2D([], [], color=BLUE, marker="o", linestyle=""),
+            "baseline": Line2D([], [], color=ORANGE, marker="D", linestyle=""),
+            "95 % interval": Line2D([], [], color=BLUE, linewidth=0.8, alpha=0.4),
+        }
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)
+        return figure
+
+    return draw
+
+
+def _draw_split(axis: Axes, confirmation: Confirmation, split: str, metric: str) -> None:
+    here = (pl.col("split") == split, pl.col("metric") == metric)
+    points = confirmation.points.filter(*here)
+    for match, row in zip(confirmation.matches, points.iter_rows(named=True), strict=True):
+        if row["frozen_estimate"] is not None and row["full_estimate"] is not None:
+            _draw_point(
+                axis,
+                row,
+                100 if metric == "accuracy" else 1,
+                str(match.rank),
+                is_baseline=match.name == confirmation.baseline,
+            )
+    rho = confirmation.agreement.filter(*here, pl.col("statistic") == "spearman")["value"]
+    known = "n/a" if rho[0] is None else f"{rho[0]:.2f}"
+    axis.set_title(f"{short_name(split, 20)}, ρ = {known}")
+    unit = "accuracy (%)" if metric == "accuracy" else "Kendall τ-b"
+    axis.set_xlabel(f"Frozen {unit}")
+    axis.set_ylabel(f"Fine-tuned {unit}")
+    axis.margins(0.12)
+    axis.grid()
+    axis.set_axisbelow(True)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _draw_point(
+    axis: Axes, row: dict[str, Any], scale: float, label: str, *, is_baseline: bool
+) -> None:
+    """One configuration with the intervals of both stages where both have one."""
+    x, y = scale * row["frozen_estimate"], scale * row["full_estimate"]
+    color = ORANGE if is_baseline else BLUE
+    if row["frozen_low"] is not None and row["full_low"] is not None:
+        low, high = scale * row["frozen_low"], scale * row["frozen_high"]
+        axis.plot([low, high], [y, y], color=color, linewidth=0.8, alpha=0.4)
+        low, high = scale * row["full_low"], scale * row["full_high"]
+        axis.plot([x, x], [low, high], color=color, linewidth=0.8, alpha=0.4)
+    axis.plot(x, y, "D" if is_baseline else "o", color=color, markersize=4.5)
+    axis.annotate(label, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)

@@ -1,4 +1,4 @@
-"""A sweep against its fine-tune: numbers from two made-up result folders, tables and files."""
+"""A sweep against its fine-tune: tables, figure and files from two made-up result folders."""
 
 import json
 from pathlib import Path
@@ -6,40 +6,24 @@ from pathlib import Path
 import polars as pl
 import pytest
 from small_stage import SPLITS, small_stage
+from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_results
 
-from embrm.core.errors import UserError
+from embrm.core.drawing import drawn
 from embrm.core.table import markdown
-from embrm.reports.figures import confirmation_figures
 from embrm.reports.run import confirmation_report
-from embrm.results.comparison import compare_runs
-from embrm.studies.confirmation.table import (
-    Confirmation,
-    Excluded,
-    Match,
-    compare_stages,
-    confirmation_tables,
-)
+from embrm.studies.confirmation.measure import Confirmation, compare_stages
+from embrm.studies.confirmation.table import confirmation_figure, confirmation_tables
 from embrm.sweeps.ledger import Results, open_results
-
-FROZEN = {"a|b $x$": 0.75, "a-lr": 0.74, "hinge": 0.68, "bt": 0.6, "low": 0.5, "worse": 0.4}
-FULL = {"a|b $x$": 0.8, "hinge": 0.72, "bt": 0.74, "low": 0.6, "worse": None}
-MATCHES = tuple(
-    Match(name, rank, "top:6", "a|b $x$" if name == "a-lr" else name, ())
-    for rank, name in enumerate(FROZEN, start=1)
-)
-EXCLUDED = (Excluded("mean", 7, "state = 'mean'"), Excluded("tokens", 9, "state = 'mean'"))
 
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return open_results(small_stage(tmp_path_factory.mktemp("frozen") / "swept", FROZEN))
+    return frozen_results(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    # Its seeds are others: nothing pairs seeds of the two stages.
-    folder = tmp_path_factory.mktemp("full") / "tuned"
-    return open_results(small_stage(folder, FULL, seeds=(7, 8), stage=1))
+    return full_results(tmp_path_factory.mktemp("full"))
 
 
 @pytest.fixture(scope="module")
@@ -51,71 +35,6 @@ def statistic(confirmation: Confirmation, name: str, split: str, metric: str) ->
     return confirmation.agreement.filter(
         pl.col("statistic") == name, pl.col("split") == split, pl.col("metric") == metric
     )["value"][0]
-
-
-def test_every_split_and_their_mean_by_accuracy_and_nll(confirmation: Confirmation) -> None:
-    cells = confirmation.agreement.select("split", "metric").unique(maintain_order=True).rows()
-    assert sorted(cells) == sorted(
-        (split, metric) for split in (*SPLITS, "mean") for metric in ("accuracy", "nll")
-    )
-    for split in (*SPLITS, "mean"):
-        # frozen: a, a-lr, hinge, bt, low; full: a = a-lr, bt, hinge, low. ρ by hand: ranks
-        # 5 4 3 2 1 and 4.5 4.5 2 3 1, so 3 + 1.5 + 0 + 0 + 4; 8 of 9 twos alike
-        assert statistic(confirmation, "spearman", split, "accuracy") == pytest.approx(
-            8.5 / (10 * 9.5) ** 0.5
-        )
-        assert statistic(confirmation, "ordered", split, "accuracy") == pytest.approx(8 / 9)
-        assert statistic(confirmation, "regret", split, "accuracy") == 0
-        # nll is 1.2 - accuracy: the same ranks and, with its sign, the same gains
-        for name in ("spearman", "slope", "bias"):
-            assert statistic(confirmation, name, split, "nll") == pytest.approx(
-                statistic(confirmation, name, split, "accuracy"), rel=1e-5
-            )
-
-
-def test_points_are_the_reports(confirmation: Confirmation, frozen: Results, full: Results) -> None:
-    for stage, results, key in (("frozen", frozen, "name"), ("full", full, "full_name")):
-        scores = compare_runs(
-            "x", results.ledger, results.prompts, results.outcomes, SPLITS, "bt"
-        ).scores
-        for row in confirmation.points.filter(split="ood/far", metric="accuracy").iter_rows(
-            named=True
-        ):
-            own = scores.filter(name=row[key], split="ood/far", metric="accuracy").to_dicts()[0]
-            for column in ("estimate", "low", "high", "difference", "difference_high", "seeds"):
-                assert row[f"{stage}_{column}"] == own[column]
-
-
-def test_gains_are_of_means_over_the_baseline(confirmation: Confirmation) -> None:
-    points = confirmation.points.filter(split="mean", metric="accuracy", name="hinge")
-    others = confirmation.points.filter(
-        pl.col("split") == "mean", pl.col("metric") == "accuracy", pl.col("name") != "bt"
-    )
-    gains = [
-        others[f"{stage}_estimate"]
-        - confirmation.points.filter(split="mean", metric="accuracy", name="bt")[
-            f"{stage}_estimate"
-        ][0]
-        for stage in ("frozen", "full")
-    ]
-    assert statistic(confirmation, "bias", "mean", "accuracy") == pytest.approx(
-        (gains[0] - gains[1]).mean()
-    )
-    assert points.height == 1
-
-
-def test_a_stage_against_its_own_copy_agrees_but_not_surely(frozen: Results) -> None:
-    """The copy draws seeds of its own: with the same draws every replicate would agree."""
-    own = tuple(Match(match.name, match.rank, "", match.name, ()) for match in MATCHES)
-    found = compare_stages(frozen, frozen, own, (), "bt", SPLITS)
-    row = found.agreement.filter(statistic="ordered", split="id", metric="accuracy").to_dicts()[0]
-    assert row["value"] == row["high"] == 1
-    assert row["low"] < 1
-
-
-def test_a_fine_tune_that_diverged_is_told_and_left_out(confirmation: Confirmation) -> None:
-    assert [match.name for match in confirmation.matches] == [*FROZEN][:-1]
-    assert confirmation.untuned == (Excluded("worse", 6, "its fine-tune diverged in every seed"),)
 
 
 def test_without_the_baselines_fine_tune_there_are_no_gains(
@@ -133,7 +52,7 @@ def test_three_configurations_have_no_rank_correlation(frozen: Results, full: Re
     ranks = confirmation_tables(found)[0]
     assert ranks.rows[0][2:4] == ("n/a", "n/a")
     assert "n/a: 3 fine-tuned configurations: it needs 4." in ranks.note
-    assert confirmation_figures(found)
+    assert drawn({"agreement": confirmation_figure(found)})
 
 
 def test_tables_tell_what_the_numbers_are(confirmation: Confirmation) -> None:
@@ -195,7 +114,7 @@ def test_tau_ranks_where_there_are_groups_alone(
     assert set(found.agreement["metric"]) == {"tau"}
     assert statistic(found, "ordered", "mean", "tau") == pytest.approx(8 / 9)
     assert confirmation_tables(found)[2].title == "Kendall tau-b: mean over id, ood/far"
-    assert b"Frozen Kendall" in confirmation_figures(found)["agreement.svg"]
+    assert b"Frozen Kendall" in drawn({"agreement": confirmation_figure(found)})["agreement.svg"]
 
 
 def test_files_are_written_and_their_bytes_repeat(
@@ -225,39 +144,11 @@ def test_files_are_written_and_their_bytes_repeat(
 def test_the_figure_has_a_panel_a_split_with_its_rank_correlation(
     confirmation: Confirmation,
 ) -> None:
-    drawn = confirmation_figures(confirmation)["agreement.svg"]
+    content = drawn({"agreement": confirmation_figure(confirmation)})["agreement.svg"]
     for split in ("mean", *SPLITS):
-        assert f"<!-- {split}, ρ = 0.87 -->".encode() in drawn
-    assert b"1  a|b $x$" in drawn
+        assert f"<!-- {split}, ρ = 0.87 -->".encode() in content
+    assert b"1  a|b $x$" in content
 
 
 def test_markdown_of_the_tables_is_escaped(confirmation: Confirmation) -> None:
     assert "a|b" not in markdown(confirmation_tables(confirmation)[2])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"cache_id": "other"}, "was made with cache other, .* with c0: confirm a sweep with"),
-        ({"splits": ("elsewhere",)}, "have no evaluation split in common"),
-        ({"skills": {"hinge": 0.5, "a|b $x$": None}}, "finished runs of fewer than 2"),
-    ],
-)
-def test_stages_that_do_not_belong_together_are_one_line(
-    frozen: Results, tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
-    arguments = {"skills": FULL} | changes
-    other = open_results(small_stage(tmp_path / "other", **arguments))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=message) as error:
-        compare_stages(frozen, other, MATCHES, (), "bt", SPLITS)
-    assert "\n" not in str(error.value)
-
-
-def test_other_prompts_of_one_split_are_refused(frozen: Results, tmp_path: Path) -> None:
-    folder = small_stage(tmp_path / "other", FULL)
-    prompts = pl.read_parquet(folder / "prompts.parquet")
-    prompts.with_columns(prompt_id=pl.col("prompt_id") + "x").write_parquet(
-        folder / "prompts.parquet"
-    )
-    with pytest.raises(UserError, match=r"split 'id' has other prompts in .*other than in"):
-        compare_stages(frozen, open_results(folder), MATCHES, (), "bt", SPLITS)
