@@ -22,7 +22,7 @@ from embrm.demo.run import demo
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, prompts
 from embrm.exports.run import write_model
-from embrm.exports.trained import open_trained
+from embrm.exports.run_model import open_run_model
 from embrm.reports.figures import policy_figures
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.ledger import Results, open_results
@@ -73,7 +73,7 @@ def _rewards(heads: Results, out: Path, folder: Path) -> dict[str, Path]:
     """Run id → its stock sequence classifier; the world's texts are read once for all of them."""
     found = {run_id: folder / run_id for run_id in heads.ledger["run_id"]}
     missing = [run_id for run_id, reward in found.items() if not reward.exists()]
-    trained = [open_trained(heads.folder, run_id, out / "cache") for run_id in missing]
+    trained = [open_run_model(heads.folder, run_id, out / "cache") for run_id in missing]
     if trained:
         prepared = trained[0].prepared(str(out / "lm"))
         for run_id, run in zip(missing, trained, strict=True):

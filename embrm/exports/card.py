@@ -14,9 +14,9 @@ import polars as pl
 from embrm import __version__
 from embrm.core.specs import canonical_json
 from embrm.core.table import Table, escape, markdown
-from embrm.exports.exported import Exported
+from embrm.exports.exported import ExportedModel
 from embrm.exports.parity import Parity
-from embrm.exports.trained import Trained
+from embrm.exports.run_model import RunModel
 from embrm.extraction.run import Prepared
 from embrm.metrics.intervals import compare, replicate
 from embrm.metrics.outcomes import Outcomes
@@ -25,12 +25,12 @@ _METRICS = ("accuracy", "tau")
 
 
 def card(
-    trained: Trained, prepared: Prepared, exported: Exported, parity: Parity, *, stock: bool
+    run_model: RunModel, prepared: Prepared, exported: ExportedModel, parity: Parity, *, stock: bool
 ) -> str:
     """README.md of the folder. Text that users or data supply is escaped."""
     parts = [
         _front_matter(prepared),
-        f"# {escape(trained.name)}\n",
+        f"# {escape(run_model.name)}\n",
         "A reward model: one number for a prompt and a response, higher is better. "
         + (
             "Loads in stock transformers."
@@ -39,9 +39,9 @@ def card(
         )
         + "\n",
         _use(exported, parity, stock=stock),
-        markdown(_results(trained)),
-        markdown(_made_of(trained, prepared)),
-        "## Run\n```json\n" + json.dumps(_run(trained), indent=1, sort_keys=True) + "\n```\n",
+        markdown(_results(run_model)),
+        markdown(_made_of(run_model, prepared)),
+        "## Run\n```json\n" + json.dumps(_run(run_model), indent=1, sort_keys=True) + "\n```\n",
         markdown(_parity(parity)),
     ]
     return "\n".join(parts)
@@ -64,7 +64,7 @@ def _hub_name(prepared: Prepared) -> str | None:
     return name if is_hub else None
 
 
-def _use(exported: Exported, parity: Parity, *, stock: bool) -> str:
+def _use(exported: ExportedModel, parity: Parity, *, stock: bool) -> str:
     trust = "" if stock else ", trust_remote_code=True"
     pooled = getattr(exported.model.config, "pooling", "last")
     policy = exported.policy
@@ -122,10 +122,10 @@ def _use(exported: Exported, parity: Parity, *, stock: bool) -> str:
     return "\n".join(["## Use", "```python", *code, "```", *(f"\n{note}" for note in notes), ""])
 
 
-def _results(trained: Trained) -> Table:
+def _results(run_model: RunModel) -> Table:
     """Accuracy and Kendall's τ-b of the run, each split's prompts resampled."""
-    results = trained.results
-    run_id = trained.row["run_id"]
+    results = run_model.results
+    run_id = run_model.row["run_id"]
     rows = []
     for split in results.prompts["split"].unique(maintain_order=True):
         outcomes = Outcomes.of(
@@ -136,11 +136,11 @@ def _results(trained: Trained) -> Table:
         rows.append(
             (
                 split,
-                f"{trained.row[f'pairs@{split}']:,.0f}",
-                f"{trained.row[f'prompts@{split}']:,.0f}",
-                *(_interval(trained, outcomes, split, metric) for metric in _METRICS),
-                _number(trained.row.get(f"ties@{split}"), 100, " %"),
-                _number(trained.row.get(f"length_accuracy@{split}"), 100, " %"),
+                f"{run_model.row[f'pairs@{split}']:,.0f}",
+                f"{run_model.row[f'prompts@{split}']:,.0f}",
+                *(_interval(run_model, outcomes, split, metric) for metric in _METRICS),
+                _number(run_model.row.get(f"ties@{split}"), 100, " %"),
+                _number(run_model.row.get(f"length_accuracy@{split}"), 100, " %"),
             )
         )
     return Table(
@@ -153,10 +153,10 @@ def _results(trained: Trained) -> Table:
     )
 
 
-def _interval(trained: Trained, outcomes: Outcomes, split: str, metric: str) -> str:
-    if trained.row.get(f"{metric}@{split}") is None:
+def _interval(run_model: RunModel, outcomes: Outcomes, split: str, metric: str) -> str:
+    if run_model.row.get(f"{metric}@{split}") is None:
         return "n/a"
-    runs = pl.DataFrame({"name": [trained.row["config"]], "seed": [trained.row["seed"]]})
+    runs = pl.DataFrame({"name": [run_model.row["config"]], "seed": [run_model.row["seed"]]})
     found = compare(replicate(outcomes, metric), runs, None).row(0, named=True)
     scale, unit = (100, " %") if metric == "accuracy" else (1, "")
     decimals = 1 if metric == "accuracy" else 3
@@ -171,25 +171,27 @@ def _number(value: float | None, scale: float, unit: str, decimals: int = 1) -> 
     return "n/a" if value is None else f"{value * scale:.{decimals}f}{unit}"
 
 
-def _run(trained: Trained) -> dict[str, Any]:
+def _run(run_model: RunModel) -> dict[str, Any]:
     """The run's fields; of a label table its digest, for where it lies is nobody's business."""
-    labels = trained.run.get("labels")
-    return trained.run if labels is None else trained.run | {"labels": labels.rpartition("#")[2]}
+    labels = run_model.run.get("labels")
+    return (
+        run_model.run if labels is None else run_model.run | {"labels": labels.rpartition("#")[2]}
+    )
 
 
-def _made_of(trained: Trained, prepared: Prepared) -> Table:
-    row, manifest = trained.row, trained.cache.manifest
+def _made_of(run_model: RunModel, prepared: Prepared) -> Table:
+    row, manifest = run_model.row, run_model.cache.manifest
     tokens = prepared.identity["tokenizer"]
-    spec = trained.results.spec
+    spec = run_model.results.spec
     divided = spec.scenarios
     rows: list[tuple[str, str]] = [
         ("base model", _hub_name(prepared) or prepared.folder.name),
         ("its weights, SHA-256", prepared.identity["model"]["weights"]),
         ("dtype", prepared.spec.dtype),
-        ("backbone", "fine-tuned" if trained.backbone else "frozen"),
+        ("backbone", "fine-tuned" if run_model.backbone else "frozen"),
         ("head", row["head"]),
         ("loss", row["loss"]),
-        ("state", trained.view),
+        ("state", run_model.view),
         ("template", tokens["template"]),
         ("longest text", f"{tokens['max_length']} tokens"),
         ("trained on", ", ".join(spec.train)),

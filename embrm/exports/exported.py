@@ -22,7 +22,7 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A reward model with one label. Create it with `load_exported`."""
 
     model: Any
@@ -80,7 +80,7 @@ class Exported:
         }
 
 
-def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto") -> Exported:
+def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto") -> ExportedModel:
     """A folder that embrm export wrote, or any with a sequence classifier of one label.
 
     dtype: float32, bfloat16 or float16; None: the one it was saved in. No code of the folder runs.
@@ -146,6 +146,6 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
         pad_token=tokenizer.convert_ids_to_tokens(text.pad_token_id),
         allow_pad_eos=True,
     )
-    return Exported(
+    return ExportedModel(
         model, tokenizer, replace(policy, pad=text.pad_token_id), about.get("offset", 0.0)
     )

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from embrm.core.errors import UserError
 from embrm.exports import modeling_embrm
 from embrm.exports.modeling_embrm import EmbrmRewardConfig, EmbrmRewardModel
-from embrm.exports.trained import Trained, load_backbone
+from embrm.exports.run_model import RunModel, load_backbone
 from embrm.extraction.run import Prepared
 from embrm.lm.loading import attention
 from embrm.lm.tokens import reason_of
@@ -71,14 +71,14 @@ def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
     return Folded(mean_weight, float(mean_weight @ preprocess.mean.double()))
 
 
-def why_not_stock(trained: Trained, prepared: Prepared) -> str | None:
+def why_not_stock(run_model: RunModel, prepared: Prepared) -> str | None:
     """Why a run has no stock form, or None."""
-    if trained.view not in STOCK:
-        return f"it reads state {trained.view!r}, and stock classes pool 'last'"
-    if fold(trained.parameters, trained.preprocess) is None:
+    if run_model.view not in STOCK:
+        return f"it reads state {run_model.view!r}, and stock classes pool 'last'"
+    if fold(run_model.parameters, run_model.preprocess) is None:
         return "its head is not linear"
-    if trained.combination.kind != "mean":
-        return f"its members are combined by {trained.combination.kind!r}"
+    if run_model.combination.kind != "mean":
+        return f"its members are combined by {run_model.combination.kind!r}"
     config = AutoConfig.from_pretrained(prepared.folder, local_files_only=True, num_labels=1)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return f"transformers has no sequence classification for {config.model_type!r}"
@@ -95,30 +95,30 @@ def has_linear_score(model: Any) -> bool:
     return model.base_model is not model and own == ["score.weight"]
 
 
-def stock_model(trained: Trained, prepared: Prepared, about: dict[str, Any]) -> Any:
+def stock_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
     """An `AutoModelForSequenceClassification` for a run that has a stock form. about: for its
     config. Raises: UserError when the model's weights are not complete."""
-    folded = fold(trained.parameters, trained.preprocess)
+    folded = fold(run_model.parameters, run_model.preprocess)
     assert folded is not None  # see why_not_stock
     model, missing = _load(AutoModelForSequenceClassification, prepared, num_labels=1)
     _refuse_missing(model, missing - {"score.weight"})
     with torch.no_grad():
         model.score.weight.copy_(folded.weight[None])
-    load_backbone(model.base_model, trained.backbone, trained.name)
+    load_backbone(model.base_model, run_model.backbone, run_model.name)
     _finish(model.config, prepared, about | {"offset": folded.offset})
     return model
 
 
-def custom_model(trained: Trained, prepared: Prepared, about: dict[str, Any]) -> Any:
+def custom_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
     """An `EmbrmRewardModel`, its head in float32 whatever its backbone's dtype. about: for its
     config. Raises: UserError when the model's weights are not complete."""
     backbone, missing = _load(AutoModel, prepared)
     _refuse_missing(backbone, missing)
-    load_backbone(backbone, trained.backbone, trained.name)
-    tensors = {name.replace(".", "_"): tensor for name, tensor in trained.parameters.items()}
-    if trained.preprocess.mean is not None and trained.preprocess.scale is not None:
-        tensors |= {"mean": trained.preprocess.mean, "scale": trained.preprocess.scale}
-    combination = trained.combination
+    load_backbone(backbone, run_model.backbone, run_model.name)
+    tensors = {name.replace(".", "_"): tensor for name, tensor in run_model.parameters.items()}
+    if run_model.preprocess.mean is not None and run_model.preprocess.scale is not None:
+        tensors |= {"mean": run_model.preprocess.mean, "scale": run_model.preprocess.scale}
+    combination = run_model.combination
     if combination.reference is not None:
         reference = combination.reference
         tensors |= {"reference_mean": reference.mean, "reference_sd": reference.sd}
@@ -127,7 +127,7 @@ def custom_model(trained: Trained, prepared: Prepared, about: dict[str, Any]) ->
     config = EmbrmRewardConfig(
         backbone=own,
         head={name: list(tensor.shape) for name, tensor in tensors.items()},
-        pooling=trained.view,
+        pooling=run_model.view,
         combine=combination.kind,
         penalty=combination.penalty,
         dtype=prepared.spec.dtype,

@@ -33,7 +33,7 @@ class EmbrmRewardConfig(PreTrainedConfig):
     num_labels: int = 1
 
 
-class Head(nn.Module):
+class RewardHead(nn.Module):
     """One reward of the heads [members, ...]. Names and shapes of parameters as in embrm.
 
     h' = (h - mean) / scale; h~ = h' + up·down·h', or h' + up·ReLU(down·h' + b); then hidden layers
@@ -90,7 +90,7 @@ class EmbrmRewardModel(PreTrainedModel):
     def __init__(self, config: EmbrmRewardConfig) -> None:
         super().__init__(config)
         self.model = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-        self.head = Head(config.head, config.combine, config.penalty)
+        self.head = RewardHead(config.head, config.combine, config.penalty)
         self.post_init()
 
     def forward(

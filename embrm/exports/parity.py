@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from embrm.core.errors import UserError
-from embrm.exports.exported import Exported, Side
-from embrm.exports.trained import Trained
+from embrm.exports.exported import ExportedModel, Side
+from embrm.exports.run_model import RunModel
 from embrm.extraction.engine import TOLERANCE, read
 from embrm.extraction.run import Prepared
 
@@ -52,16 +52,18 @@ class Parity:
     position_ids: bool
 
 
-def expected_rewards(trained: Trained, prepared: Prepared, rows: list[int], device: str) -> Tensor:
+def expected_rewards(
+    run_model: RunModel, prepared: Prepared, rows: list[int], device: str
+) -> Tensor:
     """float32 [n], the rewards of the run for these responses of the cache."""
-    if not trained.backbone:
-        return trained.cached_rewards(rows)
-    engine, requests = trained.engine(prepared, device), prepared.requests(rows)
-    return trained.rewards(read(engine, requests, engine.batch_tokens), requests)
+    if not run_model.backbone:
+        return run_model.cached_rewards(rows)
+    engine, requests = run_model.engine(prepared, device), prepared.requests(rows)
+    return run_model.rewards(read(engine, requests, engine.batch_tokens), requests)
 
 
 def check_parity(
-    exported: Exported, expected: Tensor, prepared: Prepared, rows: list[int], tolerance: float
+    exported: ExportedModel, expected: Tensor, prepared: Prepared, rows: list[int], tolerance: float
 ) -> Parity:
     """Compare with `expected` float32 [n], of the responses `rows`.
 

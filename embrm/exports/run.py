@@ -16,7 +16,7 @@ from embrm.exports.card import card
 from embrm.exports.exported import load_exported
 from embrm.exports.model import CODE, CUSTOM, custom_model, quiet, stock_model, why_not_stock
 from embrm.exports.parity import Parity, check_parity, expected_rewards, spread
-from embrm.exports.trained import Trained, open_trained
+from embrm.exports.run_model import RunModel, open_run_model
 from embrm.extraction.run import Prepared
 from embrm.lm.tokens import load_tokenizer, reason_of
 
@@ -57,10 +57,10 @@ def export(
     cache any more, rewards beyond tolerance, or a folder that is not empty.
     """
     _refuse_content(out)
-    trained = open_trained(source, run, cache)
+    run_model = open_run_model(source, run, cache)
     made = write_model(
-        trained,
-        trained.prepared(model),
+        run_model,
+        run_model.prepared(model),
         out,
         custom=custom,
         tolerance=tolerance,
@@ -73,7 +73,7 @@ def export(
 
 
 def write_model(
-    trained: Trained,
+    run_model: RunModel,
     prepared: Prepared,
     out: Path,
     *,
@@ -89,23 +89,23 @@ def write_model(
             "the cache was made with trust_remote_code: a model with code of its own cannot be "
             "exported"
         )
-    if trained.view not in CUSTOM:
+    if run_model.view not in CUSTOM:
         raise UserError(
-            f"run {trained.name} reads state {trained.view!r}, which cannot be exported: take a "
-            "run on 'last' or 'mean', or score with embrm score FOLDER:RUN"
+            f"run {run_model.name} reads state {run_model.view!r}, which cannot be exported: take "
+            "a run on 'last' or 'mean', or score with embrm score FOLDER:RUN"
         )
-    reason = why_not_stock(trained, prepared)
+    reason = why_not_stock(run_model, prepared)
     if reason and not custom:
         raise UserError(
-            f"run {trained.name} has no stock form: {reason}; with --custom it is saved with a "
+            f"run {run_model.name} has no stock form: {reason}; with --custom it is saved with a "
             "small class of ours, or score with embrm score FOLDER:RUN"
         )
     rows = spread(len(prepared.encoded), sample)
-    expected = expected_rewards(trained, prepared, rows, device)
+    expected = expected_rewards(run_model, prepared, rows, device)
     # A stock class has its score layer in the dtype of the backbone, ours its head in float32.
     stock = not reason and not (custom and prepared.spec.dtype != "float32")
     build = stock_model if stock else custom_model
-    built = build(trained, prepared, _about(trained, prepared))
+    built = build(run_model, prepared, _about(run_model, prepared))
     with _new_folder(out) as folder:
         with quiet():
             built.save_pretrained(folder)
@@ -116,7 +116,7 @@ def write_model(
             shutil.copyfile(CODE, folder / CODE.name)
         exported = load_exported(folder, device=device)
         parity = check_parity(exported, expected, prepared, rows, tolerance)
-        text = card(trained, prepared, exported, parity, stock=stock)
+        text = card(run_model, prepared, exported, parity, stock=stock)
         write_bytes(folder / "README.md", text.encode())
     return Export(out, stock, offset, parity)
 
@@ -142,14 +142,14 @@ def upload(folder: Path, repository: str) -> None:
         ) from None
 
 
-def _about(trained: Trained, prepared: Prepared) -> dict[str, Any]:
+def _about(run_model: RunModel, prepared: Prepared) -> dict[str, Any]:
     """What config.json says under "embrm", beside the offset: how texts become tokens, and from
     where the model is."""
     tokens = prepared.identity["tokenizer"]
     return {
         "version": __version__,
-        "run_id": trained.row["run_id"],
-        "cache_id": trained.cache.cache_id,
+        "run_id": run_model.row["run_id"],
+        "cache_id": run_model.cache.cache_id,
         **{name: tokens[name] for name in ("template", "max_length", "truncation")},
     }
 

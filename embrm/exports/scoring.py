@@ -18,8 +18,8 @@ from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.data.dataset import Dataset, load
 from embrm.data.sources import SourceSpec
-from embrm.exports.exported import Exported, load_exported
-from embrm.exports.trained import Trained, open_trained
+from embrm.exports.exported import ExportedModel, load_exported
+from embrm.exports.run_model import RunModel, open_run_model
 from embrm.extraction.engine import by_length, read
 from embrm.extraction.run import Prepared, check_batch, exclude
 from embrm.extraction.transformers_engine import BATCH_TOKENS
@@ -84,10 +84,10 @@ def score(
     else:
         if dtype is not None:
             raise UserError(f"--dtype is for a model's folder: a run has its cache's; drop {dtype}")
-        trained = open_trained(*run, cache)
-        prepared = trained.prepared_for(data)
+        run_model = open_run_model(*run, cache)
+        prepared = run_model.prepared_for(data)
         dataset, kept = prepared.dataset, prepared.encoded
-        rewards = _run_rewards(trained, prepared, batch_tokens, device)
+        rewards = _run_rewards(run_model, prepared, batch_tokens, device)
     return _scores(dataset, kept, rewards)
 
 
@@ -100,7 +100,7 @@ def _run_of(model: str) -> tuple[Path, str] | None:
     return (Path(folder), run) if is_run else None
 
 
-def _refuse_unknown_tokens(model: str, exported: Exported, texts: Sequence[Encoded]) -> None:
+def _refuse_unknown_tokens(model: str, exported: ExportedModel, texts: Sequence[Encoded]) -> None:
     largest = max(int(text.ids.max()) for text in texts)
     known = exported.model.get_input_embeddings().num_embeddings
     if max(largest, exported.policy.pad) >= known:
@@ -111,7 +111,7 @@ def _refuse_unknown_tokens(model: str, exported: Exported, texts: Sequence[Encod
 
 
 def _exported_rewards(
-    exported: Exported, texts: Sequence[Encoded], batch_tokens: int | None
+    exported: ExportedModel, texts: Sequence[Encoded], batch_tokens: int | None
 ) -> torch.Tensor:
     budget = batch_tokens or BATCH_TOKENS[exported.model.device.type]
     lengths = [len(text.ids) for text in texts]
@@ -120,9 +120,9 @@ def _exported_rewards(
 
 
 def _run_rewards(
-    trained: Trained, prepared: Prepared, batch_tokens: int | None, device: str
+    run_model: RunModel, prepared: Prepared, batch_tokens: int | None, device: str
 ) -> torch.Tensor:
-    engine = trained.engine(prepared, device)
+    engine = run_model.engine(prepared, device)
     budget = batch_tokens or engine.batch_tokens
     parts = []
     with progress("score", int(prepared.lengths.sum()), "tokens") as bar:
@@ -130,7 +130,7 @@ def _run_rewards(
             rows = range(first, min(first + _ROWS, len(prepared.encoded)))
             requests = prepared.requests(rows)
             batch = read(engine, requests, budget, bar.advance)
-            parts.append(trained.rewards(batch, requests))
+            parts.append(run_model.rewards(batch, requests))
     return torch.cat(parts)
 
 

@@ -29,7 +29,7 @@ _COUNTED = re.compile(r"(top|random|spread):(.*)")
 
 
 @dataclass(frozen=True)
-class Ranking:
+class SweepRanking:
     """Names of a sweep's configurations, best first; ranked_splits: those that `embrm report`
     averages over."""
 
@@ -52,7 +52,7 @@ class Choice:
     baseline: str
 
 
-def rank(results: Results, rank_by: str | None) -> Ranking:
+def rank(results: Results, rank_by: str | None) -> SweepRanking:
     """Rank as `embrm report` does, or by METRIC@SPLIT: a column of the ledger, mean over seeds.
 
     rank_by: as in `embrm report`, or METRIC@SPLIT. Configurations without a finished run, or for
@@ -87,10 +87,10 @@ def rank(results: Results, rank_by: str | None) -> Ranking:
             .sort(rank_by, "config", descending=[metric in _HIGHER, False])
         )
         names = means["config"].to_list()
-    return Ranking(tuple(names), comparison.ranked_splits)
+    return SweepRanking(tuple(names), comparison.ranked_splits)
 
 
-def choose(results: Results, ranking: Ranking, wanted: str) -> Choice:
+def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
     """Choose configurations by `wanted`, a list with commas of
 
     top:N, the N best; spread:N, N evenly spaced in rank, the best and the last among them;

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embrm.exports.model import fold
-from embrm.exports.modeling_embrm import Head
+from embrm.exports.modeling_embrm import RewardHead
 from embrm.training.heads import (
     AdapterSpec,
     HeadSpec,
@@ -76,7 +76,7 @@ def test_what_does_not_fold_is_carried_by_our_own_head(head: HeadSpec, standardi
     tensors = {name.replace(".", "_"): tensor for name, tensor in parameters.items()}
     if preprocess.mean is not None and preprocess.scale is not None:
         tensors |= {"mean": preprocess.mean, "scale": preprocess.scale}
-    own = Head({name: list(tensor.shape) for name, tensor in tensors.items()})
+    own = RewardHead({name: list(tensor.shape) for name, tensor in tensors.items()})
     own.load_state_dict(tensors)
     states = torch.randn(20, WIDTH)
     expected = rewards(parameters, preprocess, states)

@@ -29,7 +29,7 @@ from embrm.exports import run as export_run
 from embrm.exports.exported import load_exported
 from embrm.exports.parity import check_parity, reordered
 from embrm.exports.run import export, write_model
-from embrm.exports.trained import Trained, open_trained
+from embrm.exports.run_model import RunModel, open_run_model
 from embrm.results.rewards import scores
 from embrm.sweeps.ledger import MODEL_FORMAT, open_results
 from embrm.training.heads import Preprocess
@@ -63,7 +63,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def rewards_of_pairs(values: torch.Tensor, trained: Trained) -> np.ndarray:
+def rewards_of_pairs(values: torch.Tensor, trained: RunModel) -> np.ndarray:
     return values.numpy()[trained.cache.pairs.select("chosen", "rejected").to_numpy()]
 
 
@@ -75,13 +75,13 @@ def test_linear_heads_score_in_stock_transformers_as_the_sweep_does(
     assert made.stock
     assert bool(made.offset) == (run == "standardized")
     assert not made.parity.position_ids
-    assert made.parity.responses == len(open_trained(swept, "bt@0").prepared(None).encoded)
+    assert made.parity.responses == len(open_run_model(swept, "bt@0").prepared(None).encoded)
     model, info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "rm", output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    trained = open_trained(swept, f"{run}@0")
+    trained = open_run_model(swept, f"{run}@0")
     expected = scores(swept, f"{run}@0").select("scores_chosen", "scores_rejected").to_numpy()
     for side, size in (("right", 1), ("right", 16), ("left", 16)):
         found = logits(model.eval(), trained.prepared(None), side=side, size=size) - made.offset
@@ -96,7 +96,7 @@ def test_every_family_scores_as_its_cache_padded_on_either_side(
     cache = open_cache(write_cache(tmp_path, kind, plain=True, prompts=5))
     torch.manual_seed(0)
     trained = replace(
-        open_trained(swept, "bt@0"),
+        open_run_model(swept, "bt@0"),
         cache=cache,
         parameters={"output.weight": torch.randn(2, cache.width)},
         preprocess=Preprocess(torch.randn(cache.width), torch.rand(cache.width) + 0.5),
@@ -126,7 +126,7 @@ def test_every_family_scores_as_its_cache_padded_on_either_side(
 
 def test_bfloat16_is_kept_and_has_its_own_tolerance(swept: Path, tmp_path: Path) -> None:
     cache = open_cache(write_cache(tmp_path, "llama-tied", dtype="bfloat16", prompts=5))
-    trained = replace(open_trained(swept, "bt@0"), cache=cache)
+    trained = replace(open_run_model(swept, "bt@0"), cache=cache)
     made = write_model(trained, trained.prepared(None), tmp_path / "rm", device="cpu")
     assert made.parity.tolerance >= 5e-2
     assert max(made.parity.differences.values()) > 1e-4
@@ -175,7 +175,7 @@ def test_an_offset_does_not_widen_the_tolerance_of_float32() -> None:
 
 def test_with_custom_a_head_on_bfloat16_is_float32(swept: Path, tmp_path: Path) -> None:
     cache = open_cache(write_cache(tmp_path, "llama-tied", dtype="bfloat16", prompts=5))
-    trained = replace(open_trained(swept, "bt@0"), cache=cache)
+    trained = replace(open_run_model(swept, "bt@0"), cache=cache)
     made = write_model(trained, trained.prepared(None), tmp_path / "rm", custom=True, device="cpu")
     assert not made.stock
     weights = safetensors.torch.load_file(tmp_path / "rm/model.safetensors")
@@ -186,7 +186,7 @@ def test_with_custom_a_head_on_bfloat16_is_float32(swept: Path, tmp_path: Path) 
 def test_tuned_weights_are_float32_whatever_the_cache_is(swept: Path, tmp_path: Path) -> None:
     cache = open_cache(write_cache(tmp_path, "llama-tied", dtype="bfloat16", prompts=3))
     norm = {"norm.weight": torch.rand(cache.width) + 1}
-    trained = replace(open_trained(swept, "bt@0"), cache=cache, backbone=norm)
+    trained = replace(open_run_model(swept, "bt@0"), cache=cache, backbone=norm)
     made = write_model(trained, trained.prepared(None), tmp_path / "rm", device="cpu")
     assert max(made.parity.differences.values()) < 1e-5
     weights = safetensors.torch.load_file(tmp_path / "rm/model.safetensors")
@@ -197,7 +197,7 @@ def test_tuned_weights_are_float32_whatever_the_cache_is(swept: Path, tmp_path: 
 def test_a_fine_tuned_run_needs_no_view_of_its_cache(swept: Path, tmp_path: Path) -> None:
     cache = open_cache(write_cache(tmp_path, "llama-tied", prompts=3, states=["layer:1"]))
     norm = {"norm.weight": torch.rand(cache.width) + 1}
-    trained = replace(open_trained(swept, "bt@0"), cache=cache, backbone=norm)
+    trained = replace(open_run_model(swept, "bt@0"), cache=cache, backbone=norm)
     made = write_model(trained, trained.prepared(None), tmp_path / "rm", device="cpu")
     assert max(made.parity.differences.values()) < 1e-5
 
@@ -227,7 +227,7 @@ def test_folders_load_where_embrm_is_not_installed(swept: Path, tmp_path: Path) 
         made = export(swept, f"{run}@0", tmp_path / run, custom=custom, device="cpu")
         assert made.stock != custom
         assert (tmp_path / run / "modeling_embrm.py").exists() == custom
-    trained = [open_trained(swept, f"{run}@0") for run in ("bt", "mlp")]
+    trained = [open_run_model(swept, f"{run}@0") for run in ("bt", "mlp")]
     prepared = trained[0].prepared(None)
     rows = range(0, len(prepared.encoded), 7)
     words = load_exported(tmp_path / "bt", device="cpu").tokenizer
@@ -255,7 +255,7 @@ def test_other_heads_need_the_flag_and_then_score_as_the_sweep_does(
     assert [*tmp_path.iterdir()] == []
     made = export(swept, f"{run}@0", tmp_path / "rm", custom=True, device="cpu")
     assert max(made.parity.differences.values()) < 1e-5
-    trained = open_trained(swept, f"{run}@0")
+    trained = open_run_model(swept, f"{run}@0")
     prepared = trained.prepared(None)
     exported = load_exported(tmp_path / "rm", device="cpu")
     rows = range(len(prepared.encoded))
@@ -275,7 +275,7 @@ def tuned(swept: Path, folder: Path, model: Path) -> tuple[Path, dict[str, torch
     """A copy of the sweep whose run "bt" has fine-tuned weights, and the whole tuned backbone."""
     results = Path(shutil.copytree(swept, folder))
     run_id = open_results(results).find("bt@0")["run_id"]
-    trained = open_trained(swept, "bt@0")
+    trained = open_run_model(swept, "bt@0")
     base = AutoModelForCausalLM.from_pretrained(model).base_model.state_dict()
     torch.manual_seed(1)
     moved = {
@@ -304,7 +304,7 @@ def test_a_fine_tuned_run_is_exported_with_its_backbone(swept: Path, tmp_path: P
     results, backbone = tuned(swept, tmp_path / "tuned", model)
     made = export(results, "bt@0", tmp_path / "rm", device="cpu")
     assert made.stock
-    trained = open_trained(results, "bt@0")
+    trained = open_run_model(results, "bt@0")
     prepared = trained.prepared(None)
     lm = AutoModelForCausalLM.from_pretrained(model)
     lm.base_model.load_state_dict(backbone)
@@ -318,7 +318,7 @@ def test_a_fine_tuned_run_is_exported_with_its_backbone(swept: Path, tmp_path: P
     found = logits(stock, prepared, side="right", size=16)
     assert found.tolist() == pytest.approx([float(value) for value in expected], abs=1e-4)
     rows = range(len(prepared.encoded))
-    frozen = open_trained(swept, "bt@0").cached_rewards(rows)
+    frozen = open_run_model(swept, "bt@0").cached_rewards(rows)
     assert (found - frozen).abs().max() > 0.01
     assert "fine-tuned" in (tmp_path / "rm/README.md").read_text()
 
@@ -348,7 +348,7 @@ def test_the_same_run_gives_the_same_bytes_and_no_place_on_this_machine(
 
 
 def test_the_card_names_labels_by_digest_and_scenarios_in_full(swept: Path, tmp_path: Path) -> None:
-    trained = open_trained(swept, "bt@0")
+    trained = open_run_model(swept, "bt@0")
     spec = trained.results.spec.model_copy(update={"scenarios": Scenarios(prompts=0.3)})
     named = replace(
         trained,
@@ -370,7 +370,7 @@ def test_the_card_says_how_good_the_run_is_and_its_code_runs(swept: Path, tmp_pa
     assert re.search(rf"\| id \| 16 \| 12 \| {100 * row['accuracy@id']:.1f} % \\\[\d", text)
     for word in (row["run_id"], row["cache_id"], row["loss"]):
         assert word in text
-    trained = open_trained(swept, "bt@0")
+    trained = open_run_model(swept, "bt@0")
     prepared = trained.prepared(None)
     responses = prepared.dataset.responses
     [code] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -386,7 +386,7 @@ def test_the_card_says_how_good_the_run_is_and_its_code_runs(swept: Path, tmp_pa
 
 
 def test_what_the_user_names_is_escaped_in_the_card(swept: Path, tmp_path: Path) -> None:
-    trained = open_trained(swept, "bt@0")
+    trained = open_run_model(swept, "bt@0")
     named = replace(trained, row=trained.row | {"config": "<b>|x|\n[a](b)"})
     write_model(named, named.prepared(None), tmp_path / "rm", device="cpu")
     text = (tmp_path / "rm/README.md").read_text()

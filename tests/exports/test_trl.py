@@ -10,7 +10,7 @@ from export_world import write_sweep
 
 from embrm.exports.exported import load_exported
 from embrm.exports.run import export
-from embrm.exports.trained import open_trained
+from embrm.exports.run_model import open_run_model
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl", reason="TRL is not installed here: pip install 'embrm[finetune]'")
@@ -33,7 +33,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def conversations(world: Path) -> tuple[list[dict[str, Any]], torch.Tensor]:
     """The cache's pairs as TRL's conversations, and their rewards by the sweep, [pairs, 2]."""
-    trained = open_trained(world / "sweep", "bt@0")
+    trained = open_run_model(world / "sweep", "bt@0")
     prepared = trained.prepared(None)
     rewards = trained.cached_rewards(range(len(prepared.encoded)))
     texts = prepared.dataset.responses

@@ -14,7 +14,7 @@ from toy_groups import toy_groups
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.splits import folds, holdout
-from embrm.exports.trained import open_trained
+from embrm.exports.run_model import open_run_model
 from embrm.finetuning.choice import choose, rank
 from embrm.finetuning.spec import FinetuneRun, check_fits
 from embrm.results.replay import replay
@@ -170,9 +170,9 @@ def test_what_reads_a_run_reads_rewards_without_weights(swept: Path, cache: Path
 
 def test_what_needs_weights_refuses_rewards(swept: Path) -> None:
     with pytest.raises(UserError, match=r"run trees@0 has no weights, .* embrm scores") as error:
-        open_trained(swept, "trees@0")
+        open_run_model(swept, "trees@0")
     assert "\n" not in str(error.value)
-    assert open_trained(swept, "logistic[label_noise=0]@1").parameters["output.weight"].shape
+    assert open_run_model(swept, "logistic[label_noise=0]@1").parameters["output.weight"].shape
 
 
 def test_a_fine_tune_takes_no_learner(swept: Path) -> None:

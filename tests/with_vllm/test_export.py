@@ -9,7 +9,7 @@ from extract_models import save_config, tokenizer
 from lm_families import FAMILIES
 
 from embrm.exports.run import export
-from embrm.exports.trained import open_trained
+from embrm.exports.run_model import open_run_model
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -20,7 +20,7 @@ def test_the_classify_path_gives_the_rewards_of_the_run(tmp_path: Path, family: 
     save_config(world / "model", FAMILIES[family], tokenizer())
     results = write_sweep(world, "standardized")
     made = export(results, "standardized@0", tmp_path / "rm", device="cpu")
-    trained = open_trained(results, "standardized@0")
+    trained = open_run_model(results, "standardized@0")
     texts = trained.prepared(None).encoded[::5]
     llm = LLM(
         model=str(tmp_path / "rm"),

@@ -28,8 +28,8 @@ _WITH_S = "+S"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run with what it takes to score with it. Create it with `open_trained`."""
+class RunModel:
+    """A run with what it takes to score with it. Create it with `open_run_model`."""
 
     results: Results
     row: dict[str, Any]
@@ -141,7 +141,7 @@ class Trained:
         return self.combination(score(self.parameters, self.preprocess, States(states), rows))
 
 
-def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
+def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunModel:
     """Read a run of the results in `folder`. run: a run id, the beginning of one, or
     CONFIGURATION@SEED. cache: where the cache is now, if it has moved.
 
@@ -167,7 +167,7 @@ def open_trained(folder: Path, run: str, cache: Path | None = None) -> Trained:
         parameters = _below(tensors, _HEAD)
         backbone = _below(tensors, _BACKBONE)
     source = cache_of(results, cache)
-    return Trained(results, row, fields, parameters, preprocess, combination, backbone, source)
+    return RunModel(results, row, fields, parameters, preprocess, combination, backbone, source)
 
 
 def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
