@@ -138,6 +138,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
     return contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["extract", "sweep"])
 def test_twenty_kills_lose_nothing_and_leave_the_same_bytes(stage: str, tmp_path: Path) -> None:
     if stage == "extract":

@@ -5,6 +5,7 @@ import pytest
 from embrm.bench.evaluation import measure_evaluation
 
 
+@pytest.mark.slow
 def test_both_parts_are_compared_with_their_limits() -> None:
     parts = dict(
         measure_evaluation(

@@ -29,6 +29,7 @@ def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: b
     assert cache.lm_head()["weight"].shape == (40, 8)
 
 
+@pytest.mark.slow
 def test_a_regularizer_reads_no_less_than_it_must(
     tmp_path: Path,
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_regularizer_reads_no_less_than_it_must(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_tail_means_are_read_too(tmp_path: Path) -> None:
     """A vector more a token row."""
     options: dict[str, Any] = {

@@ -21,6 +21,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     )
 
 
+@pytest.mark.slow
 def test_every_way_is_measured(rows: list[dict]) -> None:
     limits = [row for row in rows if row["head"] == "limit"]
     assert len(limits) == 4
@@ -30,6 +31,7 @@ def test_every_way_is_measured(rows: list[dict]) -> None:
     assert len(ways[0]) == 6
 
 
+@pytest.mark.slow
 def test_ratios_are_to_the_faster_loop_and_to_the_peak_of_all_cores(rows: list[dict]) -> None:
     [peak] = [row["GFLOP/s"] for row in rows if row["way"].endswith("cores") and row["GFLOP/s"]]
     for head, spec in (("linear", HeadSpec()), ("mlp 4", _MLP)):
@@ -45,6 +47,7 @@ def test_ratios_are_to_the_faster_loop_and_to_the_peak_of_all_cores(rows: list[d
         assert whole["seconds"] > training["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_all_processes(rows: list[dict]) -> None:
     for row in rows:
         if row["peak RSS MB"] is not None:

@@ -13,6 +13,7 @@ from embrm.bench.whole import measure_whole
 from embrm.core.errors import UserError
 
 
+@pytest.mark.slow
 def test_the_reference_and_the_sweeps_learn_the_same_preferences(tmp_path: Path) -> None:
     rows = measure_reference(
         tmp_path, pairs=3000, width=16, epochs=6, protocol_seeds=1, heads=("linear", "mlp 64")
@@ -29,6 +30,7 @@ def test_the_reference_and_the_sweeps_learn_the_same_preferences(tmp_path: Path)
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_the_reference_takes_a_cache(tmp_path: Path) -> None:
     cache = synthetic(tmp_path / "cache", {"train": 400, "id": 10}, 8)
     rows = measure_reference(tmp_path, cache, epochs=1, protocol_seeds=1, heads=())
@@ -36,6 +38,7 @@ def test_the_reference_takes_a_cache(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [cache]
 
 
+@pytest.mark.slow
 def test_growth_has_a_row_a_size(tmp_path: Path) -> None:
     rows = measure_growth(
         tmp_path, runs=(1, 2), mlp_runs=(1,), pairs=(50, 200), widths=(8,), middle=(2, 100, 8)
@@ -54,6 +57,7 @@ def test_growth_has_a_row_a_size(tmp_path: Path) -> None:
         assert row["peak RSS MB"] > 50
 
 
+@pytest.mark.slow
 def test_the_whole_sweep_has_a_first_pack_before_its_end(tmp_path: Path) -> None:
     [row] = measure_whole(
         tmp_path, linear=20, mlp=10, pairs=300, evaluation_pairs=(20, 30), width=8, epochs=2
@@ -67,6 +71,7 @@ def test_the_whole_sweep_has_a_first_pack_before_its_end(tmp_path: Path) -> None
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_with_and_without_the_limit(tmp_path: Path) -> None:
     free, limited = measure_memory(
         tmp_path, pairs=15_000, width=8192, runs=3, epochs=1, memory=1_500_000_000

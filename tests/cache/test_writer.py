@@ -116,6 +116,7 @@ def test_interrupted_at_every_rename_it_resumes_to_the_same_bytes(
     assert stops == 5 * 3 + 5 + 3
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     tmp_path: Path, whole: dict[str, str]
 ) -> None:

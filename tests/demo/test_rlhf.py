@@ -57,6 +57,7 @@ def answers(finished: Path) -> pl.DataFrame:
     return pl.read_parquet(finished / "rlhf" / "answers.parquet")
 
 
+@pytest.mark.slow
 def test_every_policy_raises_its_proxy(answers: pl.DataFrame) -> None:
     """On prompts it was not trained on: by half a standard deviation in six steps."""
     policies = answers.partition_by("name", "seed")
@@ -66,6 +67,7 @@ def test_every_policy_raises_its_proxy(answers: pl.DataFrame) -> None:
         assert end.mean() - start.mean() > 0.5 * start.std()  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_gold_is_the_world_s_and_is_defined_for_any_text(answers: pl.DataFrame) -> None:
     assert answers["gold"].to_list() == [
         gold(prompt, text) for prompt, text in answers.select("prompt", "text").iter_rows()
@@ -77,6 +79,7 @@ def test_gold_is_the_world_s_and_is_defined_for_any_text(answers: pl.DataFrame) 
     assert gold("sort c a b", "the answer is a b c tick .") == pytest.approx(0.75 - 0.24)
 
 
+@pytest.mark.slow
 def test_proxy_and_kl_are_those_of_the_saved_models(finished: Path, answers: pl.DataFrame) -> None:
     """One answer at a time, by stock transformers, from the folders and the texts alone."""
     from transformers import (
@@ -119,6 +122,7 @@ def test_proxy_and_kl_are_those_of_the_saved_models(finished: Path, answers: pl.
     assert min(divergences) > 0.01
 
 
+@pytest.mark.slow
 def test_tables_and_figure_are_written(finished: Path) -> None:
     folder = finished / "rlhf"
     watched = pl.read_parquet(folder / "curves.parquet")
@@ -128,6 +132,7 @@ def test_tables_and_figure_are_written(finished: Path) -> None:
         assert (folder / "figures" / f"overoptimisation.{suffix}").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_same_command_again_keeps_everything(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +159,7 @@ def _train(out: Path, recipe: PolicyRecipe) -> tuple[Path, pl.DataFrame]:
         return policy, train_policy(policy, out / "lm", reward, asked, recipe, seed, bar)
 
 
+@pytest.mark.slow
 def test_an_unfinished_policy_is_made_again_and_alike(finished: Path) -> None:
     """A kill before the marker leaves a folder that nothing vouches for."""
     policy, before = _train(finished, POLICY)
@@ -165,6 +171,7 @@ def test_an_unfinished_policy_is_made_again_and_alike(finished: Path) -> None:
     assert weights.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_a_policy_of_other_settings_is_refused(finished: Path) -> None:
     with pytest.raises(UserError, match="other settings: delete the folder"):
         _train(finished, replace(POLICY, beta=0.5))

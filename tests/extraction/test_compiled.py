@@ -55,6 +55,7 @@ def test_compiled_states_are_those_of_the_model(kind: str, tmp_path: Path) -> No
     near_eager(save_config(tmp_path, CONFIGS.get(kind, window), tokenizer()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler {CXX} on this machine")
 def test_so_are_those_of_inductor(tmp_path: Path) -> None:
     near_eager(save_config(tmp_path, CONFIGS["llama-tied"], tokenizer()))

@@ -178,6 +178,7 @@ def _driver(model: str, data: str, root: Path) -> None:
     sys.exit(any(statuses))
 
 
+@pytest.mark.slow
 def test_two_processes_one_killed_and_restarted_give_the_bytes_of_one(
     model: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def training_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield trained
 
 
+@pytest.mark.slow
 def test_a_sweep_is_confirmed_and_what_is_done_is_not_done_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,6 +122,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_killed_and_started_again_is_uninterrupted_to_the_bit(driven: Path, name: str) -> None:
     def content(folder: Path) -> dict[str, bytes]:

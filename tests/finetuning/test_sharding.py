@@ -40,6 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_trained_and_resumed_as_whole_ones(cache: Path, tmp_path: Path) -> None:
     whole = finetune(written(tmp_path / "whole.toml", RUNS), cache, device="cpu")
     spec = written(tmp_path / "sharded.toml", RUNS, micro_pairs=2, save_steps=1)

@@ -149,6 +149,7 @@ def made_again(cache: Path, folder: Path, data: list[dict[str, Any]]) -> Path:
     return extract(ExtractSpec.parse(values, "test"), folder / "cache", device="cpu")
 
 
+@pytest.mark.slow
 def test_a_minibatch_is_the_same_however_it_is_cut_or_shared(
     cache: Path, tmp_path: Path, losses: list[float]
 ) -> None:

@@ -316,6 +316,7 @@ def _stop(spec: Path, cache: Path, parts: int, delay: float, how: str) -> str:
     raise AssertionError("a worker outlived its writer")
 
 
+@pytest.mark.slow
 def test_stops_lose_nothing_and_leave_no_trace(cache: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole.toml", tmp_path / "stopped.toml"
     for spec in (whole, stopped):
