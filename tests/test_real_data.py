@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.extraction.probe import probe
 from embrm.extraction.run import ExtractSpec, extract
 from embrm.sweeps.material import select, to_pairs
@@ -40,7 +41,7 @@ def cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def test_linear_bt_with_l2_is_scikit_learns_logistic_regression(cache: Cache) -> None:
     l2 = 0.01
     training, validation = select(cache, Selection(cache.cache_id, ("train",), 0.0))
-    states = cache.states("mean")
+    states = to_tensor(cache.stored_states("mean"))
     differences = (states[training["chosen"]] - states[training["rejected"]]).double().numpy()
     n = len(differences)
     sign = np.where(np.arange(n) % 2, 1, -1)  # scikit-learn wants both classes
@@ -75,7 +76,9 @@ def test_states_and_s_are_those_of_a_plain_forward(cache: Cache, shared: Path) -
         S = logp.gather(1, ids[0, 1:, None])[n_prompt - 1 :].sum().item()
         assert cache.responses["S"][index] == pytest.approx(S, rel=1e-4)
         state = out.hidden_states[-1][0, -1]
-        torch.testing.assert_close(cache.states("last")[index], state, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            to_tensor(cache.stored_states("last"))[index], state, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_batch_size_changes_nothing_beyond_the_tolerance(cache: Cache) -> None:

@@ -19,6 +19,7 @@ from embrm.adoption.lint import Linted, lint
 from embrm.adoption.rows import Rows, from_grid, from_table
 from embrm.adoption.spec import AdoptSpec, ArraySource
 from embrm.cache.schema import ShardRows
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
@@ -338,7 +339,7 @@ def _shard(adopted: Sequence[_Adopted], responses: pl.DataFrame, rows: range) ->
         places = table["row"].to_numpy()[own]
         if len(places):
             states.append(one.array.take(places))
-            norms.append(torch.from_numpy(one.scan.norms[places]))
+            norms.append(one.scan.norms[places])
         first += table.height
     count = len(rows)
     here = responses[rows.start : rows.stop]
@@ -352,6 +353,6 @@ def _shard(adopted: Sequence[_Adopted], responses: pl.DataFrame, rows: range) ->
         final_position=np.full(count, -1, np.int32),
         final_token=np.full(count, -1, np.int32),
         S=None,
-        states={VIEW: torch.cat(states) if len(states) > 1 else states[0]},
-        norms={VIEW: torch.cat(norms)},
+        states={VIEW: to_stored(torch.cat(states) if len(states) > 1 else states[0])},
+        norms={VIEW: np.concatenate(norms)},
     )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import open_cache
-from embrm.cache.schema import ShardRows, TokenRows
+from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.tensors import to_stored, to_tensor
 from embrm.cache.writer import open_writer
 from embrm.core.progress import progress
 from embrm.core.specs import content_id
@@ -91,7 +92,7 @@ def resplit(folder: Path, source: Path, held_out: float) -> Path:
     cache = open_cache(source)
     pairs = _with_held_out(cache.pairs.filter(pl.col("split") == "train"), held_out)
     rows, shard_rows = cache.manifest.n_responses, cache.manifest.shard_rows
-    shards = cache.state_shards("last")
+    shards = map(to_tensor, cache.stored_shards("last"))
     _write(folder, pairs, shards, rows=rows, shard_rows=shard_rows, width=cache.width)
     return folder
 
@@ -216,8 +217,8 @@ def _shard_rows(first: int, states: Tensor) -> ShardRows:
         final_position=np.ones(count, np.int32),
         final_token=np.zeros(count, np.int32),
         S=np.zeros(count),
-        states={"last": states},
-        norms={"last": states.float().norm(dim=1)},
+        states={"last": to_stored(states)},
+        norms={"last": states.float().norm(dim=1).numpy()},
     )
 
 
@@ -229,7 +230,7 @@ def _lm_head(tokens: Tokens | None, width: int) -> dict[str, Tensor]:
     return {"weight": weight, "scale": torch.ones(1)}
 
 
-def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows:
+def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenTable:
     random = np.random.default_rng(first)
     count = len(states) * tokens.rows
     # Ranks whose probability falls as 1/(2.7 + rank), by the inverse of its integral.
@@ -243,14 +244,14 @@ def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows:
     tail_means = None
     if tokens.tail_mean:
         tail_means = torch.randn(values.shape, generator=generator).mul_(values.shape[1] ** -0.5)
-    return TokenRows(
+    return TokenTable(
         response=np.repeat(np.arange(first, first + len(states), dtype=np.int32), tokens.rows),
         position=np.tile(np.arange(tokens.rows, dtype=np.int32), len(states)),
         target=ids[:, -1].copy(),
         target_logit=np.full(count, -3, np.float32),
         logsumexp=np.full(count, 1.2, np.float32),
-        states=values,
+        states=to_stored(values),
         top_ids=ids[:, :-1].copy(),
         top_logits=logits,
-        tail_means=None if tail_means is None else tail_means.to(states.dtype),
+        tail_means=None if tail_means is None else to_stored(tail_means.to(states.dtype)),
     )

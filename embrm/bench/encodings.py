@@ -3,11 +3,13 @@
 import time
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from embrm.cache.schema import DTYPES, decode, encode
+from embrm.cache.schema import STORAGE, binary_column, vectors_of
+from embrm.cache.tensors import to_stored
 
 _ENCODINGS = (
     ("PLAIN", "NONE"),
@@ -31,11 +33,11 @@ def measure_encodings(states: torch.Tensor | None = None) -> list[dict[str, Any]
         states = states * torch.randn(512, generator=random).exp()
     rows = []
     for dtype in ("float32", "bfloat16"):
-        column = encode(states.to(DTYPES[dtype]))
+        column = binary_column(to_stored(states.to(getattr(torch, dtype))))
         base: tuple[int, float] | None = None
         for encoding, compression in _ENCODINGS:
             content = _file(column, encoding, compression)
-            seconds = min(_seconds(content, DTYPES[dtype]) for _ in range(_REPEATS))
+            seconds = min(_seconds(content, STORAGE[dtype]) for _ in range(_REPEATS))
             size, fastest = base = base or (content.size, seconds)
             rows.append(
                 {
@@ -63,10 +65,10 @@ def _file(column: pa.FixedSizeBinaryArray, encoding: str, compression: str) -> p
     return sink.getvalue()
 
 
-def _seconds(content: pa.Buffer, dtype: torch.dtype) -> float:
-    """Time from a file in memory to a tensor."""
+def _seconds(content: pa.Buffer, dtype: np.dtype[Any]) -> float:
+    """Time from a file in memory to an array."""
     start = time.perf_counter()
     file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
     column = file.read(use_threads=False).column(0)
-    decode(column, dtype, column.type.byte_width // dtype.itemsize)
+    vectors_of(column, dtype, column.type.byte_width // dtype.itemsize)
     return time.perf_counter() - start

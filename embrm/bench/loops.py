@@ -15,6 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from embrm.bench.caches import HELD_OUT
 from embrm.cache.reader import open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.sweeps.material import select, to_pairs
 from embrm.sweeps.spec import Selection
 from embrm.training.heads import HeadSpec
@@ -80,7 +81,7 @@ def protocol(cache: Path, seed: int) -> Callable[[], ProtocolRun]:
     It stops, and keeps the weights it is judged by, on the held-out pairs themselves.
     """
     opened = open_cache(cache)
-    states = opened.states("last")
+    states = to_tensor(opened.stored_states("last"))
     sides = [
         [torch.tensor(own[side].to_numpy(), dtype=torch.int64) for side in ("chosen", "rejected")]
         for own in (opened.pairs.filter(split=name) for name in ("train", HELD_OUT))
@@ -137,4 +138,6 @@ def _training(cache: Path, validation: float) -> tuple[Tensor, Pairs]:
     """States and training pairs, as a sweep of the same validation share takes them."""
     opened = open_cache(cache)
     training, _ = select(opened, Selection(opened.cache_id, ("train",), validation))
-    return opened.states("last"), to_pairs(training.with_columns(margin=pl.lit(None, pl.Float64)))
+    return to_tensor(opened.stored_states("last")), to_pairs(
+        training.with_columns(margin=pl.lit(None, pl.Float64))
+    )

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from embrm.cache.schema import Layout
+from embrm.cache.schema import ShardLayout
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.specs import Spec, canonical_json, content_id
@@ -76,7 +76,7 @@ class Manifest(Spec):
     n_responses: PositiveInt
     shard_rows: PositiveInt
     """Responses in every shard but the last, which may have fewer."""
-    layout: Layout | None = None
+    layout: ShardLayout | None = None
     """Known from the first finished shard on."""
     tables: dict[str, FileEntry] = Field(default_factory=dict)
     lm_head: FileEntry | None = None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embrm.cache.manifest import NAME, FileEntry, Manifest, Part, read_manifest, write_manifest
 from embrm.cache.reader import incomplete, wrong_bytes, wrong_size
-from embrm.cache.schema import Layout
+from embrm.cache.schema import ShardLayout
 from embrm.cache.writer import defining, difference, refuse_foreign
 from embrm.core.errors import UserError
 from embrm.core.files import disk_errors, exclusive, link_or_copy, remove_temporaries
@@ -117,7 +117,7 @@ def _refuse_unlike(pieces: Sequence[_Piece]) -> None:
             )
 
 
-def _layout(pieces: Sequence[_Piece]) -> Layout | None:
+def _layout(pieces: Sequence[_Piece]) -> ShardLayout | None:
     return next((piece.manifest.layout for piece in pieces if piece.manifest.layout), None)
 
 

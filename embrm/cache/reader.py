@@ -1,16 +1,19 @@
-"""Reading a finished cache. What is read is proven first: sizes, checksums, row counts."""
+"""Reading a finished cache, without torch.
 
+Everything is checked as it is read: sizes, checksums, row counts, and that vectors are finite.
+"""
+
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors.torch
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -26,11 +29,15 @@ from embrm.cache.manifest import (
 from embrm.cache.schema import (
     RESPONSE_SCALARS,
     TOKEN_SCALARS,
-    Layout,
-    TokenRows,
+    ShardLayout,
+    Stored,
+    TokenTable,
+    all_finite,
     damaged,
-    decode,
     from_parquet,
+    missing,
+    vectors_of,
+    widened,
 )
 from embrm.core.errors import UserError, nearest
 from embrm.core.files import sha256
@@ -38,14 +45,14 @@ from embrm.core.files import sha256
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """A complete cache. Open it with `open_cache`.
+    """A complete cache. Open it with `open_cache`; there is nothing to close.
 
     Every read raises UserError when a file is missing or damaged.
     """
 
     folder: Path
     manifest: Manifest
-    layout: Layout
+    layout: ShardLayout
 
     @property
     def cache_id(self) -> str:
@@ -59,7 +66,7 @@ class Cache:
 
     @property
     def width(self) -> int:
-        """Values in a state."""
+        """Components of a state."""
         return self.layout.width
 
     @property
@@ -79,12 +86,12 @@ class Cache:
 
     @cached_property
     def exclusions(self) -> pl.DataFrame:
-        """Source rows left out, with the reason."""
+        """Source rows that were left out, with the reason."""
         return self._table("exclusions")
 
     @cached_property
     def leaks(self) -> pl.DataFrame:
-        """Evaluation prompts that occur in training."""
+        """Evaluation prompts that also occur in training."""
         return self._table("leaks")
 
     @property
@@ -94,21 +101,19 @@ class Cache:
 
     @cached_property
     def responses(self) -> pl.DataFrame:
-        """One row a response: ids, token counts, final token, S, and `norm.<view>` of each view."""
+        """One row per response: ids, token counts, final token, S, and `norm.<view>` per view."""
         columns = [*RESPONSE_SCALARS, *(f"norm.{view}" for view in self.views)]
-        frame = pl.from_arrow(pa.concat_tables(self._read_responses(columns)))
-        assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
-        return frame
+        return _frame(pa.concat_tables(self._read_responses(columns)))
 
     @cached_property
     def n_response(self) -> NDArray[np.int32]:
-        """Tokens of every response, int32 [responses]: `responses` without the rest."""
+        """Tokens of every response, int32 [responses], without reading the rest of `responses`."""
         parts = self._read_responses(["n_response"])
         return np.concatenate([part.column(0).to_numpy() for part in parts])
 
     @cached_property
     def n_token_rows(self) -> NDArray[np.int64]:
-        """Sampled positions of every response, int64 [responses]: `token_rows` without the rest."""
+        """Sampled positions of every response, int64 [responses], read from one column."""
         schema, count = self.layout.tokens(), self.manifest.n_responses
         owners = [
             self._read(tokens_file(index), shard.tokens, ["response"], schema)["response"]
@@ -117,43 +122,57 @@ class Cache:
         ]
         return sum((np.bincount(own, minlength=count) for own in owners), np.zeros(count, np.int64))
 
-    def states(self, view: str) -> torch.Tensor:
-        """The states of one view, [responses, width] in the cache's dtype.
+    def states(self, view: str) -> NDArray[np.float32]:
+        """The states of one view, float32 [responses, width]; 16-bit states are widened exactly.
 
         Raises: UserError for a view that is not stored, or a state that is not finite.
         """
-        out = torch.empty(self.manifest.n_responses, self.width, dtype=self.layout.torch_dtype)
+        return widened(self.stored_states(view))
+
+    def stored_states(self, view: str) -> Stored:
+        """The states of one view as they are stored, [responses, width]; errors as of `states`."""
+        out = np.empty((self.manifest.n_responses, self.width), self.layout.storage)
         first = 0
-        for part in self.state_shards(view):
+        for part in self.stored_shards(view):
             out[first : first + len(part)] = part
             first += len(part)
         return out
 
-    def state_shards(self, view: str) -> Iterator[torch.Tensor]:
-        """`states`, one shard at a time: for a cache larger than memory."""
+    def stored_shards(self, view: str) -> Iterator[Stored]:
+        """`stored_states` shard by shard, for a cache larger than memory."""
         if view not in self.views:
             raise UserError(f"view {view!r} is not in {self.folder}: {nearest(view, self.views)}")
         for index, table in enumerate(self._read_responses([f"state.{view}"])):
-            yield self._decode_vectors(table.column(0), responses_file(index))
+            yield self._vectors(table.column(0), responses_file(index))
 
-    def token_rows(self) -> TokenRows:
-        """All sampled response positions. Raises: UserError when none were sampled."""
+    @cached_property
+    def tokens(self) -> pl.DataFrame:
+        """One row per sampled position: response, position, target, target_logit, logsumexp, and
+        where logits are kept `top_ids` and `top_logits`, arrays of k values.
+
+        Raises: UserError when no positions were sampled.
+        """
+        table = self.token_table()
+        columns: dict[str, Any] = {name: getattr(table, name) for name in TOKEN_SCALARS}
+        if self.layout.top_k:
+            columns |= {"top_ids": table.top_ids, "top_logits": table.top_logits}
+        return pl.DataFrame(columns)
+
+    def token_table(self) -> TokenTable:
+        """All sampled positions with their states, logits and tail means.
+
+        Raises: UserError when no positions were sampled.
+        """
         shards = [*self.token_shards()]
-        columns = {
-            name: np.concatenate([getattr(shard, name) for shard in shards])
-            for name in (*TOKEN_SCALARS, "top_ids", "top_logits")
-        }
-        tails = [shard.tail_means for shard in shards if shard.tail_means is not None]
-        return TokenRows(
-            states=torch.cat([shard.states for shard in shards]),
-            tail_means=torch.cat(tails) if tails else None,
-            **columns,
+        names = [*TOKEN_SCALARS, "states", "top_ids", "top_logits"]
+        names += ["tail_means"] if self.layout.tail_mean else []
+        return TokenTable(
+            **{name: np.concatenate([getattr(shard, name) for shard in shards]) for name in names}
         )
 
-    def token_shards(self) -> Iterator[TokenRows]:
-        """`token_rows`, one shard at a time."""
-        k, schema = self.layout.top_k, self.layout.tokens()
-        if k is None:
+    def token_shards(self) -> Iterator[TokenTable]:
+        """`token_table` shard by shard."""
+        if self.layout.top_k is None:
             raise UserError(
                 f"{self.folder} has no sampled token positions: extract with some, "
                 "into another folder"
@@ -161,56 +180,64 @@ class Cache:
         for index, shard in enumerate(self.manifest.shards):
             assert shard is not None  # open_cache refuses an incomplete cache
             assert shard.tokens is not None  # the layout has tokens, so every shard has
-            table = self._read(tokens_file(index), shard.tokens, schema.names, schema)
-            rows = table.num_rows
-            yield TokenRows(
-                **{name: table[name].to_numpy() for name in TOKEN_SCALARS},
-                states=self._decode_vectors(table["state"], tokens_file(index)),
-                top_ids=decode(table["top_ids"], torch.int32, k).numpy()
-                if k
-                else np.empty((rows, 0), np.int32),
-                top_logits=decode(table["top_logits"], torch.float32, k).numpy()
-                if k
-                else np.empty((rows, 0), np.float32),
-                tail_means=self._decode_vectors(table["tail_mean"], tokens_file(index))
-                if self.layout.tail_mean
-                else None,
-            )
+            yield self._token_shard(tokens_file(index), shard.tokens)
+
+    def _token_shard(self, name: str, entry: FileEntry) -> TokenTable:
+        k, schema = self.layout.top_k, self.layout.tokens()
+        table = self._read(name, entry, schema.names, schema)
+
+        def largest(column: str, dtype: type) -> NDArray[Any]:
+            if not k:
+                return np.empty((table.num_rows, 0), dtype)
+            return vectors_of(table[column], np.dtype(dtype), k)
+
+        return TokenTable(
+            **{column: table[column].to_numpy() for column in TOKEN_SCALARS},
+            states=self._vectors(table["state"], name),
+            top_ids=largest("top_ids", np.int32),
+            top_logits=largest("top_logits", np.float32),
+            tail_means=self._vectors(table["tail_mean"], name) if self.layout.tail_mean else None,
+        )
 
     @cached_property
     def vocabulary(self) -> int:
-        """Tokens that the language model's head knows, 0 without one: `lm_head` unread."""
+        """Tokens that the LM head knows, 0 without a head; only the file's header is read."""
         path, entry = self.folder / LM_HEAD, self.manifest.lm_head
         assert entry is not None  # open_cache refuses an incomplete cache
         problem = wrong_size(path, entry)
         if problem:
             raise problem
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "np") as file:
                 names = file.keys()
                 return file.get_slice("weight").get_shape()[0] if "weight" in names else 0
         except SafetensorError as error:
             raise damaged(path, str(error)) from None
 
-    def lm_head(self) -> dict[str, torch.Tensor]:
-        """The language model's head, as extract stored it."""
+    def lm_head_bytes(self) -> bytes:
+        """The safetensors file of the LM head; `embrm.cache.tensors` makes tensors of it."""
         entry = self.manifest.lm_head
         assert entry is not None  # open_cache refuses an incomplete cache
-        return safetensors.torch.load(self._proven(LM_HEAD, entry))
+        return self._checked(LM_HEAD, entry)
 
     def _table(self, name: str) -> pl.DataFrame:
-        content = self._proven(table_file(name), self.manifest.tables[name])
-        frame = pl.from_arrow(pq.read_table(pa.BufferReader(content)))
-        assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
-        return frame
+        content = self._checked(table_file(name), self.manifest.tables[name])
+        return _frame(pq.read_table(pa.BufferReader(content)))
 
-    def _proven(self, name: str, entry: FileEntry) -> bytes:
-        """A whole file whose digest is the recorded one."""
+    def _checked(self, name: str, entry: FileEntry) -> bytes:
+        """A whole file, whose digest is the recorded one."""
         path = self.folder / name
-        problem = wrong_bytes(path, entry)
-        if problem:
+        if problem := wrong_size(path, entry):
             raise problem
-        return path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): check the path and its permissions"
+            ) from None
+        if hashlib.sha256(content).hexdigest() != entry.sha256:
+            raise _wrong_digest(path)
+        return content
 
     def _read_responses(self, columns: list[str]) -> Iterator[pa.Table]:
         schema = self.layout.responses()
@@ -224,16 +251,21 @@ class Cache:
             raise damaged(self.folder / name, f"{table.num_rows} rows instead of {entry.rows}")
         return table
 
-    def _decode_vectors(self, column: pa.ChunkedArray, name: str) -> torch.Tensor:
-        vectors = decode(column, self.layout.torch_dtype, self.width)
-        # aminmax passes NaN on, and is many times faster than isfinite of every number.
-        if vectors.numel() and not all(torch.isfinite(end) for end in torch.aminmax(vectors)):
+    def _vectors(self, column: pa.ChunkedArray, name: str) -> Stored:
+        vectors = vectors_of(column, self.layout.storage, self.width)
+        if not all_finite(vectors):
             raise damaged(self.folder / name, "it holds a vector that is NaN or infinite")
         return vectors
 
 
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)  # a table never gives a Series
+    return frame
+
+
 def open_cache(folder: Path) -> Cache:
-    """Open a complete cache; sizes are checked now, content as it is read.
+    """Open a complete cache. File sizes are checked now, their content as it is read.
 
     Raises: UserError when there is none, or it is incomplete, damaged or from a newer version.
     """
@@ -260,16 +292,20 @@ def incomplete(folder: Path, manifest: Manifest) -> UserError:
 
 
 def wrong_size(path: Path, entry: FileEntry) -> UserError | None:
-    """The error for a file that is missing or longer or shorter than recorded, if it is."""
+    """The error for a file that is missing or has another size than recorded, else None."""
     if not path.is_file():
-        return UserError(f"{path} is missing: run the command that made it again")
+        return missing(path)
     size = path.stat().st_size
     return None if size == entry.bytes else damaged(path, f"{size} bytes instead of {entry.bytes}")
 
 
 def wrong_bytes(path: Path, entry: FileEntry) -> UserError | None:
-    """The error for a file that is not byte for byte as recorded, if it is not."""
+    """The error for a file whose bytes are not the recorded ones; None if they are."""
     problem = wrong_size(path, entry)
     if problem is None and sha256(path) != entry.sha256:
-        return damaged(path, "its SHA-256 is not the recorded one")
+        return _wrong_digest(path)
     return problem
+
+
+def _wrong_digest(path: Path) -> UserError:
+    return damaged(path, "its SHA-256 is not the recorded one")

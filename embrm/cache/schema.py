@@ -1,4 +1,8 @@
-"""What a shard holds, and its one translation to and from Parquet."""
+"""The rows of one shard as numpy arrays, and their translation to and from Parquet.
+
+Nothing here needs torch. numpy has no bfloat16, so a bfloat16 vector is held as uint16: its bits,
+which are the upper half of a float32. `embrm.cache.tensors` gives the same memory as torch tensors.
+"""
 
 import operator
 import re
@@ -10,102 +14,109 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import Spec
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+Stored = NDArray[Any]
+"""Vectors [rows, width] as they are stored: float32, float16, or uint16 for bfloat16 bits."""
+
+STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
 }
-"""Storage types of the states; a vector is its values' little-endian bytes, one after another."""
+"""Name of a storage type → the numpy type that holds its bytes."""
+
+_LARGEST_FINITE = {"float32": 0x7F7FFFFF, "bfloat16": 0x7F7F, "float16": 0x7BFF}
+"""Bit pattern of the largest finite number; those of infinity and NaN are greater."""
 
 _VIEW = re.compile(r"last|mean|prenorm|layer:(0|[1-9]\d*)")
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """The responses of one shard, in response order. Every array has one entry a row."""
+    """The responses of one shard, in response order. Every array has one entry per response."""
 
     first: int
     """Index of the first row among all responses of the cache."""
     response_id: list[str]
     prompt_id: list[str]
-    n_prompt: np.ndarray
-    """int32, tokens of the prompt."""
-    n_response: np.ndarray
-    """int32, tokens of the response."""
-    truncated: np.ndarray
-    """bool, tokens were cut."""
-    final_position: np.ndarray
-    """int32, position of the final (rightmost non-pad) token, counted from 0."""
-    final_token: np.ndarray
-    """int32, its token id."""
-    S: np.ndarray | None
-    """float64, summed log-probability of the response tokens, in nats; None, and NaN in the file,
-    where no language model is known."""
-    states: dict[str, torch.Tensor]
-    """View name → [rows, width] in the cache's dtype."""
-    norms: dict[str, torch.Tensor]
-    """View name → float32 [rows], Euclidean norm taken before any cast."""
+    n_prompt: NDArray[np.int32]
+    """Tokens of the prompt."""
+    n_response: NDArray[np.int32]
+    """Tokens of the response."""
+    truncated: NDArray[np.bool_]
+    """Whether tokens were cut to fit the maximum length."""
+    final_position: NDArray[np.int32]
+    """Position of the rightmost token that is not padding, counted from 0."""
+    final_token: NDArray[np.int32]
+    """Token id at the final position."""
+    S: NDArray[np.float64] | None
+    """Summed log-probability of the response tokens, in nats. None, which is stored as NaN, where
+    no language model is known."""
+    states: dict[str, Stored]
+    """View name → states [rows, width]."""
+    norms: dict[str, NDArray[np.float32]]
+    """View name → Euclidean norms [rows], taken before the states were cast to the storage type."""
 
 
 @dataclass(frozen=True)
-class TokenRows:
-    """Sampled response positions: of one shard when written, of the whole cache when read."""
+class TokenTable:
+    """Sampled response positions ("token rows") as named columns: of one shard or a whole cache."""
 
-    response: np.ndarray
-    """int32, index of the response among all responses of the cache."""
-    position: np.ndarray
-    """int32, position whose state predicts `target`, counted from 0."""
-    target: np.ndarray
-    """int32, token id that follows."""
-    target_logit: np.ndarray
-    """float32."""
-    logsumexp: np.ndarray
-    """float32, over the whole vocabulary; log-probability = target_logit - logsumexp."""
-    states: torch.Tensor
-    """[rows, width] post-norm states in the cache's dtype."""
-    top_ids: np.ndarray
-    """int32 [rows, k], ids of the k largest logits."""
-    top_logits: np.ndarray
-    """float32 [rows, k]."""
-    tail_means: torch.Tensor | None = None
-    """[rows, width] in the cache's dtype: ∂logit/∂state averaged over the tail, every token that is
-    neither the target nor among the k largest; zero where the tail's probability is under 1e-6."""
+    response: NDArray[np.int32]
+    """Index of the response among all responses of the cache, [rows]."""
+    position: NDArray[np.int32]
+    """Position whose state predicts `target`, counted from 0, [rows]."""
+    target: NDArray[np.int32]
+    """Token id that follows the position, [rows]."""
+    target_logit: NDArray[np.float32]
+    """Logit of the target, [rows]."""
+    logsumexp: NDArray[np.float32]
+    """Over the whole vocabulary, [rows]; log-probability = target_logit - logsumexp."""
+    states: Stored
+    """States after the final norm, [rows, width]."""
+    top_ids: NDArray[np.int32]
+    """Token ids of the k largest logits, [rows, k]."""
+    top_logits: NDArray[np.float32]
+    """The k largest logits, descending, [rows, k]."""
+    tail_means: Stored | None = None
+    """Mean of ∂logit/∂state over the tail, [rows, width]: every token that is neither the target
+    nor among the k largest, weighted by its probability. Zero where the tail's probability is under
+    1e-6. None where the cache has none."""
 
 
 def known_views(views: tuple[str, ...]) -> tuple[str, ...]:
-    """`views` as they are. Raises: ValueError for a name that is none."""
+    """Return `views` unchanged. Raises: ValueError for a name that is not a view."""
     for view in views:
         if not _VIEW.fullmatch(view):
             raise ValueError(f"unknown view {view!r}: valid: last, mean, prenorm, layer:K")
     return views
 
 
-class Layout(Spec):
-    """The shape of every shard of one cache."""
+class ShardLayout(Spec):
+    """The columns that every shard of one cache has."""
 
     dtype: str
-    """Key of DTYPES."""
+    """Storage type of the states, a key of STORAGE."""
     width: PositiveInt
-    """Values in a state."""
+    """Components of a state."""
     views: tuple[str, ...]
     """Sorted names of the stored states: last, mean, prenorm, layer:K."""
     top_k: int | None
-    """Logits kept at a sampled position; None where no positions were sampled."""
+    """Logits kept at a sampled position; None in a cache without sampled positions."""
     tail_mean: bool = Field(default=False, exclude_if=operator.not_)
-    """Whether a sampled position has the mean of its tail; not written where it has none, so that
-    manifests have the one spelling they had before."""
+    """Whether sampled positions have tail means. The key is written only when true, so that the
+    manifests of caches made before there were tail means keep their bytes."""
 
     @field_validator("dtype")
     @classmethod
     def _known_dtype(cls, dtype: str) -> str:
-        if dtype not in DTYPES:
-            raise ValueError(nearest(dtype, DTYPES))
+        if dtype not in STORAGE:
+            raise ValueError(nearest(dtype, STORAGE))
         return dtype
 
     @field_validator("views")
@@ -114,12 +125,16 @@ class Layout(Spec):
         return known_views(views)
 
     @classmethod
-    def of(cls, rows: ShardRows, tokens: TokenRows | None) -> "Layout":
-        """The layout a shard has. Raises: ValueError when its tensors disagree."""
-        tail_means = tokens.tail_means if tokens else None
-        tensors = [*rows.states.values(), *([tokens.states] if tokens else [])]
-        tensors += [tail_means] if tail_means is not None else []
-        shapes = {(str(tensor.dtype).removeprefix("torch."), tensor.shape[1]) for tensor in tensors}
+    def of(cls, rows: ShardRows, tokens: TokenTable | None) -> "ShardLayout":
+        """The layout of one shard.
+
+        Raises: ValueError when its vectors differ in type or width, or a norm is missing.
+        """
+        vectors = [*rows.states.values()]
+        if tokens:
+            vectors += [tokens.states]
+            vectors += [] if tokens.tail_means is None else [tokens.tail_means]
+        shapes = {(storage_name(array), array.shape[1]) for array in vectors}
         if len(shapes) != 1 or rows.states.keys() != rows.norms.keys():
             raise ValueError(
                 f"states of one shard differ: {sorted(shapes)}, norms: {[*rows.norms]}"
@@ -130,16 +145,16 @@ class Layout(Spec):
             width=width,
             views=tuple(sorted(rows.states)),
             top_k=tokens.top_ids.shape[1] if tokens else None,
-            tail_mean=tail_means is not None,
+            tail_mean=bool(tokens and tokens.tail_means is not None),
         )
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """Type of the states."""
-        return DTYPES[self.dtype]
+    def storage(self) -> np.dtype[Any]:
+        """The numpy type that holds a component of a state."""
+        return STORAGE[self.dtype]
 
     def responses(self) -> pa.Schema:
-        """Columns of a response file."""
+        """Columns of a file of responses."""
         return self._schema(
             *_RESPONSE_COLUMNS,
             *((f"norm.{view}", pa.float32()) for view in self.views),
@@ -147,8 +162,8 @@ class Layout(Spec):
         )
 
     def tokens(self) -> pa.Schema:
-        """Columns of a token file. With top_k = 0 the two top columns are absent, and without tail
-        means theirs."""
+        """Columns of a file of sampled positions. `top_ids` and `top_logits` are absent when
+        top_k = 0, and `tail_mean` in a cache without tail means."""
         top = pa.binary(4 * (self.top_k or 0))
         return self._schema(
             *_TOKEN_COLUMNS,
@@ -158,7 +173,7 @@ class Layout(Spec):
         )
 
     def _vector(self) -> pa.DataType:
-        return pa.binary(self.width * self.torch_dtype.itemsize)
+        return pa.binary(self.width * self.storage.itemsize)
 
     def _schema(self, *columns: tuple[str, pa.DataType]) -> pa.Schema:
         fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
@@ -183,30 +198,30 @@ _TOKEN_COLUMNS = (
     ("logsumexp", pa.float32()),
 )
 RESPONSE_SCALARS = [name for name, _ in _RESPONSE_COLUMNS]
-"""Columns of a response file beside its states and norms."""
+"""Columns of a file of responses that hold one value a row and are there in every cache."""
 TOKEN_SCALARS = [name for name, _ in _TOKEN_COLUMNS]
-"""Columns of a token file beside its states, top logits and tail means."""
+"""Columns of a file of sampled positions that hold one value a row."""
 
 
-def responses_table(rows: ShardRows, layout: Layout) -> pa.Table:
-    """One row a response. Raises: pyarrow.ArrowInvalid when columns differ in length."""
+def responses_table(rows: ShardRows, layout: ShardLayout) -> pa.Table:
+    """One row per response. Raises: pyarrow.ArrowInvalid when columns differ in length."""
     columns = [getattr(rows, name) for name in RESPONSE_SCALARS]
     if rows.S is None:
         columns[RESPONSE_SCALARS.index("S")] = np.full(len(rows.response_id), np.nan)
-    columns += [rows.norms[view].numpy(force=True) for view in layout.views]
-    columns += [encode(rows.states[view]) for view in layout.views]
+    columns += [rows.norms[view] for view in layout.views]
+    columns += [binary_column(rows.states[view]) for view in layout.views]
     return _table(columns, layout.responses())
 
 
-def tokens_table(tokens: TokenRows, layout: Layout) -> pa.Table:
-    """One row a sampled position. Raises: pyarrow.ArrowInvalid when columns differ in length."""
+def tokens_table(tokens: TokenTable, layout: ShardLayout) -> pa.Table:
+    """One row per sampled position. Raises: pyarrow.ArrowInvalid when columns differ in length."""
     columns = [getattr(tokens, name) for name in TOKEN_SCALARS]
-    columns.append(encode(tokens.states))
+    columns.append(binary_column(tokens.states))
     if layout.top_k:
-        columns.append(encode(torch.from_numpy(tokens.top_ids.astype(np.int32, copy=False))))
-        columns.append(encode(torch.from_numpy(tokens.top_logits.astype(np.float32, copy=False))))
+        columns.append(binary_column(tokens.top_ids.astype(np.int32, copy=False)))
+        columns.append(binary_column(tokens.top_logits.astype(np.float32, copy=False)))
     if tokens.tail_means is not None:
-        columns.append(encode(tokens.tail_means))
+        columns.append(binary_column(tokens.tail_means))
     return _table(columns, layout.tokens())
 
 
@@ -215,20 +230,26 @@ def _table(columns: list, schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def encode(vectors: torch.Tensor) -> pa.FixedSizeBinaryArray:
-    """[rows, width] of any dtype → one fixed-size binary value a row, without a copy on CPU."""
+def storage_name(vectors: Stored) -> str:
+    """The name in STORAGE of the vectors' type, or numpy's name of a type that is not stored."""
+    names = (name for name, kind in STORAGE.items() if kind == vectors.dtype)
+    return next(names, vectors.dtype.name)
+
+
+def binary_column(vectors: NDArray[Any]) -> pa.FixedSizeBinaryArray:
+    """[rows, width] of any type → one fixed-size binary value per row, without a copy if the array
+    is contiguous."""
     rows, width = vectors.shape
-    # Flat, for torch gives no bytes view of a matrix without rows.
-    raw = vectors.detach().cpu().flatten().view(torch.uint8).numpy()
-    kind = pa.binary(width * vectors.element_size())
+    raw = np.ascontiguousarray(vectors).reshape(-1).view(np.uint8)
+    kind = pa.binary(width * vectors.itemsize)
     return pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(raw)])
 
 
-def decode(column: pa.ChunkedArray, dtype: torch.dtype, width: int) -> torch.Tensor:
-    """A fixed-size binary column → [rows, width], one copy."""
-    out = torch.empty(len(column), width, dtype=dtype)
-    target = out.view(torch.uint8).numpy()
-    size = target.shape[1]
+def vectors_of(column: pa.ChunkedArray, dtype: np.dtype[Any], width: int) -> NDArray[Any]:
+    """A fixed-size binary column → [rows, width] in memory of its own."""
+    out = np.empty((len(column), width), dtype)
+    size = width * out.itemsize
+    target = out.view(np.uint8)
     first = 0
     for chunk in column.chunks:
         raw = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * size, chunk.offset * size)
@@ -237,11 +258,32 @@ def decode(column: pa.ChunkedArray, dtype: torch.dtype, width: int) -> torch.Ten
     return out
 
 
+def all_finite(vectors: Stored) -> bool:
+    """Whether no component is NaN or infinite, without a copy of the vectors."""
+    if not vectors.size:
+        return True
+    largest, bits = _LARGEST_FINITE[storage_name(vectors)], 8 * vectors.itemsize
+    # A float is a sign and a magnitude. Read as a signed integer, the maximum is the largest
+    # positive magnitude; read as unsigned, it is the largest negative one, if there is any.
+    positive = int(vectors.view(f"<i{vectors.itemsize}").max())
+    negative = int(vectors.view(f"<u{vectors.itemsize}").max()) - (1 << (bits - 1))
+    return positive <= largest and negative <= largest
+
+
+def widened(vectors: Stored) -> NDArray[np.float32]:
+    """The vectors as float32, which holds every bfloat16 and float16 number exactly."""
+    if vectors.dtype != STORAGE["bfloat16"]:
+        return vectors.astype(np.float32, copy=False)
+    wide = vectors.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
 def to_parquet(table: pa.Table, sink: Any) -> None:
     """Write a Parquet file of one row group to a stream; equal tables give equal bytes.
 
-    Vectors are plain uncompressed pages: states hardly compress, and plain pages read at memory
-    speed. Every page carries a CRC, so a reader proves just the columns it reads.
+    Vectors are plain uncompressed pages, because states hardly compress and plain pages are read at
+    memory speed. Every page carries a CRC, so that a reader checks just the columns it reads.
     """
     names = table.column_names
     vectors = {f.name for f in table.schema if pa.types.is_fixed_size_binary(f.type)}
@@ -257,25 +299,32 @@ def to_parquet(table: pa.Table, sink: Any) -> None:
 
 
 def from_parquet(path: Path, columns: Sequence[str], layout_schema: pa.Schema) -> pa.Table:
-    """Named columns of a shard, their pages' checksums verified.
+    """Named columns of a shard, with the checksums of their pages verified.
 
     Raises: UserError when the file is missing, damaged, or has other columns than the schema.
     """
+    if not path.is_file():
+        raise missing(path)
     try:
         with pa.memory_map(str(path)) as source:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             table = file.read(columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(path, str(error).splitlines()[0]) from None
-    # No checksum covers a file's footer, and what reads the table next trusts its metadata.
+    # No checksum covers a file's footer, and code that reads the table trusts its metadata.
     expected = pa.schema([layout_schema.field(name) for name in columns], layout_schema.metadata)
     if not table.schema.equals(expected, check_metadata=True):
         raise damaged(path, "its columns are not those the manifest announces")
     return table
 
 
+def missing(path: Path) -> UserError:
+    """The error for a cache file that is not there."""
+    return UserError(f"{path} is missing: run the command that made it again")
+
+
 def damaged(path: Path, problem: str) -> UserError:
-    """The error for a cache file that cannot be what the writer wrote."""
+    """The error for a cache file whose content is not what the writer wrote."""
     return UserError(
         f"{path} is damaged ({problem}): delete it and run the command that made it again"
     )

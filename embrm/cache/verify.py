@@ -1,4 +1,4 @@
-"""Full proof of a cache: every byte of every file, and what the numbers point at."""
+"""Checking all of a cache: every byte of every file, and that indices and numbers are valid."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ def verify(folder: Path) -> list[str]:
     problems = [*_listing(folder, manifest)]
     damaged = [*_bytes(folder, manifest)]
     if manifest.complete and not damaged:
-        # The content can only be wrong if the writer was: its bytes are the recorded ones.
+        # The bytes are the recorded ones, so only a writer's mistake can make the content wrong.
         try:
             problems += _content(open_cache(folder))
         except UserError as error:
@@ -64,7 +64,7 @@ def _content(cache: Cache) -> Iterator[str]:
     if cache.responses.height != n:
         yield f"{cache.folder}: {cache.responses.height} responses instead of {n}"
     for view in cache.views:
-        for _ in cache.state_shards(view):  # reading proves shape and finiteness
+        for _ in cache.stored_shards(view):  # reading checks shape and finiteness
             pass
     if cache.layout.top_k is not None:
         for index, tokens in enumerate(cache.token_shards()):
@@ -76,4 +76,4 @@ def _content(cache: Cache) -> Iterator[str]:
                     f"{tokens.response[wrong_rows][0]}, must be {owners.start} to "
                     f"{owners.stop - 1}: extract into a new folder"
                 )
-    cache.lm_head()
+    _ = cache.vocabulary  # reading it checks the header of the LM head's file

@@ -1,4 +1,4 @@
-"""Writing a cache shard by shard; what is finished stays finished, however the process ends."""
+"""Writing a cache shard by shard. Finished shards survive however the process ends."""
 
 import hashlib
 import json
@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import safetensors.torch
-import torch
+from numpy.typing import NDArray
 
 from embrm.cache.manifest import (
     LM_HEAD,
@@ -30,16 +29,22 @@ from embrm.cache.manifest import (
     write_manifest,
 )
 from embrm.cache.schema import (
-    Layout,
+    STORAGE,
+    ShardLayout,
     ShardRows,
-    TokenRows,
+    TokenTable,
+    all_finite,
     responses_table,
     to_parquet,
     tokens_table,
+    widened,
 )
 from embrm.core.errors import UserError
 from embrm.core.files import TEMPORARY, disk_errors, exclusive, remove_temporaries, write_atomic
 from embrm.core.specs import canonical_json, content_id
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE_BYTES = 256 << 10
 """Digested, then written while still in the processor's cache. Linux puts writes of 2 MB and more
@@ -63,7 +68,7 @@ class CacheWriter:
         """Shards the cache will have."""
         return len(self._manifest.shards)
 
-    def write_shard(self, index: int, rows: ShardRows, tokens: TokenRows | None) -> None:
+    def write_shard(self, index: int, rows: ShardRows, tokens: TokenTable | None) -> None:
         """Store shard `index`: file, fsync, rename, and only then its manifest entry.
 
         Pass `tokens` for every shard or for none; a shard without a sampled position passes zero
@@ -79,7 +84,7 @@ class CacheWriter:
             )
         if tokens and not np.isin(tokens.response, expected).all():
             raise ValueError(f"token rows of shard {index} name responses outside {expected}")
-        layout = Layout.of(rows, tokens)
+        layout = ShardLayout.of(rows, tokens)
         with self._lock:  # of shards that come at once, the first says what all are like
             known = self._manifest.layout or layout
             self._manifest = self._manifest.model_copy(update={"layout": known})
@@ -109,7 +114,7 @@ class CacheWriter:
     def store_tables(
         self,
         tables: Mapping[str, pl.DataFrame],
-        lm_head: Callable[[], dict[str, torch.Tensor]],
+        lm_head: "Callable[[], dict[str, Tensor]]",
     ) -> None:
         """Store what is not sharded, unless it is there; `lm_head` is called only when needed."""
         have = self._manifest
@@ -121,10 +126,10 @@ class CacheWriter:
         }
         head = have.lm_head
         if head is None:
-            tensors = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in lm_head().items()
-            }
-            content = safetensors.torch.save(tensors)
+            from embrm.cache.tensors import lm_head_content  # torch, which nothing else here needs
+
+            tensors = lm_head()
+            content = lm_head_content(tensors)
             head = self._store(LM_HEAD, len(tensors), lambda stream: stream.write(content))
         if (entries, head) != (have.tables, have.lm_head):
             self._update(tables=entries, lm_head=head)
@@ -183,7 +188,7 @@ def open_writer(
     tables: Mapping[str, pl.DataFrame],
     n_responses: int,
     shard_rows: int,
-    lm_head: Callable[[], dict[str, torch.Tensor]],
+    lm_head: "Callable[[], dict[str, Tensor]]",
     part: Part | None = None,
 ) -> Iterator[CacheWriter]:
     """Begin the cache at `folder`, or resume it; this process alone may write it meanwhile.
@@ -268,8 +273,8 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def _refuse_non_finite(rows: ShardRows, tokens: TokenRows | None) -> None:
-    numbers: dict[str, torch.Tensor | np.ndarray] = {} if rows.S is None else {"S": rows.S}
+def _refuse_non_finite(rows: ShardRows, tokens: TokenTable | None) -> None:
+    numbers: dict[str, NDArray[Any]] = {} if rows.S is None else {"S": rows.S}
     numbers |= {f"state {view!r}": states for view, states in rows.states.items()}
     numbers |= {f"norm {view!r}": norms for view, norms in rows.norms.items()}
     _refuse_rows(numbers, rows.response_id)
@@ -280,13 +285,15 @@ def _refuse_non_finite(rows: ShardRows, tokens: TokenRows | None) -> None:
         _refuse_rows({f"token {name}": getattr(tokens, name) for name in names}, owners)
 
 
-def _refuse_rows(numbers: Mapping[str, torch.Tensor | np.ndarray], owners: Sequence[str]) -> None:
+def _refuse_rows(numbers: Mapping[str, NDArray[Any]], owners: Sequence[str]) -> None:
     for name, values in numbers.items():
-        tensor = torch.as_tensor(values)
-        # aminmax passes NaN on, and is many times faster than isfinite of every number.
-        if tensor.numel() and not all(torch.isfinite(x) for x in torch.aminmax(tensor)):
-            finite = torch.isfinite(tensor)
-            row = int(finite.logical_not().nonzero()[0, 0])
+        if values.dtype in STORAGE.values():
+            if all_finite(values):
+                continue
+            values = widened(values)
+        wrong = ~np.isfinite(values)
+        if wrong.any():
+            row = int(np.nonzero(wrong)[0][0])
             raise UserError(
                 f"{name} of response {owners[row]} is NaN or infinite: "
                 "extract in float32 or bfloat16, and check the model's weights"
@@ -317,7 +324,7 @@ def defining(manifest: Manifest) -> dict[str, Any]:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Nested mappings as one, keyed by dotted path."""
-    if isinstance(value, Layout):
+    if isinstance(value, ShardLayout):
         value = dict(value)
     if not isinstance(value, dict) or not value:
         return {name: value}
@@ -327,7 +334,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def difference(was: dict[str, Any] | Layout, given: dict[str, Any] | Layout) -> str:
+def difference(was: dict[str, Any] | ShardLayout, given: dict[str, Any] | ShardLayout) -> str:
     """The first field that differs with both values, and the names of the others; "" if equal."""
     stored, given = _flat(was), _flat(given)
     # Digests of the data differ whenever a setting does: they explain least, so they come last.

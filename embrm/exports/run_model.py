@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import Cache
+from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
 from embrm.data.sources import SourceSpec
 from embrm.extraction.engine import Batch, Engine, Request
@@ -131,7 +132,7 @@ class RunModel:
         """float32 [n] of responses of the cache, ascending, from their cached states: of a sweep's
         runs alone."""
         parts, first = [], 0
-        for shard in self.cache.state_shards(self.view):
+        for shard in map(to_tensor, self.cache.stored_shards(self.view)):
             parts.append(shard[[row - first for row in rows if 0 <= row - first < len(shard)]])
             first += len(shard)
         return self._score(torch.cat(parts))

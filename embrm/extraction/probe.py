@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.schema import widened
 from embrm.core.errors import UserError
 from embrm.extraction.engine import TOLERANCE, read
 from embrm.extraction.run import (
@@ -151,9 +152,8 @@ def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
 def _states(cache: Cache, view: str, rows: list[int]) -> npt.NDArray[np.float64]:
     """The stored states of these rows, [rows, width], with one shard of them in memory."""
     shard, within = np.divmod(rows, cache.manifest.shard_rows)
-    parts = [states[within[shard == i]] for i, states in enumerate(cache.state_shards(view))]
-    states: npt.NDArray[np.float64] = torch.cat(parts).double().numpy()
-    return states
+    parts = [states[within[shard == i]] for i, states in enumerate(cache.stored_shards(view))]
+    return widened(np.concatenate(parts)).astype(np.float64)
 
 
 def _evenly(count: int, size: int) -> npt.NDArray[np.int64]:

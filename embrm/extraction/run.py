@@ -15,7 +15,8 @@ import polars as pl
 from pydantic import Field, field_validator, model_validator
 
 from embrm.cache.manifest import NAME, Manifest, read_manifest
-from embrm.cache.schema import ShardRows, TokenRows, known_views
+from embrm.cache.schema import ShardRows, TokenTable, known_views
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
@@ -496,7 +497,7 @@ def engine_for(
 
 def _shard(
     prepared: Prepared, rows: range, requests: Sequence[Request], batch: Batch
-) -> tuple[ShardRows, TokenRows | None]:
+) -> tuple[ShardRows, TokenTable | None]:
     encoded = [prepared.encoded[row] for row in rows]
     responses = prepared.dataset.responses[rows.start : rows.stop]
     shard = ShardRows(
@@ -509,20 +510,21 @@ def _shard(
         final_position=np.array([entry.final_position for entry in encoded], dtype=np.int32),
         final_token=np.array([entry.final_token for entry in encoded], dtype=np.int32),
         S=batch.S,
-        states=batch.states,
-        norms=batch.norms,
+        states={view: to_stored(states) for view, states in batch.states.items()},
+        norms={view: norms.numpy() for view, norms in batch.norms.items()},
     )
     if not prepared.spec.token_rows:
         return shard, None
     counts = [len(request.positions) for request in requests]
-    return shard, TokenRows(
+    tail_means = batch.tokens.tail_means
+    return shard, TokenTable(
         response=np.repeat(np.array(rows, dtype=np.int32), counts),
         position=np.concatenate([request.positions for request in requests]),
         target=batch.targets.numpy(),
         target_logit=batch.tokens.target_logit.numpy(),
         logsumexp=batch.tokens.logsumexp.numpy(),
-        states=batch.token_states,
+        states=to_stored(batch.token_states),
         top_ids=batch.tokens.top_ids.numpy(),
         top_logits=batch.tokens.top_logits.numpy(),
-        tail_means=batch.tokens.tail_means,
+        tail_means=None if tail_means is None else to_stored(tail_means),
     )

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from embrm.cache.reader import Cache
+from embrm.cache.tensors import to_tensor, torch_dtype
 from embrm.cache.writer import difference
 from embrm.core.errors import UserError, nearest
 from embrm.core.files import (
@@ -346,7 +347,7 @@ class _Stage:
         self._evaluation = Evaluation.of(validation, self.splits, sampled)
         # Of the base model, at the final position: what a backbone moves away from.
         self._sampled = np.unique(np.concatenate(sampled))
-        self._before = cache.states("last")[torch.from_numpy(self._sampled)].float()
+        self._before = to_tensor(cache.stored_states("last")[self._sampled]).float()
         self._validation = Validation(to_pairs(validation), prepared.texts.encoded)
         self._dtype = getattr(torch, prepared.spec.dtype)
         name = torch.cuda.get_device_name() if kind == "cuda" else kind
@@ -415,7 +416,7 @@ class _Stage:
         batch, processes = min(asked.batch_pairs, len(pairs)), PartialState()
         micro = micro_pairs(spec, asked, processes.num_processes, self._prepared.where)
         # Blocks are those of the cache's states, of which none are needed here.
-        states = States(torch.empty(0, cache.width, dtype=cache.layout.torch_dtype))
+        states = States(torch.empty(0, cache.width, dtype=torch_dtype(cache)))
         lengths = torch.from_numpy(self._prepared.texts.lengths)
         longer = torch.maximum(lengths[pairs.chosen], lengths[pairs.rejected])
         minibatches = Minibatches(

@@ -12,6 +12,7 @@ import polars as pl
 import torch
 
 from embrm.cache.reader import Cache
+from embrm.cache.tensors import lm_head_tensors, to_tensor, torch_dtype
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import Progress
 from embrm.training.states import States
@@ -85,11 +86,11 @@ class TokenFiles:
         """
         paths, layout = cls.paths(folder), cache.layout
         assert layout.top_k is not None  # a sweep that needs token rows is checked first
-        head = cache.lm_head()
+        head = lm_head_tensors(cache)
         shapes = {
-            "states": (cache.width, layout.torch_dtype),
+            "states": (cache.width, torch_dtype(cache)),
             "facts": (3 + 2 * layout.top_k, torch.float32),
-            **({"tail_means": (cache.width, layout.torch_dtype)} if layout.tail_mean else {}),
+            **({"tail_means": (cache.width, torch_dtype(cache))} if layout.tail_mean else {}),
             "weight": (head["weight"].shape[1], head["weight"].dtype),
         }
         responses: list[np.ndarray] = []
@@ -100,9 +101,9 @@ class TokenFiles:
                 columns = (rows.target, rows.target_logit, rows.logsumexp)
                 found = facts(*columns, rows.top_ids, rows.top_logits)
                 _append(files["facts"], torch.from_numpy(found))
-                _append(files["states"], rows.states)
+                _append(files["states"], to_tensor(rows.states))
                 if rows.tail_means is not None:
-                    _append(files["tail_means"], rows.tail_means)
+                    _append(files["tail_means"], to_tensor(rows.tail_means))
                 responses.append(rows.response)
                 bar.advance()
             positions_by_response(cache, np.concatenate(responses)).write_ipc(
@@ -136,20 +137,20 @@ class TokenFiles:
         """Bytes of the files that `write` makes, but for the table."""
         layout = cache.layout
         rows = sum(s.tokens.rows for s in cache.manifest.shards if s and s.tokens)
-        row = cache.width * layout.torch_dtype.itemsize * (1 + layout.tail_mean)
+        row = cache.width * layout.storage.itemsize * (1 + layout.tail_mean)
         head = cache.manifest.lm_head
         return rows * (row + 4 * (3 + 2 * (layout.top_k or 0))) + (head.bytes if head else 0)
 
 
 def first_tokens(cache: Cache) -> TokenData:
     """The token rows of a cache's first shard, in memory."""
-    rows, head = next(cache.token_shards()), cache.lm_head()
+    rows, head = next(cache.token_shards()), lm_head_tensors(cache)
     known = facts(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
     table = positions_by_response(cache, rows.response)
     return TokenData(
-        states=States(rows.states),
+        states=States(to_tensor(rows.states)),
         facts=States(torch.from_numpy(known)),
-        tail_means=None if rows.tail_means is None else States(rows.tail_means),
+        tail_means=None if rows.tail_means is None else States(to_tensor(rows.tail_means)),
         head=LmHead.of(head, States(head["weight"])),
         starts=np.append(table["start"].to_numpy(), len(rows.response)),
         positions=table["positions"].to_numpy(),

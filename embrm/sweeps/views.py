@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from embrm.cache.reader import Cache
+from embrm.cache.tensors import to_tensor, torch_dtype
 from embrm.core.errors import UserError, nearest
 
 TOKENS = "tokens"
@@ -35,7 +36,7 @@ class View:
     @property
     def dtype(self) -> torch.dtype:
         """The cache's; float32 with S, which is too large for 16 bits."""
-        return torch.float32 if self._adds_s else self.cache.layout.torch_dtype
+        return torch.float32 if self._adds_s else torch_dtype(self.cache)
 
     @property
     def size(self) -> int:
@@ -46,7 +47,8 @@ class View:
         """One shard after another. Raises: UserError where the cache is damaged, or a response has
         no token row."""
         base = self.name.removesuffix(_WITH_S)
-        parts = self._pooled() if base == TOKENS else self.cache.state_shards(base)
+        stored = map(to_tensor, self.cache.stored_shards(base))
+        parts = self._pooled() if base == TOKENS else stored
         if not self._adds_s:
             yield from parts
             return
@@ -78,7 +80,9 @@ class View:
                     f"state {TOKENS!r}: {missing} of responses {first}...{first + count - 1} have "
                     "no token row: take state = 'last' or 'mean'"
                 )
-            total = torch.zeros(count, self.cache.width).index_add_(0, owner, rows.states.float())
+            total = torch.zeros(count, self.cache.width).index_add_(
+                0, owner, to_tensor(rows.states).float()
+            )
             first += count
             yield (total / held[:, None]).to(self.dtype)
 

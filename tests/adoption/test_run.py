@@ -20,6 +20,7 @@ from embrm.adoption.run import adopt
 from embrm.adoption.spec import AdoptSpec, parse_arrays
 from embrm.cache.manifest import read_manifest
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.cache.verify import verify
 from embrm.cache.writer import CacheWriter
 from embrm.cli import main
@@ -88,13 +89,13 @@ def test_a_round_trip_of_every_layout(tmp_path: Path, layout: str, dtype: str) -
     assert cache.members["response"].to_list() == [*range(N * K)]
     row = torch.tensor(cache.members["row"].to_numpy())
     assert sorted(row.tolist()) == [*range(N * K)]
-    assert torch.equal(cache.states("last"), expected[row])
+    assert torch.equal(to_tensor(cache.stored_states("last")), expected[row])
     want = tensor.view(-1, D).double().numpy()[row.numpy()] @ WEIGHTS
     np.testing.assert_allclose(cache.members["gold"], want, atol=0.1)
     assert cache.responses["response_id"].n_unique() == N * K
     assert cache.responses["prompt_id"].equals(cache.members["prompt_id"])
     assert cache.members["prompt_id"].value_counts()["count"].to_list() == [K] * N
-    norms = cache.states("last").float().norm(dim=1).numpy()
+    norms = torch.from_numpy(cache.states("last")).norm(dim=1).numpy()
     np.testing.assert_allclose(cache.responses["norm.last"], norms, rtol=1e-6)
     assert cache.responses["S"].is_nan().all()
 
@@ -147,7 +148,9 @@ def test_left_out_rows_are_in_no_table_but_the_exclusions(tmp_path: Path) -> Non
     assert cache.manifest.n_responses == N * K - 3
     assert not {*cache.members["row"]} & {*lost}
     row = torch.tensor(cache.members["row"].to_numpy())
-    assert torch.equal(cache.states("last"), torch.from_numpy(states).view(-1, D)[row])
+    assert torch.equal(
+        to_tensor(cache.stored_states("last")), torch.from_numpy(states).view(-1, D)[row]
+    )
     assert cache.manifest.data["exclusions"] == dict.fromkeys(sorted(lost.values()), 1)
     checks = [finding["check"] for finding in cache.manifest.data["lint"]]
     assert {"gold scores", "NaN or infinite", "zero vectors"} <= {*checks}
@@ -167,7 +170,9 @@ def test_sorted_responses_are_shuffled_and_recovered(tmp_path: Path) -> None:
     assert np.array_equal(row % N, np.repeat(np.arange(N), K))
     place = row // N
     assert not np.array_equal(place.reshape(N, K), np.tile(np.arange(K), (N, 1)))
-    assert torch.equal(cache.states("last"), torch.from_numpy(states[row % N, place]))
+    assert torch.equal(
+        to_tensor(cache.stored_states("last")), torch.from_numpy(states[row % N, place])
+    )
     assert np.array_equal(cache.members["gold"].to_numpy(), gold[row % N, place])
     [fixed] = [one for one in cache.manifest.data["lint"] if one["done"] == "fixed"
                and one["check"] == "sorted by gold"]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 from embrm.bench.caches import Tokens, synthetic
 from embrm.bench.grm import measure_grm
 from embrm.cache.reader import open_cache
+from embrm.cache.tensors import lm_head_tensors
 from embrm.cache.verify import verify
 from embrm.core.errors import UserError
 
@@ -21,12 +22,12 @@ def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: b
     folder = synthetic(tmp_path / "cache", {"train": 200}, 8, tokens=tokens)
     assert verify(folder) == []
     cache = open_cache(folder)
-    rows = cache.token_rows()
+    rows = cache.token_table()
     assert len(rows.target) == 3 * 400
     assert rows.top_ids.shape == (1200, 5)
     assert 0 <= rows.top_ids.min() < rows.top_ids.max() < 40
     assert (rows.tail_means is not None) == tail_mean
-    assert cache.lm_head()["weight"].shape == (40, 8)
+    assert lm_head_tensors(cache)["weight"].shape == (40, 8)
 
 
 @pytest.mark.slow

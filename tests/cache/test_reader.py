@@ -2,7 +2,9 @@
 
 import re
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ from embrm.cache.manifest import (
     write_manifest,
 )
 from embrm.cache.reader import Cache, open_cache
-from embrm.cache.schema import ShardRows, encode, responses_table, to_parquet
+from embrm.cache.schema import ShardRows, binary_column, responses_table, to_parquet
+from embrm.cache.tensors import lm_head_tensors, to_stored, to_tensor
 from embrm.core.errors import UserError
 from embrm.core.files import sha256
 from embrm.core.specs import content_id
@@ -49,11 +52,14 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         assert_frame_equal(getattr(cache, name), table)
     shards = [shard(index, dtype) for index in range(5)]
     for view in cache.views:
-        states = cache.states(view)
+        states = to_tensor(cache.stored_states(view))
+        expected = to_tensor(np.concatenate([rows.states[view] for rows, _ in shards]))
         assert states.dtype == getattr(torch, dtype)
-        assert torch.equal(states, torch.cat([rows.states[view] for rows, _ in shards]))
-        assert [len(part) for part in cache.state_shards(view)] == [5, 5, 5, 5, 3]
-        norms = torch.cat([rows.norms[view] for rows, _ in shards])
+        assert torch.equal(states, expected)
+        assert cache.states(view).dtype == np.float32
+        np.testing.assert_array_equal(cache.states(view), expected.float().numpy())
+        assert [len(part) for part in cache.stored_shards(view)] == [5, 5, 5, 5, 3]
+        norms = np.concatenate([rows.norms[view] for rows, _ in shards])
         np.testing.assert_array_equal(cache.responses[f"norm.{view}"], norms)
     assert cache.responses["response_id"].to_list() == [f"{i:016x}" for i in range(RESPONSES)]
     for name in ("n_prompt", "n_response", "truncated", "final_position", "final_token", "S"):
@@ -61,20 +67,18 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         column = cache.responses[name].to_numpy()
         assert column.dtype == expected.dtype
         np.testing.assert_array_equal(column, expected)
-    got = cache.token_rows()
-    assert torch.equal(got.states, torch.cat([tokens.states for _, tokens in shards]))
+    got = cache.token_table()
     assert got.tail_means is not None
-    assert got.tail_means.dtype == getattr(torch, dtype)
-    assert torch.equal(got.tail_means, torch.cat([tokens.tail_means for _, tokens in shards]))
-    for name in (
-        "response position target target_logit logsumexp top_ids top_logits".split()  # noqa: SIM905
-    ):
-        expected = np.concatenate([getattr(tokens, name) for _, tokens in shards])
-        assert getattr(got, name).dtype == expected.dtype
-        np.testing.assert_array_equal(getattr(got, name), expected)
+    assert to_tensor(got.tail_means).dtype == getattr(torch, dtype)
+    for field in fields(got):
+        expected = np.concatenate([getattr(tokens, field.name) for _, tokens in shards])
+        assert getattr(got, field.name).dtype == expected.dtype
+        np.testing.assert_array_equal(getattr(got, field.name), expected)
+        if field.name in cache.tokens.columns:
+            np.testing.assert_array_equal(cache.tokens[field.name].to_numpy(), expected)
     owners = np.concatenate([tokens.response for _, tokens in shards])
     assert cache.n_token_rows.tolist() == [(owners == row).sum() for row in range(RESPONSES)]
-    assert torch.equal(cache.lm_head()["weight"], torch.arange(48.0).reshape(8, 6))
+    assert torch.equal(lm_head_tensors(cache)["weight"], torch.arange(48.0).reshape(8, 6))
 
 
 def test_the_vocabulary_is_known_without_reading_the_head(folder: Path, tmp_path: Path) -> None:
@@ -91,10 +95,35 @@ def test_the_vocabulary_is_known_without_reading_the_head(folder: Path, tmp_path
     assert open_cache(tmp_path / "headless").vocabulary == 0
 
 
+def test_everything_is_read_without_torch(folder: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from embrm.cache import listing, merge, verify
+from embrm.cache.reader import open_cache
+folder = Path(sys.argv[1])
+cache = open_cache(folder)
+print([cache.states(view).shape for view in cache.views], cache.tokens.shape, cache.vocabulary)
+print(cache.responses.height, cache.pairs.height, cache.members.height, cache.exclusions.height)
+print(verify.verify(folder), listing.describe(folder)["state"])
+heavy = {"torch", "transformers", "datasets", "matplotlib", "scipy", "sklearn"}
+print([name for name in heavy if sys.modules.get(name)])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == [
+        "[(23, 6), (23, 6), (23, 6)] (18, 7) 8",
+        "23 11 4 1",
+        "[] complete",
+        "[]",
+    ], done.stderr
+
+
 def test_states_can_be_changed_without_changing_the_cache(folder: Path) -> None:
     cache = open_cache(folder)
-    cache.states("last").zero_()
-    assert cache.states("last").abs().sum() > 0
+    cache.states("last")[:] = 0
+    assert np.abs(cache.states("last")).sum() > 0
 
 
 def test_without_sampled_positions(tmp_path: Path) -> None:
@@ -103,7 +132,7 @@ def test_without_sampled_positions(tmp_path: Path) -> None:
             writer.write_shard(index, shard(index)[0], None)
         writer.finish()
     with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
-        open_cache(tmp_path).token_rows()
+        open_cache(tmp_path).token_table()
 
 
 def test_without_tail_means(tmp_path: Path) -> None:
@@ -113,7 +142,7 @@ def test_without_tail_means(tmp_path: Path) -> None:
             writer.write_shard(index, rows, replace(tokens, tail_means=None))
         writer.finish()
     assert '"tail_mean"' not in (tmp_path / NAME).read_text()
-    assert open_cache(tmp_path).token_rows().tail_means is None
+    assert open_cache(tmp_path).token_table().tail_means is None
 
 
 def test_an_unknown_view_names_the_nearest(folder: Path) -> None:
@@ -176,14 +205,10 @@ def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, nam
 def everything(cache: Cache) -> list[bytes]:
     """All content, as bytes."""
     frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
-    tokens = cache.token_rows()
-    tensors = [*map(cache.states, cache.views), tokens.states, cache.lm_head()["weight"]]
+    tokens = cache.token_table()
     assert tokens.tail_means is not None
-    tensors.append(tokens.tail_means)
-    arrays = [
-        *(tensor.flatten().view(torch.uint8).numpy() for tensor in tensors),
-        *(value for value in vars(tokens).values() if isinstance(value, np.ndarray)),
-    ]
+    head = lm_head_tensors(cache)["weight"].numpy()
+    arrays = [*map(cache.stored_states, cache.views), head, *vars(tokens).values()]
     return [frame.write_csv().encode() for frame in frames] + [a.tobytes() for a in arrays]
 
 
@@ -214,7 +239,7 @@ def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     path = copy / responses_file(3)
-    vector = encode(shard(3)[0].states["mean"])[2].as_py()
+    vector = binary_column(shard(3)[0].states["mean"])[2].as_py()
     content = path.read_bytes()
     assert content.count(vector) == 1
     path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
@@ -229,12 +254,12 @@ def test_a_flipped_tail_mean_is_refused(folder: Path, tmp_path: Path) -> None:
     path = copy / tokens_file(3)
     tail_means = shard(3)[1].tail_means
     assert tail_means is not None
-    vector = encode(tail_means)[2].as_py()
+    vector = binary_column(tail_means)[2].as_py()
     content = path.read_bytes()
     assert content.count(vector) == 1
     path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
     with pytest.raises(UserError, match=r"tokens/part-00003\.parquet is damaged \(.*CRC.*\)"):
-        open_cache(copy).token_rows()
+        open_cache(copy).token_table()
 
 
 @pytest.mark.parametrize("flipped", [b"dtyp\xff", b"dtypf"])
@@ -308,12 +333,12 @@ def test_states_are_read_by_the_shard_and_not_by_the_row(tmp_path: Path) -> None
                     [f"{index * size + row:016x}" for row in range(size)],
                     ["p"] * size,
                     *(ones, ones, ones > 0, ones, ones, -ones.astype(np.float64)),
-                    states={"last": part},
-                    norms={"last": part.norm(dim=1)},
+                    states={"last": to_stored(part)},
+                    norms={"last": part.norm(dim=1).numpy()},
                 )
                 writer.write_shard(index, rows, None)
             writer.finish()
-        assert torch.equal(open_cache(folder).states("last"), states)
+        assert np.array_equal(open_cache(folder).states("last"), states.numpy())
         cache = open_cache(folder)
         return calls_of(lambda: cache.states("last"))
 
@@ -338,7 +363,7 @@ def test_the_program_in_the_documentation_reads_the_same_states(tmp_path: Path, 
     cache = open_cache(tmp_path)
     for view in cache.views:
         read = names["read_states"](tmp_path, view)
-        np.testing.assert_array_equal(read, cache.states(view).to(torch.float32).numpy())
+        np.testing.assert_array_equal(read, cache.states(view))
 
 
 def test_the_documentation_names_every_column_and_key(folder: Path) -> None:

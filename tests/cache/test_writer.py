@@ -30,6 +30,7 @@ from small_cache import (
 
 from embrm.cache import writer
 from embrm.cache.manifest import NAME, read_manifest, responses_file, tokens_file
+from embrm.cache.tensors import to_tensor
 from embrm.cache.verify import verify
 from embrm.core.errors import UserError
 from embrm.core.files import TEMPORARY
@@ -297,7 +298,7 @@ def test_a_non_finite_state_is_refused_by_name(
     with opened(tmp_path) as writer:
         writer.write_shard(0, *shard(0, dtype))
         rows, tokens = shard(2, dtype)
-        rows.states[view][3, 5] = value
+        to_tensor(rows.states[view])[3, 5] = value
         with pytest.raises(UserError) as error:
             writer.write_shard(2, rows, tokens)
         assert writer.done == {0}

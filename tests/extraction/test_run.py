@@ -13,6 +13,7 @@ from extract_world import make, spec_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from embrm.cache.reader import open_cache
+from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.cache.verify import verify
 from embrm.cache.writer import CacheWriter
 from embrm.core.errors import UserError
@@ -40,7 +41,9 @@ def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Pat
     rows = range(len(prepared.encoded))
     batch = read(run.engine_for(prepared, "cpu"), prepared.requests(rows), 1)
     for view in ("last", "mean"):
-        assert torch.allclose(opened.states(view), batch.states[view], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(
+            to_tensor(opened.stored_states(view)), batch.states[view], rtol=1e-4, atol=1e-5
+        )
         norms = opened.responses[f"norm.{view}"].to_numpy()
         assert norms == pytest.approx(batch.states[view].norm(dim=1).numpy(), rel=1e-5)
     responses = opened.responses
@@ -54,7 +57,7 @@ def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Pat
 
 def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path) -> None:
     opened, prepared = open_cache(cache), prepare(spec_of(world))
-    tokens = opened.token_rows()
+    tokens = opened.token_table()
     assert (np.diff(tokens.response) >= 0).all()
     assert np.bincount(tokens.response).max() == 3
     assert tokens.top_ids.shape == (len(tokens.response), 4)
@@ -62,8 +65,8 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path
         entry = prepared.encoded[response]
         assert entry.n_prompt - 1 <= position < len(entry.ids) - 1
         assert tokens.target[row] == entry.ids[position + 1]
-    head = opened.lm_head()
-    logits = tokens.states @ head["weight"].T * head["scale"]
+    head = lm_head_tensors(opened)
+    logits = to_tensor(tokens.states) @ head["weight"].T * head["scale"]
     assert logits.logsumexp(1).numpy() == pytest.approx(tokens.logsumexp, rel=1e-4)
     chosen = logits[torch.arange(len(logits)), torch.from_numpy(tokens.target).long()]
     assert chosen.numpy() == pytest.approx(tokens.target_logit, rel=1e-3, abs=1e-4)
@@ -71,7 +74,7 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path
     tail = tail.scatter(1, torch.from_numpy(tokens.target).long()[:, None], 0)
     expected = tail @ head["weight"] / tail.sum(1, keepdim=True)
     assert tokens.tail_means is not None
-    assert torch.allclose(tokens.tail_means, expected, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(to_tensor(tokens.tail_means), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
@@ -93,7 +96,7 @@ def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
     }
     assert "engine" not in opened.manifest.identity
     assert "tail" not in (tmp_path / "plain" / "manifest.json").read_text()
-    assert opened.token_rows().tail_means is None
+    assert opened.token_table().tail_means is None
     for name in content(cache):
         if name.startswith("responses"):
             assert (tmp_path / "plain" / name).read_bytes() == (cache / name).read_bytes()
@@ -202,8 +205,8 @@ def test_other_batch_sizes_change_rounding_only(
     other = open_cache(make(world, tmp_path / "other", batch_tokens=64))
     whole = open_cache(cache)
     assert other.cache_id == whole.cache_id
-    assert torch.allclose(other.states("mean"), whole.states("mean"), rtol=1e-4, atol=1e-5)
-    assert (other.token_rows().position == whole.token_rows().position).all()
+    assert np.allclose(other.states("mean"), whole.states("mean"), rtol=1e-4, atol=1e-5)
+    assert (other.token_table().position == whole.token_table().position).all()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
     assert opened.dtype == "bfloat16"
     assert opened.views == ("layer:1", "prenorm")
     with pytest.raises(UserError, match="no sampled"):
-        opened.token_rows()
+        opened.token_table()
 
 
 def test_over_long_rows_are_counted_and_listed(world: dict[str, str]) -> None:
@@ -336,14 +339,14 @@ def test_the_plan_prices_every_part_to_the_byte(
     priced = plan(spec, device="cpu").cache_bytes
     opened = open_cache(make(world, tmp_path / "out", spec))
     vectors = {
-        "states": sum(opened.states(view).nbytes for view in opened.views),
+        "states": sum(opened.stored_states(view).nbytes for view in opened.views),
         "token_states": 0,
         "top_logits": 0,
         "tail_means": 0,
-        "lm_head": sum(tensor.nbytes for tensor in opened.lm_head().values()),
+        "lm_head": sum(tensor.nbytes for tensor in lm_head_tensors(opened).values()),
     }
     if spec.token_rows:
-        tokens = opened.token_rows()
+        tokens = opened.token_table()
         vectors["token_states"] = tokens.states.nbytes
         vectors["top_logits"] = tokens.top_ids.nbytes + tokens.top_logits.nbytes
         vectors["tail_means"] = 0 if tokens.tail_means is None else tokens.tail_means.nbytes

@@ -17,6 +17,7 @@ from extract_models import save_model, tokenizer
 from small_finetune import BT, made, written
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
 from embrm.finetuning import run as stage
 from embrm.finetuning.batches import texts
@@ -102,7 +103,7 @@ def test_geometry_is_of_states_that_the_backbone_moved(tuned: Path, cache: Path)
     with torch.no_grad():
         after = torch.cat([model.pooled(one["ids"], one["final"]) for one in found])
         r = torch.cat([model(**one)[0] for one in found]).numpy()
-    before = opened.states("last")[torch.from_numpy(rows).long()]
+    before = to_tensor(opened.stored_states("last"))[torch.from_numpy(rows).long()]
     row = results.geometry.row(by_predicate=pl.col("split") == "id", named=True)
     assert row["responses"] == len(rows)
     assert row["norm"] == pytest.approx(float(after.norm(dim=1).mean()), rel=1e-5)

@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from embrm.cache.schema import DTYPES, ShardRows, TokenRows
+from embrm.cache.schema import ShardRows, Stored, TokenTable
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import CacheWriter, open_writer
 
 RESPONSES, SHARD_ROWS, WIDTH, TOP_K = 23, 5, 6, 3
@@ -44,12 +45,16 @@ def lm_head() -> dict[str, torch.Tensor]:
     return {"weight": torch.arange(8 * WIDTH, dtype=torch.float32).reshape(8, WIDTH)}
 
 
-def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenRows]:
+def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenTable]:
     first = index * SHARD_ROWS
     n = min(SHARD_ROWS, RESPONSES - first)
     random = np.random.default_rng(index)
     states = torch.from_numpy(random.standard_normal((n, WIDTH)).astype(np.float32))
     counts = random.integers(1, 100, (4, n), dtype=np.int32)
+
+    def stored(values: torch.Tensor) -> Stored:
+        return to_stored(values.to(getattr(torch, dtype)))
+
     rows = ShardRows(
         first=first,
         response_id=[f"{first + row:016x}" for row in range(n)],
@@ -61,27 +66,27 @@ def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenRows]:
         final_token=counts[3],
         S=-random.exponential(size=n),
         states={
-            "last": states.to(DTYPES[dtype]),
-            "mean": (states / 2).to(DTYPES[dtype]),
-            "layer:1": (-states).to(DTYPES[dtype]),
+            "last": stored(states),
+            "mean": stored(states / 2),
+            "layer:1": stored(-states),
         },
         norms={
-            "last": states.norm(dim=1),
-            "mean": states.norm(dim=1) / 2,
-            "layer:1": states.norm(dim=1),
+            "last": states.norm(dim=1).numpy(),
+            "mean": (states.norm(dim=1) / 2).numpy(),
+            "layer:1": states.norm(dim=1).numpy(),
         },
     )
     m = 0 if index == 1 else n  # one shard without a sampled position
-    tokens = TokenRows(
+    tokens = TokenTable(
         response=np.arange(first, first + m, dtype=np.int32),
         position=counts[0][:m],
         target=counts[1][:m],
         target_logit=random.standard_normal(m).astype(np.float32),
         logsumexp=random.standard_normal(m).astype(np.float32),
-        states=(states[:m] * 3).to(DTYPES[dtype]),
+        states=stored(states[:m] * 3),
         top_ids=random.integers(0, 8, (m, TOP_K), dtype=np.int32),
         top_logits=random.standard_normal((m, TOP_K)).astype(np.float32),
-        tail_means=(states[:m] / 7).to(DTYPES[dtype]),
+        tail_means=stored(states[:m] / 7),
     )
     return rows, tokens
 

@@ -7,7 +7,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from embrm.cache.schema import ShardRows, TokenRows
+from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.specs import content_id
 from embrm.extraction.engine import statistics
@@ -119,8 +120,8 @@ def toy_cache(
             final_position=np.full(n, 9, np.int32),
             final_token=np.zeros(n, np.int32),
             S=-random.random(n),
-            states=views,
-            norms={name: view.float().norm(dim=1) for name, view in views.items()},
+            states={name: to_stored(view) for name, view in views.items()},
+            norms={name: view.float().norm(dim=1).numpy() for name, view in views.items()},
         )
         if S is not None:
             rows.S[0] = S
@@ -131,7 +132,7 @@ def toy_cache(
     return folder
 
 
-def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int) -> TokenRows:
+def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int) -> TokenTable:
     """At most so many token rows of every response, of states drawn for them."""
     random = np.random.default_rng([seed, 2])
     held = np.minimum(rows.n_response, most)
@@ -147,7 +148,7 @@ def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int)
     )
     assert found.tail_means is not None
     ends = np.cumsum(held)
-    return TokenRows(
+    return TokenTable(
         response=np.repeat(np.arange(len(held)), held).astype(np.int32),
         position=(rows.n_prompt[0] + np.arange(count) - np.repeat(ends - held, held)).astype(
             np.int32
@@ -155,8 +156,8 @@ def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int)
         target=target,
         target_logit=found.target_logit.numpy(),
         logsumexp=found.logsumexp.numpy(),
-        states=states,
+        states=to_stored(states),
         top_ids=found.top_ids.numpy(),
         top_logits=found.top_logits.numpy(),
-        tail_means=found.tail_means.bfloat16(),
+        tail_means=to_stored(found.tail_means.bfloat16()),
     )

@@ -7,6 +7,7 @@ import polars as pl
 import torch
 
 from embrm.cache.schema import ShardRows
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.specs import content_id
 from embrm.data.collector import MEMBERS, PAIRS, pair_id_of
@@ -80,8 +81,8 @@ def toy_groups(folder: Path, *, prompts: int = 60, models: int = 8, named: bool 
             final_position=np.full(n, 9, np.int32),
             final_token=np.zeros(n, np.int32),
             S=-random.random(n),
-            states={"last": states},
-            norms={"last": states.norm(dim=1)},
+            states={"last": to_stored(states)},
+            norms={"last": states.norm(dim=1).numpy()},
         )
         if 0 not in writer.done:
             writer.write_shard(0, rows, None)

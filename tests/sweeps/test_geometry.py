@@ -13,6 +13,7 @@ from toy_cache import toy_cache
 from toy_tokens import toy_tokens
 
 from embrm.cache.reader import open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.metrics.geometry import MEASURES, sample
 from embrm.sweeps import geometry as module
 from embrm.sweeps.execute import sweep
@@ -283,7 +284,7 @@ def test_the_training_responses_are_sampled_as_a_split(swept: Path, cache: Path)
     with laid_out(source, selection, [], swept.parent / "material") as material:
         trained_on = material.pairs("training")
     rows = sample(np.unique(trained_on.select("chosen", "rejected").to_numpy().astype(np.int64)))
-    states = States(source.states("last"))
+    states = States(to_tensor(source.stored_states("last")))
     saved = load_run(swept, row["run_id"])
     reward = score(saved.parameters, saved.preprocess, states, torch.from_numpy(rows))[0].numpy()
     S = source.responses["S"].to_numpy()[rows]

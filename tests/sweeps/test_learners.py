@@ -121,7 +121,7 @@ def test_learners_replay_alone_to_the_bit(swept: Path) -> None:
 def test_ridge_is_fitted_to_gold_of_prompts_that_do_not_validate(swept: Path, cache: Path) -> None:
     results, opened = open_results(swept), open_cache(cache)
     selection = results.spec.selection(results.cache_id)
-    states = opened.states("last").double().numpy()
+    states = opened.states("last").astype(np.float64)
     for name, spec in (("ridge", RunSpec()), ("part", RunSpec(fold="1/3"))):
         members = read_tables(opened, selection.scenarios).members.filter(split="train")
         held = holdout(members["prompt_id"], 0.2, 0)

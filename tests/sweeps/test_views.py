@@ -18,6 +18,7 @@ from toy_cache import toy_cache
 
 from embrm.cache import writer as writer_module
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.cli import main
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
@@ -53,8 +54,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Cache:
                                      "top_ids", "top_logits")
                         for value in [getattr(tokens, name)]
                     },
-                    states=torch.cat([tokens.states[:1] * 5, tokens.states]),
-                    tail_means=torch.cat([tokens.tail_means[:1], tokens.tail_means]),
+                    states=np.concatenate([tokens.states[:1] * 5, tokens.states]),
+                    tail_means=np.concatenate([tokens.tail_means[:1], tokens.tail_means]),
                 )  # fmt: skip
             writer.write_shard(index, rows, tokens)
         writer.finish()
@@ -62,14 +63,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def _mean_of_rows(cache: Cache) -> torch.Tensor:
-    rows = cache.token_rows()
-    owner = torch.from_numpy(rows.response)
-    return torch.stack([rows.states[owner == i].mean(0) for i in range(RESPONSES)])
+    rows = cache.token_table()
+    states, owner = to_tensor(rows.states), torch.from_numpy(rows.response)
+    return torch.stack([states[owner == i].mean(0) for i in range(RESPONSES)])
 
 
 def test_every_view_alone_and_with_s(small: Cache) -> None:
     S = torch.from_numpy(small.responses["S"].to_numpy()).float()[:, None]
-    bases = {name: small.states(name) for name in ("last", "mean", "layer:1")}
+    bases = {name: to_tensor(small.stored_states(name)) for name in ("last", "mean", "layer:1")}
     bases["tokens"] = _mean_of_rows(small)
     assert {*view_names(small)} == {*bases, *(f"{name}+S" for name in bases)}
     for name, expected in bases.items():
@@ -86,15 +87,15 @@ def test_every_view_alone_and_with_s(small: Cache) -> None:
 
 def test_views_of_16_bits_keep_s_in_32(tmp_path: Path) -> None:
     cache = open_cache(toy_cache(tmp_path / "toy", token_rows=3, S=-1234.567))
-    pooled, rows = open_view(cache, "tokens"), cache.token_rows()
-    first = rows.states[torch.from_numpy(rows.response) == 7].float().mean(0)
+    pooled, rows = open_view(cache, "tokens"), cache.token_table()
+    first = to_tensor(rows.states[rows.response == 7]).float().mean(0)
     assert pooled.dtype == torch.bfloat16
     assert torch.equal(pooled.read()[7], first.bfloat16())
     assert pooled.size == pooled.read().numel() * 2
     with_S = open_view(cache, "last+S").read()
     assert with_S.dtype == torch.float32
     assert with_S[0, -1].item() == pytest.approx(-1234.567, rel=1e-7)
-    assert torch.equal(with_S[:, :-1], cache.states("last").float())
+    assert torch.equal(with_S[:, :-1], torch.from_numpy(cache.states("last")))
 
 
 def test_a_response_without_token_rows_has_no_mean_of_them(tmp_path: Path) -> None:
@@ -107,10 +108,10 @@ def test_a_response_without_token_rows_has_no_mean_of_them(tmp_path: Path) -> No
 def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: Path) -> None:
     with progress("", 5, "shards") as bar:
         files = TokenFiles.write(small, tmp_path, None, bar)
-    data, rows = files.open(), small.token_rows()
-    assert torch.equal(data.states.values, rows.states)
+    data, rows = files.open(), small.token_table()
+    assert torch.equal(data.states.values, to_tensor(rows.states))
     assert data.tail_means is not None
-    assert torch.equal(data.tail_means.values, rows.tail_means)
+    assert torch.equal(data.tail_means.values, to_tensor(rows.tail_means))
     assert data.starts.tolist() == [0, *range(2, RESPONSES + 2)]
     scalars = small.responses
     positions = scalars["n_response"].to_numpy().copy()
@@ -124,14 +125,14 @@ def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: P
     assert facts[:, 1].tolist() == rows.target_logit.tolist()
     assert facts[:, 2].tolist() == rows.logsumexp.tolist()
     assert facts[:, 3 + k :].tolist() == rows.top_logits.tolist()
-    assert torch.equal(data.head.weight.values, small.lm_head()["weight"])
+    assert torch.equal(data.head.weight.values, lm_head_tensors(small)["weight"])
     assert (data.head.scale, data.head.softcap, data.head.bias) == (0.5, None, None)
     written = sum(path.stat().st_size for path in TokenFiles.paths(tmp_path).values())
     table = TokenFiles.paths(tmp_path)["responses"].stat().st_size
     assert written - table == pytest.approx(TokenFiles.size(small), abs=1000)  # safetensors' header
     with progress("", 5, "shards") as bar:
         half = TokenFiles.write(small, tmp_path, 0.5, bar)
-    assert half.states.resident == rows.states.numel() * 4 // 2
+    assert half.states.resident == rows.states.nbytes // 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embrm.cache.reader import Cache, open_cache
+from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.core.errors import UserError
 from embrm.core.streams import stream
 from embrm.sweeps.mapped import positions_by_response
@@ -165,13 +166,15 @@ def _sampled(cache: Cache, size: int) -> TokenData:
     tail_means: list[Tensor] = []
     for rows in cache.token_shards():
         own = np.isin(rows.response, chosen)
-        columns = (rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
         response.append(rows.response[own])
-        known.append(facts(*(column[own] for column in columns)))
-        states.append(rows.states[torch.from_numpy(own)])
+        logits = facts(
+            rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits
+        )
+        known.append(logits[own])
+        states.append(to_tensor(rows.states[own]))
         if rows.tail_means is not None:
-            tail_means.append(rows.tail_means[torch.from_numpy(own)])
-    head = cache.lm_head()
+            tail_means.append(to_tensor(rows.tail_means[own]))
+    head = lm_head_tensors(cache)
     kept = np.concatenate(response)
     table = positions_by_response(cache, kept)[chosen]
     return TokenData(

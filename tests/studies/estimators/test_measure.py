@@ -14,7 +14,8 @@ from command_line import Outcome, refused
 from torch import Tensor
 from toy_cache import toy_cache
 
-from embrm.cache.schema import ShardRows, TokenRows
+from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
 from embrm.extraction import engine
@@ -96,19 +97,19 @@ def make(
                     final_position=(n_prompt + n_response - 1)[part],
                     final_token=np.zeros(n, np.int32),
                     S=np.full(n, -9.0),
-                    states={"last": last},
-                    norms={"last": last.float().norm(dim=1)},
+                    states={"last": to_stored(last)},
+                    norms={"last": last.float().norm(dim=1).numpy()},
                 ),
-                TokenRows(
+                TokenTable(
                     response=response[own],
                     position=np.zeros(int(own.sum()), np.int32),
                     target=targets.numpy().astype(np.int32)[own],
                     target_logit=found.target_logit.numpy()[own],
                     logsumexp=found.logsumexp.numpy()[own],
-                    states=states[own],
+                    states=to_stored(states[own]),
                     top_ids=found.top_ids.numpy()[own],
                     top_logits=found.top_logits.numpy()[own],
-                    tail_means=None if tails is None else tails[own].to(dtype),
+                    tail_means=None if tails is None else to_stored(tails[own].to(dtype)),
                 )
                 if rows
                 else None,

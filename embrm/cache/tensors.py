@@ -1,0 +1,42 @@
+"""The arrays of a cache as torch tensors that share their memory."""
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from embrm.cache.reader import Cache
+from embrm.cache.schema import STORAGE, Stored
+
+
+def to_tensor(vectors: Stored) -> Tensor:
+    """Stored vectors as a tensor of their real type (uint16 bits become bfloat16), not copied."""
+    tensor = torch.from_numpy(vectors)
+    return tensor.view(torch.bfloat16) if vectors.dtype == STORAGE["bfloat16"] else tensor
+
+
+def to_stored(tensor: Tensor) -> Stored:
+    """A float32, bfloat16 or float16 tensor as stored vectors, not copied if it is on the CPU."""
+    bfloat16 = tensor.dtype == torch.bfloat16
+    stored: Stored = (tensor.view(torch.uint16) if bfloat16 else tensor).numpy(force=True)
+    return stored
+
+
+def torch_dtype(cache: Cache) -> torch.dtype:
+    """The type of a cache's states: float32, bfloat16 or float16."""
+    dtype: torch.dtype = getattr(torch, cache.dtype)
+    return dtype
+
+
+def lm_head_tensors(cache: Cache) -> dict[str, Tensor]:
+    """The tensors of the language model's LM head, as `LmHead.tensors` names them.
+
+    Empty in an adopted cache. Raises: UserError when the file is missing or damaged.
+    """
+    return safetensors.torch.load(cache.lm_head_bytes())
+
+
+def lm_head_content(tensors: dict[str, Tensor]) -> bytes:
+    """The safetensors file that stores these tensors."""
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
