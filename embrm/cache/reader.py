@@ -43,7 +43,7 @@ from embrm.core.errors import UserError, nearest
 from embrm.core.files import sha256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cache:
     """A complete cache. Open it with `open_cache`; there is nothing to close.
 
@@ -58,6 +58,18 @@ class Cache:
     def cache_id(self) -> str:
         """Digest of everything that defines the content."""
         return self.manifest.cache_id
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What `cache_id` is the digest of: model, tokenizer, template, dtype, views, data, ..."""
+        return self.manifest.identity
+
+    def __repr__(self) -> str:
+        return (
+            f"Cache({str(self.folder)!r}: {self.manifest.n_responses:,} responses, "
+            f"{self.manifest.tables['pairs'].rows:,} pairs, views {', '.join(self.views)}, "
+            f"{self.dtype} [{self.width}], id {self.cache_id})"
+        )
 
     @property
     def dtype(self) -> str:
@@ -83,6 +95,13 @@ class Cache:
     def members(self) -> pl.DataFrame:
         """Responses of groups with their gold scores; `response` is a row of `responses`."""
         return self._table("members")
+
+    @property
+    def groups(self) -> pl.DataFrame:
+        """One row per prompt whose responses have gold scores: split, subset, prompt_id, and the
+        lists `response` (rows of `responses`), `model` and `gold`."""
+        keys = ("split", "subset", "prompt_id")
+        return self.members.group_by(keys, maintain_order=True).agg("response", "model", "gold")
 
     @cached_property
     def exclusions(self) -> pl.DataFrame:

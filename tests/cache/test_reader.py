@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from small_cache import IDENTITY, RESPONSES, opened, shard, tables, write_cache
+from toy_cache import toy_cache
 
 from embrm.cache.manifest import (
     NAME,
@@ -378,3 +379,24 @@ def test_the_documentation_names_every_column_and_key(folder: Path) -> None:
     }
     for name in {*columns, *Manifest.model_fields, *FileEntry.model_fields}:
         assert re.search(rf"[`\"]{name}\b", text), name
+
+
+def test_groups_are_one_row_a_prompt(tmp_path: Path) -> None:
+    cache = open_cache(toy_cache(tmp_path / "cache"))
+    groups = cache.groups
+    assert groups["prompt_id"].n_unique() == groups.height == 12
+    assert groups["response"].list.len().to_list() == [4] * 12
+    assert (
+        groups.explode("response", "model", "gold")
+        .select(cache.members.columns)
+        .equals(cache.members)
+    )
+
+
+def test_a_cache_says_what_it_is(tmp_path: Path) -> None:
+    cache = open_cache(toy_cache(tmp_path / "cache"))
+    assert cache.identity["toy"] == 0
+    shown = repr(cache)
+    assert "240 responses" in shown
+    assert "views last, mean" in shown
+    assert cache.cache_id in shown
