@@ -166,7 +166,7 @@ class PairTokens(Dataset[dict[str, Any]]):
             of_pairs["numbers"] = number.chunk(2)
             of_pairs["reference"] = self._S[rows[weighed]]
         encoded = [self._encoded[row] for row in rows.tolist()]
-        text = texts(encoded, None if weighed is None else weighed.tolist())
+        text = pad_texts(encoded, None if weighed is None else weighed.tolist())
         text["kept"] = micro.kept
         within = micro.within
         if self._view_masks is not None:
@@ -180,7 +180,7 @@ class PairTokens(Dataset[dict[str, Any]]):
         }
 
 
-def texts(encoded: Sequence[Encoded], weighed: Sequence[bool] | None = None) -> dict[str, Any]:
+def pad_texts(encoded: Sequence[Encoded], weighed: Sequence[bool] | None = None) -> dict[str, Any]:
     """What `RewardModel.forward` takes of some responses; weighed: those whose S is wanted."""
     length = max(len(entry.ids) for entry in encoded)
     ids = np.zeros((len(encoded), length), dtype=np.int64)

@@ -32,7 +32,7 @@ class MetaSpec(Spec):
     """How many prompts are drawn for a step."""
 
 
-class Groups:
+class UnlabelledGroups:
     """Unlabelled responses, of which every step draws some."""
 
     def __init__(self, asked: MetaSpec, rows: Sequence[NDArray[np.int64]], seed: int) -> None:

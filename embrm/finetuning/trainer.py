@@ -1,12 +1,10 @@
-"""transformers' Trainer with the sweep's loss, order, optimizer and early stopping.
+"""transformers' Trainer with the sweep's loss, order of pairs, optimizer and early stopping.
 
-Everything else is the Trainer's: devices, processes, accelerate's plugins (FSDP, DeepSpeed),
-autocast, gradient accumulation and checkpointing, clipping, checkpoints, trackers.
+Everything else is the Trainer's own: devices, processes, FSDP, autocast, gradient accumulation and
+checkpointing, clipping, checkpoints and trackers.
 """
 
-import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,34 +27,33 @@ from transformers import (
 )
 
 from embrm.core.errors import UserError
-from embrm.core.files import disk_errors, write_bytes
+from embrm.core.files import disk_errors
 from embrm.core.progress import Progress
-from embrm.core.specs import canonical_json
-from embrm.extraction.engine import by_length
-from embrm.finetuning.batches import Minibatches, PairTokens, texts
+from embrm.finetuning.batches import Minibatches, PairTokens, pad_texts
+from embrm.finetuning.checkpoints import (
+    last_checkpoint,
+    mark_complete,
+    read_progress,
+    remove_superseded,
+)
 from embrm.finetuning.contrast import Contrast, contrast, placed
+from embrm.finetuning.inference import score_texts, sum_over_processes
 from embrm.finetuning.losses import StepLoss
-from embrm.finetuning.meta import Groups, discrimination
+from embrm.finetuning.meta import UnlabelledGroups, discrimination
 from embrm.finetuning.model import RewardModel
 from embrm.finetuning.spec import FinetuneRun
 from embrm.lm.tokens import Encoded
 from embrm.training.bank import VALIDATION, Course, rate, validation_metrics
 from embrm.training.objectives import Pairs
 
-_MARKER = "embrm.json"
-"""Written last: a checkpoint without it counts for nothing."""
-
-_SCORED_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 8192}
-"""Tokens of a batch that is only scored, padding included."""
-
 
 class NotFiniteError(UserError):
-    """A loss, weight or reward of a run was not: its last checkpoint is kept."""
+    """A loss, weight or reward of a run is not finite; its last checkpoint is kept."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Pairs to validate on, and the texts of all responses."""
+    """The validation pairs, and the token ids of all responses, which their rows index."""
 
     pairs: Pairs
     encoded: Sequence[Encoded]
@@ -83,41 +80,44 @@ class RewardTrainer(Trainer):
         dtype: torch.dtype,
         save_best: Callable[[int, dict[str, Tensor]], None],
         bar: Progress | None,
-        groups: Groups | None = None,
+        groups: UnlabelledGroups | None = None,
     ) -> None:
-        """save_best: keeps an epoch's tensors, told on the main process alone. groups: what a run
-        with metarm looks ahead by."""
+        """save_best: stores an epoch's tensors; called on the main process only. groups: the
+        responses that a run with metarm looks ahead on."""
         self._run, self._minibatches, self._loss = run, minibatches, loss
         self._validation, self._dtype, self._save_best = validation, dtype, save_best
         self.course = Course(run)
-        self._bar = bar
-        self._waiting: list[dict[str, Any]] = []
-        self._known: list[Tensor] = []
-        self._groups = groups
-        self._theta: list[Tensor] = []
-        self._step: list[Tensor] = []
-        self._epoch = [0.0, 0.0]
+        self._bar, self._groups = bar, groups
+        # Of the current minibatch: this process's micro-batches; its mean reward and, with SimCSE,
+        # its features; its number of pairs; (loss, R) of the micro-batches read so far.
+        self._micro_batches: list[dict[str, Any]] = []
+        self._whole: list[Tensor] = []
         self._size = 0
+        self._losses: list[Tensor] = []
+        # Sums of (loss, R) over the pairs of the current epoch.
+        self._epoch = [0.0, 0.0]
+        # With metarm, the weights before the look-ahead.
+        self._weights_before: list[Tensor] = []
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=[_Steps(self)]
         )
         self.remove_callback(PrinterCallback)
         if self.is_fsdp_enabled:
-            # It would have weights, and the rewards too, in bfloat16. See `_read`.
+            # The plugin's policy would put weights and rewards in bfloat16; `_read` uses autocast.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     # What a step reads
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Every process reads its own share of a minibatch; there is nothing to distribute."""
+        """Return the loader of this process, whose batch sampler has taken its share already."""
         return _Loader(self.train_dataset, self._minibatches)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-batches of a minibatch, which `compute_loss` may need to see together."""
+        """Return the micro-batches of a minibatch, and keep them for losses of the whole of it."""
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._waiting, self._known = found[0], []
+        self._micro_batches, self._whole = found[0], []
         return found
 
     # What a step minimises
@@ -129,80 +129,87 @@ class RewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
-        """A micro-batch's part of the loss, times the number of processes: gradients are averaged
-        over them, and the minibatch's is their sum."""
-        if self._groups is not None and not self._theta:
+        """Return a micro-batch's part of the minibatch's loss, times the number of processes.
+
+        The minibatch's gradient is the sum over processes, and the Trainer averages over them.
+        """
+        if self._groups is not None and not self._weights_before:
             self._look_ahead(self._groups)
-        needed = self._loss.needs_mean or self._run.simcse is not None
-        if needed and not self._known and len(self._waiting) > 1:
-            self._known = [*map(summed, self._read_beforehand(model))]
+        needs_whole = self._loss.needs_mean or self._run.simcse is not None
+        if needs_whole and not self._whole and len(self._micro_batches) > 1:
+            self._whole = [*map(sum_over_processes, self._read_minibatch(model))]
         r, S, squares, features = self._read(model, inputs["text"])
         share = inputs["share"]
-        if needed and not self._known:
-            self._known = [*map(summed, self._seen(inputs, r, features))]
+        if needs_whole and not self._whole:
+            self._whole = [*map(sum_over_processes, self._contribution(inputs, r, features))]
         loss, R = self._loss(
             r,
             S,
             squares,
             features,
             **inputs["pairs"],
-            mean_reward=self._known[0] if self._loss.needs_mean else None,
+            mean_reward=self._whole[0] if self._loss.needs_mean else None,
             contrast=self._contrast(inputs),
         )
-        self._step.append(share * torch.stack([loss.detach(), R]))
+        self._losses.append(share * torch.stack([loss.detach(), R]))
         self._size = inputs["size"]
         loss = share * loss * self.args.world_size
         return (loss, r) if return_outputs else loss
 
     def _read(self, model: torch.nn.Module, text: dict[str, Any]) -> Any:
-        """What `RewardModel.forward` gives, in the run's arithmetic: accelerate leaves autocast out
-        where it shards."""
+        """`RewardModel.forward` under the run's autocast, which accelerate omits with FSDP."""
         dtype = self._dtype
         with torch.autocast(self.args.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return model(**text)
 
-    def _read_beforehand(self, model: torch.nn.Module) -> list[Tensor]:
-        """Of the minibatch, by a forward step of all this process's micro-batches: see `_seen`."""
+    def _read_minibatch(self, model: torch.nn.Module) -> list[Tensor]:
+        """This process's part of `_whole`, by a forward step without gradients of every
+        micro-batch."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        seen = []
-        # Forked: LoRA's dropout shall fall alike when they are trained on.
+        contributions = []
+        # Forked, so that LoRA's dropout is the same when the micro-batches are trained on.
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            for waiting in self._waiting:
-                inputs = self._prepare_inputs(waiting)
+            for micro_batch in self._micro_batches:
+                inputs = self._prepare_inputs(micro_batch)
                 r, _, _, features = self._read(model, inputs["text"])
-                seen.append(self._seen(inputs, r, features))
-        return [sum(parts[1:], start=parts[0]) for parts in zip(*seen, strict=True)]
+                contributions.append(self._contribution(inputs, r, features))
+        return [sum(parts[1:], start=parts[0]) for parts in zip(*contributions, strict=True)]
 
-    def _seen(self, inputs: dict[str, Any], r: Tensor, features: Tensor | None) -> list[Tensor]:
+    def _contribution(
+        self, inputs: dict[str, Any], r: Tensor, features: Tensor | None
+    ) -> list[Tensor]:
         """What a micro-batch adds to r̄ and, with SimCSE, to the features of its minibatch."""
         share = inputs["share"]
         found = [share * r.detach().mean()]
         if features is not None:
-            # Nothing where a pair only stands in.
-            there = placed(features, inputs["within"]["places"], inputs["size"])
-            found.append(there * (share > 0))
+            # The pair of a micro-batch with share 0 stands in for none and contributes nothing.
+            at_places = placed(features, inputs["within"]["places"], inputs["size"])
+            found.append(at_places * (share > 0))
         return found
 
     def _contrast(self, inputs: dict[str, Any]) -> Contrast | None:
-        """SimCSE's part of a micro-batch, with the features of its minibatch known."""
+        """SimCSE's value and gradient for a micro-batch, from the features of its minibatch."""
         if self._run.simcse is None or not inputs["share"]:
             return None
-        return contrast(self._run.simcse, self._known[1], **inputs["within"], share=inputs["share"])
+        return contrast(self._run.simcse, self._whole[1], **inputs["within"], share=inputs["share"])
 
-    # Where a step takes its gradient
+    # MetaRM, and the end of a step
 
-    def _look_ahead(self, groups: Groups) -> None:
-        """MetaRM: θ → θ' = θ + η·∇J; `end_step` puts θ back. Every process reads some prompts."""
-        parameters = [own for own in self.model.parameters() if own.requires_grad]
-        self._theta = [own.detach().clone() for own in parameters]
-        gradient = [torch.zeros_like(own) for own in parameters]
+    def _look_ahead(self, groups: UnlabelledGroups) -> None:
+        """MetaRM's look-ahead θ → θ' = θ + η·∇J, until `end_step` restores θ.
+
+        Each process reads some of the step's prompts.
+        """
+        parameters = self._trained_parameters()
+        self._weights_before = [parameter.detach().clone() for parameter in parameters]
+        gradient = [torch.zeros_like(parameter) for parameter in parameters]
         drawn = groups.draw(self.state.global_step)
         own = drawn[self.args.process_index :: self.args.world_size]
-        # No more texts at a time than of a micro-batch, but all of a prompt's.
+        # As many texts at a time as a micro-batch has, but at least all responses to one prompt.
         at_once = max(1, 2 * self.args.per_device_train_batch_size // drawn.shape[1])
         for first in range(0, len(own), at_once):
             some = own[first : first + at_once]
-            found = texts([self._validation.encoded[row] for row in some.flatten().tolist()])
+            found = pad_texts([self._validation.encoded[row] for row in some.flatten().tolist()])
             r = self._read(self.model, self._prepare_inputs(found))[0]
             J = discrimination(r.view(some.shape)).sum() / len(drawn)
             parts = torch.autograd.grad(J, parameters, allow_unused=True)
@@ -210,19 +217,27 @@ class RewardTrainer(Trainer):
                 if part is not None:
                     total += part
         with torch.no_grad():
-            for weight, total in zip(parameters, gradient, strict=True):
-                weight += groups.eta * summed(total)
+            for parameter, total in zip(parameters, gradient, strict=True):
+                parameter += groups.eta * sum_over_processes(total)
+
+    def _trained_parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def end_step(self) -> None:
-        """Before the weights change: the step's loss. Raises: NotFiniteError."""
-        if self._theta:
-            trained = (own for own in self.model.parameters() if own.requires_grad)
+        """End a step after its gradients and before the optimizer's: restore the weights that
+        MetaRM moved, and record the step's loss.
+
+        Raises: NotFiniteError when the loss is not finite.
+        """
+        if self._weights_before:
             with torch.no_grad():
-                for weight, was in zip(trained, self._theta, strict=True):
-                    weight.copy_(was)
-            self._theta = []
-        loss, R = summed(torch.stack(self._step).sum(0)).tolist()
-        self._step = []
+                for parameter, before in zip(
+                    self._trained_parameters(), self._weights_before, strict=True
+                ):
+                    parameter.copy_(before)
+            self._weights_before = []
+        loss, R = sum_over_processes(torch.stack(self._losses).sum(0)).tolist()
+        self._losses = []
         step = self.state.global_step + 1
         if not math.isfinite(loss):
             raise NotFiniteError(
@@ -233,10 +248,11 @@ class RewardTrainer(Trainer):
         if self._bar:
             self._bar.advance()
 
-    # Optimizer and learning rate, as a sweep's
+    # The sweep's optimizer and learning rate
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW. A head decays whole; of a backbone norms and biases do not, as is usual."""
+        """Create AdamW. Weight decay acts on the whole head, as in a sweep, and on the backbone's
+        weight matrices, but not on its norms and biases."""
         if self.optimizer is None:
             source = self.model if model is None else model
             decayed = set(self.get_decay_parameter_names(source))
@@ -259,7 +275,7 @@ class RewardTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """The sweep's learning rate of every step."""
+        """Create the scheduler that gives the sweep's learning rate at every step."""
         if self.lr_scheduler is None:
             run = self._run
             self.lr_scheduler = LambdaLR(
@@ -272,7 +288,7 @@ class RewardTrainer(Trainer):
     # The end of an epoch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Validate; keep the best weights, and stop early."""
+        """Validate, store the weights if they are the best so far, and stop early if asked to."""
         pairs = self._validation.pairs
         epoch = len(self.course.curve) + 1
         row: dict[str, Any] = {
@@ -292,7 +308,7 @@ class RewardTrainer(Trainer):
         else:
             row |= dict.fromkeys(VALIDATION)
         state = self.accelerator.get_state_dict(self.model_wrapped)
-        # Sharded weights are gathered on the main process alone.
+        # Sharded weights are gathered on the main process only.
         squares = [state[name].float().square().sum() for name in state if name.startswith("head.")]
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         row["weight_norm"] = float(broadcast(norm.to(self.args.device)))
@@ -314,8 +330,8 @@ class RewardTrainer(Trainer):
         return numbers
 
     def score(self, encoded: Sequence[Encoded], rows: Sequence[int]) -> NDArray[np.float32]:
-        """Rewards float32 [rows] of these responses."""
-        return scored(
+        """Return the rewards, float32 [rows], of these responses."""
+        return score_texts(
             self.model,
             encoded,
             rows,
@@ -330,7 +346,7 @@ class RewardTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """Only what is trained: the rest is the base model's."""
+        """Save the trained weights only: the others are the base model's."""
         if state_dict is None and isinstance(self.model, RewardModel):
             trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
             state = self.model.state_dict()
@@ -338,7 +354,7 @@ class RewardTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """What is not trained is not in a checkpoint."""
+        """Refuse a checkpoint of another model; weights that are not trained may be missing."""
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
         wrong = sorted(trained.intersection(load_result.missing_keys)) + load_result.unexpected_keys
         if wrong:
@@ -348,49 +364,49 @@ class RewardTrainer(Trainer):
             )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """transformers' checkpoint, and a marker of ours once it is complete."""
+        """Save a checkpoint as transformers does, mark it complete, and remove older ones."""
         folder = Path(str(self.args.output_dir))
-        own = folder / f"checkpoint-{self.state.global_step}"
-        with disk_errors(own):
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with disk_errors(checkpoint):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            content = {
+            progress = {
                 "curve": self.course.curve,
                 "epoch": self._epoch,
                 "sharded": self.is_fsdp_enabled,
             }
-            write_bytes(own / _MARKER, canonical_json(content).encode())
-            for path in folder.iterdir():
-                stale = path.name.startswith("best-") and path.stem != self.best_name
-                if stale or (path.name.startswith("checkpoint-") and path != own):
-                    _remove(path)
+            mark_complete(checkpoint, progress)
+            remove_superseded(folder, checkpoint, self.best_name)
 
     @property
     def best_name(self) -> str:
-        """Stem of the file of the best epoch so far."""
+        """Stem of the file with the weights of the best epoch so far."""
         return f"best-{self.course.best_epoch}"
 
     def resume(self) -> None:
-        """Train to the end, from the last complete checkpoint if there is one."""
-        folder = Path(str(self.args.output_dir))
-        last = last_checkpoint(folder)
+        """Train to the end, from the last complete checkpoint if there is one.
+
+        Raises: NotFiniteError for a loss, weight or reward that is not finite; UserError for a
+        checkpoint that was written with FSDP and is resumed without, or the other way round.
+        """
+        last = last_checkpoint(Path(str(self.args.output_dir)))
         if last is not None:
-            content = json.loads((last / _MARKER).read_bytes())
-            sharded = content.get("sharded", False)  # of which older ones say nothing
+            progress = read_progress(last)
+            sharded = progress.get("sharded", False)  # absent from older checkpoints
             if sharded != self.is_fsdp_enabled:
                 how = "with" if sharded else "without"
                 raise UserError(
                     f"{last} was written {how} FSDP: launch it so again, or delete the folder"
                 )
-            for row in content["curve"]:
+            for row in progress["curve"]:
                 self.course.end_epoch(row, {})
-            self._epoch = content["epoch"]
+            self._epoch = progress["epoch"]
         self.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 class _Steps(TrainerCallback):
-    """When to validate and when to write a checkpoint."""
+    """Tells the Trainer when to validate and when to write a checkpoint."""
 
     def __init__(self, trainer: RewardTrainer) -> None:
         self._trainer = trainer
@@ -401,84 +417,21 @@ class _Steps(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        # Before a checkpoint of the same step, so that a resumed run does not miss it.
+        # The Trainer evaluates before it saves, so a resumed run does not miss an evaluation.
         control.should_evaluate = state.global_step % args.eval_steps == 0
         control.should_save = state.global_step % args.save_steps == 0
 
 
 class _Loader(DataLoader[Any]):
-    """Whatever the batch sampler yields is read by `__getitems__` of the data set, as one."""
+    """Passes each item of the batch sampler to the data set's `__getitems__` as it is."""
 
     def __init__(self, data: PairTokens, minibatches: Minibatches) -> None:
-        super().__init__(data, batch_sampler=minibatches, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        super().__init__(data, batch_sampler=minibatches, collate_fn=_unchanged)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """What the Trainer calls before every epoch, from 0."""
+        """Choose the epoch to read next, from 0; the Trainer calls this before every epoch."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete one; what a kill left incomplete is no checkpoint."""
-    steps = {
-        int(path.parent.name.partition("-")[2]): path.parent
-        for path in folder.glob(f"checkpoint-*/{_MARKER}")
-    }
-    return steps[max(steps)] if steps else None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        (path / _MARKER).unlink(missing_ok=True)  # first: half a folder must not look complete
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def summed(value: Tensor) -> Tensor:
-    """Over all processes."""
-    found: Tensor = reduce(value, "sum")
-    return found
-
-
-@torch.no_grad()
-def scored(
-    model: torch.nn.Module,
-    encoded: Sequence[Encoded],
-    rows: Sequence[int],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    process: int = 0,
-    processes: int = 1,
-    advance: Callable[[int], object] = lambda _: None,
-    of: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> NDArray[np.float32]:
-    """Rewards float32 [rows] of responses, in batches of like length; each process reads some.
-
-    The batches do not depend on the number of processes. of: what is read instead of rewards, from
-    the ids and the final positions of n texts: [n, ...].
-    """
-    read = of or (lambda ids, final: model(ids, final)[0])
-    was_training = model.training
-    model.eval()
-    batches = by_length([len(encoded[row].ids) for row in rows], _SCORED_TOKENS[device.type])
-    found = torch.zeros(len(rows), device=device)
-    # Every process takes as many turns: with sharded weights a forward step is a common one.
-    for turn in range(-(-len(batches) // processes)):
-        place = turn * processes + process
-        batch = batches[min(place, len(batches) - 1)]
-        text = texts([encoded[rows[index]] for index in batch])
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            own = read(text["ids"].to(device), text["final"].to(device)).float()
-        if not turn:
-            found = own.new_zeros(len(rows), *own.shape[1:])
-        if place < len(batches):
-            found[torch.tensor(batch, device=device)] = own
-        advance(len(batch))
-    model.train(was_training)
-    values: NDArray[np.float32] = summed(found).cpu().numpy()
-    return values

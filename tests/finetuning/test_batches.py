@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from embrm.finetuning.batches import Minibatches, texts
+from embrm.finetuning.batches import Minibatches, pad_texts
 from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec
 from embrm.training.objectives import Pairs
@@ -80,14 +80,14 @@ def test_texts_are_padded_and_predicted_where_they_are() -> None:
         Encoded(np.array([5, 6, 7, 8, 9], np.int32), 3, 4, truncated=False),
         Encoded(np.array([1, 2, 3], np.int32), 0, 1, truncated=False),
     ]
-    found = texts(encoded, [True, True])
+    found = pad_texts(encoded, [True, True])
     assert found["ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 0, 0]]
     assert found["final"].tolist() == [4, 1]
     # Without a prompt, the first token has nothing before it.
     assert found["predicting"].tolist() == [2, 3, 5, 6]
     assert found["targets"].tolist() == [8, 9, 2, 3]
     assert found["counts"] == [2, 2]
-    assert texts(encoded, [False, True])["predicting"].tolist() == [5, 6]
+    assert pad_texts(encoded, [False, True])["predicting"].tolist() == [5, 6]
 
 
 def test_pairs_of_like_length_are_read_together_the_longest_first() -> None:

@@ -23,6 +23,7 @@ from embrm.data.groups import PairRule
 from embrm.data.scenarios import Scenarios
 from embrm.finetuning.choice import choose, rank
 from embrm.finetuning.confirm import confirm, finetune_values, toml
+from embrm.finetuning.finetuner import Finetuner
 from embrm.finetuning.run import RunsFailedError
 from embrm.finetuning.spec import FinetuneSpec
 from embrm.sweeps.execute import sweep
@@ -79,15 +80,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def training_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the runs that a fine-tune trains meanwhile."""
     trained: list[str] = []
-    stage = embrm.finetuning.run._Stage
-    finish = stage.finish
+    finish = Finetuner.finish
 
     def counted(self: Any, run: Any) -> None:
         trained.append(f"{run.name}@{run.spec.seed}")
         finish(self, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "finish", counted)
+        patch.setattr(Finetuner, "finish", counted)
         yield trained
 
 

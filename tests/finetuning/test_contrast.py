@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from embrm.core.errors import UserError
-from embrm.finetuning import run as stage
-from embrm.finetuning.batches import PairTokens, texts
+from embrm.finetuning import setup
+from embrm.finetuning.batches import PairTokens, pad_texts
 from embrm.finetuning.contrast import ViewMasks, contrast, info_nce, placed
 from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.model import RewardModel, new_model
@@ -161,14 +161,14 @@ def test_views_are_of_every_architecture(folders: dict[str, Path], kind: str) ->
     run = FinetuneRun.parse({"simcse": {}}, "test")
     model = _model(folders[kind], run)
     assert model.sites == 4
-    whole = texts([ENCODED[row] for row in ROWS])
+    whole = pad_texts([ENCODED[row] for row in ROWS])
     plain = model(**whole)[0]
     r, _, _, features = model(**whole, masks=_masks(run))
     difference = (features[0] - features[1]).norm(dim=1) / features[0].norm(dim=1)
     assert 0.05 < difference.min() <= difference.max() < 1.5
     assert (r - plain).abs().min() > 0
     # Alone and in other company a text has the same views.
-    alone = model(**texts([ENCODED[ROWS[3]]]), masks=_masks(run)[:, :, 3:4])[3]
+    alone = model(**pad_texts([ENCODED[ROWS[3]]]), masks=_masks(run)[:, :, 3:4])[3]
     assert torch.allclose(alone[:, 0], features[:, 3], atol=1e-4)
     # Nothing is dropped any more where nothing is asked to be, as in evaluation.
     assert torch.equal(model(**whole)[0], plain)
@@ -224,7 +224,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(UserError, match=message) as raised:
             finetune(spec, cache, device="cpu")
         assert "\n" not in str(raised.value)
-    monkeypatch.setattr(stage, "new_model", _without_layers)
+    monkeypatch.setattr(setup, "new_model", _without_layers)
     with pytest.raises(UserError, match="simcse: the model's layers are not transformers' own"):
         finetune(written(tmp_path / "other.toml", with_table.format("")), cache, device="cpu")
 

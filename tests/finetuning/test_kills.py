@@ -49,16 +49,16 @@ FIELDS: dict[str, dict[str, object]] = {
 
 def _kill_at(moment: str) -> None:
     """Have this process kill itself at the moment: before the call of a function, the nth."""
-    from embrm.finetuning import run, trainer
+    from embrm.finetuning import checkpoints, finetuner, trainer
 
     name, _, number = moment.partition(":")
     owner, function = {
         "step": (trainer.RewardTrainer, "end_step"),
-        "marker": (trainer, "write_bytes"),
-        "rotation": (trainer, "_remove"),
-        "best": (run, "move_into_place"),
-        "weights": (run, "link_or_copy"),
-        "part": (run, "write_bytes"),
+        "marker": (checkpoints, "write_bytes"),
+        "rotation": (checkpoints, "_remove"),
+        "best": (finetuner, "move_into_place"),
+        "weights": (finetuner, "link_or_copy"),
+        "part": (finetuner, "write_bytes"),
     }[name]
     called, wanted = 0, int(number)
     original: Callable[..., Any] = getattr(owner, function)

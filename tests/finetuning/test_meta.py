@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from embrm.core.errors import UserError
-from embrm.finetuning.batches import texts
-from embrm.finetuning.meta import Groups, MetaSpec, discrimination, group_rows
+from embrm.finetuning.batches import pad_texts
+from embrm.finetuning.inputs import FinetuneInputs, read_inputs
+from embrm.finetuning.meta import MetaSpec, UnlabelledGroups, discrimination, group_rows
 from embrm.finetuning.model import RewardModel, new_model
-from embrm.finetuning.run import Prepared, finetune, prepare
+from embrm.finetuning.run import finetune
 from embrm.finetuning.spec import FinetuneSpec
 from embrm.finetuning.trainer import RewardTrainer
 from embrm.lm.loading import load_model
@@ -51,9 +52,9 @@ def test_discrimination_is_the_formula() -> None:
     assert float(discrimination(r)[1]) == pytest.approx((k - 1) / (2 * k))
 
 
-def _by_hand(model: RewardModel, prepared: Prepared, step: int) -> list[Tensor]:
+def _by_hand(model: RewardModel, inputs: FinetuneInputs, step: int) -> list[Tensor]:
     """∇L at θ' of what is trained of `model`, whose weights are θ, and become θ'."""
-    encoded, members = prepared.texts.encoded, prepared.cache.members
+    encoded, members = inputs.texts.encoded, inputs.cache.members
     far = members.filter(pl.col("split") == "far")
     rows = [
         np.sort(group["response"].to_numpy().astype(np.int64))
@@ -64,8 +65,8 @@ def _by_hand(model: RewardModel, prepared: Prepared, step: int) -> list[Tensor]:
     asked = MetaSpec(split="far", eta=ETA, responses=3)
     theta = [own for own in model.parameters() if own.requires_grad]
     J = torch.zeros(())
-    for drawn in Groups(asked, rows, 0).draw(step):
-        r = [model(**texts([encoded[row]]))[0][0] for row in drawn]
+    for drawn in UnlabelledGroups(asked, rows, 0).draw(step):
+        r = [model(**pad_texts([encoded[row]]))[0][0] for row in drawn]
         for i in range(3):
             for j in range(i + 1, 3):
                 J = J + 2 / 9 * torch.sigmoid(torch.abs(r[i] - r[j])) / 4
@@ -75,9 +76,9 @@ def _by_hand(model: RewardModel, prepared: Prepared, step: int) -> list[Tensor]:
             if up is not None:
                 assert up.norm() > 0 or model.tune == "lora"
                 weight += ETA * up
-    pairs = to_pairs(select(prepared.cache, prepared.selection)[0].head(8))
+    pairs = to_pairs(select(inputs.cache, inputs.selection)[0].head(8))
     won, lost = (
-        model(**texts([encoded[row] for row in rows.tolist()]))[0]
+        model(**pad_texts([encoded[row] for row in rows.tolist()]))[0]
         for rows in (pairs.chosen, pairs.rejected)
     )
     delta = won - lost
@@ -107,8 +108,8 @@ def test_a_step_is_the_one_by_hand(
     assert len(seen) == 2
     asked = FinetuneSpec.parse({"baseline": "bt", "runs": [{"name": "bt"}]}, "test")
     causal = load_model(cache.parent / "model", dtype="float32", device="cpu")
-    prepared = prepare(spec, cache)
-    head = prepared.runs[0].spec.head
+    inputs = read_inputs(spec, cache)
+    head = inputs.runs[0].spec.head
     model = new_model(causal, head, 0, tune, asked.lora, with_S=False).train()
     start = model.state_dict()
     # θ itself is where it was before the first step.
@@ -116,7 +117,7 @@ def test_a_step_is_the_one_by_hand(
     for step, (state, gradients) in enumerate(seen):
         model.load_state_dict(state)
         model.zero_grad()
-        expected = _by_hand(model, prepared, step)
+        expected = _by_hand(model, inputs, step)
         whole = torch.cat([gradient.flatten() for gradient in expected]).norm()
         for found, gradient in zip(gradients, expected, strict=True):
             assert (found - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5 * whole
@@ -125,7 +126,7 @@ def test_a_step_is_the_one_by_hand(
 def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
     asked = MetaSpec(split="far", eta=1.0, responses=3, prompts=4)
     rows = [np.arange(10 * n, 10 * n + 3 + n) for n in range(6)]
-    groups = Groups(asked, rows, 0)
+    groups = UnlabelledGroups(asked, rows, 0)
     drawn = [groups.draw(step) for step in range(50)]
     for one in drawn:
         assert one.shape == (4, 3)
@@ -133,8 +134,8 @@ def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
         assert all(len(set(group)) == 3 and len(set(group // 10)) == 1 for group in one.tolist()
                    for group in [np.array(group)])  # fmt: skip
     assert {*np.concatenate(drawn).ravel().tolist()} == {*np.concatenate(rows).tolist()}
-    assert np.array_equal(Groups(asked, rows, 0).draw(7), drawn[7])
-    assert not np.array_equal(Groups(asked, rows, 1).draw(7), drawn[7])
+    assert np.array_equal(UnlabelledGroups(asked, rows, 0).draw(7), drawn[7])
+    assert not np.array_equal(UnlabelledGroups(asked, rows, 1).draw(7), drawn[7])
 
 
 def test_groups_are_of_distinct_responses_and_without_gold() -> None:
@@ -164,9 +165,9 @@ def test_what_is_wrong_is_said_in_one_line(
         (table.format("far", "").replace("0.1", "0.0"), "metarm.eta"),
     ):
         with pytest.raises(UserError, match=message) as raised:
-            prepare(written(tmp_path / "wrong.toml", text), cache)
+            read_inputs(written(tmp_path / "wrong.toml", text), cache)
         assert "\n" not in str(raised.value)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match=r"run 'bt': metarm with FSDP: .*launch it without"):
-        prepare(written(tmp_path / "sharded.toml", table.format("far", "")), cache)
+        read_inputs(written(tmp_path / "sharded.toml", table.format("far", "")), cache)

@@ -19,17 +19,19 @@ from small_finetune import BT, made, written
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
-from embrm.finetuning import run as stage
-from embrm.finetuning.batches import texts
+from embrm.finetuning import finetuner, inputs, setup
+from embrm.finetuning.batches import pad_texts
+from embrm.finetuning.inference import score_texts
+from embrm.finetuning.inputs import read_inputs
 from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.model import load_tuned, new_model
-from embrm.finetuning.run import finetune, prepare
-from embrm.finetuning.spec import FinetuneSpec
-from embrm.finetuning.trainer import scored
+from embrm.finetuning.run import finetune
+from embrm.finetuning.spec import FinetuneRun, FinetuneSpec
 from embrm.lm.loading import load_model
 from embrm.reports.run import report
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.ledger import open_results
+from embrm.sweeps.spec import Selection, configurations, identified
 
 HEADS = """
 [defaults]
@@ -95,11 +97,11 @@ def test_geometry_is_of_states_that_the_backbone_moved(tuned: Path, cache: Path)
     results = open_results(tuned)
     [path] = (tuned / "weights").iterdir()
     model, _ = load_tuned(path, load_model(cache.parent / "model", dtype="float32", device="cpu"))
-    encoded = prepare(tuned.with_suffix(".toml"), cache).texts.encoded
+    encoded = read_inputs(tuned.with_suffix(".toml"), cache).texts.encoded
     opened = open_cache(cache)
     pairs = opened.pairs.filter(pl.col("split") == "id")
     rows = np.union1d(pairs["chosen"], pairs["rejected"])  # fewer than a sample has
-    found = [texts([encoded[row]]) for row in rows]
+    found = [pad_texts([encoded[row]]) for row in rows]
     with torch.no_grad():
         after = torch.cat([model.pooled(one["ids"], one["final"]) for one in found])
         r = torch.cat([model(**one)[0] for one in found]).numpy()
@@ -135,9 +137,9 @@ def test_the_ledger_is_of_the_stored_weights(tuned: Path, cache: Path) -> None:
     model, header = load_tuned(path, base)
     assert header["tune"] == "full"
     assert header["cache_id"] == row["cache_id"]
-    encoded = prepare(tuned.with_suffix(".toml"), cache).texts.encoded
+    encoded = read_inputs(tuned.with_suffix(".toml"), cache).texts.encoded
     rows = [*range(len(encoded))]
-    r = scored(model, encoded, rows, dtype=torch.float32, device=torch.device("cpu"))
+    r = score_texts(model, encoded, rows, dtype=torch.float32, device=torch.device("cpu"))
     pairs = open_cache(cache).pairs.filter(pl.col("split") == "id")
     delta = r[pairs["chosen"].to_numpy()] - r[pairs["rejected"].to_numpy()]
     label, weight = pairs["label"].to_numpy(), pairs["weight"].to_numpy()
@@ -145,7 +147,7 @@ def test_the_ledger_is_of_the_stored_weights(tuned: Path, cache: Path) -> None:
     assert row["nll@id"] == pytest.approx(float((weight * nll).sum() / weight.sum()), rel=1e-5)
     # In batches of any size, and alone.
     alone = [
-        float(scored(model, encoded, [n], dtype=torch.float32, device=torch.device("cpu"))[0])
+        float(score_texts(model, encoded, [n], dtype=torch.float32, device=torch.device("cpu"))[0])
         for n in rows[:5]
     ]
     assert r[:5] == pytest.approx(alone, abs=1e-5)
@@ -162,7 +164,7 @@ def test_a_finished_folder_is_left_as_it_is(
         }
 
     before = untouched()
-    monkeypatch.setattr(stage, "load_model", None)  # nothing is trained, so nothing is loaded
+    monkeypatch.setattr(inputs, "load_model", None)  # nothing is trained, so nothing is loaded
     assert finetune(tuned.with_suffix(".toml"), cache, device="cpu") == tuned
     assert untouched() == before
 
@@ -245,7 +247,7 @@ def test_a_reference_that_is_missing_or_not_the_models_is_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = written(tmp_path / "grm.toml", GRM)
-    prepare(spec, cache)
+    read_inputs(spec, cache)
     responses = open_cache(cache).responses
     for S, message in (
         (pl.col("S") * 1.01, "holds S = .* for which the model gives"),
@@ -254,7 +256,7 @@ def test_a_reference_that_is_missing_or_not_the_models_is_refused(
         changed = responses.with_columns(S=S)
         monkeypatch.setattr(Cache, "responses", changed)
         with pytest.raises(UserError, match=message):
-            prepare(spec, cache)
+            read_inputs(spec, cache)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
@@ -280,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
 
     gc.disable()  # or chance would free what the stage must
     request.addfinalizer(gc.enable)
-    monkeypatch.setattr(stage, "new_model", alone)
+    monkeypatch.setattr(setup, "new_model", alone)
     monkeypatch.setattr(StepLoss, "__call__", fourth_is_nan)
     with pytest.raises(
         UserError, match=r"1 of 2 runs failed: bt seed 0: the loss of step 4 is not"
@@ -309,13 +311,13 @@ def test_out_of_memory_says_what_to_lower(
     least = {"tune": "lora", "micro_pairs": 1, "gradient_checkpointing": True}
     with pytest.raises(UserError, match="with micro_pairs = 1: take a larger GPU"):
         finetune(written(tmp_path / "least.toml", **least), cache, device="cpu")
-    monkeypatch.setattr(stage, "RewardTrainer", full)
+    monkeypatch.setattr(setup, "RewardTrainer", full)
     with pytest.raises(UserError, match="out of memory with the weights alone, which nothing in"):
         finetune(tmp_path / "oom.toml", cache, device="cpu")
-    monkeypatch.setattr(stage, "scored", full)
+    monkeypatch.setattr(finetuner, "score_texts", full)
     (run_id,) = open_results(tuned).ledger["run_id"]
     with pytest.raises(UserError, match="out of memory in evaluation: take a larger GPU"):
-        stage._Stage(prepare(tmp_path / "oom.toml", cache), tmp_path, "cpu")._score(
+        finetuner.Finetuner(read_inputs(tmp_path / "oom.toml", cache), tmp_path, "cpu")._evaluate(
             tuned / "weights" / f"{run_id}.safetensors"
         )
 
@@ -334,10 +336,10 @@ def test_ids_depend_on_what_changes_the_result() -> None:
     def ids(**fields: Any) -> str:
         values = {"baseline": "bt", "runs": [{"name": "bt"}], "micro_pairs": 4} | fields
         spec = FinetuneSpec.parse(values, "test")
-        found = stage.configurations(spec, "test", stage.FinetuneRun)
-        selection = stage.Selection("c", ("train",), 0.1)
+        found = configurations(spec, "test", FinetuneRun)
+        selection = Selection("c", ("train",), 0.1)
         identity = spec.identity(found[0].spec)
-        return stage.identified(found, (0,), selection, identity)[0].run_id
+        return identified(found, (0,), selection, identity)[0].run_id
 
     same = ids()
     for fields in ({"gradient_checkpointing": True}, {"save_steps": 7}, {"micro_pairs": 2}):

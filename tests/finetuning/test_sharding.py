@@ -10,7 +10,8 @@ from small_finetune import BT, made, weights, weights_are_close, written
 
 from embrm.core.errors import UserError
 from embrm.finetuning import trainer
-from embrm.finetuning.run import finetune, prepare
+from embrm.finetuning.inputs import read_inputs
+from embrm.finetuning.run import finetune
 from embrm.sweeps.ledger import open_results
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -93,7 +94,7 @@ def test_what_would_train_other_weights_is_refused(
     for name, value in told.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(UserError, match=message):
-        prepare(written(tmp_path / "full.toml"), cache)
+        read_inputs(written(tmp_path / "full.toml"), cache)
 
 
 def test_what_fsdp_cannot_wrap_is_refused(
@@ -101,12 +102,12 @@ def test_what_fsdp_cannot_wrap_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    prepare(written(tmp_path / "full.toml"), cache)
+    read_inputs(written(tmp_path / "full.toml"), cache)
     with pytest.raises(UserError, match=r"tune = 'lora' with FSDP: .*launch it without"):
-        prepare(written(tmp_path / "lora.toml", tune="lora"), cache)
+        read_inputs(written(tmp_path / "lora.toml", tune="lora"), cache)
     monkeypatch.setenv("FSDP_AUTO_WRAP_POLICY", "SIZE_BASED_WRAP")
     with pytest.raises(UserError, match=r"'SIZE_BASED_WRAP' .*TRANSFORMER_BASED_WRAP"):
-        prepare(written(tmp_path / "full.toml"), cache)
+        read_inputs(written(tmp_path / "full.toml"), cache)
 
 
 def test_a_checkpoint_is_resumed_as_it_was_written(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from embrm.cache.reader import open_cache
 from embrm.finetuning import trainer
-from embrm.finetuning.run import finetune, prepare
+from embrm.finetuning.inputs import read_inputs
+from embrm.finetuning.run import finetune
 from embrm.sweeps.ledger import open_results
 from embrm.sweeps.material import select
 from embrm.training.heads import initialise
@@ -64,15 +65,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def losses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Of every step that is trained from now on."""
     found: list[float] = []
-    summed = trainer.summed
+    sum_over_processes = trainer.sum_over_processes
 
     def noted(value: Tensor) -> Tensor:
-        result = summed(value)
+        result = sum_over_processes(value)
         if value.shape == (2,):
             found.append(float(result[0]))
         return result
 
-    monkeypatch.setattr(trainer, "summed", noted)
+    monkeypatch.setattr(trainer, "sum_over_processes", noted)
     return found
 
 
@@ -90,12 +91,12 @@ def test_bt_is_trls_reward_trainer_step_for_step(
     folder = finetune(spec, plain, device="cpu")
 
     opened = open_cache(plain)
-    prepared = prepare(spec, plain)
-    training = select(opened, prepared.selection)[0].head(30)
+    inputs = read_inputs(spec, plain)
+    training = select(opened, inputs.selection)[0].head(30)
     chosen = torch.tensor(training["chosen"].to_numpy().astype(np.int64))
     states = States(torch.empty(0, opened.width))
     order = torch.cat([*Order(chosen, states, 0).minibatches(1, 8)]).tolist()
-    ids = [entry.ids.tolist() for entry in prepared.texts.encoded]
+    ids = [entry.ids.tolist() for entry in inputs.texts.encoded]
     rows = [
         {"chosen_ids": ids[training["chosen"][n]], "rejected_ids": ids[training["rejected"][n]]}
         for n in order
@@ -103,7 +104,7 @@ def test_bt_is_trls_reward_trainer_step_for_step(
     model = AutoModelForSequenceClassification.from_pretrained(
         cache.parent / "model", num_labels=1, dtype=torch.float32
     )
-    head = initialise(prepared.runs[0].spec.head, opened.width, 0)["output.weight"]
+    head = initialise(inputs.runs[0].spec.head, opened.width, 0)["output.weight"]
     with torch.no_grad():
         model.score.weight.copy_(head)
     theirs = RewardTrainer(
