@@ -3,11 +3,13 @@
 import signal
 
 from embrm.core.interrupts import stop
+from embrm.core.threads import set_thread_defaults
 
 
 def main() -> None:
-    """Run the command line; an interrupt is one line while that is still loading, too."""
+    """Run the command line. An interrupt ends it with one line, even while it is loading."""
     signal.signal(signal.SIGINT, stop)
+    set_thread_defaults()
     from embrm.cli import main as run
 
     run()

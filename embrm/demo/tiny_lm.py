@@ -7,7 +7,10 @@ right: a small stand-in for what makes the final states of real models carry rew
 
 import json
 import math
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,13 +119,30 @@ def train_lm(out: Path, world: World, recipe: Recipe) -> dict[str, float]:
         torch.manual_seed(recipe.seed)
         model = LlamaForCausalLM(config)
         batches = _batches(rows, recipe.batch)
-    _optimise(model, batches, recipe)
+    with _one_thread():
+        _optimise(model, batches, recipe)
     losses = {"loss": _mean_loss(model, held_out), "unigram_entropy": _entropy(held_out)}
     with disk_errors(out):
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     write_bytes(marker, json.dumps({"identity": identity, **losses}, indent=1).encode())
     return losses
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread, unless the user has chosen a number with OMP_NUM_THREADS.
+
+    The model is so small that a second thread gains nothing on an idle machine and makes training
+    many times slower on a busy one. The weights then do not depend on the number of CPUs either.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _encode(document: Conversation, tokenizer: Any) -> list[int]:

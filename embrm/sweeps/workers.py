@@ -18,6 +18,7 @@ from pathlib import Path
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import Progress
+from embrm.core.threads import usable_cpus
 from embrm.sweeps.fused import Pack, Trainer
 from embrm.sweeps.material import Material
 from embrm.training.numerics import Numerics, begin, device, environment, settings, why_unavailable
@@ -34,11 +35,7 @@ def worker_count(jobs: int | None, mode: Numerics) -> int:
     if jobs is None:
         if device(mode).type != "cpu":
             return 1
-        return (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        return usable_cpus()
     if jobs < 1:
         raise UserError(f"jobs = {jobs}: at least one worker is needed")
     return jobs

@@ -90,3 +90,24 @@ def test_an_unfinished_folder_is_trained_again(tmp_path: Path) -> None:
     assert train_lm(tmp_path, WORLD, recipe) == first
     assert (tmp_path / "model.safetensors").read_bytes() == weights
     assert json.loads((tmp_path / MARKER).read_text())["loss"] == first["loss"]
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, 1), ("2", 2)])
+def test_it_trains_with_one_thread_unless_the_user_chose_a_number(
+    chosen: str | None, used: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "embrm.demo.tiny_lm._optimise", lambda *_: seen.append(torch.get_num_threads())
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train_lm(tmp_path, WORLD, Recipe(width=16, layers=1, heads=1, steps=1, batch=2, held_out=4))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [used]
