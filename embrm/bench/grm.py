@@ -140,12 +140,16 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
         return None
     _, k, top_k = regularizer.reads
     tokens = data.tokens
-    parts = [tokens.states, tokens.facts, *([tokens.tail_means] if tokens.tail_means else [])]
+    parts = [
+        tokens.states,
+        tokens.token_matrix,
+        *([tokens.tail_means] if tokens.tail_means else []),
+    ]
     row = sum(part.width * part.values.element_size() for part in parts)
-    vector = tokens.head.weight.width * tokens.head.weight.values.element_size()
+    vector = tokens.head.weight.shape[1] * tokens.head.weight.element_size()
     draws = stream(spec.seed, "tokens", 1)
     rows, vectors = 0, 0
-    used = torch.zeros(len(tokens.head.weight.values), dtype=torch.bool)
+    used = torch.zeros(len(tokens.head.weight), dtype=torch.bool)
     seen = torch.zeros(len(tokens.states.values), dtype=torch.bool)
     order = Order(data.train.chosen, data.states, spec.seed)
     for some in order.minibatches(1, spec.batch_pairs):

@@ -182,12 +182,7 @@ class Cache:
 
         Raises: UserError when no positions were sampled.
         """
-        shards = [*self.token_shards()]
-        names = [*TOKEN_SCALARS, "states", "top_ids", "top_logits"]
-        names += ["tail_means"] if self.layout.tail_mean else []
-        return TokenTable(
-            **{name: np.concatenate([getattr(shard, name) for shard in shards]) for name in names}
-        )
+        return TokenTable.joined([*self.token_shards()])
 
     def token_shards(self) -> Iterator[TokenTable]:
         """`token_table` shard by shard."""

@@ -6,8 +6,8 @@ which are the upper half of a float32. `embrm.cache.tensors` gives the same memo
 
 import operator
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,24 @@ class TokenTable:
     """Mean of ∂logit/∂state over the tail, [rows, width]: every token that is neither the target
     nor among the k largest, weighted by its probability. Zero where the tail's probability is under
     1e-6. None where the cache has none."""
+
+    def take(self, rows: NDArray[np.bool_]) -> "TokenTable":
+        """The rows where `rows`, bool [rows], is true."""
+        return _by_column(lambda columns: columns[0][rows], [self])
+
+    @staticmethod
+    def joined(parts: Sequence["TokenTable"]) -> "TokenTable":
+        """One table after another; all have tail means, or none."""
+        return _by_column(np.concatenate, parts)
+
+
+def _by_column(make: Callable[[list[Stored]], Stored], parts: Sequence[TokenTable]) -> TokenTable:
+    """The table each of whose columns is made of that column of every part."""
+    made: dict[str, Any] = {}
+    for field in fields(TokenTable):
+        columns = [getattr(part, field.name) for part in parts]
+        made[field.name] = None if columns[0] is None else make(columns)
+    return TokenTable(**made)
 
 
 def known_views(views: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ The same responses are measured for every run; what no run changes about them is
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embrm.lm.head import LmHead
 from embrm.metrics.accuracy import EvaluationSplit
 from embrm.metrics.geometry import MEASURES, correlation, drift, shape, spread
 from embrm.metrics.geometry import sample as evenly
@@ -29,7 +30,7 @@ from embrm.training.heads import (
 )
 from embrm.training.regularizers import divergence, moved
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData, TokenRows, TopK, facts
+from embrm.training.tokens import TokenBatch, TokenStore, TopK, token_matrix
 
 REWARD_POSITION = "last"
 """The view whose states are the LM's at one position: a mean of states predicts no next token."""
@@ -100,9 +101,9 @@ class Geometry:
     """samples: by split. tokens: where the material has token rows."""
 
     samples: dict[str, Sample]
-    tokens: TokenData | None
+    tokens: TokenStore | None
     _shapes: dict[Any, dict[str, dict[str, float]]] = field(default_factory=dict, repr=False)
-    _rewarded: dict[str, TokenData] = field(default_factory=dict, repr=False)
+    _rewarded: dict[str, TokenStore] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
     def measure(
@@ -162,8 +163,8 @@ class Geometry:
         token rows."""
         assert self.tokens is not None
         rows = self.samples[split].rows
-        exact = len(self.tokens.head.weight.values) <= _EXACT
-        found: list[tuple[str, TokenData, Tensor, TopK]] = [("kl_tokens", self.tokens, rows, None)]
+        exact = len(self.tokens.head.weight) <= _EXACT
+        found: list[tuple[str, TokenStore, Tensor, TopK]] = [("kl_tokens", self.tokens, rows, None)]
         if spec.state == REWARD_POSITION:
             own = self._rewarded_at(split, states)
             found.append(("kl_reward", own, torch.arange(len(rows)), "all" if exact else None))
@@ -177,24 +178,25 @@ class Geometry:
                 if data is self.tokens:
                     drifts = [drift(tokens.X, adapted(slot, tokens.X)) for slot in slots]
                     measured[run_id]["drift_tokens"] = sum(drifts) / len(drifts)
-            data.let_go()
+            data.release_pages()
 
-    def _rewarded_at(self, split: str, states: States) -> TokenData:
+    def _rewarded_at(self, split: str, states: States) -> TokenStore:
         """The sample's reward positions, as if each were a response's one token row."""
         assert self.tokens is not None
         if not self._rewarded:
             every = [sample.rows for sample in self.samples.values()]
             X = states.take(torch.cat(every)).cpu().clone()
-            table = reward_positions(self.tokens.head, X)
+            table = reward_positions(self.tokens.head, self.tokens.weight_rows, X)
             counts = [len(rows) for rows in every]
             for name, own, found in zip(
                 self.samples, X.split(counts), table.split(counts), strict=True
             ):
-                self._rewarded[name] = TokenData(
+                self._rewarded[name] = TokenStore(
                     states=States(own),
-                    facts=States(found),
+                    token_matrix=States(found),
                     tail_means=None,
                     head=self.tokens.head,
+                    weight_rows=self.tokens.weight_rows,
                     starts=np.arange(len(own) + 1),
                     positions=np.ones(len(own), np.int64),
                     S=np.zeros(len(own)),
@@ -202,25 +204,25 @@ class Geometry:
         return self._rewarded[split]
 
 
-def reward_positions(head: LmHead, X: Tensor) -> Tensor:
-    """`TokenData.facts` of positions that are no cached token rows, from their states X [n, d].
+def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> Tensor:
+    """The token matrix of positions that are not cached token rows, from their states X [n, d].
 
     The target is the likeliest token. The vocabulary is read in parts, once.
     """
     top_logits, top_ids = X.new_empty(len(X), 0), torch.empty(len(X), 0, dtype=torch.int64)
     normaliser = X.new_full((len(X),), -torch.inf)
-    for words in torch.arange(len(head.weight.values)).split(_WORDS):
+    for words in torch.arange(len(head.weight)).split(_WORDS):
         bias = None if head.bias is None else head.bias[words]
-        own = LmHead(States(head.weight.take(words)), bias, head.scale, head.softcap)
-        logits = own.logits(X)
+        logits = replace(head, weight=weight_rows.take(words), bias=bias).logits(X)
         normaliser = torch.logaddexp(normaliser, logits.logsumexp(1))
         both = torch.cat([top_logits, logits], 1)
         every = torch.cat([top_ids, words.expand(len(X), -1)], 1)
         top_logits, places = both.topk(min(_TOP_K, both.shape[1]), 1)
         top_ids = every.gather(1, places)
-    head.weight.let_go()
+    weight_rows.let_go()
     ids, top = top_ids.int().numpy(), top_logits.numpy()
-    return torch.from_numpy(facts(ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top))
+    columns = (ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top)
+    return torch.from_numpy(token_matrix(*columns))
 
 
 def _slots(parameters: Parameters) -> list[Parameters]:
@@ -241,7 +243,7 @@ def _moved_by(parameters: Parameters, X: Tensor) -> dict[str, float]:
     return {**shape(after), "drift": drift(X, after)}
 
 
-def _divergence(tokens: TokenRows, parameters: Parameters) -> float:
+def _divergence(tokens: TokenBatch, parameters: Parameters) -> float:
     """Mean KL(p ‖ p̃) of the rows under a bank of one slot with an adapter."""
     [inner] = adapter_inner(parameters, tokens.X)
     [readouts] = adapter_readouts(parameters, tokens.vectors)

@@ -1,4 +1,4 @@
-"""Flat files that every worker maps: states of a view, and what regularizers read."""
+"""Flat files that every worker maps: the states of a view, and the token rows of a cache."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,18 +12,20 @@ import polars as pl
 import torch
 
 from embrm.cache.reader import Cache
+from embrm.cache.schema import TokenTable
 from embrm.cache.tensors import lm_head_tensors, to_tensor, torch_dtype
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import Progress
+from embrm.lm.head import LmHead
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData, facts
+from embrm.training.tokens import TokenStore, token_matrix
 
 
 @dataclass(frozen=True)
 class MappedFile:
-    """Rows of one shape as one flat file.
+    """A matrix as a flat file of its rows.
 
-    resident: bytes of it that a worker may keep in memory; None: whatever the system lets it.
+    resident: bytes of it that a worker may keep in memory; None: as many as the system allows.
     """
 
     path: Path
@@ -32,12 +34,12 @@ class MappedFile:
     resident: int | None
 
     def open(self) -> States:
-        """Map it."""
+        """Map the file into memory."""
         return States.of_file(self.path, self.shape, self.dtype, resident=self.resident)
 
 
 def write_rows(path: Path, parts: Iterator[torch.Tensor], bar: Progress) -> None:
-    """Write `parts` [n, width] one after another, each read while the one before is written.
+    """Write `parts` [n, width] one after another, reading one while the previous is written.
 
     Raises: UserError when the disk is full.
     """
@@ -54,24 +56,29 @@ def write_rows(path: Path, parts: Iterator[torch.Tensor], bar: Progress) -> None
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """`TokenData` as files. responses: an Arrow table of starts, positions and S by response."""
+    """The files of a `TokenStore`, which workers map instead of receiving it.
+
+    head: the LM head's tensors but for its weight. responses: an Arrow table with one row per
+    response and the columns start, positions and S.
+    """
 
     states: MappedFile
-    facts: MappedFile
+    token_matrix: MappedFile
     tail_means: MappedFile | None
     weight: MappedFile
     head: dict[str, torch.Tensor]
     responses: Path
 
-    def open(self) -> TokenData:
-        """Map them."""
+    def open(self) -> TokenStore:
+        """Map the files into memory."""
         table = pl.read_ipc(self.responses)
-        starts = table["start"].to_numpy()
-        return TokenData(
+        starts, weight_rows = table["start"].to_numpy(), self.weight.open()
+        return TokenStore(
             states=self.states.open(),
-            facts=self.facts.open(),
+            token_matrix=self.token_matrix.open(),
             tail_means=self.tail_means.open() if self.tail_means else None,
-            head=LmHead.of(self.head, self.weight.open()),
+            head=LmHead.from_tensors({**self.head, "weight": weight_rows.values}),
+            weight_rows=weight_rows,
             starts=np.append(starts, self.states.shape[0]).astype(np.int64),
             positions=table["positions"].to_numpy(),
             S=table["S"].to_numpy(),
@@ -81,7 +88,7 @@ class TokenFiles:
     def write(cls, cache: Cache, folder: Path, share: float | None, bar: Progress) -> "TokenFiles":
         """Write the token rows of `cache` below `folder`, as the files that `paths` names.
 
-        share: the part of every file that a worker may keep in memory; None: all.
+        share: the fraction of every file that a worker may keep in memory; None: all.
         Raises: UserError when the disk is full, or the cache is damaged.
         """
         paths, layout = cls.paths(folder), cache.layout
@@ -89,7 +96,7 @@ class TokenFiles:
         head = lm_head_tensors(cache)
         shapes = {
             "states": (cache.width, torch_dtype(cache)),
-            "facts": (3 + 2 * layout.top_k, torch.float32),
+            "token_matrix": (3 + 2 * layout.top_k, torch.float32),
             **({"tail_means": (cache.width, torch_dtype(cache))} if layout.tail_mean else {}),
             "weight": (head["weight"].shape[1], head["weight"].dtype),
         }
@@ -98,9 +105,7 @@ class TokenFiles:
             files = {name: opened.enter_context(paths[name].open("wb")) for name in shapes}
             _append(files["weight"], head["weight"])
             for rows in cache.token_shards():
-                columns = (rows.target, rows.target_logit, rows.logsumexp)
-                found = facts(*columns, rows.top_ids, rows.top_logits)
-                _append(files["facts"], torch.from_numpy(found))
+                _append(files["token_matrix"], _token_matrix(rows))
                 _append(files["states"], to_tensor(rows.states))
                 if rows.tail_means is not None:
                     _append(files["tail_means"], to_tensor(rows.tail_means))
@@ -119,7 +124,7 @@ class TokenFiles:
 
         return cls(
             states=mapped("states"),
-            facts=mapped("facts"),
+            token_matrix=mapped("token_matrix"),
             tail_means=mapped("tail_means") if layout.tail_mean else None,
             weight=mapped("weight"),
             head={name: tensor for name, tensor in head.items() if name != "weight"},
@@ -128,13 +133,13 @@ class TokenFiles:
 
     @staticmethod
     def paths(folder: Path) -> dict[str, Path]:
-        """Every file that `write` may make."""
-        names = ("states", "facts", "tail_means", "weight", "responses")
+        """Path of every file that `write` may make."""
+        names = ("states", "token_matrix", "tail_means", "weight", "responses")
         return {name: folder / f"{TEMPORARY}token-{name}" for name in names}
 
     @staticmethod
     def size(cache: Cache) -> int:
-        """Bytes of the files that `write` makes, but for the table."""
+        """Bytes of the files that `write` makes, apart from the small table of responses."""
         layout = cache.layout
         rows = sum(s.tokens.rows for s in cache.manifest.shards if s and s.tokens)
         row = cache.width * layout.storage.itemsize * (1 + layout.tail_mean)
@@ -142,24 +147,37 @@ class TokenFiles:
         return rows * (row + 4 * (3 + 2 * (layout.top_k or 0))) + (head.bytes if head else 0)
 
 
-def first_tokens(cache: Cache) -> TokenData:
+def first_tokens(cache: Cache) -> TokenStore:
     """The token rows of a cache's first shard, in memory."""
-    rows, head = next(cache.token_shards()), lm_head_tensors(cache)
-    known = facts(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
+    return in_memory(cache, next(cache.token_shards()))
+
+
+def in_memory(cache: Cache, rows: TokenTable) -> TokenStore:
+    """Some token rows of a cache, ascending by response, as a store in memory."""
+    head = LmHead.from_tensors(lm_head_tensors(cache))
     table = positions_by_response(cache, rows.response)
-    return TokenData(
+    return TokenStore(
         states=States(to_tensor(rows.states)),
-        facts=States(torch.from_numpy(known)),
+        token_matrix=States(_token_matrix(rows)),
         tail_means=None if rows.tail_means is None else States(to_tensor(rows.tail_means)),
-        head=LmHead.of(head, States(head["weight"])),
+        head=head,
+        weight_rows=States(head.weight),
         starts=np.append(table["start"].to_numpy(), len(rows.response)),
         positions=table["positions"].to_numpy(),
         S=table["S"].to_numpy(),
     )
 
 
+def _token_matrix(rows: TokenTable) -> torch.Tensor:
+    return torch.from_numpy(
+        token_matrix(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
+    )
+
+
 def positions_by_response(cache: Cache, response: np.ndarray) -> pl.DataFrame:
-    """start, positions and S of every response; response: that of each token row, ascending."""
+    """One row per response: start (its first token row), positions (how many have a state that
+    predicts a token of it) and S. response: the response of each token row, ascending.
+    """
     scalars = cache.responses.select("S", "n_prompt", "n_response")
     # A response that begins the sequence has no state before its first token.
     positions = scalars["n_response"] - (scalars["n_prompt"] == 0).cast(pl.Int32)

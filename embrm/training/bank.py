@@ -36,7 +36,7 @@ from embrm.training.objectives import Objective, ObjectiveBank, Pairs
 from embrm.training.order import Order
 from embrm.training.regularizers import Regularizer, direction_penalty, mean_fisher, regularize
 from embrm.training.states import States
-from embrm.training.tokens import TokenData, TokenRows, TopK
+from embrm.training.tokens import TokenBatch, TokenStore, TopK
 
 _ADAM_EPS = 1e-8
 
@@ -136,7 +136,7 @@ class TrainingData:
     states: States
     train: Pairs
     validation: Pairs
-    tokens: TokenData | None = None
+    tokens: TokenStore | None = None
     whole: "TrainingData | None" = None
     _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict, init=False, repr=False)
     _fishers: dict[TopK, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -243,7 +243,7 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[Trained]:
             total += loss.cpu().double() * len(some)
             total_R += R.cpu().double() * len(some)
         if data.tokens is not None:
-            data.tokens.let_go()
+            data.tokens.release_pages()
         train_loss, train_R = (total / len(pairs)).tolist(), (total_R / len(pairs)).tolist()
         measured = monitor.measure(bank.parameters)
         for index, slot in enumerate(active):
@@ -318,7 +318,7 @@ class _Bank:
         rejected: Tensor,
         kept: Sequence[Tensor],
         of_pairs: tuple[Tensor, Tensor, Tensor | None],
-        tokens: tuple[TokenRows, Tensor, Tensor] | None,
+        tokens: tuple[TokenBatch, Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """One update on the pairs (X[chosen], X[rejected]); of each slot before it, its loss and
         its regularizer R, [P].
@@ -394,14 +394,14 @@ class _MovingLabels:
 
 
 def _read(
-    data: TokenData,
+    data: TokenStore,
     regularizer: Regularizer,
     rows: Tensor,
     chosen: Tensor,
     rejected: Tensor,
     label: Tensor,
     draws: NDArray[np.float64],
-) -> tuple[TokenRows, Tensor, Tensor]:
+) -> tuple[TokenBatch, Tensor, Tensor]:
     """Token rows of those of the responses `rows` that the regularizer weighs, and the chosen and
     the rejected of each pair as numbers of those: any number where its weight is 0.
 

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding_bag, logsigmoid
 
 from embrm.core.specs import Spec
 from embrm.training.heads import Parameters, adapter_inner, adapter_readouts, product
-from embrm.training.tokens import TokenData, TokenRows, TopK
+from embrm.training.tokens import TokenBatch, TokenStore, TopK
 
 GRM = ("grm-sft", "grm-sft-unsquashed", "grm-dpo", "grm-dpo-noref")
 """Kinds of arXiv 2406.10216, weighted (1 - α) and α."""
@@ -133,7 +133,7 @@ class Regularizer(Spec):
 def regularize(
     specs: Sequence[Regularizer],
     parameters: Parameters,
-    tokens: TokenRows,
+    tokens: TokenBatch,
     chosen: Tensor,
     rejected: Tensor,
     label: Tensor,
@@ -161,7 +161,7 @@ def regularize(
 
 def of_slot(
     spec: Regularizer,
-    tokens: TokenRows,
+    tokens: TokenBatch,
     moved: Tensor,
     chosen: Tensor,
     rejected: Tensor,
@@ -207,38 +207,38 @@ def grm(
     return (each * weight).mean()
 
 
-def log_probability_change(tokens: TokenRows, moved: Tensor) -> Tensor:
+def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
     """ℓ̃_t - ℓ_t [n] of the targets; both logsumexps in the same arithmetic, so 0 at no change."""
     changes = tokens.changes(moved)
     own = changes.gather(1, tokens.target[:, None])[:, 0]
     return own - _normaliser_change(tokens, changes)
 
 
-def summed_change(tokens: TokenRows, moved: Tensor) -> Tensor:
+def summed_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
     """Estimate of S̃ - S [m]: (|R|/k)·Σ over a response's k token rows of ℓ̃_t - ℓ_t."""
     each = tokens.share * log_probability_change(tokens, moved)
     return each.new_zeros(len(tokens.S)).index_add(0, tokens.response, each)
 
 
-def divergence(tokens: TokenRows, moved: Tensor) -> Tensor:
+def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
     """KL(p_t ‖ p̃_t) [n], in nats: log Σ p e^Δz - Σ p Δz."""
     changes = tokens.changes(moved)
     expected = (tokens.log_p.exp() * changes).sum(1)
     return _normaliser_change(tokens, changes) - expected
 
 
-def half_variance(tokens: TokenRows, moved: Tensor) -> Tensor:
+def half_variance(tokens: TokenBatch, moved: Tensor) -> Tensor:
     """½·Var_{j~p_t}(∂z_j/∂h·δ_t) [n]: `divergence` to second order in δ."""
     p, first_order = tokens.log_p.exp(), tokens.slopes() * moved
     mean = (p * first_order).sum(1, keepdim=True)
     return (p * (first_order - mean).square()).sum(1) / 2
 
 
-def _normaliser_change(tokens: TokenRows, changes: Tensor) -> Tensor:
+def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
     return (tokens.log_p + changes).logsumexp(1) - tokens.log_p.logsumexp(1)
 
 
-def moved(tokens: TokenRows, inner: Tensor, readouts: Tensor) -> Tensor:
+def moved(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
     """What w_j·h_t changes by, [n, C], at candidates j of rows t: readouts[j]·inner[t].
 
     inner [n, r], readouts [U, r]: of `adapter_inner` and `adapter_readouts`.
@@ -275,7 +275,7 @@ FISHER_AT_ONCE = 512
 """Of them, read at a time."""
 
 
-def mean_fisher(data: TokenData, responses: Tensor, top_k: TopK) -> Tensor:
+def mean_fisher(data: TokenStore, responses: Tensor, top_k: TopK) -> Tensor:
     """F̄ float32 [d, d]: mean over responses of the mean over their token rows of
     Cov_{j~p_t}(∂z_j/∂h) = E[g gᵀ] - E[g] E[g]ᵀ, g = ∂z_j/∂h, with a tail as one token of mean g.
 
@@ -299,7 +299,7 @@ def mean_fisher(data: TokenData, responses: Tensor, top_k: TopK) -> Tensor:
         means = embedding_bag(candidates, tokens.vectors, per_sample_weights=p * slopes, mode="sum")
         second = tokens.vectors.T @ (tokens.vectors * counted[:, None])
         total += second - means.T @ (means / rows)
-        data.let_go()
+        data.release_pages()
     return (total / max(1, len(held))).float()
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embrm.lm.head import LmHead
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData, facts
+from embrm.training.tokens import TokenStore, token_matrix
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def toy_tokens(
     bias: bool = False,
     tail_means: bool = True,
     seed: int = 0,
-) -> tuple[TokenData, Dense]:
+) -> tuple[TokenStore, Dense]:
     """Responses with so many token rows each; about every other target is none of the top-k."""
     random = np.random.default_rng(seed)
     n = sum(held)
@@ -62,7 +63,7 @@ def toy_tokens(
     target[inside] = top_ids[inside, inside % top_k]
     mass = log_p.exp().scatter(1, top_ids, 0.0).scatter(1, target[:, None], 0.0)
     means = torch.einsum("nv,nvd->nd", mass, dense.gradients(dense.H)) / mass.sum(1, keepdim=True)
-    table = facts(
+    table = token_matrix(
         target.int().numpy(),
         logits.gather(1, target[:, None])[:, 0].float().numpy(),
         logits.logsumexp(1).float().numpy(),
@@ -70,11 +71,13 @@ def toy_tokens(
         top_logits.float().numpy(),
     )
     positions = np.array(held, np.int64) * 3 + 1
-    data = TokenData(
+    weight = dense.W.float()
+    data = TokenStore(
         states=States(dense.H.float()),
-        facts=States(torch.from_numpy(table)),
+        token_matrix=States(torch.from_numpy(table)),
         tail_means=States(means.nan_to_num().float()) if tail_means else None,
-        head=LmHead(States(dense.W.float()), dense.b.float() if bias else None, scale, softcap),
+        head=LmHead(weight, dense.b.float() if bias else None, scale, softcap),
+        weight_rows=States(weight),
         starts=np.cumsum([0, *held]),
         positions=positions,
         S=-random.exponential(20.0, len(held)),

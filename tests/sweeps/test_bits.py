@@ -168,7 +168,7 @@ def _streamed(material: Material) -> Material:
     """The same, of which a worker keeps next to nothing in memory."""
     tokens = material.tokens
     if tokens:
-        names = ("states", "facts", "tail_means", "weight")
+        names = ("states", "token_matrix", "tail_means", "weight")
         tokens = replace(
             tokens, **{name: replace(getattr(tokens, name), resident=1) for name in names}
         )

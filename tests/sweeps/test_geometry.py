@@ -129,7 +129,7 @@ def test_reward_positions_hold_the_largest_logits_whatever_is_read_at_a_time(
     monkeypatch.setattr(module, "_WORDS", words)
     monkeypatch.setattr(module, "_TOP_K", 7)
     setting = Setting(softcap=2.0, scale=0.7, bias=True)
-    found = reward_positions(setting.tokens.head, setting.X).numpy()
+    found = reward_positions(setting.tokens.head, setting.tokens.weight_rows, setting.X).numpy()
     logits = setting.dense.logits(setting.X.double())
     values, ids = logits.topk(7, 1)
     assert found[:, 2] == pytest.approx(logits.logsumexp(1).numpy(), rel=1e-5)

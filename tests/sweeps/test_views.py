@@ -118,14 +118,14 @@ def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: P
     positions[3] -= 1  # its first token has no state before it
     assert data.positions.tolist() == positions.tolist()
     assert data.S.tolist() == scalars["S"].to_list()
-    facts, k = data.facts.values, TOP_K
-    ids = facts.view(torch.int32)
+    matrix, k = data.token_matrix.values, TOP_K
+    ids = matrix.view(torch.int32)
     assert ids[:, 0].tolist() == rows.target.tolist()
     assert ids[:, 3 : 3 + k].tolist() == rows.top_ids.tolist()
-    assert facts[:, 1].tolist() == rows.target_logit.tolist()
-    assert facts[:, 2].tolist() == rows.logsumexp.tolist()
-    assert facts[:, 3 + k :].tolist() == rows.top_logits.tolist()
-    assert torch.equal(data.head.weight.values, lm_head_tensors(small)["weight"])
+    assert matrix[:, 1].tolist() == rows.target_logit.tolist()
+    assert matrix[:, 2].tolist() == rows.logsumexp.tolist()
+    assert matrix[:, 3 + k :].tolist() == rows.top_logits.tolist()
+    assert torch.equal(data.head.weight, lm_head_tensors(small)["weight"])
     assert (data.head.scale, data.head.softcap, data.head.bias) == (0.5, None, None)
     written = sum(path.stat().st_size for path in TokenFiles.paths(tmp_path).values())
     table = TokenFiles.paths(tmp_path)["responses"].stat().st_size

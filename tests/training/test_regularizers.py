@@ -15,6 +15,7 @@ from toy_tokens import Dense, toy_tokens
 from transformers import AutoModelForCausalLM
 
 from embrm.core.errors import UserError
+from embrm.lm.head import LmHead
 from embrm.training import regularizers as module
 from embrm.training.bank import Trained, TrainingData, TrainSpec, train
 from embrm.training.heads import (
@@ -44,7 +45,7 @@ from embrm.training.regularizers import (
     summed_change,
 )
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData, TokenRows, facts
+from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
 
 KINDS = (*GRM, "preserve-kl", "preserve-fisher")
 ADAPTERS = [AdapterSpec(kind="low-rank", width=3), AdapterSpec(kind="mlp", width=4)]
@@ -71,7 +72,7 @@ def _bank(adapter: AdapterSpec, width: int, slots: int, size: float = 0.2) -> Pa
     return bank
 
 
-def _read(data: TokenData, top_k: Any = None, rows: int | None = None) -> TokenRows:
+def _read(data: TokenStore, top_k: Any = None, rows: int | None = None) -> TokenBatch:
     m = len(data.S)
     draws = np.random.default_rng(4).random(m)
     return data.read(torch.arange(m), rows=rows, top_k=top_k, draws=draws)
@@ -111,7 +112,12 @@ def _of_responses(
 
 
 def _textbook(
-    spec: Regularizer, dense: Dense, tokens: TokenRows, shift: Tensor, label: Tensor, weight: Tensor
+    spec: Regularizer,
+    dense: Dense,
+    tokens: TokenBatch,
+    shift: Tensor,
+    label: Tensor,
+    weight: Tensor,
 ) -> Tensor:
     """R over the whole vocabulary, in float64. shift: δ of the token rows, [n, d]."""
     X = tokens.X.double()
@@ -287,7 +293,7 @@ def test_fisher_is_the_divergence_to_second_order(lm_head: dict[str, Any]) -> No
             assert two / one == pytest.approx(0.5, abs=0.05)
 
 
-def _double(tokens: TokenRows) -> TokenRows:
+def _double(tokens: TokenBatch) -> TokenBatch:
     names = ("X", "share", "S", "vectors", "uncapped", "log_p")
     return replace(tokens, **{name: getattr(tokens, name).double() for name in names})
 
@@ -347,7 +353,7 @@ def live(request: pytest.FixtureRequest) -> Live:
 LIVE_CHOSEN, LIVE_REJECTED = torch.tensor([0, 3, 4]), torch.tensor([1, 2, 5])
 
 
-def _cached(live: Live) -> tuple[Tensor, TokenRows]:
+def _cached(live: Live) -> tuple[Tensor, TokenBatch]:
     """Last states [m, d] and all token rows over the whole vocabulary, float64, from one read."""
     found = live.read(lambda h: h)
     rows = [live.targets(i)[0] for i in range(len(found))]
@@ -360,7 +366,7 @@ def _cached(live: Live) -> tuple[Tensor, TokenRows]:
     z = torch.cat([z[some] for (_, z), some in zip(found, rows, strict=True)])
     log_p, target = z.log_softmax(1), torch.cat(targets)
     own = log_p.gather(1, target[:, None])[:, 0]
-    return torch.stack([h[-1] for h, _ in found]), TokenRows(
+    return torch.stack([h[-1] for h, _ in found]), TokenBatch(
         X=X,
         response=response,
         share=torch.ones(len(X), dtype=torch.float64),
@@ -370,7 +376,7 @@ def _cached(live: Live) -> tuple[Tensor, TokenRows]:
         target=target,
         uncapped=uncapped,
         log_p=log_p,
-        head=LmHead(States(weight.float()), bias, 1.0, live.softcap),
+        head=LmHead(weight.float(), bias, 1.0, live.softcap),
     )
 
 
@@ -405,7 +411,7 @@ def _live_gradients(
 
 
 def _cached_gradients(
-    spec: Regularizer, parameters: Parameters, last: Tensor, tokens: TokenRows
+    spec: Regularizer, parameters: Parameters, last: Tensor, tokens: TokenBatch
 ) -> tuple[Tensor, ...]:
     """The same through our functions, as `embrm.training.bank` puts them together."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
@@ -449,7 +455,7 @@ def test_gradients_from_cached_states_are_those_of_a_live_model(
 def test_stored_token_rows_give_the_gradients_of_a_live_model(
     live: Live, spec: Regularizer
 ) -> None:
-    """Through TokenData: states, logits and logsumexps are stored in float32, hence 1e-4."""
+    """Through TokenStore: states, logits and logsumexps are stored in float32, hence 1e-4."""
     last, tokens = _cached(live)
     data = _stored(live, tokens)
     m = len(tokens.S)
@@ -461,11 +467,11 @@ def test_stored_token_rows_give_the_gradients_of_a_live_model(
     _close([own.double() for own in found], known, 1e-4)
 
 
-def _stored(live: Live, tokens: TokenRows) -> TokenData:
+def _stored(live: Live, tokens: TokenBatch) -> TokenStore:
     z, target = live.read(lambda h: h), tokens.target
     rows = torch.cat([logits[live.targets(i)[0]] for i, (_, logits) in enumerate(z)])
     top = rows.topk(8, 1)
-    table = facts(
+    table = token_matrix(
         target.int().numpy(),
         rows.gather(1, target[:, None])[:, 0].float().numpy(),
         rows.logsumexp(1).float().numpy(),
@@ -473,11 +479,12 @@ def _stored(live: Live, tokens: TokenRows) -> TokenData:
         top.values.float().numpy(),
     )
     held = tokens.response.bincount(minlength=len(tokens.S)).numpy()
-    return TokenData(
+    return TokenStore(
         states=States(tokens.X.float()),
-        facts=States(torch.from_numpy(table)),
+        token_matrix=States(torch.from_numpy(table)),
         tail_means=None,
         head=tokens.head,
+        weight_rows=States(tokens.head.weight),
         starts=np.cumsum([0, *held]),
         positions=held,
         S=tokens.S.numpy(),
@@ -662,7 +669,7 @@ def test_only_grm_sft_may_leave_out_a_response(kind: str) -> None:
 # Fisher
 
 
-def _dense_fisher(data: TokenData, dense: Dense, responses: Sequence[int]) -> Tensor:
+def _dense_fisher(data: TokenStore, dense: Dense, responses: Sequence[int]) -> Tensor:
     p, g = dense.log_p(dense.H).exp(), dense.gradients(dense.H)
     each = []
     for i in responses:

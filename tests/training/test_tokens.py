@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy_tokens import Dense, toy_tokens
 
+from embrm.lm.head import LmHead
 from embrm.training.regularizers import log_probability_change
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData, TokenRows, facts
+from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
 
 HEADS = [
     {},
@@ -24,13 +25,13 @@ HEADS = [
 """Heads of language models: plain, biased, scaled as Cohere's, soft-capped as Gemma's, and all."""
 
 
-def _all_rows(data: TokenData, **options: object) -> TokenRows:
+def _all_rows(data: TokenStore, **options: object) -> TokenBatch:
     responses = torch.arange(len(data.S))
     settings = {"rows": None, "top_k": None, "draws": np.zeros(len(data.S))} | options
     return data.read(responses, **settings)  # type: ignore[arg-type]
 
 
-def _at(tokens: TokenRows, shift: Tensor) -> Tensor:
+def _at(tokens: TokenBatch, shift: Tensor) -> Tensor:
     """What w·h changes by, [n, C], when the states move by shift [n, d]."""
     if tokens.candidates is None:
         return shift @ tokens.vectors.T.to(shift.dtype)
@@ -159,7 +160,7 @@ def _dense_change(dense: Dense, shift: Tensor) -> Tensor:
     return change.gather(1, dense.target[:, None])[:, 0]
 
 
-def _gradient(tokens: TokenRows) -> Tensor:
+def _gradient(tokens: TokenBatch) -> Tensor:
     """∂(log p̃(target))/∂δ at δ = 0, [n, d]."""
     shift = torch.zeros(tokens.X.shape, requires_grad=True)
     change = log_probability_change(tokens, _at(tokens, shift))
@@ -222,21 +223,22 @@ def test_tail_means_leave_an_error_of_second_order() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_slopes_are_derivatives_and_capping_can_be_undone(softcap: float | None) -> None:
-    head = LmHead(States(torch.eye(9)), scale=1.3, softcap=softcap)
+    head = LmHead(torch.eye(9), scale=1.3, softcap=softcap)
     h = torch.linspace(-2, 2, 9)[None]
     z = head.logits(h)
     torch.testing.assert_close(head.uncapped(z), 1.3 * h, rtol=1e-4, atol=1e-5)
     leaf = torch.zeros(1, 9, requires_grad=True)
     changes = head.changes(head.uncapped(z), leaf)
     (slopes,) = torch.autograd.grad(changes.sum(), leaf)
-    torch.testing.assert_close(head.slopes(head.uncapped(z)), slopes)
+    torch.testing.assert_close(head.slopes_of_uncapped(head.uncapped(z)), slopes)
+    torch.testing.assert_close(torch.as_tensor(head.slopes(z)).expand(1, 9), slopes)
     moved = head.logits(h + 0.5) - z
     torch.testing.assert_close(head.changes(head.uncapped(z), torch.full((1, 9), 0.5)), moved,
                                rtol=1e-3, atol=1e-5)  # fmt: skip
 
 
 def test_logits_at_their_cap_stay_finite() -> None:
-    head = LmHead(States(torch.eye(2)), softcap=30.0)
+    head = LmHead(torch.eye(2), softcap=30.0)
     uncapped = head.uncapped(torch.tensor([[30.0, -30.0]]))
     assert uncapped.isfinite().all()
     leaf = torch.full((1, 2), 5.0, requires_grad=True)
@@ -250,7 +252,7 @@ def test_logits_at_their_cap_stay_finite() -> None:
 def test_token_ids_keep_their_bits_among_floats() -> None:
     ids = np.array([[0, 1, 127_999], [2**31 - 1, 255_999, 8_388_608]], np.int32)
     ones = np.ones((2, 3), np.float32)
-    table = States(torch.from_numpy(facts(ids[:, 0], ones[:, 0], ones[:, 1], ids, ones)))
+    table = States(torch.from_numpy(token_matrix(ids[:, 0], ones[:, 0], ones[:, 1], ids, ones)))
     taken = table.take(torch.tensor([1, 0]))
     assert taken[:, 0].contiguous().view(torch.int32).tolist() == ids[::-1, 0].tolist()
     assert taken[:, 3:6].contiguous().view(torch.int32).tolist() == ids[::-1].tolist()
@@ -266,11 +268,12 @@ def test_reading_gives_one_answer_in_memory_and_streamed(tmp_path: Path) -> None
         return States.of_file(path, shape, torch.float32, resident=1)
 
     assert data.tail_means is not None
-    mapped = TokenData(
+    mapped = TokenStore(
         states=streamed(data.states, "states"),
-        facts=streamed(data.facts, "facts"),
+        token_matrix=streamed(data.token_matrix, "matrix"),
         tail_means=streamed(data.tail_means, "tails"),
-        head=LmHead(streamed(data.head.weight, "weight")),
+        head=data.head,
+        weight_rows=streamed(data.weight_rows, "weight"),
         starts=data.starts,
         positions=data.positions,
         S=data.S,
@@ -280,6 +283,6 @@ def test_reading_gives_one_answer_in_memory_and_streamed(tmp_path: Path) -> None
         one, two = (
             each.read(responses, rows=3, top_k=top_k, draws=draws) for each in (data, mapped)
         )
-        mapped.let_go()
+        mapped.release_pages()
         for name in ("X", "response", "share", "S", "vectors", "target", "uncapped", "log_p"):
             assert torch.equal(getattr(one, name), getattr(two, name)), name

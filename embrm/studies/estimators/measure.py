@@ -12,17 +12,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.cache.tensors import lm_head_tensors, to_tensor
+from embrm.cache.schema import TokenTable
 from embrm.core.errors import UserError
 from embrm.core.streams import stream
-from embrm.sweeps.mapped import positions_by_response
+from embrm.lm.head import LmHead
+from embrm.sweeps.mapped import in_memory
 from embrm.training.regularizers import divergence, log_probability_change, moved
-from embrm.training.states import States
-from embrm.training.tokens import WHOLE_VOCABULARY, LmHead, TokenData, facts
+from embrm.training.tokens import WHOLE_VOCABULARY, TokenStore
 
 DRIFTS = (0.01, 0.1)
 """Mean ‖δ‖/‖h‖ of the shifts; settings are recommended for the largest."""
@@ -120,7 +119,7 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
     return EstimatorErrors(
         responses=len(data.positions),
         rows=len(data.states.values),
-        vocabulary=len(data.head.weight.values),
+        vocabulary=len(data.head.weight),
         target=target,
         truncation=truncation,
         sampling=sampling,
@@ -156,39 +155,21 @@ def _usable(cache: Cache) -> Cache:
     return cache
 
 
-def _sampled(cache: Cache, size: int) -> TokenData:
+def _sampled(cache: Cache, size: int) -> TokenStore:
     """The token rows of `size` responses."""
     count = cache.manifest.n_responses
     chosen = np.unique(np.linspace(0, count - 1, min(count, size)).astype(np.int64))
-    response: list[NDArray[np.int32]] = []
-    known: list[NDArray[np.float32]] = []
-    states: list[Tensor] = []
-    tail_means: list[Tensor] = []
-    for rows in cache.token_shards():
-        own = np.isin(rows.response, chosen)
-        response.append(rows.response[own])
-        logits = facts(
-            rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits
-        )
-        known.append(logits[own])
-        states.append(to_tensor(rows.states[own]))
-        if rows.tail_means is not None:
-            tail_means.append(to_tensor(rows.tail_means[own]))
-    head = lm_head_tensors(cache)
-    kept = np.concatenate(response)
-    table = positions_by_response(cache, kept)[chosen]
-    return TokenData(
-        states=States(torch.cat(states)),
-        facts=States(torch.from_numpy(np.concatenate(known))),
-        tail_means=States(torch.cat(tail_means)) if tail_means else None,
-        head=LmHead.of(head, States(head["weight"])),
-        starts=np.append(table["start"].to_numpy(), len(kept)),
-        positions=table["positions"].to_numpy(),
-        S=table["S"].to_numpy(),
+    shards = [rows.take(np.isin(rows.response, chosen)) for rows in cache.token_shards()]
+    data = in_memory(cache, TokenTable.joined(shards))
+    return replace(
+        data,
+        starts=np.append(data.starts[chosen], data.starts[-1]),
+        positions=data.positions[chosen],
+        S=data.S[chosen],
     )
 
 
-def _shifts(data: TokenData, drift: float) -> Tensor:
+def _shifts(data: TokenStore, drift: float) -> Tensor:
     """Shifts δ float32 [N, d] of all rows: up·down·h, Gaussian up and down, of this mean drift."""
     X, width = data.states.values.double(), data.states.width
     owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % _ADAPTERS
@@ -220,23 +201,20 @@ def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Ch
     """
     X, shifts = X.double(), shifts.double()
     points = torch.cat([X[None], X + shifts])
-    z = torch.empty(*points.shape[:2], len(head.weight.values), dtype=torch.float64)
+    z = torch.empty(*points.shape[:2], len(head.weight), dtype=torch.float64)
     for part, words, bias in _vocabulary(head):
-        z[..., part] = (points @ words.T + bias) * head.scale
-    if head.softcap is not None:
-        z.div_(head.softcap).tanh_().mul_(head.softcap)
-    normaliser = z.logsumexp(-1, keepdim=True)
+        z[..., part] = points @ words.T + bias
+    normaliser = head.capped_(z).logsumexp(-1, keepdim=True)
     log_p = z.sub_(normaliser)
     before, after = log_p[0], log_p[1:]
 
-    def slopes(log_p: Tensor) -> Tensor:
-        share = (log_p + normaliser[1:]) / (head.softcap or torch.inf)
-        return head.scale * (1 - share.square())
+    def slopes(log_p: Tensor) -> Tensor | float:
+        return head.slopes(log_p + normaliser[1:])
 
     own = after.gather(2, target[None, :, None].expand(len(shifts), -1, 1))
     kl = torch.zeros_like(own[..., 0])
     kl_gradient = torch.zeros_like(shifts)
-    change_gradient = slopes(own) * head.weight.take(target).double()
+    change_gradient = (slopes(own) * head.weight[target].double()).expand_as(shifts).clone()
     for part, words, _ in _vocabulary(head):
         p, moved_p, slope = before[:, part].exp(), after[..., part].exp(), slopes(after[..., part])
         kl += (p * (before[:, part] - after[..., part])).sum(-1)
@@ -248,15 +226,14 @@ def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Ch
 
 def _vocabulary(head: LmHead) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Parts of it: their places, vectors [n, d] and biases [n], float64."""
-    values = head.weight.values
-    bias = values.new_zeros(len(values)) if head.bias is None else head.bias
-    for first in range(0, len(values), _VOCABULARY_BLOCK):
+    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+    for first in range(0, len(head.weight), _VOCABULARY_BLOCK):
         part = slice(first, first + _VOCABULARY_BLOCK)
-        yield part, values[part].double(), bias[part].double()
+        yield part, head.weight[part].double(), bias[part].double()
 
 
 def _estimated_changes(
-    data: TokenData, responses: Tensor, top_k: int, shifts: Tensor
+    data: TokenStore, responses: Tensor, top_k: int, shifts: Tensor
 ) -> tuple[Changes, Tensor]:
     """The same as training estimates it, and the tails' probabilities [n].
 
@@ -276,7 +253,7 @@ def _estimated_changes(
     return Changes(*map(torch.stack, zip(*columns, strict=True))), tokens.log_p[:, -1].exp()
 
 
-def _compare(data: TokenData, shifts: Tensor) -> tuple[Tensor, tuple[TruncationError, ...]]:
+def _compare(data: TokenStore, shifts: Tensor) -> tuple[Tensor, tuple[TruncationError, ...]]:
     """Exact ℓ̃ - ℓ [D, N] of all rows, and what truncating costs. shifts: [D, N, d]."""
     readings = [
         (top_k, held)
@@ -287,12 +264,12 @@ def _compare(data: TokenData, shifts: Tensor) -> tuple[Tensor, tuple[TruncationE
     squares = torch.zeros(len(readings), len(shifts), 4, dtype=torch.float64)
     sizes = torch.zeros(len(shifts), 4, dtype=torch.float64)
     tails: list[list[Tensor]] = [[] for _ in readings]
-    row_bytes = 8 * len(data.head.weight.values)
+    row_bytes = 8 * len(data.head.weight)
     at_once = max(1, _LOGIT_BYTES // (row_bytes * int(np.diff(data.starts).max())))
     for responses in torch.arange(len(data.positions)).split(at_once):
         rows = slice(*data.starts[[int(responses[0]), int(responses[-1]) + 1]].tolist())
         X, own = data.states.values[rows], shifts[:, rows]
-        target = data.facts.values[rows, :1].contiguous().view(torch.int32)[:, 0].long()
+        target = data.token_matrix.values[rows, :1].contiguous().view(torch.int32)[:, 0].long()
         exact = exact_changes(data.head, X, target, own)
         changes.append(exact.change)
         sizes += _squares(exact)
@@ -323,7 +300,7 @@ def _squares(changes: Changes, exact: Changes | None = None) -> Tensor:
 
 
 def sampling_error(
-    data: TokenData, change: Tensor, token_rows: int
+    data: TokenStore, change: Tensor, token_rows: int
 ) -> tuple[float | None, float | None]:
     """`SamplingError`: nats, and relative. change: float64 [N], ℓ̃ - ℓ of all rows.
 

@@ -19,6 +19,7 @@ from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
 from embrm.extraction import engine
+from embrm.lm.head import LmHead
 from embrm.studies.estimators import measure as estimators
 from embrm.studies.estimators.measure import (
     DRIFTS,
@@ -30,7 +31,7 @@ from embrm.studies.estimators.measure import (
     sampling_error,
 )
 from embrm.training.states import States
-from embrm.training.tokens import LmHead, TokenData
+from embrm.training.tokens import TokenStore
 
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 
@@ -39,7 +40,7 @@ VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 class Made:
     """A language model's head, and what `make` cached of it."""
 
-    head: engine.LmHead
+    head: LmHead
     states: Tensor
     targets: Tensor
 
@@ -58,7 +59,7 @@ def make(
     random = torch.Generator().manual_seed(5)
     weight = torch.randn(VOCABULARY, WIDTH, generator=random)
     bias = torch.randn(VOCABULARY, generator=random) / 3
-    head = engine.LmHead(weight, bias, 0.6, softcap)
+    head = LmHead(weight, bias, 0.6, softcap)
     n_response = np.arange(3, 3 + RESPONSES, dtype=np.int32)
     n_prompt = np.where(np.arange(RESPONSES) == 2, 0, 5).astype(np.int32)
     counts = np.minimum(n_response - (n_prompt == 0), rows)
@@ -136,7 +137,7 @@ def test_exact_changes_are_those_of_a_dense_softmax(
     weight, bias = torch.randn(20, 5, generator=random), torch.randn(20, generator=random)
     X, shifts = torch.randn(6, 5, generator=random), torch.randn(2, 6, 5, generator=random)
     target = torch.randint(20, (6,), generator=random)
-    found = exact_changes(LmHead(States(weight), bias, 0.7, softcap), X, target, shifts)
+    found = exact_changes(LmHead(weight, bias, 0.7, softcap), X, target, shifts)
 
     def log_p(states: Tensor) -> Tensor:
         z = 0.7 * (states @ weight.double().T + bias.double())
@@ -265,14 +266,15 @@ def test_shifts_have_their_drift_and_rank(tmp_path: Path, drift: float) -> None:
     torch.testing.assert_close(data.states.values[own] @ found.solution, shifts[own])
 
 
-def token_data(parts: list[list[float]], positions: list[int]) -> tuple[TokenData, Tensor]:
+def token_data(parts: list[list[float]], positions: list[int]) -> tuple[TokenStore, Tensor]:
     """As much as `sampling_error` reads: the rows of each response, and ℓ̃ - ℓ there."""
     nothing = States(torch.zeros(0, 1))
-    data = TokenData(
+    data = TokenStore(
         states=nothing,
-        facts=nothing,
+        token_matrix=nothing,
         tail_means=None,
-        head=LmHead(nothing),
+        head=LmHead(nothing.values),
+        weight_rows=nothing,
         starts=np.cumsum([0, *map(len, parts)]),
         positions=np.array(positions),
         S=np.zeros(len(parts)),
@@ -411,7 +413,7 @@ def test_a_sample_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     make(tmp_path)
     real = estimators._sampled
 
-    def emptied(cache: Any, size: int) -> TokenData:
+    def emptied(cache: Any, size: int) -> TokenStore:
         data = real(cache, size)
         return replace(data, states=States(data.states.values[:0]))
 
