@@ -1,4 +1,4 @@
-"""The minibatches of a sweep, cut into what each process reads at a time."""
+"""The minibatches of a sweep, cut into the micro-batches that each process reads at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from embrm.core.streams import stream
 from embrm.extraction.engine import predicting_positions
-from embrm.finetuning.contrast import ViewMasks
+from embrm.finetuning.dropout import ViewMasks
 from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec
 from embrm.training.objectives import Pairs
@@ -20,12 +20,12 @@ from embrm.training.regularizers import Regularizer
 
 
 @dataclass(frozen=True)
-class Within:
-    """Where a micro-batch is, for losses that see its whole minibatch.
+class MinibatchPlace:
+    """Where a micro-batch lies in its minibatch, for losses of the whole minibatch.
 
-    epoch: from 1; minibatch: its number in the epoch; places: int64 [2b], of the responses among
-    the 2·size of the minibatch, chosen first; distinct: int64 [m], one place of each distinct
-    response among these.
+    epoch: from 1. minibatch: its number in the epoch, from 0. places: int64 [2b], the places of
+    the micro-batch's responses among the 2·size of the minibatch, where the chosen ones come
+    first. distinct: int64 [m], one place in the minibatch of each of its distinct responses.
     """
 
     epoch: int
@@ -35,26 +35,26 @@ class Within:
 
 
 @dataclass(frozen=True)
-class Micro:
-    """Pairs of one forward step on one device.
+class MicroBatch:
+    """The pairs of one forward step on one device.
 
-    pairs: int64 [b], numbers of pairs; share: their part of the minibatch's `size` pairs, which is
-    0 where there was nothing left for this process, and one pair stands in; kept: the head's
-    dropout masks [2b, width], of the chosen, then of the rejected.
+    pairs: int64 [b], numbers of pairs. share: b / size, the part of the minibatch's `size` pairs;
+    it is 0 where no pair was left for this process, which then reads one pair for form's sake.
+    kept: the head's dropout masks float32 [2b, width], of the chosen, then the rejected responses.
     """
 
     pairs: Tensor
     share: float
     size: int
     kept: list[Tensor]
-    within: Within
+    within: MinibatchPlace
 
 
 class Minibatches:
-    """A batch sampler: the micro-batches of one process in an epoch, by `set_epoch`.
+    """A batch sampler of the micro-batches that one process reads in an epoch.
 
-    Whatever the number of processes and the size of a micro-batch, a minibatch has the pairs and
-    the dropout masks of the sweep's.
+    A minibatch has the pairs and the head's dropout masks of the sweep's minibatch, whatever the
+    number of processes and the size of a micro-batch.
     """
 
     def __init__(
@@ -70,8 +70,10 @@ class Minibatches:
         processes: int,
         lengths: Tensor | None = None,
     ) -> None:
-        """lengths: int64 [N], tokens of each pair's longer text: a minibatch is then cut into
-        micro-batches of like length, the longest first, for less padding."""
+        """batch, micro: pairs of a minibatch and of a micro-batch. process: this one's number among
+        `processes`. lengths: int64 [N], tokens of the longer text of each pair; if given, a
+        minibatch is cut into micro-batches of similar length, the longest first, to pad less.
+        """
         self._pairs, self._order, self._head, self._seed = pairs, order, head, seed
         self._lengths = lengths
         self._batch, self._micro = batch, micro
@@ -79,12 +81,12 @@ class Minibatches:
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch to read next, from 0."""
+        """Choose the epoch to read next, from 0."""
         self._epoch = epoch
 
     @property
     def turns(self) -> int:
-        """Micro-batches of a whole minibatch on each process."""
+        """Number of micro-batches that each process reads of a whole minibatch."""
         return self._turns(self._batch)
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class Minibatches:
     def _turns(self, size: int) -> int:
         return -(-size // (self._micro * self._processes))
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         chosen, rejected = self._pairs.chosen, self._pairs.rejected
         dropout = stream(self._seed, "dropout", self._epoch + 1)
         minibatches = self._order.minibatches(self._epoch + 1, self._batch)
@@ -119,12 +121,12 @@ class Minibatches:
                     own = torch.zeros(1, dtype=torch.int64)
                 ends = torch.cat([own, own + size])
                 of_own = [mask[places[ends]] for mask in kept]
-                within = Within(self._epoch + 1, number, ends, distinct)
-                yield Micro(some[own], share, size, of_own, within)
+                within = MinibatchPlace(self._epoch + 1, number, ends, distinct)
+                yield MicroBatch(some[own], share, size, of_own, within)
 
 
 class PairTokens(Dataset[dict[str, Any]]):
-    """What a forward step reads of a `Micro`; see `__getitems__`."""
+    """A data set whose items are the inputs of a forward step; see `__getitems__`."""
 
     def __init__(
         self,
@@ -134,10 +136,13 @@ class PairTokens(Dataset[dict[str, Any]]):
         S: Tensor | None = None,
         view_masks: ViewMasks | None = None,
     ) -> None:
-        """regularizer: a grm-*, whose log-probabilities are wanted; S: the reference's, [all].
-        view_masks: for two views of every response."""
+        """encoded: the texts of all responses, which the rows of `pairs` index.
+
+        regularizer: of kind grm-*, for which log-probabilities are computed; S: float32 [all], the
+        reference model's. view_masks: of a run with SimCSE, for two views of every response.
+        """
         self._encoded, self._pairs = encoded, pairs
-        self._weight = pairs.weight / pairs.weight.mean()  # as in a sweep
+        self._weight = pairs.weight / pairs.weight.mean()  # as a sweep normalizes them
         self._regularizer, self._S = regularizer, S
         self._view_masks = view_masks
 
@@ -147,9 +152,13 @@ class PairTokens(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitems__(self, micro: Micro) -> dict[str, Any]:
-        """`text`: what `RewardModel.forward` takes, of the chosen, then of the rejected; `pairs`:
-        what `StepLoss` takes; the minibatch's share and size; and `within`, places and distinct."""
+    def __getitems__(self, micro: MicroBatch) -> dict[str, Any]:
+        """Return the inputs of a micro-batch's forward step.
+
+        `text`: the arguments of `RewardModel.forward`, for the chosen, then the rejected responses.
+        `pairs`: the keyword arguments of `StepLoss`. `share`, `size`: of the micro-batch. `within`:
+        places and distinct, as of `MinibatchPlace`.
+        """
         pairs, some = self._pairs, micro.pairs
         rows = torch.cat([pairs.chosen[some], pairs.rejected[some]])
         label = pairs.label[some]
@@ -181,7 +190,10 @@ class PairTokens(Dataset[dict[str, Any]]):
 
 
 def pad_texts(encoded: Sequence[Encoded], weighed: Sequence[bool] | None = None) -> dict[str, Any]:
-    """What `RewardModel.forward` takes of some responses; weighed: those whose S is wanted."""
+    """Return the arguments of `RewardModel.forward` for some responses, padded on the right.
+
+    weighed: for each response, whether its log-probability S is wanted.
+    """
     length = max(len(entry.ids) for entry in encoded)
     ids = np.zeros((len(encoded), length), dtype=np.int64)
     for padded, entry in zip(ids, encoded, strict=True):

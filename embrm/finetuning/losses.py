@@ -1,4 +1,4 @@
-"""A run's loss, as a sum over the micro-batches of a minibatch: exact however it is cut."""
+"""The loss of a run, as a sum over the micro-batches of a minibatch: exact however it is cut."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,22 @@ from embrm.training.regularizers import grm
 
 
 class StepLoss:
-    """What a sweep minimises, of one run; GRM's R is exact here.
+    """The loss that a sweep minimises, for one run; R of grm-* is computed exactly.
 
     A minibatch's loss is a mean over its pairs, hence the sum of its micro-batches' means times
-    their shares; but λ·B_ref·r̄² of bsr is not, r̄ being a mean over all of them. With r̄ known
-    beforehand, λ·B_ref·r̄·(2·r̄ₖ - r̄), r̄ₖ the micro-batch's own mean, has this sum and, r̄ taken
-    as a constant, the gradient of the whole: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄². So it is with SimCSE, once
-    the minibatch's features are known: see `embrm.finetuning.contrast`.
+    their shares. The BSR penalty λ·B_ref·r̄² is not, since r̄ is a mean over the whole minibatch.
+    But if r̄ is known beforehand and taken as a constant, λ·B_ref·r̄·(2·r̄ₖ - r̄), where r̄ₖ is the
+    micro-batch's own mean, sums to the penalty and has its gradient: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄².
+    SimCSE is treated in the same way; see `embrm.finetuning.contrast`.
     """
 
     def __init__(
         self, run: FinetuneRun, batch: int, *, soft_labels: bool, bsr_of: int | None = None
     ) -> None:
-        """batch: pairs of a minibatch; bsr_of: pairs of a micro-batch, where r̄ is its own mean."""
+        """batch: pairs of a minibatch. bsr_of: pairs of a micro-batch, if r̄ is its mean instead.
+
+        `needs_mean` says whether a call needs the mean reward of the minibatch.
+        """
         self.needs_mean = run.bsr > 0 and bsr_of is None
         objective = run
         if self.needs_mean:
@@ -51,13 +54,14 @@ class StepLoss:
         mean_reward: Tensor | None = None,
         contrast: Contrast | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss and R of a micro-batch, before its share.
+        """Return the mean loss and R of a micro-batch of b pairs, not yet times its share.
 
-        r: float32 [2b], rewards of the chosen, then of the rejected; S: those log-probabilities
-        that R depends on, reference: theirs under the reference; numbers: int64 [b] twice, which
-        of them are the chosen's and the rejected's; squares: the head's ‖parameters‖²;
-        mean_reward: r̄ of the minibatch, where `needs_mean`; features: float32 [2, 2b, d], of two
-        views, where the run has simcse, and contrast: what L_cl asks of them.
+        r: float32 [2b], rewards of the chosen, then the rejected responses. squares: the head's
+        ‖parameters‖². label, weight, margin: float32 [b]. mean_reward: r̄ of the minibatch, if
+        `needs_mean`. For grm-*: S, float32 [k], log-probabilities of the k responses that R depends
+        on; reference: theirs under the reference model; numbers: int64 [b] twice, which of the k
+        are the chosen and the rejected responses of the pairs. For SimCSE: features, float32
+        [2, 2b, d], of two views, and contrast, the value and gradient of L_cl.
         """
         if self._bank is None:
             self._bank = ObjectiveBank(

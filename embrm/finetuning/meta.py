@@ -1,8 +1,8 @@
-"""MetaRM: look ahead to where the model tells unlabelled responses apart, and learn there.
+"""MetaRM: the gradient is taken at weights that tell unlabelled responses apart better.
 
-θ' = θ + η·∇J(θ), then a step of θ along -∇L(θ') (arXiv 2401.06080): first order, for the gradient
-is taken with respect to θ'. J = (2/k²)·Σ_{i<j} sigmoid(|r(x, s_i) - r(x, s_j)|) of k responses s to
-a prompt x, a mean over prompts.
+θ' = θ + η·∇J(θ), then an optimizer step of θ along -∇L(θ') (arXiv 2401.06080). This is first order:
+the gradient is taken with respect to θ'. J = (2/k²)·Σ_{i<j} sigmoid(|r(x, s_i) - r(x, s_j)|) for k
+responses s to a prompt x, averaged over prompts.
 """
 
 from collections.abc import Sequence
@@ -20,28 +20,29 @@ from embrm.core.streams import stream
 
 
 class MetaSpec(Spec):
-    """The look ahead of every step; gold scores are not read."""
+    """The look-ahead before every step. Gold scores of the responses are not used."""
 
     split: str
-    """A split of groups, several responses to a prompt, that is not trained on."""
+    """A split with groups (several responses to a prompt) that is not trained on."""
     eta: float = Field(gt=0)
-    """η: the length of the look ahead is η·‖∇J‖."""
+    """η: the weights move by η·∇J."""
     responses: int = Field(default=4, ge=2)
-    """k: how many of a prompt's responses are drawn for a step."""
+    """k: how many responses to a prompt are drawn for a step."""
     prompts: int = Field(default=4, gt=0)
     """How many prompts are drawn for a step."""
 
 
 class UnlabelledGroups:
-    """Unlabelled responses, of which every step draws some."""
+    """Groups of unlabelled responses, from which every step draws some."""
 
     def __init__(self, asked: MetaSpec, rows: Sequence[NDArray[np.int64]], seed: int) -> None:
-        """rows: int64 [at least asked.responses], responses to each of asked.prompts or more."""
+        """rows: the responses to each prompt, as `group_rows` returns them."""
         self.eta = asked.eta
         self._asked, self._rows, self._seed = asked, rows, seed
 
     def draw(self, step: int) -> NDArray[np.int64]:
-        """int64 [prompts, responses], without replacement, by the seed and the step alone."""
+        """Draw responses int64 [prompts, responses] without replacement; the draw depends on the
+        seed and the step only."""
         random = stream(self._seed, "meta", step)
         prompts = random.choice(len(self._rows), self._asked.prompts, replace=False)
         drawn = [
@@ -54,10 +55,11 @@ class UnlabelledGroups:
 def group_rows(
     members: pl.DataFrame, asked: MetaSpec, train: Sequence[str]
 ) -> list[NDArray[np.int64]]:
-    """The distinct responses to every prompt of asked.split that has enough of them.
+    """Return the distinct responses, int64, to every prompt of asked.split that has enough.
 
-    members: a cache's; train: splits that are trained on.
-    Raises: UserError when the split is trained on, has no groups, or too few or too small ones.
+    members: the columns split, prompt_id and response of a cache's groups. train: the splits that
+    are trained on.
+    Raises: UserError when the split is trained on, has no groups, or has too few or too small ones.
     """
     found = f"metarm.split = {asked.split!r}"
     if asked.split in train:
@@ -84,7 +86,7 @@ def group_rows(
 
 
 def discrimination(r: Tensor) -> Tensor:
-    """J of every prompt, [n], of the rewards [n, k] of its responses."""
+    """Return J of each of n prompts, [n], given the rewards [n, k] of its responses."""
     k = r.shape[1]
     first, second = torch.triu_indices(k, k, 1, device=r.device)
     return 2 / k**2 * (r[:, first] - r[:, second]).abs().sigmoid().sum(1)

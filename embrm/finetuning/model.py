@@ -1,8 +1,7 @@
-"""A causal language model with a reward head: what is trained, stored and read again."""
+"""A causal language model with a reward head, which is trained, stored and loaded again."""
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from embrm.core.errors import UserError
+from embrm.finetuning.dropout import apply_masks, switch_off_dropout
 from embrm.finetuning.spec import LoraSpec, Tune
 from embrm.lm.head import LmHead
 from embrm.lm.likelihood import log_probabilities
@@ -23,31 +22,35 @@ from embrm.training.heads import HeadSpec, Parameters, initialise, rewards
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class Head(nn.Module):
-    """A reward head of `embrm.training.heads`, one slot of a bank."""
+class HeadModule(nn.Module):
+    """The parameters of one reward head of `embrm.training.heads`, as a torch module."""
 
     def __init__(self, parameters: Parameters) -> None:
-        """parameters: each [1, ...], of a head without an adapter."""
+        """parameters: a bank of one slot, each tensor [1, ...]. Names keep their dots."""
         super().__init__()
-        layers = sum(name.startswith("hidden.") for name in parameters) // 2
-
-        def of(layer: str, *names: str) -> nn.ParameterDict:
-            return nn.ParameterDict({name: parameters[f"{layer}.{name}"][0] for name in names})
-
-        self.hidden = nn.ModuleList(of(f"hidden.{i}", "weight", "bias") for i in range(layers))
-        self.output = of("output", "weight")
+        for name, tensor in parameters.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, nn.Parameter(tensor[0]))
 
     def bank(self) -> Parameters:
-        """The parameters as a bank of one slot."""
+        """Return the parameters as a bank of one slot."""
         return {name: tensor[None] for name, tensor in self.named_parameters()}
 
     def forward(self, states: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
-        """Rewards float32 [n] of states [n, d]; kept: see `heads.rewards`."""
+        """Return rewards float32 [n] of states float32 [n, d]; kept: as in `heads.rewards`."""
         return rewards(self.bank(), states, kept)[0]
 
 
 class RewardModel(nn.Module):
-    """backbone → state of the final position → head; for GRM also backbone → LM head → S."""
+    """A backbone, and a reward head on its state at the final position of a text.
+
+    For GRM the LM head is kept too, which gives S, the log-probability of the response.
+    """
 
     def __init__(
         self,
@@ -58,18 +61,19 @@ class RewardModel(nn.Module):
         lora: LoraSpec | None = None,
         with_S: bool = False,
     ) -> None:
-        """causal: a transformers causal LM, whose modules are used and changed.
+        """causal: a transformers causal LM; its modules become this model's and are changed.
 
-        tune: what is trained beside the head. with_S: whether log-probabilities are wanted.
+        tune: which weights are trained beside the head. with_S: whether S is wanted.
         """
         super().__init__()
         self.backbone = causal.base_model
-        self.head = Head(head)
+        self.head = HeadModule(head)
         self.tune = tune
         own = LmHead.from_model(causal)
         self._scale, self._softcap = own.scale, own.softcap
         of_backbone = {id(parameter) for parameter in self.backbone.parameters()}
-        # A tied weight is the backbone's: read through it, so that a state dict has it once.
+        # A tied weight belongs to the backbone and is read from there, so that it is in the state
+        # dict once.
         self._tied = id(own.weight) in of_backbone
         self.lm_head = nn.ParameterDict()
         if with_S:
@@ -78,11 +82,11 @@ class RewardModel(nn.Module):
                 if tensor is not None and id(tensor) not in of_backbone:
                     self.lm_head[name] = tensor
         self._embeddings = self.backbone.get_input_embeddings
-        # The layers that accelerate shards one by one, if it is not told which.
+        # accelerate shards these layers one by one, unless it is told which.
         self._no_split_modules = self.backbone._no_split_modules
-        _switch_off_dropout(self.backbone)
+        switch_off_dropout(self.backbone)
         self._masks: list[Tensor] = []
-        self.sites = _drop_by(self._masks, self.backbone)
+        self.sites = apply_masks(self._masks, self.backbone)
         self.backbone.requires_grad_(tune == "full")
         self.lm_head.requires_grad_(tune == "full")
         if tune == "lora":
@@ -91,14 +95,14 @@ class RewardModel(nn.Module):
             self.backbone.eval()
 
     def train(self, mode: bool = True) -> "RewardModel":
-        """As of any module; a frozen backbone stays in evaluation mode."""
+        """Set training mode as for any module, but keep a frozen backbone in evaluation mode."""
         super().train(mode)
         if self.tune == "frozen":
             self.backbone.eval()
         return self
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """What transformers' Trainer calls where it is asked for."""
+        """Switch gradient checkpointing on; transformers' Trainer calls this if asked to."""
         options = {name: options[name] for name in options if name.endswith("_kwargs")}
         self.backbone.gradient_checkpointing_enable(**options)
 
@@ -112,18 +116,23 @@ class RewardModel(nn.Module):
         counts: Sequence[int] = (),
         masks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Of n texts int64 [n, length], padded on the right: their rewards float32 [n]; log-
-        probabilities float32 [len(counts)], where asked for; the head's ‖parameters‖²; and with
-        masks float32 [sites, 2, n, d] the pooled states of two views float32 [2, n, d], of which
-        rewards and log-probabilities are the first's.
+        """Return rewards, log-probabilities S, the head's squared norm, and features of n texts.
 
-        final: int64 [n], the positions that are pooled. kept: dropout masks of the head. counts:
-        how many of predicting and targets are each response's; predicting: int64 [t], places among
-        all n·length states, of those that predict the tokens targets int64 [t].
+        ids: int64 [n, length], padded on the right. final: int64 [n], the positions whose states
+        the head reads. kept: the head's dropout masks. For S: predicting, int64 [t], places among
+        all n·length states of those that predict the tokens targets, int64 [t]; counts: how many
+        of these belong to each response. masks: float32 [sites, 2, n, d], for two views of every
+        text; rewards and S are then those of the first view.
 
-        No mask is passed: see `TransformersEngine.hidden`.
+        Returns rewards float32 [n]; S float32 [len(counts)], or None without `predicting`;
+        ‖parameters‖² of the head; and the states of both views float32 [2, n, d], or None without
+        masks.
+
+        No attention mask is passed: under causal attention padding on the right cannot change the
+        positions before it.
         """
-        # Kept until the next forward step: gradient checkpointing drops again, and alike.
+        # The masks stay until the next forward step: gradient checkpointing runs the layers again
+        # in the backward step, and must drop the same components.
         self._masks[:] = () if masks is None else masks.flatten(1, 2)[:, :, None]
         if masks is not None:
             ids = ids.repeat(2, 1)
@@ -138,7 +147,7 @@ class RewardModel(nn.Module):
             views = states.unflatten(0, (2, -1))
             features, states = views[:, places, final].float(), views[0]
         with torch.autocast(ids.device.type, enabled=False):
-            # No view, of which fully_shard warns.
+            # A copy, because fully_shard warns of outputs that are views.
             found = self.head(states[places, final].float(), kept).clone()
             squares = torch.stack([tensor.square().sum() for tensor in self.head.parameters()])
         S = None
@@ -149,13 +158,14 @@ class RewardModel(nn.Module):
         return found, S, squares.sum(), features
 
     def pooled(self, ids: Tensor, final: Tensor) -> Tensor:
-        """The states that the head reads, float32 [n, d]: see `forward`."""
+        """Return the states that the head reads, float32 [n, d]; arguments as of `forward`."""
         return self._states(ids)[torch.arange(len(final), device=ids.device), final].float()
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What defines the tuned model beside its base: float32 tensors on the CPU.
+        """Return the tensors that define the tuned model given its base model, in float32 on the
+        CPU.
 
-        state: its state dict, gathered where its weights are sharded.
+        state: the model's state dict, with whole weights if they are sharded.
         """
         tensors = {name: state[name][None] for name in state if name.startswith("head.")}
         if self.tune == "full":
@@ -179,19 +189,20 @@ class RewardModel(nn.Module):
 def new_model(
     causal: Any, head: HeadSpec, seed: int, tune: Tune, lora: LoraSpec, *, with_S: bool
 ) -> RewardModel:
-    """The model that a run begins with; the head's weights are those of a sweep's run."""
+    """Create the model that a run begins with; its head begins as in a sweep with this seed."""
     width = LmHead.from_model(causal).weight.shape[1]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of LoRA's matrices
+        torch.manual_seed(seed)  # peft draws LoRA's matrices from torch's own generator
         return RewardModel(
             causal, initialise(head, width, seed), tune=tune, lora=lora, with_S=with_S
         )
 
 
 def load_tuned(path: Path, causal: Any) -> tuple[RewardModel, dict[str, Any]]:
-    """A stored model for evaluation, and its header; causal: the base model, in float32.
+    """Load a stored model for evaluation, with the header of its file.
 
-    Raises: UserError when the file is damaged, or of another model.
+    causal: the base model, in float32; it is changed.
+    Raises: UserError when the file is damaged, or the weights are of another model.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -220,41 +231,6 @@ def load_tuned(path: Path, causal: Any) -> tuple[RewardModel, dict[str, Any]]:
     return model.eval(), header
 
 
-def _switch_off_dropout(backbone: nn.Module) -> None:
-    """Dropout is a module's, or a number that attention reads."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def _drop_by(masks: list[Tensor], backbone: nn.Module) -> int:
-    """Have the backbone drop by masks [rows, 1, d], one a site, while there are any in the list:
-    x₀ → x₀·m₀, of what enters the first layer, and xₗ → xₗ₋₁ + (xₗ - xₗ₋₁)·mₗ, of what a layer
-    adds. The same for every architecture; returns the number of sites, 0 where it has no layers.
-    """
-
-    def entering(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (args[0] * masks[0], *args[1:]) if masks else None
-
-    def added(site: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not masks:
-            return None
-        after, *rest = output if isinstance(output, tuple) else (output,)
-        after = args[0] + (after - args[0]) * masks[site]
-        return (after, *rest) if isinstance(output, tuple) else after
-
-    layers = [own for own in backbone.modules() if isinstance(own, GradientCheckpointingLayer)]
-    for site, layer in enumerate(layers, start=1):
-        layer.register_forward_hook(partial(added, site))
-    if layers:
-        layers[0].register_forward_pre_hook(entering)
-        return len(layers) + 1
-    return 0
-
-
 def _add_lora(backbone: nn.Module, lora: LoraSpec) -> None:
     names = {name.rpartition(".")[2] for name, _ in backbone.named_modules()}
     unknown = sorted(set(lora.targets) - names)
@@ -273,7 +249,7 @@ def _add_lora(backbone: nn.Module, lora: LoraSpec) -> None:
 
 
 def _merged(backbone: nn.Module) -> list[tuple[str, Tensor]]:
-    """Weights that adapters have changed, under the names they had before."""
+    """The weights that have adapters, merged with them, under their names in the base model."""
     return [
         (f"{name}.weight", module.get_base_layer().weight + module.get_delta_weight("default"))
         for name, module in backbone.named_modules()

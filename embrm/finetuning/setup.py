@@ -15,7 +15,7 @@ from embrm.cache.tensors import torch_dtype
 from embrm.core.errors import UserError
 from embrm.core.progress import Progress
 from embrm.finetuning.batches import Minibatches, PairTokens
-from embrm.finetuning.contrast import ViewMasks
+from embrm.finetuning.dropout import ViewMasks
 from embrm.finetuning.inputs import FinetuneInputs, run_spec
 from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.meta import UnlabelledGroups

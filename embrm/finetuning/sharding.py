@@ -1,4 +1,4 @@
-"""Weights in parts on several devices, by accelerate: what a fine-tune can be trained under."""
+"""Weights sharded over several devices by accelerate: which ways a fine-tune supports."""
 
 import os
 from collections.abc import Mapping
@@ -8,22 +8,24 @@ from accelerate.utils import parse_flag_from_env
 from embrm.core.errors import UserError
 from embrm.finetuning.spec import FinetuneRun, Tune
 
-_NOT_HERE = {
+_UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""What accelerate offers beside FSDP, by the variables it is passed on in."""
+"""Ways of accelerate beside FSDP, by the environment variable that switches each on."""
 
 
 def check_sharding(runs: Mapping[str, FinetuneRun], tune: Tune, where: str) -> None:
-    """Raises: UserError when accelerate was told to share weights in a way that `runs`, by name,
-    cannot be trained in."""
-    for variable, kind in _NOT_HERE.items():
+    """Refuse a launch under which these runs, by name, cannot be trained.
+
+    Raises: UserError when accelerate was told to shard weights in an unsupported way.
+    """
+    for variable, kind in _UNSUPPORTED.items():
         if parse_flag_from_env(variable):
             raise UserError(
-                f"{where}: with {kind} a fine-tune would not read the weights and numbers that it "
-                "needs: launch it with --use_fsdp --fsdp_version 2, or without"
+                f"{where}: with {kind} a fine-tune cannot read whole weights and float32 inputs: "
+                "launch it with --use_fsdp --fsdp_version 2, or without"
             )
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
@@ -52,6 +54,9 @@ def check_sharding(runs: Mapping[str, FinetuneRun], tune: Tune, where: str) -> N
 
 
 def read_everywhere() -> None:
-    """Have every process read the base model. accelerate's default lets the first alone do so, and
-    gives the others random weights; here all of them check and score with a model of their own."""
+    """Make every process load the base model's weights.
+
+    By default accelerate lets the first process load them and gives the others random ones. Here
+    every process checks and scores with a model of its own.
+    """
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

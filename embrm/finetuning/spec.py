@@ -1,4 +1,4 @@
-"""What a fine-tune asks for: a sweep's spec, and how the model itself is trained."""
+"""The spec of a fine-tune: a sweep's spec, and how the model itself is trained."""
 
 from typing import Any, Literal, Self
 
@@ -16,60 +16,63 @@ Tune = Literal["full", "lora", "frozen"]
 
 
 class FinetuneRun(RunSpec):
-    """One run: objective, head and optimisation, as in a sweep, and what needs states that move."""
+    """A run with a sweep's objective, head and optimisation, and objectives of fine-tunes only."""
 
-    # Recorded only where they are set: other runs keep their ids.
+    # Recorded only where they are set, so that other runs keep the ids of older versions.
     simcse: SimcseSpec | None = Field(default=None, exclude_if=lambda found: found is None)
-    """A table: a contrastive loss over two views of the minibatch, see below."""
+    """A table: adds a contrastive loss over two views of the minibatch; see below."""
     metarm: MetaSpec | None = Field(default=None, exclude_if=lambda found: found is None)
-    """A table: gradients are taken ahead of the weights, see below."""
+    """A table: takes gradients at weights that look ahead (MetaRM); see below."""
 
     @model_validator(mode="after")
     def _moves_something(self) -> Self:
-        # Here the states move. What a trained backbone leaves no room for `unfit` names.
+        # Replaces the check of a sweep, which refuses regularizers that need states to move. Here
+        # the backbone moves them; `check_fits` refuses what does not fit a fine-tune.
         return self
 
 
 class LoraSpec(Spec):
-    """Low-rank adapters of the backbone (arXiv 2106.09685), by peft."""
+    """Low-rank adapters of the backbone (arXiv 2106.09685), trained by peft."""
 
     rank: int = Field(default=32, gt=0)
-    """Of every adapter."""
+    """Rank of every adapter."""
     alpha: float = Field(default=64.0, gt=0)
     """An adapter's product is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Before an adapter."""
+    """Dropout probability of an adapter's input."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers that get one; none: q_proj, k_proj, v_proj and o_proj where the
-    model has them, otherwise all."""
+    """Names of the linear layers with adapters. Empty: q_proj, k_proj, v_proj and o_proj, or all
+    linear layers in a model that has none of these."""
 
 
 class FinetuneSpec(SweepSpec):
-    """A fine-tune as its TOML file says it: all that a sweep's says, and the fields below."""
+    """A fine-tune's TOML file: all fields of a sweep's, and those below."""
 
     model: str | None = None
-    """Folder or hub id of the model, where it is no longer where the cache was made."""
+    """Folder or hub id of the model, if it has moved since the cache was made."""
     data: tuple[SourceSpec, ...] | None = Field(default=None, min_length=1)
-    """The datasets, a `[[data]]` table each, where they are no longer where the cache was made."""
+    """The datasets, a `[[data]]` table each, if they have moved since the cache was made."""
     tune: Tune = "full"
-    """full: all weights; lora: low-rank adapters; frozen: the head alone, as a sweep does."""
+    """What is trained. full: all weights; lora: head and low-rank adapters; frozen: the head alone,
+    as in a sweep."""
     lora: LoraSpec = LoraSpec()
-    """A table: see below."""
+    """A table: the adapters of tune = "lora"; see below."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the backbone; its weights are kept in float32 all the same."""
+    """Arithmetic of the backbone, by autocast; its weights stay in float32."""
     micro_pairs: int | None = Field(default=None, gt=0)
-    """Pairs of a forward step on each device; None: all that are the device's of a minibatch."""
+    """Pairs of a forward step on each device. None: the device's whole part of a minibatch."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward step: less memory, about a third more time."""
+    """Recompute activations in the backward step: less memory, about a third more time."""
     max_grad_norm: float | None = Field(default=None, ge=0)
-    """Gradients are scaled down to this norm; 0: never; None: 1, and never where frozen."""
+    """Largest gradient norm, to which larger gradients are scaled down. 0: no limit. None: 1, and
+    no limit with tune = "frozen"."""
     save_steps: int = Field(default=200, gt=0)
-    """A checkpoint to resume from is written every so many steps."""
+    """Steps between checkpoints to resume from."""
     bsr_scope: Literal["batch", "micro"] = "batch"
-    """What r̄ of bsr is a mean over. batch: the whole minibatch, exactly; micro: the pairs of one
-    forward step on one device, as the code of arXiv 2505.07271."""
+    """Pairs that r̄ of bsr is the mean over. batch: the whole minibatch; micro: those of one forward
+    step on one device, as in the code of arXiv 2505.07271."""
     report_to: tuple[str, ...] = ()
-    """Trackers, by transformers' names, such as tensorboard or wandb."""
+    """Experiment trackers, by transformers' names, such as tensorboard or wandb."""
 
     @model_validator(mode="after")
     def _no_field_of_sweeps(self) -> Self:
@@ -85,19 +88,21 @@ class FinetuneSpec(SweepSpec):
 
     @property
     def clip(self) -> float:
-        """Largest norm of a gradient; 0: any."""
+        """Largest gradient norm; 0 for no limit."""
         if self.max_grad_norm is None:
             return 0.0 if self.tune == "frozen" else 1.0
         return self.max_grad_norm
 
     @property
     def as_sweep(self) -> SweepSpec:
-        """The fields that a sweep has."""
+        """The fields that a sweep has too, as a sweep's spec."""
         return SweepSpec(**{name: getattr(self, name) for name in SweepSpec.model_fields})
 
     def identity(self, run: RunSpec) -> dict[str, Any]:
-        """What defines a run's result beside its own fields and the pairs: what changes no more
-        than rounding, such as micro_pairs, is not in it."""
+        """Return what defines a run's result beside its own fields and its pairs, for its id.
+
+        Settings that change a result by rounding only, such as micro_pairs, are left out.
+        """
         settings: dict[str, Any] = {"tune": self.tune, "dtype": self.dtype, "clip": self.clip}
         if self.tune == "lora":
             settings["lora"] = self.lora.model_dump(mode="json")
@@ -108,7 +113,10 @@ class FinetuneSpec(SweepSpec):
 
 
 def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
-    """Raises: UserError when `run`, read from `where`, asks for what cannot be tuned so."""
+    """Refuse a run that a fine-tune of this kind cannot train.
+
+    where: where the run was read from, for the message. Raises: UserError.
+    """
     frozen, regularizer = tune == "frozen", run.active_regularizer
     wrong: list[tuple[bool, str, str]] = [
         (
@@ -168,7 +176,7 @@ def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
 
 
 def micro_pairs(spec: FinetuneSpec, run: RunSpec, processes: int, where: str) -> int:
-    """Pairs of a forward step on each of so many processes.
+    """Return the number of pairs of a forward step on each of `processes` processes.
 
     Raises: UserError when a minibatch does not divide into such steps.
     """

@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 from embrm.core.errors import UserError
 from embrm.finetuning import setup
 from embrm.finetuning.batches import PairTokens, pad_texts
-from embrm.finetuning.contrast import ViewMasks, contrast, info_nce, placed
+from embrm.finetuning.contrast import contrast, info_nce, placed
+from embrm.finetuning.dropout import ViewMasks
 from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.model import RewardModel, new_model
 from embrm.finetuning.run import finetune
@@ -114,7 +115,7 @@ def _textbook(folder: Path, run: FinetuneRun) -> tuple[Tensor, dict[str, Tensor]
     """The same, of one text and one cosine at a time, by formulas written out here."""
     assert run.simcse
     backbone = load_model(folder, dtype="float32", device="cpu").double().base_model
-    w = _model(folder, run).head.output["weight"].detach().double().requires_grad_()
+    w = _model(folder, run).head.get_parameter("output.weight").detach().double().requires_grad_()
     masks = _masks(run).double()
     views = [
         [_state(backbone, ENCODED[row], masks[:, view, ROWS.tolist().index(row)])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embrm.finetuning.batches import Micro, Within
+from embrm.finetuning.batches import MicroBatch, MinibatchPlace
 from embrm.lm.tokens import Encoded
 from embrm.training.objectives import Pairs
 
@@ -46,8 +46,8 @@ ROWS = torch.cat([PREFERENCES.chosen, PREFERENCES.rejected])
 DISTINCT = torch.tensor([ROWS.tolist().index(row) for row in range(12)])
 
 
-def micro(cut: range) -> Micro:
+def micro(cut: range) -> MicroBatch:
     """These pairs of a minibatch of all."""
     places = torch.tensor([*cut, *(place + PAIRS for place in cut)])
-    within = Within(1, 0, places, DISTINCT)
-    return Micro(torch.tensor([*cut]), len(cut) / PAIRS, PAIRS, [], within)
+    within = MinibatchPlace(1, 0, places, DISTINCT)
+    return MicroBatch(torch.tensor([*cut]), len(cut) / PAIRS, PAIRS, [], within)
