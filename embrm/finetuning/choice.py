@@ -1,4 +1,4 @@
-"""Which configurations of a sweep to fine-tune, and what of them a fine-tune takes over."""
+"""The choice of a sweep's configurations to fine-tune, and the settings they keep."""
 
 import json
 import re
@@ -18,20 +18,25 @@ from embrm.sweeps.spec import RunSpec
 from embrm.training.objectives import Objective
 from embrm.training.regularizers import GRM
 
-_HIGHER = ("accuracy", "tau")
-_LOWER = ("nll", "brier", "ece", "nll_calibrated", "brier_calibrated", "ece_calibrated")
-"""Metrics of the ledger that can rank, by which end is best."""
+# Metrics of the ledger that can rank configurations, by which end is the better one.
+_HIGHER_IS_BETTER = ("accuracy", "tau")
+_LOWER_IS_BETTER = (
+    *("nll", "brier", "ece"),
+    *("nll_calibrated", "brier_calibrated", "ece_calibrated"),
+)
 
-_DATA = {"pairs_limit", "label_noise", "labels", "fold"}
-"""Fields of a run beside its objective that say what it learns from."""
+_DATA_FIELDS = {"pairs_limit", "label_noise", "labels", "fold"}
+"""Fields of a run, beside its objective, that choose its training data and labels."""
 
-_COUNTED = re.compile(r"(top|random|spread):(.*)")
+_COUNTED_ENTRY = re.compile(r"(top|random|spread):(.*)")
 
 
 @dataclass(frozen=True)
 class SweepRanking:
-    """Names of a sweep's configurations, best first; ranked_splits: those that `embrm report`
-    averages over."""
+    """The names of a sweep's configurations, best first.
+
+    ranked_splits: the evaluation splits that `embrm report` averages over.
+    """
 
     names: tuple[str, ...]
     ranked_splits: tuple[str, ...]
@@ -39,11 +44,11 @@ class SweepRanking:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to fine-tune.
+    """The configurations to fine-tune.
 
-    matches: best first. excluded: all configurations of the sweep that cannot be. runs: entries
-    for the fine-tune's spec, each a name and what differs from the defaults of `RunSpec`.
-    baseline: the name among them of the sweep's baseline.
+    matches: the chosen configurations, best first. excluded: all configurations of the sweep that
+    cannot be fine-tuned. runs: the entries of the fine-tune's spec, each a name and the fields that
+    differ from the defaults of `RunSpec`. baseline: the entry that stands for the sweep's baseline.
     """
 
     matches: tuple[Match, ...]
@@ -53,13 +58,14 @@ class Choice:
 
 
 def rank(results: Results, rank_by: str | None) -> SweepRanking:
-    """Rank as `embrm report` does, or by METRIC@SPLIT: a column of the ledger, mean over seeds.
+    """Rank a sweep's configurations.
 
-    rank_by: as in `embrm report`, or METRIC@SPLIT. Configurations without a finished run, or for
-    METRIC@SPLIT without a value in one of them, have no rank.
+    rank_by: as in `embrm report`; or METRIC@SPLIT, a column of the ledger, whose mean over seeds
+    ranks. Configurations without a finished run have no rank; nor have, for METRIC@SPLIT, those
+    without a value in one of their runs.
     Raises: UserError when `rank_by` names nothing, or no run has finished.
     """
-    at = rank_by is not None and "@" in rank_by
+    by_column = rank_by is not None and "@" in rank_by
     comparison = compare_runs(
         results.folder.name,
         results.ledger,
@@ -67,15 +73,15 @@ def rank(results: Results, rank_by: str | None) -> SweepRanking:
         results.outcomes,
         results.evaluated,
         results.spec.baseline,
-        None if at else rank_by,
+        None if by_column else rank_by,
     )
     names = comparison.ranking["name"].to_list()
-    if rank_by is not None and at:
+    if rank_by is not None and by_column:
         metric = rank_by.partition("@")[0]
         known = [
             column
             for column in results.ledger.columns
-            if column.partition("@")[0] in (*_HIGHER, *_LOWER) and "@" in column
+            if column.partition("@")[0] in (*_HIGHER_IS_BETTER, *_LOWER_IS_BETTER) and "@" in column
         ]
         if rank_by not in known:
             raise UserError(f"rank_by = {rank_by!r} is no metric@split: {nearest(rank_by, known)}")
@@ -84,23 +90,25 @@ def rank(results: Results, rank_by: str | None) -> SweepRanking:
             .group_by("config")
             .agg(pl.when(pl.col(rank_by).null_count() == 0).then(pl.col(rank_by).mean()))
             .drop_nulls()
-            .sort(rank_by, "config", descending=[metric in _HIGHER, False])
+            .sort(rank_by, "config", descending=[metric in _HIGHER_IS_BETTER, False])
         )
         names = means["config"].to_list()
     return SweepRanking(tuple(names), comparison.ranked_splits)
 
 
 def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
-    """Choose configurations by `wanted`, a list with commas of
+    """Choose configurations to fine-tune by `wanted`, a comma-separated list of
 
-    top:N, the N best; spread:N, N evenly spaced in rank, the best and the last among them;
-    baseline; names; random:N, the N first of those not chosen otherwise, by a hash of their
-    content. top, spread and random pass over configurations that cannot be fine-tuned.
+    - top:N, the N best;
+    - spread:N, N evenly spaced in rank, the best and the last among them;
+    - random:N, N of those that no other entry chose, by a hash of their content;
+    - baseline, the sweep's baseline; and names of configurations.
 
-    Two that differ in nothing that a fine-tune takes over become one run of it, named after the
-    baseline or else the better.
+    top, spread and random skip configurations that cannot be fine-tuned. Configurations that differ
+    only in settings that a fine-tune does not keep become one run, named after the baseline if it
+    is among them, and otherwise after the best.
 
-    Raises: UserError for a wrong list, a baseline that is missing or cannot be fine-tuned, or
+    Raises: UserError for a wrong list, a baseline that is not chosen or cannot be fine-tuned, or
     fewer than two different objectives.
     """
     rows = {
@@ -114,9 +122,11 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
         for name in ranking.names
     }
     ranks = {name: place for place, name in enumerate(ranking.names, start=1)}
-    reasons = {name: reason for name in ranks if (reason := _obstacle(specs[name])) is not None}
+    reasons = {
+        name: reason for name in ranks if (reason := _why_not_tunable(specs[name])) is not None
+    }
     able = [name for name in ranking.names if name not in reasons]
-    chosen = _parse(results, wanted, able, ranks, rows)
+    chosen = _parse_choice(results, wanted, able, ranks, rows)
 
     baseline = results.spec.baseline
     if baseline not in chosen:
@@ -130,7 +140,7 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
             "another baseline"
         )
     taken = sorted((name for name in chosen if name not in reasons), key=ranks.__getitem__)
-    objectives = {name: _objective(specs[name], rows[name]["train_pairs"]) for name in taken}
+    objectives = {name: _kept_fields(specs[name], rows[name]["train_pairs"]) for name in taken}
     full: dict[str, str] = {}
     for name in (baseline, *taken):
         full.setdefault(canonical_json(objectives[name]), name)
@@ -146,7 +156,7 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
             rank=ranks[name],
             by=", ".join(chosen[name]),
             full=full[canonical_json(objectives[name])],
-            left=_left(specs[name]),
+            left=_dropped_settings(specs[name]),
         )
         for name in taken
     )
@@ -160,21 +170,22 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
     )
 
 
-def _parse(
+def _parse_choice(
     results: Results,
     wanted: str,
     able: Sequence[str],
     ranks: dict[str, int],
     rows: dict[str, dict[str, Any]],
 ) -> dict[str, list[str]]:
-    """Configuration → the parts of `wanted` that chose it."""
-    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", wanted)]  # a grid's names hold ","
+    """Each chosen configuration with the entries of `wanted` that chose it."""
+    # A comma in square brackets belongs to the name of a configuration from a grid.
+    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", wanted)]
     chosen: dict[str, list[str]] = {}
-    # Random ones last, wherever they stand: not among the others.
+    # random:N comes last, wherever it stands, because it leaves out what the others chose.
     for part in sorted(parts, key=lambda part: part.startswith("random:")):
-        counted = _COUNTED.fullmatch(part)
+        counted = _COUNTED_ENTRY.fullmatch(part)
         if counted:
-            names = _count(counted[1], counted[2], part, able, chosen, rows)
+            names = _counted(counted[1], counted[2], part, able, chosen, rows)
         elif part == "baseline":
             names = [results.spec.baseline]
         else:
@@ -196,7 +207,7 @@ def _parse(
     return chosen
 
 
-def _count(
+def _counted(
     kind: str,
     number: str,
     part: str,
@@ -204,6 +215,7 @@ def _count(
     chosen: dict[str, list[str]],
     rows: dict[str, dict[str, Any]],
 ) -> list[str]:
+    """The configurations that the entry `part`, which reads kind:number, chooses."""
     if not number.isdecimal() or int(number) == 0:
         raise UserError(f"--runs: {part!r}: write a number of at least 1, such as {kind}:4")
     count = int(number)
@@ -220,8 +232,8 @@ def _count(
     return list(able[:count])
 
 
-def _obstacle(spec: RunSpec) -> str | None:
-    """Why a fine-tune cannot do what this configuration does."""
+def _why_not_tunable(spec: RunSpec) -> str | None:
+    """Why a fine-tune cannot train this configuration, or None if it can."""
     regularizer = spec.active_regularizer
     if spec.state != "last":
         return f"state = {spec.state!r}: a fine-tune reads the last position"
@@ -236,14 +248,15 @@ def _obstacle(spec: RunSpec) -> str | None:
     return None
 
 
-def _objective(spec: RunSpec, training_pairs: int) -> dict[str, Any]:
-    """What a fine-tune takes over: fields that differ from their defaults."""
+def _kept_fields(spec: RunSpec, training_pairs: int) -> dict[str, Any]:
+    """The fields that a fine-tune takes over, where they differ from their defaults."""
     fields = spec.model_dump(
-        mode="json", include={*Objective.model_fields} | _DATA, exclude_defaults=True
+        mode="json", include={*Objective.model_fields} | _DATA_FIELDS, exclude_defaults=True
     )
     fields.pop("bsr_batch", None)
     if spec.bsr:
-        # λ·B_ref is the coefficient; unless given B_ref is the minibatch, which may differ there.
+        # The coefficient is λ·B_ref, and B_ref defaults to the minibatch size, which the fine-tune
+        # may change: B_ref is therefore given.
         fields["bsr_batch"] = spec.bsr_batch or min(spec.batch_pairs, training_pairs)
     head = spec.head.model_dump(mode="json", exclude={"adapter"}, exclude_defaults=True)
     if head:
@@ -255,13 +268,13 @@ def _objective(spec: RunSpec, training_pairs: int) -> dict[str, Any]:
     return fields
 
 
-def _left(spec: RunSpec) -> tuple[str, ...]:
-    """What a fine-tune does not take over of what a configuration may be about."""
-    left = []
+def _dropped_settings(spec: RunSpec) -> tuple[str, ...]:
+    """Settings of a configuration that its fine-tune does not take over."""
+    dropped = []
     if spec.preprocess != "none":
-        left.append(f"preprocess = {spec.preprocess}")
+        dropped.append(f"preprocess = {spec.preprocess}")
     if spec.head.adapter:
-        left.append(f"adapter {spec.head.adapter}")
+        dropped.append(f"adapter {spec.head.adapter}")
     if spec.weight_decay:
-        left.append(f"weight_decay = {spec.weight_decay:g}")
-    return tuple(left)
+        dropped.append(f"weight_decay = {spec.weight_decay:g}")
+    return tuple(dropped)

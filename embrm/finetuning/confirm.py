@@ -1,10 +1,9 @@
-"""Confirming a sweep: fine-tune some of its configurations, and see whether their ranking holds."""
+"""Confirmation of a sweep: fine-tune some of its configurations, and compare the rankings."""
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from accelerate import PartialState
 
 from embrm.core.errors import UserError, nearest
@@ -19,9 +18,16 @@ from embrm.studies.confirmation.measure import compare_stages
 from embrm.sweeps.ledger import Results, cache_of, open_results
 
 _OPTIMISATION = (
-    *("lr", "weight_decay", "betas", "epochs", "batch_pairs", "patience", "schedule", "warmup"),
+    "lr",
+    "weight_decay",
+    "betas",
+    "epochs",
+    "batch_pairs",
+    "patience",
+    "schedule",
+    "warmup",
 )
-"""Fields of a run that the fine-tune's spec sets; all others are a configuration's own."""
+"""Fields of a run that the fine-tune's spec sets. All others come from the sweep."""
 
 
 def confirm(
@@ -35,17 +41,18 @@ def confirm(
     out: Path | None = None,
 ) -> ConfirmationReport | None:
     """Fine-tune the configurations `runs` of the results folder `sweep`, and report how far the
-    sweep's ranking holds; what `out` has already is not done again.
+    sweep's ranking holds.
 
-    runs: see `choice.choose`; rank_by: see `choice.rank`. spec_path: a fine-tune's TOML without
-    runs and baseline, whose seeds every configuration gets. cache: the sweep's, if it has moved.
-    out: the fine-tune's results, default the spec's path without `.toml`; its spec is written
-    there too, as finetune.toml, and the two are compared in confirm.md, confirm.json and
-    figures/agreement.*. Of several processes that train together all but the first return None.
+    runs: a choice as `choice.choose` reads it. spec_path: a fine-tune's TOML file without runs and
+    baseline; every configuration gets its seeds. cache: the sweep's cache, if it has moved.
+    rank_by: as of `choice.rank`. out: the results folder of the fine-tune; default: the spec's path
+    without `.toml`. Its spec is written there as finetune.toml, and the comparison as confirm.md,
+    confirm.json and figures/agreement.*. Runs that `out` holds already are not trained again.
+    Of several processes that train together, all but the first return None.
 
     Raises: UserError for anything wrong in the spec or in `runs`, for another cache than the
-    sweep's, for the sweep's own folder as `out`, for what `finetune` refuses, and, with the report
-    of the others written, for runs that failed.
+    sweep's, for the sweep's own folder as `out`, and as `finetune` does. For runs that failed it is
+    raised after the report of the others has been written.
     """
     out = out or spec_path.with_suffix("")
     if out.resolve() == sweep.resolve():
@@ -60,7 +67,7 @@ def confirm(
     processes = PartialState(cpu=find_device(device).type == "cpu")
     with processes.main_process_first():
         if processes.is_main_process:
-            write_bytes(derived, toml(values).encode())
+            write_bytes(derived, tomli_w.dumps(values).encode())
     failed = None
     try:
         finetune(derived, folder, out=out, device=device)
@@ -88,10 +95,12 @@ def confirm(
 def finetune_values(
     frozen: Results, choice: Choice, values: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """`values`, read from `where`, with the runs of `choice` and the sweep's data: a fine-tune's.
+    """Complete a fine-tune's spec with the runs of `choice` and the sweep's data.
 
-    Raises: UserError when they are no such spec, or have what the sweep settles: runs, an
-    objective, other training data, other scenarios, a split that the sweep has not evaluated.
+    values: the spec as read from `where`. Returns the values of a complete spec.
+    Raises: UserError when `values` are not a fine-tune's spec, or set what the sweep determines:
+    runs, an objective, other training data or scenarios, or a split that the sweep has not
+    evaluated.
     """
     for field in ("runs", "baseline"):
         if field in values:
@@ -127,42 +136,3 @@ def finetune_values(
                 f"{nearest(split, evaluated)}"
             )
     return merged
-
-
-def toml(values: dict[str, Any]) -> str:
-    """A spec as TOML: tables of the top level by themselves, all others inline."""
-    plain = {key: value for key, value in values.items() if not _tables(value)}
-    parts = [_entries(plain)]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            parts.append(f"[{_key(key)}]\n{_entries(value)}")
-        elif _tables(value):
-            parts += [f"[[{_key(key)}]]\n{_entries(entry)}" for entry in value]
-    return "\n".join(parts)
-
-
-def _tables(value: Any) -> bool:
-    entries = value if isinstance(value, list) and value else [value]
-    return all(isinstance(entry, dict) for entry in entries)
-
-
-def _entries(values: dict[str, Any]) -> str:
-    return "".join(f"{_key(key)} = {_inline(value)}\n" for key, value in values.items())
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        inner = ", ".join(f"{_key(key)} = {_inline(inner)}" for key, inner in value.items())
-        return f"{{ {inner} }}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_inline, value))}]"
-    return _string(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else _string(name)
-
-
-def _string(text: str) -> str:
-    # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
