@@ -7,8 +7,8 @@ from pathlib import Path
 
 from embrm.bench.footprint import Footprint
 from embrm.bench.processes import measure
+from embrm.results.ledger import Results, open_results
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import Results, open_results
 from embrm.sweeps.workers import worker_count
 
 

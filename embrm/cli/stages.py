@@ -183,8 +183,8 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
+    from embrm.results.ledger import open_results
     from embrm.sweeps.execute import sweep as run_sweep
-    from embrm.sweeps.ledger import open_results
     from embrm.sweeps.plan import plan
     from embrm.training.numerics import Numerics
 
@@ -225,7 +225,7 @@ def finetune(
 ) -> None:
     """Train the model itself with a sweep's objectives; finished runs are skipped."""
     from embrm.finetuning.run import finetune as run_finetune
-    from embrm.sweeps.ledger import open_results
+    from embrm.results.ledger import open_results
 
     folder = run_finetune(spec, cache, out=out, device=device)
     if os.environ.get("RANK", "0") != "0":

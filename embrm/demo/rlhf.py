@@ -24,8 +24,8 @@ from embrm.demo.world import World, prompts
 from embrm.exports.run import write_model
 from embrm.exports.run_model import open_run_model
 from embrm.reports.figures import policy_figures
+from embrm.results.ledger import Results, open_results
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import Results, open_results
 
 HELD_OUT = 96
 """Prompts that policies are watched on, of the split "id": new tasks of the trained skills."""

@@ -18,8 +18,10 @@ from embrm.extraction.engine import Batch, Engine, Request
 from embrm.extraction.probe import refuse_other
 from embrm.extraction.run import ExtractSpec, Prepared, engine_for, prepare, with_engine
 from embrm.extraction.transformers_engine import load_engine
-from embrm.sweeps.ledger import MODEL_FORMAT, Results, cache_of, load_run, open_results
+from embrm.results.ledger import Results, cache_of, open_results
+from embrm.results.weights import load_run
 from embrm.sweeps.views import TOKENS
+from embrm.sweeps.weights import MODEL_FORMAT
 from embrm.training.ensembles import Combination
 from embrm.training.heads import REWARDS, Parameters, Preprocess, score
 from embrm.training.states import States

@@ -12,8 +12,8 @@ import polars as pl
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import canonical_json, content_id
 from embrm.results.comparison import compare_runs
+from embrm.results.ledger import Results
 from embrm.studies.confirmation.measure import Excluded, Match
-from embrm.sweeps.ledger import Results
 from embrm.sweeps.spec import RunSpec
 from embrm.training.objectives import Objective
 from embrm.training.regularizers import GRM

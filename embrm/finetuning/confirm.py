@@ -14,8 +14,8 @@ from embrm.finetuning.run import RunsFailedError, finetune
 from embrm.finetuning.spec import FinetuneSpec
 from embrm.lm.loading import find_device
 from embrm.reports.run import ConfirmationReport, confirmation_report
+from embrm.results.ledger import Results, cache_of, open_results
 from embrm.studies.confirmation.measure import compare_stages
-from embrm.sweeps.ledger import Results, cache_of, open_results
 
 _OPTIMISATION = (
     "lr",

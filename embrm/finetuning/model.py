@@ -16,7 +16,7 @@ from embrm.finetuning.dropout import apply_masks, switch_off_dropout
 from embrm.finetuning.spec import LoraSpec, Tune
 from embrm.lm.head import LmHead
 from embrm.lm.likelihood import log_probabilities
-from embrm.sweeps.ledger import MODEL_FORMAT
+from embrm.sweeps.weights import MODEL_FORMAT
 from embrm.training.heads import HeadSpec, Parameters, initialise, rewards
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -16,6 +16,7 @@ from embrm.core.table import Table, escape, markdown
 from embrm.reports.figures import figures
 from embrm.reports.tables import further_tables, main_tables
 from embrm.results.comparison import Comparison, compare_runs
+from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation
 from embrm.studies.confirmation.table import CAPTION as AGREEMENT
 from embrm.studies.confirmation.table import (
@@ -30,7 +31,7 @@ from embrm.studies.robustness.noise import CAPTION as NOISE
 from embrm.studies.robustness.noise import noise_figure, noise_tables
 from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
 from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
-from embrm.sweeps.ledger import Results, open_results, training_name
+from embrm.sweeps.ledger import training_name
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",

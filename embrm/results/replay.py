@@ -13,8 +13,9 @@ import torch
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
+from embrm.results.ledger import Results, cache_of, open_results
+from embrm.results.weights import load_run
 from embrm.sweeps.fused import Pack
-from embrm.sweeps.ledger import Results, cache_of, load_run, open_results
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.spec import Run, RunSpec
 from embrm.sweeps.workers import worker_count, workers

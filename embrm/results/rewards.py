@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
-from embrm.sweeps.ledger import SavedRun, cache_of, load_run, open_results
+from embrm.results.ledger import cache_of, open_results
+from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.material import select
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, with_rules

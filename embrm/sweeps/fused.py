@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from embrm.core.specs import content_id
 from embrm.sweeps.evaluation import Evaluation, Rewards, ledger_row, part_tables
 from embrm.sweeps.geometry import Geometry, samples
-from embrm.sweeps.ledger import TABLES, parquet, weights_file
+from embrm.sweeps.ledger import TABLES, parquet
 from embrm.sweeps.material import Material, to_pairs
 from embrm.sweeps.spec import Run, RunSpec
 from embrm.sweeps.training import as_trained, gold_as_trained, resample
+from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
 from embrm.training.bank import Trained, TrainingData, train
 from embrm.training.ensembles import Combination, Reference

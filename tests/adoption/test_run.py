@@ -25,7 +25,7 @@ from embrm.cache.verify import verify
 from embrm.cache.writer import CacheWriter
 from embrm.cli import main
 from embrm.core.errors import UserError
-from embrm.sweeps.ledger import open_results
+from embrm.results.ledger import open_results
 
 N, K, D = 40, 4, 6
 WEIGHTS = np.random.default_rng(7).standard_normal(D)

@@ -30,8 +30,9 @@ from embrm.exports.exported import load_exported
 from embrm.exports.parity import check_parity, reordered
 from embrm.exports.run import export, write_model
 from embrm.exports.run_model import RunModel, open_run_model
+from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
-from embrm.sweeps.ledger import MODEL_FORMAT, open_results
+from embrm.sweeps.weights import MODEL_FORMAT
 from embrm.training.heads import Preprocess
 
 FAMILIES = ["llama-untied", "qwen2", "gpt2", "gemma2"]

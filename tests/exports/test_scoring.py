@@ -22,8 +22,8 @@ from embrm.exports.exported import load_exported
 from embrm.exports.run import export
 from embrm.exports.scoring import Scores, score
 from embrm.lm.tokens import encode
+from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
-from embrm.sweeps.ledger import open_results
 
 RUNS = ("bt", "standardized", "adapter", "deep", "with S", "pooled")
 

@@ -8,7 +8,7 @@ from small_stage import small_stage
 
 from embrm.core.errors import UserError
 from embrm.finetuning.choice import Choice, choose, rank
-from embrm.sweeps.ledger import open_results
+from embrm.results.ledger import open_results
 
 ADAPTER = {"kind": "linear", "adapter": {"kind": "low-rank", "width": 4}}
 SPECS: dict[str, dict[str, Any]] = {

@@ -24,8 +24,8 @@ from embrm.finetuning.confirm import confirm, finetune_values
 from embrm.finetuning.finetuner import Finetuner
 from embrm.finetuning.run import RunsFailedError
 from embrm.finetuning.spec import FinetuneSpec
+from embrm.results.ledger import open_results
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 
 SWEEP = """
 baseline = "bt[lr=0.01]"

@@ -29,8 +29,8 @@ from embrm.finetuning.run import finetune
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec
 from embrm.lm.loading import load_model
 from embrm.reports.run import report
+from embrm.results.ledger import open_results
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 from embrm.sweeps.spec import Selection, configurations, identified
 
 HEADS = """

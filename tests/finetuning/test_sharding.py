@@ -12,7 +12,7 @@ from embrm.core.errors import UserError
 from embrm.finetuning import trainer
 from embrm.finetuning.inputs import read_inputs
 from embrm.finetuning.run import finetune
-from embrm.sweeps.ledger import open_results
+from embrm.results.ledger import open_results
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

@@ -16,7 +16,7 @@ from embrm.cache.reader import open_cache
 from embrm.finetuning import trainer
 from embrm.finetuning.inputs import read_inputs
 from embrm.finetuning.run import finetune
-from embrm.sweeps.ledger import open_results
+from embrm.results.ledger import open_results
 from embrm.sweeps.material import select
 from embrm.training.heads import initialise
 from embrm.training.order import Order

@@ -10,7 +10,7 @@ from extract_models import save_model, tokenizer
 from torch import Tensor
 
 from embrm.extraction.run import ExtractSpec, extract
-from embrm.sweeps.ledger import open_results
+from embrm.results.ledger import open_results
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from small_stage import small_stage
 
+from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Excluded, Match
-from embrm.sweeps.ledger import Results, open_results
 
 FROZEN = {"a|b $x$": 0.75, "a-lr": 0.74, "hinge": 0.68, "bt": 0.6, "low": 0.5, "worse": 0.4}
 FULL = {"a|b $x$": 0.8, "hinge": 0.72, "bt": 0.74, "low": 0.6, "worse": None}

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from toy_cache import toy_cache
 
 from embrm.core.errors import UserError
+from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt"

@@ -14,14 +14,15 @@ from toy_cache import toy_cache
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.label_tables import LabelTable, write_table
+from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
+from embrm.results.weights import SavedRun, load_run
 from embrm.studies.best_of_n.measure import best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps import fused as pack_module
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.fused import Pack, Trainer
-from embrm.sweeps.ledger import Results, SavedRun, load_run, open_results
 from embrm.sweeps.material import laid_out, select
 from embrm.sweeps.spec import Configuration, RunSpec, Selection, runs
 from embrm.sweeps.training import as_trained, resample, with_rules

@@ -15,10 +15,11 @@ from toy_cache import toy_cache
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
+from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
 from embrm.sweeps import workers
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import finished, open_results
+from embrm.sweeps.ledger import finished
 from embrm.sweeps.material import select
 from embrm.sweeps.plan import plan
 from embrm.sweeps.spec import RunSpec, Selection

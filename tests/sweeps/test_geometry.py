@@ -15,11 +15,12 @@ from toy_tokens import toy_tokens
 from embrm.cache.reader import open_cache
 from embrm.cache.tensors import to_tensor
 from embrm.metrics.geometry import MEASURES, sample
+from embrm.results.ledger import open_results
+from embrm.results.weights import load_run
 from embrm.sweeps import geometry as module
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.fused import Pack, Trainer
 from embrm.sweeps.geometry import Geometry, Sample, reward_positions
-from embrm.sweeps.ledger import load_run, open_results
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.spec import Run, RunSpec, Selection, SweepSpec, configurations, runs
 from embrm.training.heads import UP, Parameters, Preprocess, adapted, initialise, score, stack

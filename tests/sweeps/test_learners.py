@@ -17,12 +17,13 @@ from embrm.data.splits import folds, holdout
 from embrm.exports.run_model import open_run_model
 from embrm.finetuning.choice import choose, rank
 from embrm.finetuning.spec import FinetuneRun, check_fits
+from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
+from embrm.results.weights import load_run
 from embrm.studies.best_of_n.measure import best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import load_run, open_results
 from embrm.sweeps.material import laid_out, with_gold
 from embrm.sweeps.plan import plan
 from embrm.sweeps.prepare import prepare

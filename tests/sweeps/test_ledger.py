@@ -11,17 +11,12 @@ import torch
 
 from embrm.core.errors import UserError
 from embrm.metrics import accuracy
+from embrm.results.ledger import open_results
+from embrm.results.weights import load_run
 from embrm.sweeps import ledger as ledger_module
-from embrm.sweeps.ledger import (
-    OUTCOMES_SCHEMA,
-    finished,
-    load_run,
-    open_results,
-    parquet,
-    weights_file,
-    write_results,
-)
+from embrm.sweeps.ledger import OUTCOMES_SCHEMA, finished, parquet, write_results
 from embrm.sweeps.spec import Run, RunSpec, SweepSpec
+from embrm.sweeps.weights import weights_file
 from embrm.training.heads import HeadSpec, Preprocess, initialise
 
 NONE = Preprocess(None, None)

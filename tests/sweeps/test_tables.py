@@ -11,11 +11,11 @@ from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.scenarios import SCENARIOS, Scenarios
 from embrm.reports.run import report
+from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
 from embrm.studies.best_of_n.measure import best_of_n
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import Results, open_results
 from embrm.sweeps.plan import plan
 from embrm.sweeps.prepare import prepare
 from embrm.sweeps.spec import Selection, SweepSpec

@@ -13,12 +13,12 @@ from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.label_tables import LabelTable, read_table, write_table
 from embrm.data.splits import folds, holdout
+from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
 from embrm.studies.annotation import annotation
 from embrm.studies.strength.measure import deciles, strengths
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import Results, open_results
 from embrm.sweeps.material import select
 from embrm.sweeps.prepare import prepare
 from embrm.sweeps.spec import RunSpec, Selection

@@ -23,9 +23,9 @@ from embrm.cli import main
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.extraction.run import ExtractSpec, extract
+from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 from embrm.sweeps.mapped import TokenFiles
 from embrm.sweeps.plan import plan
 from embrm.sweeps.views import open_view, view_names

@@ -12,9 +12,10 @@ from embrm.cache.reader import Cache
 from embrm.core.errors import UserError, nearest
 from embrm.core.progress import progress
 from embrm.metrics.intervals import REPLICATES, Replicates
+from embrm.results.ledger import Results, cache_of
 from embrm.results.rewards import member_scores, pair_scores, rewarded
+from embrm.results.weights import load_run
 from embrm.suites.formulas import SUITES, by_length, replicate_suite
-from embrm.sweeps.ledger import Results, cache_of, load_run
 from embrm.sweeps.tables import read_tables
 
 Rewards = NDArray[np.float32]

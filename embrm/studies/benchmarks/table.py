@@ -16,8 +16,9 @@ from embrm.core.files import write_bytes
 from embrm.core.formatting import MISSING, mark_text, short_text, value_text
 from embrm.core.table import Table, escape, markdown
 from embrm.metrics.intervals import Replicates, compare, mean
+from embrm.results.ledger import finished_runs, open_results
 from embrm.studies.benchmarks.measure import SuiteScores, suite_scores
-from embrm.sweeps.ledger import finished_runs, open_results, parquet
+from embrm.sweeps.ledger import parquet
 
 MEAN = "mean"
 """What the mean of the overall scores is called where a split stands."""

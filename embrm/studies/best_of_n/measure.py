@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from embrm.core.errors import UserError, nearest
 from embrm.metrics.best_of_n import Ranking, kl_estimate
+from embrm.results.ledger import Results, cache_of
 from embrm.results.rewards import rewarded
-from embrm.sweeps.ledger import Results, cache_of, load_run
+from embrm.results.weights import load_run
 from embrm.sweeps.tables import read_tables
 
 Floats = NDArray[np.float64]

@@ -26,9 +26,10 @@ from embrm.core.formatting import difference_text, number_text, p_text, with_ran
 from embrm.core.table import Table, escape, markdown
 from embrm.metrics.best_of_n import gao_fit, kl_bound
 from embrm.metrics.intervals import Replicates, compare, resample
+from embrm.results.ledger import finished_runs, open_results
 from embrm.studies.best_of_n.measure import Chosen
 from embrm.studies.best_of_n.measure import best_of_n as choose
-from embrm.sweeps.ledger import finished_runs, open_results, parquet
+from embrm.sweeps.ledger import parquet
 
 Floats = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from embrm.metrics.agreement import Stage, agreement
 from embrm.metrics.intervals import Replicates, compare, mean, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.results.comparison import MEAN, metrics
-from embrm.sweeps.ledger import Results
+from embrm.results.ledger import Results
 
 VALUE = ("estimate", "low", "high")
 """Columns of `intervals.compare` with a configuration's own value and its 95 % interval."""

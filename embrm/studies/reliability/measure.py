@@ -7,8 +7,9 @@ import numpy as np
 import polars as pl
 
 from embrm.metrics.reliability import reliability as binned
+from embrm.results.ledger import Results, cache_of
 from embrm.results.rewards import rewarded
-from embrm.sweeps.ledger import Results, cache_of, load_run
+from embrm.results.weights import load_run
 from embrm.sweeps.material import evaluation_splits
 
 

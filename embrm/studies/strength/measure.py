@@ -13,7 +13,8 @@ from embrm.cache.reader import Cache
 from embrm.core.errors import UserError, nearest
 from embrm.data.label_tables import LabelTable
 from embrm.data.splits import folds
-from embrm.sweeps.ledger import Results, SavedRun, cache_of, load_run, open_results
+from embrm.results.ledger import Results, cache_of, open_results
+from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.material import select
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view

@@ -13,11 +13,11 @@ from toy_cache import toy_cache
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.metrics.intervals import compare
+from embrm.results.ledger import Results, finished_runs, open_results
 from embrm.results.rewards import scores
 from embrm.studies.benchmarks.measure import suite_scores, suite_splits
 from embrm.suites.formulas import SUITES, score_suite
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import Results, finished_runs, open_results
 
 SPEC = """
 baseline = "bt"

@@ -12,10 +12,10 @@ from toy_cache import toy_cache
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import Ranking, kl_estimate
+from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
 from embrm.studies.best_of_n.measure import Chosen, best_of_n
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt"

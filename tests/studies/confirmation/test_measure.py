@@ -9,8 +9,8 @@ from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_res
 
 from embrm.core.errors import UserError
 from embrm.results.comparison import compare_runs
+from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation, Excluded, Match, compare_stages
-from embrm.sweeps.ledger import Results, open_results
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_res
 from embrm.core.drawing import drawn
 from embrm.core.table import markdown
 from embrm.reports.run import confirmation_report
+from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation, compare_stages
 from embrm.studies.confirmation.table import confirmation_figure, confirmation_tables
-from embrm.sweeps.ledger import Results, open_results
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from embrm.core.errors import UserError
 from embrm.metrics.reliability import FEW
 from embrm.reports.run import report
 from embrm.results.comparison import compare_runs
+from embrm.results.ledger import open_results
 from embrm.studies.reliability.measure import reliability
 from embrm.studies.reliability.table import reliability_figure, reliability_tables
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.ledger import open_results
 
 SPEC = """
 baseline = "bt[label_noise=0]"
