@@ -27,7 +27,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from embrm import __version__
 from embrm.core.errors import UserError
 from embrm.core.files import disk_errors, sha256, write_atomic, write_bytes
 from embrm.core.progress import Progress
@@ -36,6 +35,9 @@ from embrm.demo.world import merits
 
 MARKER = "embrm-policy.json"
 """Written last: a folder that holds it holds a finished policy of the settings in it."""
+
+OPTIMISATION_VERSION = "0.3.0"
+"""The release since which the same settings give the same policy. Raise it when that changes."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def train_policy(
     """
     identity = content_id(
         {
-            "embrm": __version__,
+            "embrm": OPTIMISATION_VERSION,
             "recipe": asdict(recipe),
             "seed": seed,
             "asked": asdict(asked),
