@@ -1,6 +1,6 @@
-"""The model card of an exported reward model: what it is, how good it is, how to use it.
+"""The model card of an exported reward model: what it is, how good it is, and how to use it.
 
-It holds no time and no path, so the same export gives the same bytes.
+It contains no time and no path, so that the same export gives the same bytes.
 """
 
 import json
@@ -27,7 +27,7 @@ _METRICS = ("accuracy", "tau")
 def card(
     run_model: RunModel, prepared: Prepared, exported: ExportedModel, parity: Parity, *, stock: bool
 ) -> str:
-    """README.md of the folder. Text that users or data supply is escaped."""
+    """Return README.md of the folder. Text from users or data is escaped."""
     parts = [
         _front_matter(prepared),
         f"# {escape(run_model.name)}\n",
@@ -35,7 +35,7 @@ def card(
         + (
             "Loads in stock transformers."
             if stock
-            else "Its head is no stock one: `modeling_embrm.py` in this folder is its class."
+            else "Its head has no stock class: `modeling_embrm.py` in this folder defines its own."
         )
         + "\n",
         _use(exported, parity, stock=stock),
@@ -48,7 +48,7 @@ def card(
 
 
 def _front_matter(prepared: Prepared) -> str:
-    """YAML; every JSON string is one of YAML."""
+    """The YAML header; values are written as JSON strings, which are valid YAML."""
     lines = ["library_name: transformers", "pipeline_tag: text-classification"]
     base = _hub_name(prepared)
     if base:
@@ -58,7 +58,7 @@ def _front_matter(prepared: Prepared) -> str:
 
 
 def _hub_name(prepared: Prepared) -> str | None:
-    """The model's hub id; a local folder's place is nobody's business."""
+    """The model's hub id; None for a local folder, whose path is private."""
     name = prepared.spec.model
     is_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
     return name if is_hub else None
@@ -106,7 +106,7 @@ def _use(exported: ExportedModel, parity: Parity, *, stock: bool) -> str:
         )
     if pooled == "last":
         notes.append(
-            "The state at the rightmost token that is not the pad token is read: never append pad "
+            "The reward is read at the rightmost token that is not the pad token: never append pad "
             "tokens by hand, and end the text as above."
         )
     if parity.position_ids:
@@ -123,7 +123,7 @@ def _use(exported: ExportedModel, parity: Parity, *, stock: bool) -> str:
 
 
 def _results(run_model: RunModel) -> Table:
-    """Accuracy and Kendall's τ-b of the run, each split's prompts resampled."""
+    """Accuracy and Kendall's τ-b of the run on every split, with intervals over prompts."""
     results = run_model.results
     run_id = run_model.row["run_id"]
     rows = []
@@ -147,9 +147,9 @@ def _results(run_model: RunModel) -> Table:
         title="Results",
         columns=("split", "pairs", "prompts", "accuracy", "Kendall tau-b", "ties", "longer"),
         rows=tuple(rows),
-        note="Square brackets: 95 % intervals, bootstrap over prompts; this is one seed, and "
-        "variance between seeds is not in them. Ties count neither for nor against. longer: the "
-        "accuracy of preferring the longer response.",
+        note="Square brackets: 95 % intervals, bootstrap over prompts; variance between seeds "
+        "is not included. Ties count neither for nor against. longer: the accuracy of preferring "
+        "the longer response.",
     )
 
 
@@ -172,11 +172,9 @@ def _number(value: float | None, scale: float, unit: str, decimals: int = 1) -> 
 
 
 def _run(run_model: RunModel) -> dict[str, Any]:
-    """The run's fields; of a label table its digest, for where it lies is nobody's business."""
-    labels = run_model.run.get("labels")
-    return (
-        run_model.run if labels is None else run_model.run | {"labels": labels.rpartition("#")[2]}
-    )
+    """The run's fields; a label table is named by its digest, since its path is private."""
+    fields, labels = run_model.run, run_model.run.get("labels")
+    return fields if labels is None else fields | {"labels": labels.rpartition("#")[2]}
 
 
 def _made_of(run_model: RunModel, prepared: Prepared) -> Table:
@@ -221,7 +219,7 @@ def _parity(parity: Parity) -> Table:
             for how, value in parity.differences.items()
         ),
         note=f"Rewards of {parity.responses} responses of the cache through this folder, against "
-        f"the run's own; at most {parity.tolerance:.1g} was allowed. reordered: "
-        "twos of responses that the folder orders otherwise, or ties, and the run does not; at "
-        f"most {parity.bound:.0%} was allowed.",
+        f"the run's own; at most {parity.tolerance:.1g} was allowed. reordered: the share of pairs "
+        "of responses ordered by the run that the folder reorders or ties; at most "
+        f"{parity.bound:.0%} was allowed.",
     )

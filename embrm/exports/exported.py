@@ -1,4 +1,4 @@
-"""A reward model on disk: loaded as anyone would load it, and asked for the rewards of texts."""
+"""A reward model on disk: loaded as any user would load it, and asked for the rewards of texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A reward model with one label. Create it with `load_exported`."""
+    """A sequence classifier with one label, and its tokenizer. Create it with `load_exported`."""
 
     model: Any
     tokenizer: Any
     policy: TokenPolicy
-    """How texts become tokens: as at the cache, or for a model of others, as its tokenizer says."""
+    """How texts become tokens: as for the run's cache, or as another model's tokenizer says."""
     offset: float
-    """reward = logit - offset."""
+    """The reward is the logit minus this offset."""
 
     @torch.inference_mode()
     def rewards(
@@ -42,10 +42,12 @@ class ExportedModel:
         position_ids: bool = False,
         advance: Callable[[int], object] = lambda _: None,
     ) -> Tensor:
-        """Rewards float32 [n] of texts, read in `batches` of their indices, padded on `side`.
+        """Return the rewards float32 [n] of texts.
 
-        position_ids: pass each token's place in its own text. `advance` is told the tokens of each
-        finished batch. Raises: UserError when a batch does not fit the device.
+        batches: the texts' indices, batch by batch. side: the side that a batch is padded on.
+        position_ids: whether to pass each token's place in its own text. advance: called with the
+        number of tokens of each finished batch.
+        Raises: UserError when the device has no memory for a batch.
         """
         out = torch.full((len(texts),), torch.nan)
         for batch in batches:
@@ -81,11 +83,11 @@ class ExportedModel:
 
 
 def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto") -> ExportedModel:
-    """A folder that embrm export wrote, or any with a sequence classifier of one label.
+    """Load a folder that embrm export wrote, or any other sequence classifier with one label.
 
     dtype: float32, bfloat16 or float16; None: the one it was saved in. No code of the folder runs.
 
-    Raises: UserError when it is no reward model, is damaged, or has no pad token.
+    Raises: UserError when it is not a reward model, is damaged, or has no pad token.
     """
     chosen = find_device(device)
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -121,7 +123,7 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
         raise UserError(f"model {folder} does not fit on {chosen}: use --dtype bfloat16") from None
     except UserError:
         raise
-    except Exception as error:  # whatever transformers says of files it cannot use
+    except Exception as error:  # transformers raises many kinds for files it cannot use
         raise UserError(
             f"model {folder} cannot be loaded as a reward model ({reason_of(error)}): name a "
             "folder of embrm export, a sequence classifier with one label, or RESULTS_FOLDER:RUN"

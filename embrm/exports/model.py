@@ -1,11 +1,10 @@
-"""Reward models out of runs: a head folded into a stock class where algebra allows, or carried by
-our own small one.
+"""The transformers model of a run: a stock class where the head allows it, or our own small one.
 
-A linear head on a linear adapter, standardised states and all, and any mean of such heads, is one
-linear map of the state plus a constant:
-    r = w·(I + up·down)·(h - mean)/scale = v·h - offset',   v = (w + downᵀ·upᵀ·w)/scale.
-Stock classes have no bias, so the exported logit is v·h and the reward is the logit minus `offset`.
-The constant cancels wherever rewards are compared.
+A linear head on a linear adapter, with or without preprocessing, and any mean of such heads, is one
+linear map of the state and a constant:
+    r = w·(I + up·down)·(h - mean)/scale = v·h - offset,   v = (w + downᵀ·upᵀ·w)/scale.
+Stock classes have no bias, so the exported logit is v·h, and the reward is the logit minus the
+offset, which cancels wherever rewards are compared.
 """
 
 from collections.abc import Iterator
@@ -34,30 +33,32 @@ from embrm.lm.tokens import reason_of
 from embrm.training.heads import DOWN, DOWN_BIAS, UP, Parameters, Preprocess
 
 CODE = Path(modeling_embrm.__file__)
-"""The file that goes with a model of our own class."""
+"""The source file that is saved beside a model of our own class."""
 
-# In this process transformers finds our class by itself, and never asks for the folder's code.
+# In this process transformers finds our class by itself and never needs the folder's code.
 AutoConfig.register(EmbrmRewardConfig.model_type, EmbrmRewardConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(EmbrmRewardConfig, EmbrmRewardModel, exist_ok=True)
 
 STOCK = ("last",)
-"""Views that a stock class pools."""
+"""Views that a stock class can pool."""
 
 CUSTOM = ("last", "mean")
-"""Views that our own class pools."""
+"""Views that our own class can pool."""
 
 
 @dataclass(frozen=True)
 class Folded:
-    """logit = weight·h, reward = logit - offset. weight: float64 [d]."""
+    """A linear reward: the logit is weight·h, float64 [d], and the reward is the logit - offset."""
 
     weight: Tensor
     offset: float
 
 
 def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
-    """The linear map that heads [members, ...] and their preprocessing are together, in float64;
-    None where a ReLU is in the way."""
+    """Fold heads [members, ...] and their preprocessing into one linear map, in float64.
+
+    Returns None for heads with a ReLU.
+    """
     if "hidden.0.weight" in parameters or DOWN_BIAS in parameters:
         return None
     weight = parameters["output.weight"].double()
@@ -72,7 +73,7 @@ def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
 
 
 def why_not_stock(run_model: RunModel, prepared: Prepared) -> str | None:
-    """Why a run has no stock form, or None."""
+    """Return why a run cannot be exported as a stock class, or None if it can."""
     if run_model.view not in STOCK:
         return f"it reads state {run_model.view!r}, and stock classes pool 'last'"
     if fold(run_model.parameters, run_model.preprocess) is None:
@@ -88,16 +89,21 @@ def why_not_stock(run_model: RunModel, prepared: Prepared) -> str | None:
 
 
 def has_linear_score(model: Any) -> bool:
-    """Whether all of a sequence classifier beside its base model is one linear layer, `score`,
-    without bias: the classes that pool the rightmost token that is not the pad token."""
+    """Whether a sequence classifier adds one linear layer `score` without bias to its base model.
+
+    Such classes pool the rightmost token that is not the pad token.
+    """
     base = {id(parameter) for parameter in model.base_model.parameters()}
     own = [name for name, parameter in model.named_parameters() if id(parameter) not in base]
     return model.base_model is not model and own == ["score.weight"]
 
 
 def stock_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
-    """An `AutoModelForSequenceClassification` for a run that has a stock form. about: for its
-    config. Raises: UserError when the model's weights are not complete."""
+    """Build an `AutoModelForSequenceClassification` for a run that has a stock form.
+
+    about: recorded in the config under "embrm".
+    Raises: UserError when the cache's model lacks weights.
+    """
     folded = fold(run_model.parameters, run_model.preprocess)
     assert folded is not None  # see why_not_stock
     model, missing = _load(AutoModelForSequenceClassification, prepared, num_labels=1)
@@ -105,13 +111,16 @@ def stock_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) 
     with torch.no_grad():
         model.score.weight.copy_(folded.weight[None])
     load_backbone(model.base_model, run_model.backbone, run_model.name)
-    _finish(model.config, prepared, about | {"offset": folded.offset})
+    _complete_config(model.config, prepared, about | {"offset": folded.offset})
     return model
 
 
 def custom_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
-    """An `EmbrmRewardModel`, its head in float32 whatever its backbone's dtype. about: for its
-    config. Raises: UserError when the model's weights are not complete."""
+    """Build an `EmbrmRewardModel`, whose head is in float32 whatever the backbone's dtype.
+
+    about: recorded in the config under "embrm".
+    Raises: UserError when the cache's model lacks weights.
+    """
     backbone, missing = _load(AutoModel, prepared)
     _refuse_missing(backbone, missing)
     load_backbone(backbone, run_model.backbone, run_model.name)
@@ -123,7 +132,7 @@ def custom_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any])
         reference = combination.reference
         tensors |= {"reference_mean": reference.mean, "reference_sd": reference.sd}
     own = backbone.config.to_diff_dict()
-    own.pop("_name_or_path", None)  # a place on this machine
+    own.pop("_name_or_path", None)  # a path of this machine
     config = EmbrmRewardConfig(
         backbone=own,
         head={name: list(tensor.shape) for name, tensor in tensors.items()},
@@ -137,7 +146,7 @@ def custom_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any])
             "AutoModelForSequenceClassification": f"{CODE.stem}.{EmbrmRewardModel.__name__}",
         },
     )
-    _finish(config, prepared, about | {"offset": 0.0})
+    _complete_config(config, prepared, about | {"offset": 0.0})
     with torch.device("meta"):
         model = EmbrmRewardModel(config)
     model.model = backbone
@@ -153,15 +162,15 @@ def _refuse_missing(model: Any, missing: set[str]) -> None:
         )
 
 
-def _finish(config: Any, prepared: Prepared, about: dict[str, Any]) -> None:
-    """What every exported config says beside its architecture."""
+def _complete_config(config: Any, prepared: Prepared, about: dict[str, Any]) -> None:
+    """Set what every exported config records beside its architecture."""
     config.get_text_config().pad_token_id = prepared.identity["tokenizer"]["pad"]
-    config.problem_type = "regression"  # one number, no sigmoid: vLLM applies one otherwise
+    config.problem_type = "regression"  # without it vLLM applies a sigmoid
     config.embrm = about
 
 
 def _load(auto: Any, prepared: Prepared, **options: Any) -> tuple[Any, set[str]]:
-    """A model from the cache's model folder, in the cache's dtype, and what its weights lack."""
+    """Load the cache's model in the cache's dtype; return it and the names of missing weights."""
     config = AutoConfig.from_pretrained(prepared.folder, local_files_only=True)
     with quiet():
         try:
@@ -174,19 +183,19 @@ def _load(auto: Any, prepared: Prepared, **options: Any) -> tuple[Any, set[str]]
                 **attention(config),
                 **options,
             )
-        except Exception as error:  # whatever transformers says of files it cannot use
+        except Exception as error:  # transformers raises many kinds for files it cannot use
             raise UserError(
                 f"model {prepared.folder} cannot be loaded as a reward model "
                 f"({reason_of(error)}): check its files"
             ) from None
     for name, value in attention(config).items():
-        setattr(model.config, name, value)  # saved, so that whoever loads the folder gets it too
+        setattr(model.config, name, value)  # saved with the model, for all who load it
     return model.eval(), set(info["missing_keys"])
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting a missing score layer that is about to be set."""
+    """Silence transformers, which reports the score layer as missing before we set it."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,11 +1,11 @@
-"""A reward model made by embrm whose head is not one linear layer: an MLP, a nonlinear adapter, an
-ensemble of them, or a head on the mean over the response.
+"""A reward model made by embrm whose head is not a single linear layer on the last state.
 
-This file is saved beside the weights and needs torch and transformers alone:
+The head may be an MLP, one with a nonlinear adapter, an ensemble, or one on the mean over the
+response. This file is saved beside the weights and needs torch and transformers only:
 
     AutoModelForSequenceClassification.from_pretrained(FOLDER, trust_remote_code=True)
 
-It reads the folder's config and safetensors and runs nothing else. `logits` [batch, 1] are rewards.
+It reads the folder's config and safetensors, and runs nothing else. Its `logits` are rewards.
 """
 
 from dataclasses import field
@@ -19,8 +19,11 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
 class EmbrmRewardConfig(PreTrainedConfig):
-    """backbone: the config of the language model. head: parameter -> shape. pooling: "last" or
-    "mean". combine, penalty: how the members of an ensemble become one reward."""
+    """The config of an `EmbrmRewardModel`.
+
+    backbone: the config of the language model. head: the shape of every parameter of the head.
+    pooling: "last" or "mean". combine, penalty: how the members of an ensemble become one reward.
+    """
 
     model_type = "embrm_reward"
 
@@ -34,12 +37,13 @@ class EmbrmRewardConfig(PreTrainedConfig):
 
 
 class RewardHead(nn.Module):
-    """One reward of the heads [members, ...]. Names and shapes of parameters as in embrm.
+    """A reward head, or an ensemble of them: parameters [members, ...], named as in embrm.
 
-    h' = (h - mean) / scale; h~ = h' + up·down·h', or h' + up·ReLU(down·h' + b); then hidden layers
-    with ReLU; reward = output·activations. The members' rewards r are averaged; or standardised,
-    z = (r - reference_mean) / reference_sd, and their min, mean - penalty·variance ("uwo") or
-    mean - penalty·standard deviation ("lcb") is brought back to the mean scale and mean.
+    A state h becomes h' = (h - mean) / scale; with an adapter h' + up·down·h', or
+    h' + up·ReLU(down·h' + b); hidden layers with ReLU follow; the reward is output·activations.
+    The members' rewards r are averaged. Or they are standardized, z = (r - reference_mean) /
+    reference_sd, and their min, mean - penalty·variance ("uwo") or mean - penalty·standard
+    deviation ("lcb") is brought back to the members' mean scale and mean.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class RewardHead(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Rewards float32 [n] of states [n, width] of any dtype."""
+        """Return rewards float32 [n] of states [n, width] of any dtype."""
         own = dict(self.named_parameters())
         x = states.float()
         if "scale" in own:
@@ -101,11 +105,11 @@ class EmbrmRewardModel(PreTrainedModel):
         prompt_tokens: Tensor | None = None,
         **options: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Rewards of texts padded on either side.
+        """Return the rewards of texts, padded on either side, as logits [batch, 1].
 
         input_ids, attention_mask: int64 [batch, length]. prompt_tokens: int64 [batch], how many
-        tokens of each text, padding not counted, are the prompt: needed where config.pooling is
-        "mean", because the mean is over the response alone.
+        tokens of each text, padding not counted, are the prompt. They are needed where
+        config.pooling is "mean", because the mean is over the response only.
         """
         options.pop("labels", None)
         states = self.model(

@@ -1,11 +1,13 @@
-"""Parity: does an exported folder give the rewards that the run gives?
+"""The check of an exported folder: does it give the rewards that the run gives?
 
-The folder is loaded as anyone would load it, and reads a sample of the cache's responses padded on
-the left and on the right, alone and in batches. Two things are held against the run: how far a
-reward is off, and how many twos of responses are ordered otherwise or tied, for a score layer in
-bfloat16 has steps of 1/16 between 8 and 16, which are small beside a logit of 15 and large beside
-rewards that differ by 0.5. The rewards to meet are those of the cached states
-for a sweep's run; for a fine-tuned one, those that extraction and the head give with its weights.
+The folder is loaded as any user would load it, and reads a sample of the cache's responses one at a
+time, and in batches padded on the right and on the left. Two things are compared with the run: how
+far rewards differ, and how many pairs of responses are put in another order or tied. The second is
+needed because a score layer in bfloat16 has steps of 1/16 between 8 and 16, which are small beside
+a logit of 15, and large beside rewards that differ by 0.5.
+
+The rewards to meet are those of the cached states for a run of a sweep. For a fine-tuned run, whose
+states no cache holds, they are those that extraction and the head give with its weights.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ from embrm.extraction.engine import TOLERANCE, read
 from embrm.extraction.run import Prepared
 
 BATCH = 16
+"""Texts of a batch in the comparison."""
 
 REORDERED = {"float32": 0.01, "bfloat16": 0.03, "float16": 0.03}
-"""Largest share of twos that may be ordered otherwise or newly tied. In half precision states
-themselves move with the batch they are read in: of tiny models that alone reorders up to 1.4 %."""
+"""Largest share of pairs of responses that may be reordered or newly tied, by dtype. In half
+precision the states themselves depend on the batch that they are read in; with tiny models this
+alone reorders up to 1.4 % of the pairs."""
 
 _PASSES: tuple[tuple[str, Side, int], ...] = (
     ("batch 1", "right", 1),
@@ -35,12 +39,14 @@ _PASSES: tuple[tuple[str, Side, int], ...] = (
 
 @dataclass(frozen=True)
 class Parity:
-    """What the comparison found; `differences` are within `tolerance`, `reordered` within `bound`.
+    """The result of the comparison of an exported folder with its run.
 
-    differences: how the texts were read → the largest |exported - run|. reordered: the same →
-    `reordered`. scale: the largest |reward| in float32, otherwise the largest |logit|, offset
-    included, what rounding is relative to. position_ids: padded on the left the class needs
-    position_ids, which it does not make from the mask.
+    responses: how many were compared. differences: the largest |exported - run| for each way of
+    reading the texts; tolerance: the largest that is allowed. reordered: the share of pairs of
+    responses that `reordered` counts, for each way of reading; bound: the largest that is allowed.
+    scale: what rounding errors are relative to: the largest |reward| in float32, otherwise the
+    largest |logit|, offset included. position_ids: whether the class needs position_ids to read
+    texts padded on the left, because it does not make them from the attention mask.
     """
 
     responses: int
@@ -65,12 +71,13 @@ def expected_rewards(
 def check_parity(
     exported: ExportedModel, expected: Tensor, prepared: Prepared, rows: list[int], tolerance: float
 ) -> Parity:
-    """Compare with `expected` float32 [n], of the responses `rows`.
+    """Compare an exported model with the run's rewards `expected`, float32 [n], of the responses
+    `rows`.
 
-    tolerance: largest difference in units of max(1, the largest |reward|) for float32; other dtypes
-        have their own, as states do, of the largest |logit|.
-    Raises: UserError when rewards differ by more, or more than `REORDERED` of the twos are ordered
-        otherwise, however the texts are read.
+    tolerance: largest difference in float32, in units of max(1, the largest |reward|). Half
+    precision has the tolerance of its states, in units of the largest |logit|.
+    Raises: UserError when, for any way of reading the texts, rewards differ by more, or more pairs
+    of responses than `REORDERED` allows are reordered.
     """
     dtype = prepared.spec.dtype
     half = dtype != "float32"
@@ -98,8 +105,8 @@ def check_parity(
             )
         if share > bound:
             raise UserError(
-                f"the exported model orders {share:.1%} of the twos of responses otherwise than "
-                f"the run or ties them ({name}), more than {bound:.0%}: nothing is exported; "
+                f"the exported model reorders or ties {share:.1%} of the pairs of responses that "
+                f"the run orders ({name}), more than {bound:.0%}: nothing is exported; "
                 "--custom keeps the head in float32, a cache extracted in float32 all of it"
             )
         differences[name], shares[name] = largest, share
@@ -107,9 +114,10 @@ def check_parity(
 
 
 def reordered(found: Tensor, expected: Tensor) -> float:
-    """Share of the twos that differ in `expected` [n] that `found` [n] orders otherwise or ties."""
+    """Return the share of pairs of responses that `found` [n] reorders or ties, among the pairs
+    whose rewards in `expected` [n] differ."""
     changed = decided = 0
-    for row in range(len(expected)):  # one by one: n² twos need no room
+    for row in range(len(expected)):  # row by row, so that n² pairs are never in memory
         before = torch.sign(expected[row + 1 :] - expected[row])
         after = torch.sign(found[row + 1 :] - found[row])
         decided += int((before != 0).sum())

@@ -1,4 +1,4 @@
-"""Export: a run in, a folder out that transformers loads and that scores as the run does."""
+"""Export: writes a run as a folder that transformers loads and that scores as the run does."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,10 @@ from embrm.lm.tokens import load_tokenizer, reason_of
 
 @dataclass(frozen=True)
 class Export:
-    """What was written. stock: loads without our code. offset: reward = logit - offset."""
+    """What was written.
+
+    stock: whether transformers loads it without our code. offset: the reward is the logit minus it.
+    """
 
     folder: Path
     stock: bool
@@ -46,15 +49,17 @@ def export(
 ) -> Export:
     """Write run `run` of the results in `source` to the new folder `out` as a reward model.
 
-    run: a run id, the beginning of one, or CONFIGURATION@SEED. cache, model: where they are now,
-    if they have moved. custom: accept our own small class where no stock one can hold the head, its
-    form or, in half precision, its float32.
-    push: a hub repository to upload the folder to, made private if it is new. tolerance, sample:
-    of the comparison with the run's own rewards, see `check_parity`. The same run gives the same
-    bytes. `out` appears when everything is in it and has been checked, or not at all.
+    run: a run id, the beginning of one, or CONFIGURATION@SEED. cache, model: where they are, if
+    they have moved. custom: allow our own small model class, for a head that no stock class can
+    hold, and in half precision also to keep the head in float32. push: a hub repository to upload
+    the folder to; a new one is made private. tolerance, sample: of the comparison with the run's
+    rewards, see `check_parity`; sample is the number of responses.
 
-    Raises: UserError for a run that has no such form, a model or data that are not those of the
-    cache any more, rewards beyond tolerance, or a folder that is not empty.
+    `out` appears once everything is in it and has been checked, or not at all. The same run gives
+    the same bytes.
+
+    Raises: UserError for a run that cannot be exported, a model or data that are no longer those of
+    the cache, rewards that differ by more than the tolerance, or a folder that is not empty.
     """
     _refuse_content(out)
     run_model = open_run_model(source, run, cache)
@@ -82,7 +87,7 @@ def write_model(
     sample: int = 256,
     device: str = "auto",
 ) -> Export:
-    """`export` of a run that has been read. prepared: the texts of its cache."""
+    """Export a run that is open already, as `export` does. prepared: the texts of its cache."""
     _refuse_content(out)
     if prepared.spec.trust_remote_code:
         raise UserError(
@@ -102,7 +107,8 @@ def write_model(
         )
     rows = spread(len(prepared.encoded), sample)
     expected = expected_rewards(run_model, prepared, rows, device)
-    # A stock class has its score layer in the dtype of the backbone, ours its head in float32.
+    # A stock class has its score layer in the dtype of the backbone; our class keeps the head in
+    # float32.
     stock = not reason and not (custom and prepared.spec.dtype != "float32")
     build = stock_model if stock else custom_model
     built = build(run_model, prepared, _about(run_model, prepared))
@@ -110,7 +116,7 @@ def write_model(
         with quiet():
             built.save_pretrained(folder)
         offset = float(built.config.embrm["offset"])
-        del built  # before the saved one is loaded: one large model at a time
+        del built  # so that one large model is in memory at a time
         _save_tokenizer(folder, prepared)
         if not stock:
             shutil.copyfile(CODE, folder / CODE.name)
@@ -127,7 +133,7 @@ def _refuse_content(out: Path) -> None:
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Upload `folder` to the hub, into a repository that is made, private, if it is not there.
+    """Upload `folder` to a hub repository, which is created as a private one if it is new.
 
     Raises: UserError when the hub refuses; the folder stays.
     """
@@ -143,8 +149,8 @@ def upload(folder: Path, repository: str) -> None:
 
 
 def _about(run_model: RunModel, prepared: Prepared) -> dict[str, Any]:
-    """What config.json says under "embrm", beside the offset: how texts become tokens, and from
-    where the model is."""
+    """What config.json records under "embrm", beside the offset: the model's origin, and how texts
+    become tokens."""
     tokens = prepared.identity["tokenizer"]
     return {
         "version": __version__,
@@ -155,10 +161,10 @@ def _about(run_model: RunModel, prepared: Prepared) -> dict[str, Any]:
 
 
 def _save_tokenizer(folder: Path, prepared: Prepared) -> None:
-    """With the pad token, template and length that the cache was made with.
+    """Save the tokenizer with the pad token, chat template and length that the cache was made with.
 
-    Padded on the right, where absolute positions need no help; cut on the left, where the prompt
-    is.
+    It pads on the right, where absolute positions need no position_ids, and truncates on the left,
+    where the prompt is.
     """
     tokens = prepared.identity["tokenizer"]
     tokenizer = load_tokenizer(prepared.folder)
@@ -172,7 +178,7 @@ def _save_tokenizer(folder: Path, prepared: Prepared) -> None:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that becomes `path` when the block ends well, and goes otherwise."""
+    """A temporary folder that is renamed to `path` if the block succeeds, and removed otherwise."""
     temporary = path.absolute().with_name(TEMPORARY + path.absolute().name)
     with disk_errors(path):
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A finished run of a sweep or a fine-tune: its head, its backbone if it has one, its cache."""
+"""A finished run as a reward model: its head, its fine-tuned backbone if any, and its cache."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -32,36 +32,36 @@ _WITH_S = "+S"
 
 @dataclass(frozen=True)
 class RunModel:
-    """A run with what it takes to score with it. Create it with `open_run_model`."""
+    """A finished run and all that scoring texts with it needs. Create it with `open_run_model`."""
 
     results: Results
     row: dict[str, Any]
-    """Its row of the ledger."""
+    """The run's row of the ledger."""
     run: dict[str, Any]
-    """Its fields, as the weights file has them."""
+    """The fields of its spec, as recorded in the weights file."""
     parameters: Parameters
-    """The head, or the members of an ensemble: [members, ...], see `embrm.training.heads`."""
+    """The head, or the members of an ensemble: tensors [members, ...] (see `training.heads`)."""
     preprocess: Preprocess
     combination: Combination
-    """How members become one reward."""
+    """How the rewards of the members become one reward."""
     backbone: dict[str, Tensor]
-    """Fine-tuned weights, named as in the base model's state_dict; none: the model of the cache."""
+    """Fine-tuned weights, named as in the base model's state_dict; {} for a run of a sweep."""
     cache: Cache
 
     @property
     def name(self) -> str:
-        """CONFIGURATION@SEED."""
+        """The run as CONFIGURATION@SEED."""
         return f"{self.row['config']}@{self.row['seed']}"
 
     @property
     def view(self) -> str:
-        """The states that the head reads."""
+        """The view of the cache whose states the head reads."""
         return str(self.run.get("state", "last"))
 
     def extraction(self, **changes: Any) -> ExtractSpec:
-        """The spec that the cache was made by, with other fields.
+        """Return the spec that the cache was extracted with, with some fields changed.
 
-        Raises: UserError when it was not made by embrm extract.
+        Raises: UserError when the cache was not made by embrm extract.
         """
         recorded = self.cache.manifest.extraction
         if not recorded:
@@ -73,18 +73,18 @@ class RunModel:
         return ExtractSpec.parse(recorded, str(self.cache.folder / "manifest.json"))
 
     def prepared(self, model: str | None) -> Prepared:
-        """The cache's texts as token ids: `encoded[i]` is response i of the cache.
+        """Tokenize the cache's texts again: `encoded[i]` is response i of the cache.
 
-        model: where the cache's model is now, if it has moved.
-        Raises: UserError when model or data are gone, or are not those the cache was made from.
+        model: folder or hub id of the cache's model, if it has moved.
+        Raises: UserError when model or data are missing, or are not those the cache was made from.
         """
         spec = self.extraction(**({"model": model, "revision": None} if model else {}))
-        return self._same(spec, None)
+        return self._prepared(spec, None)
 
     def prepared_for(self, data: Sequence[SourceSpec]) -> Prepared:
-        """Other texts, as the cache's would be read.
+        """Tokenize other data as the cache's texts were tokenized.
 
-        Raises: UserError when the model is gone or is not the cache's, or for wrong data.
+        Raises: UserError when the model is missing or is not the cache's, or for wrong data.
         """
         pooled = self.view.removesuffix(_WITH_S)
         rows = {} if pooled == TOKENS else {"token_rows": 0, "tail_mean": False}
@@ -96,25 +96,25 @@ class RunModel:
             engine="auto",
             **rows,
         )
-        return self._same(spec, ("model", "tokenizer"))
+        return self._prepared(spec, ("model", "tokenizer"))
 
-    def _same(self, spec: ExtractSpec, parts: Collection[str] | None) -> Prepared:
+    def _prepared(self, spec: ExtractSpec, parts: Collection[str] | None) -> Prepared:
         try:
             prepared = prepare(spec)
         except UserError as error:
             raise UserError(f"{self.cache.folder}, read again as it was made: {error}") from None
         refuse_other(self.cache, prepared, parts)
-        if self.backbone:  # its weights are float32, whatever the cache's were
+        if self.backbone:  # fine-tuned weights are float32, whatever the cache's dtype
             spec = prepared.spec.model_copy(update={"dtype": "float32"})
             prepared = replace(prepared, spec=spec)
         return prepared
 
     def engine(self, prepared: Prepared, device: str) -> Engine:
-        """What reads texts for this run: the model of the cache, or the fine-tuned one."""
+        """Return the engine that reads texts for this run: the cache's model, or the tuned one."""
         spec = prepared.spec
         if not self.backbone:
             return engine_for(replace(prepared, spec=with_engine(spec, device)), device)
-        # Its own view alone: the cache's are of other weights, and need not have this one.
+        # The engine computes the run's own view only; the cache may hold others, or not this one.
         engine = load_engine(
             prepared.folder, dtype=spec.dtype, device=device, views=[self.view], top_k=spec.top_k
         )
@@ -122,7 +122,7 @@ class RunModel:
         return engine
 
     def rewards(self, batch: Batch, requests: Sequence[Request]) -> Tensor:
-        """float32 [n] of requests that an engine has read, as the sweep scores cached states."""
+        """Return the rewards float32 [n] of requests that an engine has read into `batch`."""
         pooled = self.view.removesuffix(_WITH_S)
         states = _token_means(batch, requests) if pooled == TOKENS else batch.states[pooled]
         if pooled != self.view:
@@ -131,8 +131,11 @@ class RunModel:
         return self._score(states)
 
     def cached_rewards(self, rows: Sequence[int]) -> Tensor:
-        """float32 [n] of responses of the cache, ascending, from their cached states: of a sweep's
-        runs alone."""
+        """Return the rewards float32 [n] of responses of the cache from their cached states.
+
+        rows: ascending numbers of responses. For runs of a sweep only: a fine-tuned backbone gives
+        other states than the cache holds.
+        """
         parts, first = [], 0
         for shard in map(to_tensor, self.cache.stored_shards(self.view)):
             parts.append(shard[[row - first for row in rows if 0 <= row - first < len(shard)]])
@@ -145,10 +148,12 @@ class RunModel:
 
 
 def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunModel:
-    """Read a run of the results in `folder`. run: a run id, the beginning of one, or
-    CONFIGURATION@SEED. cache: where the cache is now, if it has moved.
+    """Open a run of the results in `folder`.
 
-    Raises: UserError for an unknown run, one that diverged or has no weights, damaged weights, or
+    run: a run id, the beginning of one, or CONFIGURATION@SEED. cache: the cache folder, if it has
+    moved.
+
+    Raises: UserError for an unknown run, a run that diverged or has no weights, damaged weights, or
     another cache.
     """
     results = open_results(folder)
@@ -174,9 +179,9 @@ def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunMode
 
 
 def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
-    """Put fine-tuned weights into a base model, in its dtype.
+    """Copy fine-tuned weights into a base model, in the dtype of the model.
 
-    Raises: UserError when the model has no such tensor, or one of another shape.
+    Raises: UserError when the model lacks one of the tensors or has it in another shape.
     """
     own = model.state_dict()
     for tensor, values in backbone.items():
@@ -191,7 +196,7 @@ def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a fine-tuned run's weights file; no tensors of any other's."""
+    """The header of a weights file, and its tensors if it is of a fine-tuned run."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["embrm"])
@@ -212,7 +217,7 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _token_means(batch: Batch, requests: Sequence[Request]) -> Tensor:
-    """Mean of each request's token rows, [n, d], as `embrm.sweeps.views` pools a cache's."""
+    """The mean of each request's token rows, [n, d], as `embrm.sweeps.views` pools cached ones."""
     counts = torch.tensor([len(request.positions) for request in requests])
     owner = torch.arange(len(requests)).repeat_interleave(counts)
     total = torch.zeros(len(requests), batch.token_states.shape[1])

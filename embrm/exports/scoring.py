@@ -1,7 +1,8 @@
-"""Score: rewards of any preference or group data, under an exported model or a run.
+"""Scoring: rewards of any preference or group data under an exported model or a run.
 
-A folder reads texts through the model saved there; a run reads them as its cache was read, with
-every view a cache can have. A text's reward does not depend on the texts it is read beside.
+An exported model reads texts through the tokenizer saved with it. A run reads them as its cache was
+read, with any view that a cache can have. A text's reward does not depend on the texts in the same
+batch, up to rounding.
 """
 
 from collections.abc import Sequence
@@ -28,23 +29,23 @@ from embrm.lm.tokens import Encoded, encode
 from embrm.metrics.accuracy import EvaluationSplit
 
 _ROWS = 2048
-"""Responses whose states are held at a time."""
+"""Responses whose states are in memory at a time."""
 
 METRICS = ("pairs", "accuracy", "ties", "tau", "length_accuracy", "reward_mean", "reward_sd")
-"""Of every split, as `embrm.metrics.accuracy` defines them."""
+"""Metrics of every split, as `embrm.metrics.accuracy` defines them."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards, float32.
+    """The rewards of a data set, float32.
 
-    pairs: pair_id, split, subset, prompt_id, source, row (where the pair stands in the data),
-        chosen_model, rejected_model, label, weight, tokens_chosen, tokens_rejected (of the
-        responses), scores_chosen, scores_rejected.
-    members: the rows of groups: split, subset, prompt_id, response_id, source, row, model, gold,
-        tokens (of the response), score; none without groups.
-    splits: a row a split: split and `METRICS`.
-    exclusions: reason → source rows left out.
+    pairs: pair_id, split, subset, prompt_id, source, row (the pair's place in its source),
+        chosen_model, rejected_model, label, weight, tokens_chosen, tokens_rejected (lengths of the
+        responses), scores_chosen and scores_rejected (their rewards).
+    members: one row per response of a group: split, subset, prompt_id, response_id, source, row,
+        model, gold, tokens and score; empty without groups.
+    splits: one row per split, with its name and `METRICS`.
+    exclusions: the number of source rows left out, by reason.
     """
 
     pairs: pl.DataFrame
@@ -62,13 +63,14 @@ def score(
     device: str = "auto",
     dtype: str | None = None,
 ) -> Scores:
-    """Rewards of `data` under `model`: an exported folder, a hub id or folder of any sequence
-    classifier with one label, or RESULTS_FOLDER:RUN.
+    """Score `data` with `model`.
 
-    cache: a run's cache, if it has moved. batch_tokens: of a batch, padding included. dtype: of a
-    folder's model, instead of the one it was saved in.
+    model: a folder that embrm export wrote; a folder or hub id of any sequence classifier with one
+    label; or RESULTS_FOLDER:RUN. cache: a run's cache, if it has moved. batch_tokens: tokens of a
+    batch, padding included. dtype: the dtype to load a folder's model in, instead of its own.
 
-    Raises: UserError for anything wrong with model, run or data, and rewards that are not finite.
+    Raises: UserError for anything wrong with model, run or data, and for rewards that are not
+    finite.
     """
     check_batch(batch_tokens)
     run = _run_of(model)
@@ -92,7 +94,7 @@ def score(
 
 
 def _run_of(model: str) -> tuple[Path, str] | None:
-    """(results folder, run) of RESULTS_FOLDER:RUN."""
+    """The results folder and the run of RESULTS_FOLDER:RUN; None if `model` is no such name."""
     folder, colon, run = model.partition(":")
     is_run = colon and not Path(model).exists() and Path(folder).is_dir()
     if not is_run and (Path(model) / "sweep.json").exists():

@@ -163,7 +163,7 @@ def test_logits_too_coarse_for_the_rewards_are_refused() -> None:
         if fits:
             _checked(expected, "bfloat16", 12.0, found)
             continue
-        with pytest.raises(UserError, match=r"orders .*% of the twos .*, more than 3%: .*--custom"):
+        with pytest.raises(UserError, match=r"reorders .*% of the pairs .* 3%: .*--custom"):
             _checked(expected, "bfloat16", 12.0, found)
 
 
