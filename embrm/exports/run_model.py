@@ -1,12 +1,10 @@
 """A finished run as a reward model: its head, its fine-tuned backbone if any, and its cache."""
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
@@ -19,14 +17,12 @@ from embrm.extraction.probe import refuse_other
 from embrm.extraction.run import ExtractSpec, Prepared, engine_for, prepare, with_engine
 from embrm.extraction.transformers_engine import load_engine
 from embrm.results.ledger import Results, cache_of, open_results
-from embrm.results.weights import load_run
+from embrm.results.weights import load_run, load_saved_model
 from embrm.sweeps.views import TOKENS
-from embrm.sweeps.weights import MODEL_FORMAT
 from embrm.training.ensembles import Combination
 from embrm.training.heads import REWARDS, Parameters, Preprocess, score
 from embrm.training.states import States
 
-_HEAD, _BACKBONE = "head.", "backbone."
 _WITH_S = "+S"
 
 
@@ -158,22 +154,20 @@ def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunMode
     """
     results = open_results(folder)
     row = results.find(run)
-    path = folder / "weights" / f"{row['run_id']}.safetensors"
-    header, tensors = _read(path) if path.is_file() else ({}, {})
-    if header.get("format") != MODEL_FORMAT:
-        saved = load_run(folder, row["run_id"])
-        if REWARDS in saved.parameters:
+    if results.finetuned:
+        model = load_saved_model(folder / "weights" / f"{row['run_id']}.safetensors")
+        fields, parameters, backbone = model.header["run"], model.head, model.backbone
+        preprocess, combination = Preprocess(None, None), Combination()
+    else:
+        head = load_run(folder, row["run_id"])
+        if REWARDS in head.parameters:
             raise UserError(
                 f"run {row['config']}@{row['seed']} has no weights, only its rewards of the "
                 "cache's responses: read them with embrm scores, or name a run with a head or a "
                 "linear learner"
             )
-        fields, parameters = saved.spec.model_dump(mode="json"), saved.parameters
-        preprocess, combination, backbone = saved.preprocess, saved.combination, {}
-    else:
-        fields, preprocess, combination = header["run"], Preprocess(None, None), Combination()
-        parameters = _below(tensors, _HEAD)
-        backbone = _below(tensors, _BACKBONE)
+        fields, parameters, backbone = head.spec.model_dump(mode="json"), head.parameters, {}
+        preprocess, combination = head.preprocess, head.combination
     source = cache_of(results, cache)
     return RunModel(results, row, fields, parameters, preprocess, combination, backbone, source)
 
@@ -193,27 +187,6 @@ def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
                 f"{list(values.shape)}, the model has {shape}: name the model it was tuned from"
             )
     model.load_state_dict(backbone, strict=False)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header of a weights file, and its tensors if it is of a fine-tuned run."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["embrm"])
-            wanted = file.keys() if header["format"] == MODEL_FORMAT else ()
-            return header, {name: file.get_tensor(name) for name in wanted}
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is damaged: delete it and its parts folder, and train the run again"
-        ) from None
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def _token_means(batch: Batch, requests: Sequence[Request]) -> Tensor:

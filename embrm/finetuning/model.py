@@ -1,11 +1,9 @@
 """A causal language model with a reward head, which is trained, stored and loaded again."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -16,7 +14,7 @@ from embrm.finetuning.dropout import apply_masks, switch_off_dropout
 from embrm.finetuning.spec import LoraSpec, Tune
 from embrm.lm.head import LmHead
 from embrm.lm.likelihood import log_probabilities
-from embrm.sweeps.weights import MODEL_FORMAT
+from embrm.results.weights import load_saved_model
 from embrm.training.heads import HeadSpec, Parameters, initialise, rewards
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -204,31 +202,15 @@ def load_tuned(path: Path, causal: Any) -> tuple[RewardModel, dict[str, Any]]:
     causal: the base model, in float32; it is changed.
     Raises: UserError when the file is damaged, or the weights are of another model.
     """
+    saved = load_saved_model(path)
+    model, whole = RewardModel(causal, saved.head), saved.header["tune"] == "full"
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["embrm"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is missing or damaged: delete it and its parts folder, and run embrm finetune "
-            "again"
-        ) from None
-    if header["format"] != MODEL_FORMAT:
-        raise UserError(
-            f"{path} has format {header['format']!r}: this embrm reads {MODEL_FORMAT!r}"
-        )
-
-    def of(part: str) -> dict[str, Tensor]:
-        return {name[len(part) :]: tensors[name] for name in tensors if name.startswith(part)}
-
-    model = RewardModel(causal, of("head."))
-    try:
-        found = model.backbone.load_state_dict(of("backbone."), strict=header["tune"] == "full")
+        found = model.backbone.load_state_dict(saved.backbone, strict=whole)
     except RuntimeError:
         found = None
     if found is None or found.unexpected_keys:
         raise UserError(f"{path} is not of this model: name the one that the cache was made with")
-    return model.eval(), header
+    return model.eval(), saved.header
 
 
 def _add_lora(backbone: nn.Module, lora: LoraSpec) -> None:

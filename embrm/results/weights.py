@@ -1,15 +1,18 @@
-"""Stored heads: the one reader of a run's weights file."""
+"""The one reader of a run's weights file: a head, or a fine-tuned model."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
+from torch import Tensor
 
 from embrm.core.errors import UserError
 from embrm.results.ledger import open_results
 from embrm.sweeps.spec import RunSpec
-from embrm.sweeps.weights import FORMAT, PREPROCESS, REFERENCE, REWARDS_FORMAT
+from embrm.sweeps.weights import FORMAT, MODEL_FORMAT, PREPROCESS, REFERENCE, REWARDS_FORMAT
 from embrm.training.ensembles import Combination, Reference
 from embrm.training.heads import Parameters, Preprocess
 
@@ -35,20 +38,12 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
         raise UserError(
             f"run {run_id!r} ({row['status']}) has no weights in {folder}: take another"
         )
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["embrm"])
-            # Before tensors are read: they may be a whole model's.
-            if header["format"] not in (FORMAT, REWARDS_FORMAT):
-                raise UserError(
-                    f"{path} has format {header['format']!r}, not that of a sweep's head: of a "
-                    "fine-tuned model rewards come from embrm score"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+    header, tensors = _read(path, (FORMAT, REWARDS_FORMAT))
+    if header["format"] not in (FORMAT, REWARDS_FORMAT):
         raise UserError(
-            f"{path} is damaged: delete it and its sweep's parts folder, and run the sweep again"
-        ) from None
+            f"{path} has format {header['format']!r}, not that of a sweep's head: of a "
+            "fine-tuned model rewards come from embrm score"
+        )
     mean, scale = (tensors.pop(PREPROCESS + name, None) for name in ("mean", "scale"))
     means, sds = (tensors.pop(REFERENCE + name, None) for name in ("mean", "sd"))
     reference = None if means is None or sds is None else Reference(means, sds)
@@ -61,3 +56,54 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
         preprocess=Preprocess(mean, scale),
         combination=Combination(spec.combine, spec.penalty, reference),
     )
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A fine-tuned model as it is stored.
+
+    header: its format, cache_id, run (the fields of its spec), tune and base model. head: tensors
+    [1, ...]. backbone: the weights that were trained, named as in the base model's state_dict.
+    """
+
+    header: dict[str, Any]
+    head: Parameters
+    backbone: dict[str, Tensor]
+
+
+def load_saved_model(path: Path) -> SavedModel:
+    """Read the weights file of a fine-tuned run.
+
+    Raises: UserError when it is missing, damaged, or not of a fine-tuned run.
+    """
+    header, tensors = _read(path, (MODEL_FORMAT,))
+    if header["format"] != MODEL_FORMAT:
+        raise UserError(
+            f"{path} has format {header['format']!r}: a fine-tuned model has {MODEL_FORMAT!r}"
+        )
+
+    def below(prefix: str) -> dict[str, Tensor]:
+        names = (name for name in tensors if name.startswith(prefix))
+        return {name.removeprefix(prefix): tensors[name] for name in names}
+
+    return SavedModel(header, below("head."), below("backbone."))
+
+
+def _read(path: Path, formats: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header of a weights file, and its tensors if its format is one of `formats`.
+
+    Tensors of another format are not read: they may be those of a whole model.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["embrm"])
+            names = file.keys() if header["format"] in formats else ()
+            return header, {name: file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: delete the run's parts folder, and train it again"
+        ) from None
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is damaged: delete it and its parts folder, and train the run again"
+        ) from None

@@ -275,6 +275,8 @@ def test_no_code_of_a_folder_is_run(swept: Path, tmp_path: Path) -> None:
 def tuned(swept: Path, folder: Path, model: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A copy of the sweep whose run "bt" has fine-tuned weights, and the whole tuned backbone."""
     results = Path(shutil.copytree(swept, folder))
+    header = json.loads((results / "sweep.json").read_text()) | {"finetune": {}}
+    (results / "sweep.json").write_text(json.dumps(header))
     run_id = open_results(results).find("bt@0")["run_id"]
     trained = open_run_model(swept, "bt@0")
     base = AutoModelForCausalLM.from_pretrained(model).base_model.state_dict()

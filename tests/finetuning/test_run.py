@@ -332,15 +332,24 @@ def test_a_full_disk_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_ids_depend_on_what_changes_the_result() -> None:
-    def ids(**fields: Any) -> str:
-        values = {"baseline": "bt", "runs": [{"name": "bt"}], "micro_pairs": 4} | fields
-        spec = FinetuneSpec.parse(values, "test")
-        found = configurations(spec, "test", FinetuneRun)
-        selection = Selection("c", ("train",), 0.1)
-        identity = spec.identity(found[0].spec)
-        return identified(found, (0,), selection, identity)[0].run_id
+def ids(**fields: Any) -> str:
+    values = {"baseline": "bt", "runs": [{"name": "bt"}], "micro_pairs": 4} | fields
+    spec = FinetuneSpec.parse(values, "test")
+    found = configurations(spec, "test", FinetuneRun)
+    selection = Selection("c", ("train",), 0.1)
+    identity = spec.identity(found[0].spec)
+    return identified(found, (0,), selection, identity)[0].run_id
 
+
+def test_runs_have_the_ids_that_0_3_0_gave_them() -> None:
+    """Or a fine-tune that it began would be trained again."""
+    bsr = [{"name": "bt", "bsr": 0.1}]
+    assert ids() == "ac683fe528d9baad"
+    assert ids(tune="lora", runs=bsr, bsr_scope="micro") == "5a2b151bb1279ca6"
+    assert ids(runs=[{"name": "bt", "simcse": {}}]) == "0d2e18a90206d228"
+
+
+def test_ids_depend_on_what_changes_the_result() -> None:
     same = ids()
     for fields in ({"gradient_checkpointing": True}, {"save_steps": 7}, {"micro_pairs": 2}):
         assert ids(**fields) == same
