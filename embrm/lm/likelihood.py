@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens without ever holding all logits, forward or backward.
+"""Log-probabilities of tokens without the logits of all positions in memory at once.
 
-The logits of a few positions are computed, reduced to one number each and thrown away; the backward
-step computes them again. What is kept is the states and one logsumexp a position.
+Logits are computed for a block of positions at a time, reduced to one number each and discarded;
+the backward step computes them again. Only the states and one logsumexp per position are kept.
 """
 
 from typing import Any
@@ -12,21 +12,22 @@ from torch import Tensor
 from embrm.lm.head import LmHead
 
 _LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}
-"""Size of a float32 block of logits."""
+"""Size of a block of float32 logits, by device type."""
 
 _LEAST_ROWS = 64
+"""Positions of a block at least, however large the vocabulary."""
 
 
 def log_probabilities(head: LmHead, states: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(z)[target], float32 [n], z the logits of states [n, d] under `head`.
+    """Return log softmax(z)[target], float32 [n], where z are the logits of `states` under `head`.
 
-    targets: int64 [n]. Differentiable in the states and in the head's weight and bias. Under
-    autocast the products are in its dtype; everything behind them is in float32.
+    states: [n, d]. targets: token ids int64 [n]. Differentiable in the states and in the head's
+    weight and bias. Under autocast the matrix products use its dtype; all else is in float32.
     """
     kind = states.device.type
     weight, bias = head.weight, head.bias
     if torch.is_autocast_enabled(kind):
-        # Here and not inside: a backward step is outside of autocast, and must compute the same.
+        # Cast here, because the backward step runs outside of autocast and must compute the same.
         dtype = torch.get_autocast_dtype(kind)
         states, weight = states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -38,7 +39,7 @@ def log_probabilities(head: LmHead, states: Tensor, targets: Tensor) -> Tensor:
 
 
 class _LogProbabilities(torch.autograd.Function):
-    """∂ log p/∂z_j = [j = target] - p_j."""
+    """log p of the targets; its gradient is ∂ log p/∂z_j = [j = target] - p_j."""
 
     @staticmethod
     def forward(
@@ -58,30 +59,32 @@ class _LogProbabilities(torch.autograd.Function):
             logsumexp[part] = logits.logsumexp(1)
             found[part] = logits.gather(1, targets[part, None])[:, 0] - logsumexp[part]
         ctx.save_for_backward(states, targets, weight, bias, logsumexp)
-        ctx.of_logits = scale, softcap
+        ctx.scale, ctx.softcap = scale, softcap
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         states, targets, weight, bias, logsumexp = ctx.saved_tensors
-        head = LmHead(weight, bias, *ctx.of_logits)
+        head = LmHead(weight, bias, ctx.scale, ctx.softcap)
         of_states = torch.empty_like(states)
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if _needed(ctx, 2) else None
-        of_bias = torch.zeros_like(bias, dtype=torch.float32) if _needed(ctx, 3) else None
+        of_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        )
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[3] else None
         for part in _blocks(states, weight):
             logits = head.logits(states[part])
             slopes = head.slopes(logits)
-            each = logits.sub_(logsumexp[part, None]).exp_().neg_()
-            own = torch.ones_like(targets[part, None], dtype=each.dtype)
-            each.scatter_add_(1, targets[part, None], own)
-            each.mul_(gradient[part, None]).mul_(slopes)
-            narrow = each.to(weight.dtype)
+            products = logits.sub_(logsumexp[part, None]).exp_().neg_()
+            ones = torch.ones_like(targets[part, None], dtype=products.dtype)
+            products.scatter_add_(1, targets[part, None], ones)
+            products.mul_(gradient[part, None]).mul_(slopes)  # now ∂loss/∂(W h)
+            narrow = products.to(weight.dtype)
             of_states[part] = narrow @ weight
             if of_weight is not None:
                 of_weight += narrow.T @ states[part]
             if of_bias is not None:
-                of_bias += each.sum(0)
+                of_bias += products.sum(0)
         return (
             of_states,
             None,
@@ -90,10 +93,6 @@ class _LogProbabilities(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _needed(ctx: Any, place: int) -> bool:
-    return bool(ctx.needs_input_grad[place])
 
 
 def _blocks(states: Tensor, weight: Tensor) -> list[slice]:
