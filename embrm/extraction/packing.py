@@ -19,7 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from embrm.extraction.engine import Request, to_device
+from embrm.extraction.engine import Request
+from embrm.extraction.statistics import to_device
 
 ATTENTION = "embrm-packed"
 """The name under which transformers finds `_attend`."""
@@ -93,7 +94,7 @@ class Packed:
         )
 
 
-def pack(requests: Sequence[Request], device: torch.device) -> Packed:
+def pack_texts(requests: Sequence[Request], device: torch.device) -> Packed:
     """One sequence of what texts share and of each text's own tokens."""
     ids: list[npt.NDArray[np.int32]] = []
     positions: list[npt.NDArray[np.int64]] = []

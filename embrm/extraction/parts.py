@@ -1,4 +1,4 @@
-"""Parts: one extraction shared out among processes, whole shards each."""
+"""Sharing one extraction among several processes, each of which makes whole shards."""
 
 import re
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from embrm.core.text import quoted
 
 @dataclass(frozen=True)
 class Share:
-    """The index-th of count processes, counted from 0."""
+    """One of several processes: number `index`, counted from 0, of `count`."""
 
     index: int
     count: int
 
     @classmethod
     def parse(cls, text: str) -> "Share":
-        """From i/n. Raises: UserError unless 0 ≤ i < n."""
+        """Parse i/n. Raises: UserError unless 0 ≤ i < n."""
         numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         share = cls(int(numbers[1]), int(numbers[2])) if numbers else None
         if share is None or share.index >= share.count:
@@ -31,7 +31,7 @@ class Share:
         return share
 
     def folder(self, out: Path) -> Path:
-        """Where this part of the cache at `out` goes: beside it, cache/NAME.0-of-4."""
+        """The folder of this part, beside the cache at `out`: cache/NAME.0-of-4."""
         return Path(f"{out}.{self.index}-of-{self.count}")
 
     def part(self, tokens: Sequence[int]) -> Part:

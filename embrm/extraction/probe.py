@@ -1,4 +1,4 @@
-"""Probe: does a cache still say what the model says, whatever the batch size and the engine?
+"""Probe: whether a cache agrees with its model, at any batch size and with any engine.
 
 A sample of its responses is extracted again, one at a time and in batches of several sizes, and
 compared with what is stored.
@@ -15,19 +15,14 @@ import torch
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import widened
 from embrm.core.errors import UserError
-from embrm.extraction.engine import TOLERANCE, read
-from embrm.extraction.run import (
-    EngineName,
-    ExtractSpec,
-    Prepared,
-    engine_for,
-    made_by,
-    prepare,
-    with_engine,
-)
+from embrm.extraction.choice import load_engine_for, made_by, with_engine
+from embrm.extraction.engine import TOLERANCE
+from embrm.extraction.reading import read
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts, prepare_texts
 
 BATCH_TOKENS = (1, 1024, 8192)
-"""Token budgets tried; 1 reads every response alone."""
+"""Token budgets that are tried; with 1, every response is read alone."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +30,10 @@ class Deviation:
     """One quantity under one batch size, over the sample.
 
     quantity: a view's name, S, or the logsumexp of the sampled positions. absolute: the largest
-    |new - stored| of any component. relative: the largest of ‖new - stored‖ / ‖stored‖ over the
+    |new - stored| of any component. relative: the largest ‖new - stored‖ / ‖stored‖ over the
     responses (for a number, |new - stored| / |stored|). orders_changed: pairs of the sample whose
-    two sides swapped, ranked by S, or for a view by a fixed random linear readout; None for the
-    logsumexp, which is no property of a response.
+    responses change their order when ranked by S or, for a view, by a fixed random linear readout;
+    None for the logsumexp, which is not a property of a response.
     """
 
     quantity: str
@@ -50,21 +45,21 @@ class Deviation:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found; a sound cache is within tolerance."""
+    """What a probe found. A sound cache is within tolerance."""
 
     responses: int
     pairs: int
     engine: str
-    """What read the sample; `made_by` is what made the cache."""
+    """The engine that read the sample; `made_by` is the engine that made the cache."""
     made_by: str
     dtype: str
     tolerance: float
-    """Of the dtype: float32 1e-4, float16 1e-2, bfloat16 5e-2."""
+    """Largest relative deviation allowed: float32 1e-4, float16 1e-2, bfloat16 5e-2."""
     deviations: tuple[Deviation, ...]
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the cache holds what the model gives."""
+        """Whether every relative deviation is within the tolerance."""
         return all(entry.relative <= self.tolerance for entry in self.deviations)
 
 
@@ -74,12 +69,12 @@ def probe(
     sample: int = 64,
     batch_tokens: Sequence[int] = BATCH_TOKENS,
     device: str = "auto",
-    engine: EngineName | None = None,
+    engine: str | None = None,
 ) -> ProbeResult:
     """Extract about `sample` responses of the cache at `folder` again and compare.
 
-    Model and data are read from where the extraction read them. engine: what to read them with;
-    None: what made the cache.
+    Model and data are read from where the extraction read them. engine: name of the engine that
+    reads them; None: the one that made the cache.
 
     Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
     longer those it was made from.
@@ -93,10 +88,10 @@ def probe(
     maker = made_by(cache.manifest)
     recorded = cache.manifest.extraction | {"engine": engine or maker}
     spec = ExtractSpec.parse(recorded, str(folder / "manifest.json"))
-    prepared = prepare(with_engine(spec, device))
+    prepared = prepare_texts(with_engine(spec, device))
     refuse_other(cache, prepared)
     rows, pairs = _sample(cache, sample)
-    reader = engine_for(prepared, device)
+    reader = load_engine_for(prepared, device)
     requests = prepared.requests(rows)
     stored = {view: _states(cache, view, rows) for view in cache.views}
     stored["S"] = cache.responses["S"].to_numpy()[rows][:, None]
@@ -108,7 +103,7 @@ def probe(
         batch = read(reader, requests, budget)
         found = {view: batch.states[view].double().numpy() for view in cache.views}
         found["S"] = batch.S[:, None]
-        found["logsumexp"] = batch.tokens.logsumexp.double().numpy()[:, None]
+        found["logsumexp"] = batch.tokens["logsumexp"].double().numpy()[:, None]
         deviations += [
             _deviation(quantity, budget, stored[quantity], found[quantity], pairs)
             for quantity in stored
@@ -116,7 +111,7 @@ def probe(
     return ProbeResult(
         len(rows),
         len(pairs),
-        str(prepared.spec.engine),
+        prepared.spec.engine,
         maker,
         cache.dtype,
         TOLERANCE[cache.dtype],
@@ -124,10 +119,10 @@ def probe(
     )
 
 
-def refuse_other(cache: Cache, prepared: Prepared, parts: Collection[str] | None = None) -> None:
-    """Raise UserError unless what is prepared is what the cache was made from.
+def refuse_other(cache: Cache, prepared: PreparedTexts, parts: Collection[str] | None = None) -> None:
+    """Raise UserError unless the cache was made from these texts and this model.
 
-    parts: of the identity, those to compare; None: all but the engine.
+    parts: keys of the identity to compare; None: all but the engine.
     """
     for part, expected in cache.manifest.identity.items():
         wanted = part != "engine" if parts is None else part in parts
@@ -139,9 +134,10 @@ def refuse_other(cache: Cache, prepared: Prepared, parts: Collection[str] | None
 
 
 def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
-    """Rows of the sample, sorted, and its pairs as positions among them, int64 [pairs, 2].
+    """Rows of the sample, sorted, and its pairs as indices among them, int64 [pairs, 2].
 
-    Both sides of evenly spaced pairs; evenly spaced responses where the cache has no pairs.
+    The sample is both responses of evenly spaced pairs, or evenly spaced responses where the cache
+    has no pairs.
     """
     ends = cache.pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
     ends = ends[_evenly(len(ends), size // 2)]
@@ -150,7 +146,7 @@ def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
 
 
 def _states(cache: Cache, view: str, rows: list[int]) -> npt.NDArray[np.float64]:
-    """The stored states of these rows, [rows, width], with one shard of them in memory."""
+    """The stored states of these rows, [rows, width], read one shard at a time."""
     shard, within = np.divmod(rows, cache.manifest.shard_rows)
     parts = [states[within[shard == i]] for i, states in enumerate(cache.stored_shards(view))]
     return widened(np.concatenate(parts)).astype(np.float64)
@@ -167,7 +163,7 @@ def _deviation(
     found: npt.NDArray[np.float64],
     pairs: npt.NDArray[np.int64],
 ) -> Deviation:
-    """Compare float64 [rows, width]."""
+    """Compare stored and found, float64 [rows, width]. pairs: int64 [pairs, 2], rows of both."""
     difference = found - stored
     scale = np.maximum(np.linalg.norm(stored, axis=1), np.finfo(np.float32).tiny)
     orders_changed = None

@@ -1,4 +1,4 @@
-"""The transformers engine: the reference implementation, on CPU, CUDA or MPS."""
+"""The transformers engine: the reference implementation, on CPU, CUDA or MPS. See `EngineModule`."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,22 +14,44 @@ from torch._dynamo.exc import TorchDynamoException
 
 from embrm.core.errors import UserError
 from embrm.extraction import packing
-from embrm.extraction.engine import (
-    TOLERANCE,
-    Batch,
-    Request,
-    TokenStatistics,
-    by_length,
-    of_responses,
-    predicting_positions,
-    to_device,
-)
-from embrm.extraction.packing import Packed, pack
+from embrm.extraction.engine import TOLERANCE, Batch, EngineSettings, Request
+from embrm.extraction.packing import Packed, pack_texts
+from embrm.extraction.positions import predicting_positions
+from embrm.extraction.reading import batches_by_length
+from embrm.extraction.statistics import response_statistics, to_device
 from embrm.lm.head import LmHead
 from embrm.lm.loading import load_model
 from embrm.lm.tokens import reason_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+
+
+def suits(views: Sequence[str], device: str) -> bool:  # noqa: ARG001
+    """Always true: this engine reads every view on every device."""
+    return True
+
+
+def refuse_unusable(views: Sequence[str]) -> None:
+    """Never raises: see `suits`. A view that a model lacks is refused when it is loaded."""
+
+
+def load(settings: EngineSettings) -> "TransformersEngine":
+    """Load the engine for an extraction. Raises: UserError as `load_engine` does."""
+    if settings.tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel = {settings.tensor_parallel} is for vLLM: add --engine vllm, or "
+            "leave it out"
+        )
+    return load_engine(
+        settings.folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        views=settings.views,
+        top_k=settings.top_k,
+        tail_mean=settings.tail_mean,
+        trust_remote_code=settings.trust_remote_code,
+        compiled=settings.compiled,
+    )
 
 
 def load_engine(
@@ -43,10 +65,10 @@ def load_engine(
     trust_remote_code: bool = False,
     compiled: bool = False,
 ) -> "TransformersEngine":
-    """Load a causal LM as an engine, run by torch.compile if `compiled`; see `load_model`.
+    """Load the causal LM at `folder` as an engine. compiled: run it through torch.compile.
 
-    Raises: UserError also when the engine refuses the model (see `TransformersEngine`), or
-    torch.compile does.
+    Raises: UserError when the model cannot be loaded (see `load_model`), when the engine refuses it
+    (see `TransformersEngine`), or when torch.compile fails on it.
     """
     model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     engine = TransformersEngine(model, views, top_k, tail_mean)
@@ -135,7 +157,7 @@ class TransformersEngine:
         some = [index for index, length in enumerate(lengths) if length <= self._longest_packed]
         rest = [index for index, length in enumerate(lengths) if length > self._longest_packed]
         packed = packing.batches([requests[index] for index in some], batch_tokens)
-        alike = by_length([lengths[index] for index in rest], batch_tokens)
+        alike = batches_by_length([lengths[index] for index in rest], batch_tokens)
         return [
             *([some[index] for index in batch] for batch in packed),
             *([rest[index] for index in batch] for batch in alike),
@@ -192,7 +214,7 @@ class TransformersEngine:
         predicting = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
         targets = [r.ids[s.start + 1 : s.stop + 1] for r, s in zip(requests, spans, strict=True)]
         counts = [len(span) for span in spans]
-        terms, rows = of_responses(
+        terms, rows = response_statistics(
             self.head,
             post[_joined(predicting, post.device)],
             _joined(targets, post.device),
@@ -209,6 +231,7 @@ class TransformersEngine:
                 **rows,
             },
             self._views,
+            tuple(rows),
             counts,
         )
 
@@ -225,7 +248,7 @@ class TransformersEngine:
         """
         device = self.model.device
         if max(len(request.ids) for request in requests) <= self._longest_packed:
-            packed = pack(requests, device)
+            packed = pack_texts(requests, device)
             hidden = self._hidden_packed(packed)
             places = packed.places
         else:
@@ -328,7 +351,7 @@ class TransformersEngine:
         alone = torch.cat([self.hidden([request])[0]["last"] for request in requests])
         reason = None
         try:
-            packed = pack(requests, self.model.device)
+            packed = pack_texts(requests, self.model.device)
             hidden = self._hidden_packed(packed)["last"]
             # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
             # than these texts.
@@ -371,30 +394,35 @@ class TransformersEngine:
 class _Answer:
     """A batch on its way from the device.
 
-    found: complete once `arrived` has happened (None: it is); its "terms" are log p of every
-    predicted token, of each request as many as `spans` says.
+    found: complete once `arrived` has happened (None: it is). "terms" are log p of every predicted
+    token; `spans` says how many belong to each request. columns: names of the token rows' columns.
     """
 
     found: dict[str, Tensor]
     views: tuple[str, ...]
+    columns: tuple[str, ...]
     spans: list[int]
     arrived: torch.cuda.Event | None
 
     @classmethod
     def copied(
-        cls, tensors: dict[str, Tensor], views: tuple[str, ...], spans: list[int]
+        cls,
+        tensors: dict[str, Tensor],
+        views: tuple[str, ...],
+        columns: tuple[str, ...],
+        spans: list[int],
     ) -> "_Answer":
-        """Copy the tensors to the CPU: from a GPU into pinned memory, without waiting for it."""
+        """Copy the tensors to the CPU; from a GPU without waiting until it has computed them."""
         on_gpu = tensors["terms"].is_cuda
         found = {name: each.to("cpu", non_blocking=on_gpu) for name, each in tensors.items()}
         arrived = None
         if on_gpu:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(tensors["terms"].device))
-        return cls(found, views, spans, arrived)
+        return cls(found, views, columns, spans, arrived)
 
     def batch(self) -> Batch:
-        """Wait for the copies, and sum the terms to S."""
+        """Wait for the copies, and sum the log-probabilities of each response to S."""
         if self.arrived:
             self.arrived.synchronize()
         found = self.found
@@ -403,15 +431,7 @@ class _Answer:
             states={view: found[f"state {view}"] for view in self.views},
             norms={view: found[f"norm {view}"] for view in self.views},
             S=np.array([float(part.sum()) for part in terms.split(self.spans)]),
-            token_states=found["states"],
-            targets=found["targets"],
-            tokens=TokenStatistics(
-                found["target_logit"],
-                found["logsumexp"],
-                found["top_logits"],
-                found["top_ids"],
-                found.get("tail_means"),
-            ),
+            tokens={name: found[name] for name in self.columns},
         )
 
 

@@ -1,6 +1,6 @@
-"""The vLLM engine: packing, prefix sharing and continuous batching on a GPU.
+"""The vLLM engine: prefix sharing and continuous batching on a GPU. See `EngineModule`.
 
-vLLM is imported inside functions only: it is an extra, and importing it takes many seconds.
+vLLM is imported inside functions only, because it is optional and takes many seconds to import.
 """
 
 import math
@@ -19,20 +19,26 @@ from torch import Tensor
 
 from embrm.core.errors import UserError
 from embrm.extraction import packing
-from embrm.extraction.engine import Batch, Request, TokenStatistics
-from embrm.extraction.vllm_worker import Extension, Selection, load_head, unpack, wish
+from embrm.extraction.engine import Batch, EngineSettings, Request
+from embrm.extraction.vllm_worker import (
+    Extension,
+    RowSelection,
+    deserialize,
+    load_head,
+    wanted_rows,
+)
 from embrm.lm.head import LmHead
 from embrm.lm.tokens import reason_of
 
 VIEWS = ("last", "mean")
-"""The views that vLLM's pooling runner can give: it passes on post-norm states alone."""
+"""Views that vLLM's pooling runner can give: it returns states after the final norm alone."""
 
 _TESTED = "0.32"
-# Of one call, inside which vLLM forms its own batches: on a GPU a whole shard, whose responses
-# then share every prefix they can.
+# Tokens of one call, inside which vLLM forms its own batches. On a GPU that is a whole shard, so
+# that its responses share every prefix they can.
 _BATCH_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 22}
-_STEP_TOKENS = 8192  # what vLLM computes at a time
-_MEMORY = 0.9  # of a GPU, for weights, activations and key-value cache
+_STEP_TOKENS = 8192  # tokens that vLLM computes at a time
+_MEMORY = 0.9  # share of a GPU's memory for weights, activations and key-value cache
 _CPU_CACHE_BYTES = 1 << 30
 
 
@@ -46,13 +52,13 @@ def installed_version() -> str | None:
     return None
 
 
-def usable(views: Sequence[str]) -> bool:
-    """Whether vLLM is the engine to take unasked: the tested version, on CUDA, with the views.
+def suits(views: Sequence[str], device: str) -> bool:
+    """Whether the tested version of vLLM is installed on CUDA and can give the views.
 
-    Where only the version is another, a line on stderr says so: what reads instead is slower.
+    Where only the version differs, a warning says so, because the other engine is slower.
     """
     found = installed_version()
-    if found is None or not set(views) <= set(VIEWS) or not torch.cuda.is_available():
+    if found is None or device not in ("auto", "cuda") or not set(views) <= set(VIEWS) or not torch.cuda.is_available():
         return False
     if _release(found) == _release(_TESTED):
         return True
@@ -94,6 +100,27 @@ def _release(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)[:2]]
 
 
+def load(settings: EngineSettings) -> "VllmEngine":
+    """Load the engine for an extraction. Raises: UserError as `load_vllm` does."""
+    if settings.compiled:
+        raise UserError(
+            "--compile is for the transformers engine, and vLLM compiles by itself: leave it "
+            "out, or add --engine transformers"
+        )
+    assert settings.max_length is not None  # an extraction knows its texts
+    return load_vllm(
+        settings.folder,
+        dtype=settings.dtype,
+        device=settings.device,
+        views=settings.views,
+        top_k=settings.top_k,
+        tail_mean=settings.tail_mean,
+        max_length=settings.max_length,
+        tensor_parallel=settings.tensor_parallel,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
 def load_vllm(
     folder: Path,
     *,
@@ -107,7 +134,7 @@ def load_vllm(
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> "VllmEngine":
-    """Load a causal LM into vLLM. dtype: float32, bfloat16 or float16.
+    """Load the causal LM at `folder` into vLLM. dtype: float32, bfloat16 or float16.
 
     max_length: tokens of the longest request to come. tensor_parallel: GPUs that share the model.
     settings: arguments of `vllm.LLM` that take precedence over embrm's.
@@ -121,10 +148,37 @@ def load_vllm(
             f"warning: vLLM {installed_version()}: embrm is tested with {_TESTED}", file=sys.stderr
         )
     head = load_head(folder, dtype, trust_remote_code=trust_remote_code)
+    platform = _platform(device)
+    arguments = {
+        "model": str(folder),
+        "dtype": dtype,
+        "tensor_parallel_size": tensor_parallel,
+        "max_model_len": max_length,
+        "trust_remote_code": trust_remote_code,
+        **_arguments(platform, head, max_length),
+        **settings,
+    }
+    llm = _start(folder, arguments)
+    _refuse_other_logits(llm, head)
+    selection = RowSelection(head, tuple(views), top_k, tail_mean)
+    in_worker = _select_in_worker(llm, folder, dtype, selection, trust_remote_code)
+    environment = {
+        "engine": "vllm",
+        "vllm": installed_version(),
+        "rows": "selected in the worker" if in_worker else "selected in the driver",
+        "device": platform.get_device_name(),
+        "tensor_parallel": arguments["tensor_parallel_size"],
+        "prefix_caching": arguments["enable_prefix_caching"],
+        "step_tokens": arguments["max_num_batched_tokens"],
+    }
+    batch_tokens = _BATCH_TOKENS[platform.device_type]
+    return VllmEngine(llm, selection, in_worker, max_length, batch_tokens, environment)
+
+
+def _platform(device: str) -> Any:
+    """What vLLM was built for. Raises: UserError when that is not the device asked for."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm import LLM
-    from vllm.config import PoolerConfig
     from vllm.platforms import current_platform
 
     kind = current_platform.device_type
@@ -133,57 +187,58 @@ def load_vllm(
             f"device = {device!r}: the vLLM installed here is built for {kind}: use --device auto "
             "(CUDA_VISIBLE_DEVICES says which GPUs), or --engine transformers"
         )
+    return current_platform
+
+
+def _arguments(platform: Any, head: LmHead, max_length: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` that make it return post-norm states and leave room for the head."""
+    from vllm.config import PoolerConfig
+
     arguments: dict[str, Any] = {
-        "model": str(folder),
         "runner": "pooling",
         "convert": "embed",
-        "dtype": dtype,
         "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
         "worker_extension_cls": f"{Extension.__module__}.{Extension.__name__}",
-        "tensor_parallel_size": tensor_parallel,
-        "max_model_len": max_length,
         "max_num_batched_tokens": max(_STEP_TOKENS, max_length),
         "enable_prefix_caching": True,
-        "trust_remote_code": trust_remote_code,
     }
-    if kind == "cpu":  # for trying things out: compiling takes minutes, and a compiler
-        arguments |= {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
-    else:
-        share = head.weight.nbytes / current_platform.get_device_total_memory()
-        # The head comes after vLLM has sized its key-value cache, whole on every device.
-        arguments["gpu_memory_utilization"] = _MEMORY - share
-    arguments |= settings
+    if platform.device_type == "cpu":  # for trial runs: compiling takes minutes, and a compiler
+        return arguments | {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
+    # Every device gets a whole copy of the head after vLLM has sized its key-value cache.
+    share = head.weight.nbytes / platform.get_device_total_memory()
+    return arguments | {"gpu_memory_utilization": _MEMORY - share}
+
+
+def _start(folder: Path, arguments: dict[str, Any]) -> Any:
+    """Start vLLM. Raises: UserError with its reason when it does not start."""
+    from vllm import LLM
+
     try:
-        llm = LLM(**arguments)
-    except Exception as error:  # architectures it does not know, memory, kernels a dtype lacks
+        return LLM(**arguments)
+    except Exception as error:  # unknown architectures, memory, kernels that a dtype lacks
         raise UserError(
             f"model {folder}: vLLM does not start with it ({_reason(error)}): "
             "see its log above, or use --engine transformers"
         ) from None
-    _refuse_other_logits(llm, head)
-    selection = Selection(head, tuple(views), top_k, tail_mean)
-    wanted = (str(folder), dtype, list(views), top_k, tail_mean, trust_remote_code)
-    in_worker = all(llm.collective_rpc("embrm_select", args=wanted))
+
+
+def _select_in_worker(
+    llm: Any, folder: Path, dtype: str, selection: RowSelection, trust_remote_code: bool
+) -> bool:
+    """Have every worker select the rows itself; returns whether they all can."""
+    wanted = (str(folder), dtype, list(selection.views), selection.top_k, selection.tail_mean)
+    in_worker = all(llm.collective_rpc("embrm_select", args=(*wanted, trust_remote_code)))
     if not in_worker:
         print(
             f"warning: vLLM {installed_version()} has no pooler head where {_TESTED} has it: "
             "every state crosses processes",
             file=sys.stderr,
         )
-    environment = {
-        "engine": "vllm",
-        "vllm": installed_version(),
-        "rows": "selected in the worker" if in_worker else "selected in the driver",
-        "device": current_platform.get_device_name(),
-        "tensor_parallel": arguments["tensor_parallel_size"],
-        "prefix_caching": arguments["enable_prefix_caching"],
-        "step_tokens": arguments["max_num_batched_tokens"],
-    }
-    return VllmEngine(llm, selection, in_worker, max_length, _BATCH_TOKENS[kind], environment)
+    return in_worker
 
 
 def _reason(error: Exception) -> str:
-    """`reason_of`, for what vLLM says inside a validation error too."""
+    """`reason_of`, also for a message inside a validation error."""
     if isinstance(error, ValidationError):
         error = ValueError(error.errors()[0]["msg"])
     return reason_of(error)
@@ -211,15 +266,16 @@ class VllmEngine:
     def __init__(
         self,
         llm: Any,
-        selection: Selection,
+        selection: RowSelection,
         in_worker: bool,
         max_length: int,
         batch_tokens: int,
         environment: dict[str, Any],
     ) -> None:
-        """Wrap a `vllm.LLM` whose workers select the rows, or else give all of them.
+        """Wrap a started `vllm.LLM`.
 
-        max_length: tokens of the longest request it was started for.
+        in_worker: whether its workers select the rows; otherwise they return all states. max_length:
+        tokens of the longest request it was started for.
         """
         self.head: LmHead = selection.head
         self.width: int = self.head.weight.shape[1]
@@ -231,20 +287,20 @@ class VllmEngine:
         self._max_length = max_length
 
     def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-        """One call each, with the responses of a prompt together."""
+        """One batch per call to vLLM, with the responses to a prompt together."""
         return packing.batches(requests, batch_tokens)
 
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
-        """Read each batch in one call; vLLM forms its own batches inside it.
+        """Read each batch in one call, inside which vLLM forms its own batches.
 
-        Responses of one prompt are neighbours and share its states by prefix caching. Where the
-        shared prefix holds a row that is needed, the request is read again without it.
+        Responses to one prompt are neighbours, so that vLLM finds the prompt in its prefix cache.
+        Where a cached prefix holds a row that is needed, the request is read again without cache.
         """
         return map(self._answer, batches)
 
     def _answer(self, requests: Sequence[Request]) -> Batch:
         self._refuse_unreadable(requests)
-        # What was read before must not decide which rows are computed together.
+        # Earlier requests must not influence which rows are computed together.
         self._llm.reset_prefix_cache()
         answers: dict[int, dict[str, Tensor]] = {}
         waiting = sorted(range(len(requests)), key=lambda index: requests[index].ids.tobytes())
@@ -265,50 +321,43 @@ class VllmEngine:
     ) -> list[dict[str, Tensor] | None]:
         from vllm import PoolingParams
 
-        wishes = [wish(request) for request in requests]
+        wanted = [wanted_rows(request) for request in requests]
         try:
             outputs = self._llm.encode(
                 [{"prompt_token_ids": request.ids.tolist()} for request in requests],
                 [
-                    PoolingParams(extra_kwargs=asked, skip_reading_prefix_cache=skip_cache)
-                    for asked in wishes
+                    PoolingParams(extra_kwargs=each, skip_reading_prefix_cache=skip_cache)
+                    for each in wanted
                 ],
                 pooling_task="token_embed",
                 use_tqdm=False,
             )
-        except Exception as error:  # memory above all, in whatever words the worker has for it
+        except Exception as error:  # mostly a lack of memory, which workers report in many ways
             raise UserError(
                 f"vLLM stopped ({reason_of(error)}): finished shards are kept; see its log above"
             ) from None
         rows = [output.outputs.data for output in outputs]
         if self._in_worker:
-            return [unpack(packed) for packed in rows]
+            return [deserialize(content) for content in rows]
         dtype = self.head.weight.dtype
         with torch.inference_mode():
-            return self._selection.of([each.to(dtype) for each in rows], wishes)
+            return self._selection.answers([each.to(dtype) for each in rows], wanted)
 
     def _batch(self, answers: Sequence[Mapping[str, Tensor]]) -> Batch:
         def joined(name: str) -> Tensor:
             return torch.cat([answer[name] for answer in answers])
 
         views = self._selection.views
+        pooled = {"S", *(f"{kind}.{view}" for kind in ("state", "norm") for view in views)}
         return Batch(
             states={view: joined(f"state.{view}") for view in views},
             norms={view: joined(f"norm.{view}") for view in views},
             S=joined("S").numpy(),
-            token_states=joined("states"),
-            targets=joined("targets"),
-            tokens=TokenStatistics(
-                joined("target_logit"),
-                joined("logsumexp"),
-                joined("top_logits"),
-                joined("top_ids"),
-                joined("tail_means") if self._selection.tail_mean else None,
-            ),
+            tokens={name: joined(name) for name in answers[0] if name not in pooled},
         )
 
     def _refuse_unreadable(self, requests: Sequence[Request]) -> None:
-        """One prompt that vLLM refuses would fail the whole call."""
+        """Raises: UserError for a request that vLLM refuses, which would fail the whole call."""
         for request in requests:
             length = len(request.ids)
             if not 0 < length <= self._max_length:

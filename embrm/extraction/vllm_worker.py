@@ -1,9 +1,9 @@
-"""What runs inside vLLM's worker processes: the LM head, and the choice of what leaves them.
+"""The part of the vLLM engine that runs in vLLM's worker processes.
 
-vLLM hands the head of its token pooler every state of a finished sequence. Here that head is
-replaced by one that computes the statistics where the states are and passes on the rows asked for,
-so a few kilobytes a response cross processes and not [length, d]. vLLM imports this module by
-name; it is not imported here.
+vLLM passes every state of a finished sequence to the head of its token pooler. That head is
+replaced by one that computes the statistics where the states are and returns only what was each_wanted
+for, so that a few kilobytes per response cross processes instead of all states [length, d]. vLLM
+imports this module by its name; it does not import vLLM.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from embrm.core.errors import UserError
-from embrm.extraction.engine import Request, of_responses, predicting_positions
+from embrm.extraction.engine import Request
+from embrm.extraction.positions import predicting_positions
+from embrm.extraction.statistics import response_statistics
 from embrm.lm.head import LmHead
 from embrm.lm.tokens import reason_of
 
@@ -27,7 +29,7 @@ from embrm.lm.tokens import reason_of
 def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> LmHead:
     """The LM head of the model at `folder`, on the CPU; no other weight is read.
 
-    A model without memory ("meta") says what its head's tensors are called, tied or not.
+    A model built on torch's meta device says which tensors its head has, whether tied or not.
 
     Raises: UserError when the model has no such head, or the folder no tensor of those names.
     """
@@ -62,12 +64,12 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
     return replace(head, weight=stored(head.weight), bias=bias)
 
 
-def wish(request: Request) -> dict[str, Any]:
-    """What `Selection` must know of a request, in plain numbers and counted from its end, where
-    no hit of the prefix cache shifts it.
+def wanted_rows(request: Request) -> dict[str, Any]:
+    """What `RowSelection` must know of a request, as plain numbers that vLLM can pass on.
 
-    targets: the tokens predicted, the last of them at the end; n_response: tokens of the response;
-    final: how far the pooled token is from the last; positions: indices among the targets.
+    Places are counted from the end of the sequence, because a prefix that vLLM finds in its cache
+    is missing at the start. targets: the predicted tokens. n_response: tokens of the response.
+    final: distance of the pooled token from the last. positions: indices among the targets.
     """
     length = len(request.ids)
     predicting = predicting_positions(request.n_prompt, length)
@@ -80,11 +82,11 @@ def wish(request: Request) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which numbers of a sequence are kept.
+class RowSelection:
+    """What is kept of the states of a sequence.
 
-    head: on the device of the states; views: of "last" and "mean"; top_k and tail_mean: see
-    `statistics`.
+    head: on the device of the states. views: some of "last" and "mean". top_k, tail_mean: see
+    `token_statistics`.
     """
 
     head: LmHead
@@ -92,54 +94,55 @@ class Selection:
     top_k: int
     tail_mean: bool
 
-    def of(
-        self, sequences: Sequence[Tensor], wishes: Sequence[Mapping[str, Any]]
+    def answers(
+        self, sequences: Sequence[Tensor], wanted: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Tensor] | None]:
-        """The answers to wishes from post-norm states [rows, d] of the last rows of sequences.
+        """One answer per sequence, from the post-norm states [rows, d] of its last rows.
 
-        None where a prefix-cache hit has swallowed a row that is needed. On the CPU, a dict each:
-        S float64 [1]; state.VIEW [1, d] and norm.VIEW float32 [1]; states [positions, d], targets
-        int32 [positions] and their statistics by name, as in `Batch`.
+        wanted: of each sequence, what `wanted_rows` returned. An answer holds, on the CPU, S as
+        float64 [1], state.VIEW [1, d] and norm.VIEW float32 [1] per view, and the columns of its
+        token rows as in `Batch.tokens`. It is None where a needed row is missing because the
+        sequence's prefix was in vLLM's cache.
         """
         whole = [
             index
-            for index, (rows, asked) in enumerate(zip(sequences, wishes, strict=True))
-            if len(rows) > max(len(asked["targets"]), asked["final"])
+            for index, (rows, wanted_of) in enumerate(zip(sequences, wanted, strict=True))
+            if len(rows) > max(len(wanted_of["targets"]), wanted_of["final"])
         ]
         answers: list[dict[str, Tensor] | None] = [None] * len(sequences)
         if whole:
-            found = self._of_whole([sequences[i] for i in whole], [wishes[i] for i in whole])
+            found = self._answers_to_whole([sequences[i] for i in whole], [wanted[i] for i in whole])
             for index, answer in zip(whole, found, strict=True):
                 answers[index] = answer
         return answers
 
-    def _of_whole(
-        self, sequences: list[Tensor], wishes: list[Mapping[str, Any]]
+    def _answers_to_whole(
+        self, sequences: list[Tensor], wanted: list[Mapping[str, Any]]
     ) -> list[dict[str, Tensor]]:
         device, dtype = self.head.weight.device, self.head.weight.dtype
-        spans = [len(asked["targets"]) for asked in wishes]
-        positions = [asked["positions"] for asked in wishes]
+        spans = [len(wanted_of["targets"]) for wanted_of in wanted]
+        positions = [wanted_of["positions"] for wanted_of in wanted]
         predicting = torch.cat(
             [rows[len(rows) - 1 - n : -1] for rows, n in zip(sequences, spans, strict=True)]
         )
         targets = torch.tensor(
-            [target for asked in wishes for target in asked["targets"]],
+            [target for wanted_of in wanted for target in wanted_of["targets"]],
             dtype=torch.int64,
             device=device,
         )
-        terms, kept = of_responses(
+        terms, kept = response_statistics(
             self.head, predicting, targets, spans, positions, self.top_k, tail_mean=self.tail_mean
         )
         counts = [len(own) for own in positions]
         rows = {name: tensor.cpu().split(counts) for name, tensor in kept.items()}
-        one = [1] * len(wishes)
+        one = [1] * len(wanted)
         for view in self.views:
             state = torch.stack(
                 [
-                    each[-asked["n_response"] :].float().mean(0)
+                    each[-wanted_of["n_response"] :].float().mean(0)
                     if view == "mean"
-                    else each[-1 - asked["final"]]
-                    for each, asked in zip(sequences, wishes, strict=True)
+                    else each[-1 - wanted_of["final"]]
+                    for each, wanted_of in zip(sequences, wanted, strict=True)
                 ]
             )
             rows[f"state.{view}"] = state.to(dtype).cpu().split(one)
@@ -150,32 +153,34 @@ class Selection:
         ]
 
 
-def pack(answer: dict[str, Tensor] | None) -> Tensor:
-    """An answer as uint8 [bytes], the one tensor a request that vLLM passes on; None has none."""
+def serialize(answer: dict[str, Tensor] | None) -> Tensor:
+    """An answer as uint8 [bytes], since vLLM passes on one tensor per request; None is empty."""
     content = safetensors.torch.save(answer) if answer else b""
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
 
 
-def unpack(packed: Tensor) -> dict[str, Tensor] | None:
-    """The answer that `pack` was given."""
-    return safetensors.torch.load(packed.numpy().tobytes()) if len(packed) else None
+def deserialize(content: Tensor) -> dict[str, Tensor] | None:
+    """The answer that `serialize` was given."""
+    return safetensors.torch.load(content.numpy().tobytes()) if len(content) else None
 
 
 class SelectingHead(torch.nn.Module):
-    """Stands in for the head of vLLM's token pooler."""
+    """Replaces the head of vLLM's token pooler."""
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: RowSelection) -> None:
         super().__init__()
         self._selection = selection
 
     def forward(self, pooled_data: list[Tensor | None], pooling_metadata: Any) -> list[Any]:
-        """Packed answers; None where a prefill is not finished. It must not raise: that would end
-        the engine for every request."""
+        """Serialized answers; None where a prefill is not finished.
+
+        It must not raise an error, which would end the engine for every request.
+        """
         finished = {index: rows for index, rows in enumerate(pooled_data) if rows is not None}
-        wishes = [pooling_metadata.pooling_params[index].extra_kwargs for index in finished]
-        answers = map(pack, self._selection.of([*finished.values()], wishes))
-        packed = dict(zip(finished, answers, strict=True))
-        return [packed.get(index) for index in range(len(pooled_data))]
+        wanted = [pooling_metadata.pooling_params[index].extra_kwargs for index in finished]
+        answers = map(serialize, self._selection.answers([*finished.values()], wanted))
+        by_index = dict(zip(finished, answers, strict=True))
+        return [by_index.get(index) for index in range(len(pooled_data))]
 
 
 class Extension:
@@ -184,9 +189,9 @@ class Extension:
     model_runner: Any
 
     def embrm_logit_rule(self) -> tuple[float, float | None] | None:
-        """Scale and soft cap of the model's own logits; None where the model does not say.
+        """Scale and softcap of the model's own logits; None where the model does not say.
 
-        The pooling runner leaves the head's weights out, but not the object that knows these.
+        The pooling runner does not load the head's weights, but keeps the object with these two.
         """
         for module in self.model_runner.get_model().modules():
             if hasattr(module, "soft_cap") and hasattr(module, "scale"):
@@ -202,7 +207,7 @@ class Extension:
         tail_mean: bool,
         trust_remote_code: bool,
     ) -> bool:
-        """Put `SelectingHead` in place; False where this vLLM has no place for it."""
+        """Install a `SelectingHead`; returns False where this vLLM has no pooler head to replace."""
         model = self.model_runner.get_model()
         poolers = getattr(model.pooler, "poolers_by_task", {})
         pooler: Any = poolers.get("token_embed")
@@ -212,5 +217,5 @@ class Extension:
         device = next(model.parameters()).device
         bias = None if head.bias is None else head.bias.to(device)
         head = replace(head, weight=head.weight.to(device), bias=bias)
-        pooler.head = SelectingHead(Selection(head, tuple(views), top_k, tail_mean))
+        pooler.head = SelectingHead(RowSelection(head, tuple(views), top_k, tail_mean))
         return True

@@ -1,0 +1,94 @@
+"""A dry run: what an extraction would write, and how long it would take. Nothing is written."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embrm.extraction.engine import Engine
+from embrm.extraction.choice import load_engine_for, with_engine
+from embrm.extraction.positions import predicting_positions
+from embrm.extraction.reading import check_batch_tokens, read
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts, prepare_texts
+
+_SAMPLE_TOKENS = 1 << 16
+"""Most tokens of the sample that is timed: seconds on a GPU."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What an extraction would do."""
+
+    responses: int
+    prompts: int
+    splits: dict[str, dict[str, int]]
+    """Split → pairs, prompts, responses."""
+    tokens: int
+    cache_bytes: dict[str, int]
+    """Part of the cache → its size, and the total: all but Parquet's headers and the tables."""
+    exclusions: dict[str, int]
+    """Reason → source rows left out."""
+    leaks: pl.DataFrame
+    tokens_per_second: float
+    """Measured on a sample of the data; prompts that many responses share are faster."""
+    seconds: float
+
+
+def dry_run(
+    spec: ExtractSpec,
+    *,
+    device: str = "auto",
+    batch_tokens: int | None = None,
+    tensor_parallel: int = 1,
+    compiled: bool = False,
+) -> DryRun:
+    """What `extract` would do, with its speed measured on a sample of the responses.
+
+    Raises: see `extract`.
+    """
+    check_batch_tokens(batch_tokens)
+    prepared = prepare_texts(with_engine(spec, device))
+    engine = load_engine_for(prepared, device, tensor_parallel, compiled=compiled)
+    budget = engine.batch_tokens if batch_tokens is None else batch_tokens
+    lengths = prepared.lengths
+    # Every n-th response by length, one batch budget in total, represents all of them.
+    share = max(1, int(lengths.sum() // min(budget, _SAMPLE_TOKENS)))
+    share = min(share, len(lengths))  # a response longer than the budget is read alone
+    sample = [int(row) for row in np.argsort(lengths, kind="stable")[share // 2 :: share]]
+    read(engine, prepared.requests(sample[:1]), budget)  # the first call also allocates
+    start = time.perf_counter()
+    read(engine, prepared.requests(sample), budget)
+    speed = float(lengths[sample].sum()) / (time.perf_counter() - start)
+    return DryRun(
+        responses=len(lengths),
+        prompts=prepared.dataset.responses["prompt_id"].n_unique(),
+        splits=prepared.dataset.split_counts(),
+        tokens=int(lengths.sum()),
+        cache_bytes=_cache_bytes(prepared, engine),
+        exclusions=prepared.dataset.reason_counts(),
+        leaks=prepared.leaks,
+        tokens_per_second=speed,
+        seconds=float(lengths.sum()) / speed,
+    )
+
+
+def _cache_bytes(prepared: PreparedTexts, engine: Engine) -> dict[str, int]:
+    """Bytes of vectors and scalars: the cache but for Parquet's headers and the small tables."""
+    spec, rows = prepared.spec, len(prepared.encoded)
+    width = engine.width * engine.head.weight.element_size()
+    sampled = sum(
+        min(spec.token_rows, len(predicting_positions(entry.n_prompt, len(entry.ids))))
+        for entry in prepared.encoded
+    )
+    parts = {
+        "states": rows * len(spec.states) * width,
+        "token_states": sampled * width,
+        "top_logits": sampled * 8 * min(spec.top_k, len(engine.head.weight)),
+        "tail_means": sampled * width if spec.tail_mean else 0,
+        "lm_head": sum(tensor.nbytes for tensor in engine.head.tensors().values()),
+        "scalars": rows * (4 * len(spec.states) + 61) + sampled * 20,
+    }
+    return parts | {"total": sum(parts.values())}

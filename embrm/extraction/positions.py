@@ -1,0 +1,49 @@
+"""Positions of a sequence whose states predict response tokens, and how token rows sample them."""
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+PositionsRule = Literal["random", "spaced"]
+"""How token rows are sampled: see `token_positions`."""
+
+
+def predicting_positions(n_prompt: int, length: int) -> range:
+    """Positions whose states predict the response tokens: n_prompt - 1 to length - 2.
+
+    A response that begins the sequence (no BOS and no prompt token) has no state before its first
+    token, which is then left out of S and of the token rows.
+    """
+    return range(max(n_prompt - 1, 0), length - 1)
+
+
+def token_positions(
+    response_id: str,
+    n_prompt: int,
+    length: int,
+    k: int,
+    seed: int,
+    rule: PositionsRule = "random",
+) -> NDArray[np.int32]:
+    """Sample k of a response's predicting positions, int32 and sorted; all if there are fewer.
+
+    The sample depends on seed and response id alone (a Philox stream is keyed by them), not on the
+    order of extraction. "random": without replacement, the positions of the k smallest raw 64-bit
+    draws. "spaced": evenly spaced from a random start (systematic sampling); every position is
+    equally likely, as under "random", and a mean over the sample varies less where neighbouring
+    positions are alike.
+    """
+    candidates = predicting_positions(n_prompt, length)
+    n = len(candidates)
+    digest = hashlib.sha256(f"{seed}:{response_id}".encode()).digest()
+    stream = np.random.Philox(key=int.from_bytes(digest[:16]))
+    if rule == "spaced" and n > k > 0:
+        # start + n·i runs through every number below n·k once over the n starts and k values of i,
+        # and k of these numbers fall on each position: all positions are equally likely.
+        start = int(stream.random_raw()) * n >> 64
+        chosen = (start + n * np.arange(k)) // k
+    else:
+        chosen = np.sort(np.argsort(stream.random_raw(n), kind="stable")[:k])
+    return (candidates.start + chosen).astype(np.int32)
