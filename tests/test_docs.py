@@ -31,7 +31,8 @@ from embrm.data.scenarios import Scenarios
 from embrm.data.sources import SourceSpec
 from embrm.data.splits import Holdout
 from embrm.demo.run import demo
-from embrm.extraction.run import ExtractSpec, plan
+from embrm.extraction.dry_run import dry_run
+from embrm.extraction.spec import ExtractSpec
 from embrm.finetuning.contrast import SimcseSpec
 from embrm.finetuning.meta import MetaSpec
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, LoraSpec
@@ -221,7 +222,9 @@ def test_extraction_specs_of_the_docs_run(
     assert blocks
     for page, text in blocks:
         values = tomllib.loads(text)
-        assert plan(ExtractSpec.parse({k: v for k, v in values.items() if k != "out"}, page)).tokens
+        assert dry_run(
+            ExtractSpec.parse({k: v for k, v in values.items() if k != "out"}, page)
+        ).tokens
 
 
 def test_benchmarks_of_the_docs_are_known() -> None:

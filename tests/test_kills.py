@@ -48,7 +48,8 @@ grid = { lr = [0.001, 0.003, 0.01, 0.03, 0.1], bsr = [0.0, 0.001, 0.01, 0.1] }
 
 
 def _extract(model: str, data: str, out: Path) -> None:
-    from embrm.extraction.run import ExtractSpec, extract
+    from embrm.extraction.run import extract
+    from embrm.extraction.spec import ExtractSpec
 
     spec = ExtractSpec.parse(
         {

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.tensors import to_tensor
 from embrm.extraction.probe import probe
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 from embrm.sweeps.material import select, to_pairs
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.training.bank import TrainingData, train

@@ -20,9 +20,13 @@ from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.extraction.engine import Request, by_length, predicting_positions, read, read_shards
+from embrm.extraction.engine import Request
+from embrm.extraction.positions import predicting_positions
 from embrm.extraction.probe import BATCH_TOKENS
-from embrm.extraction.run import SHARD_ROWS, ExtractSpec, Prepared, fill, prepare
+from embrm.extraction.reading import batches_by_length, read, read_shards
+from embrm.extraction.run import SHARD_ROWS, fill
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts, prepare_texts
 from embrm.extraction.transformers_engine import TransformersEngine, load_engine, padded
 from embrm.extraction.vllm_engine import installed_version, load_vllm
 
@@ -109,7 +113,7 @@ def measure_extraction(
             },
             "command line",
         )
-        prepared = prepare(spec)
+        prepared = prepare_texts(spec)
         engine = load_engine(prepared.folder, dtype=dtype, device=device, top_k=spec.top_k)
         budget = engine.batch_tokens if batch_tokens is None else batch_tokens
         bench = _Bench(engine, budget, rounds, _peak(engine.head.weight))
@@ -118,7 +122,7 @@ def measure_extraction(
         yield "batches", _batches(bench, requests[:_COMPARED])
         yield "prefix", _prefix(bench, min(responses, _MOST), int(prepared.lengths.max()) // 2)
         some = spec.model_copy(update={"limit": max(1, responses // 2)})
-        yield "writer", _writer(bench, prepare(some), here / "cache")
+        yield "writer", _writer(bench, prepare_texts(some), here / "cache")
         if installed_version():  # last: it keeps its processes and memory until the program ends
             try:
                 rows = _vllm(bench, prepared, requests)
@@ -173,7 +177,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         "engine": lambda: read(engine, bare, budget),
         "engine, 8 token rows": lambda: read(engine, requests, budget),
         _SAME: each(partial(_alone, engine), own),
-        "model alone, sorted and padded": each(in_rows, by_length(lengths, budget)),
+        "model alone, sorted and padded": each(in_rows, batches_by_length(lengths, budget)),
         "model alone, unsorted and padded": each(in_rows, _in_order(lengths, budget)),
         f"model alone, unsorted, {_SCRIPT_TEXTS} a batch": each(in_rows, few),
         "model alone, one at a time": each(in_rows, [[index] for index in range(len(bare))]),
@@ -217,7 +221,7 @@ def _batches(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         other = read(bench.engine, requests, budget)
         state = own.states["last"].float()
         error = (other.states["last"].float() - state).norm(dim=1) / state.norm(dim=1)
-        logsumexp = (other.tokens.logsumexp - own.tokens.logsumexp).abs()
+        logsumexp = (other.tokens["logsumexp"] - own.tokens["logsumexp"]).abs()
         rows.append(
             {
                 "tokens a batch": budget,
@@ -278,7 +282,7 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
     ]
 
 
-def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[dict[str, Any]]:
+def _vllm(bench: _Bench, prepared: PreparedTexts, requests: list[Request]) -> list[dict[str, Any]]:
     """The texts of the part "speed", with token rows, read by both engines, and by the model alone
     in the batches of the transformers engine: "times" is of the model's seconds. How much vLLM's
     prefix cache spares is not known here: "of peak" counts, for each row, the products that those
@@ -314,7 +318,7 @@ def _vllm(bench: _Bench, prepared: Prepared, requests: list[Request]) -> list[di
     ]
 
 
-def _writer(bench: _Bench, prepared: Prepared, out: Path) -> list[dict[str, Any]]:
+def _writer(bench: _Bench, prepared: PreparedTexts, out: Path) -> list[dict[str, Any]]:
     """An extraction with data and model at hand, and its shards read without anything written:
     "times" is what tables, LM head and shards cost. Shards are an extraction's own, or eight.
 
@@ -451,7 +455,7 @@ def _in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _whole_prompts(prepared: Prepared, responses: int) -> list[int]:
+def _whole_prompts(prepared: PreparedTexts, responses: int) -> list[int]:
     """Rows of evenly spaced prompts with all their responses, about `responses` of them."""
     prompts = prepared.dataset.responses["prompt_id"].to_list()
     distinct = list(dict.fromkeys(prompts))

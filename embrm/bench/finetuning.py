@@ -20,8 +20,9 @@ from embrm.bench.sweeps import cores
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.data.sources import parse_source
-from embrm.extraction.engine import read
-from embrm.extraction.run import ExtractSpec, Prepared, prepare
+from embrm.extraction.reading import read
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts, prepare_texts
 from embrm.extraction.transformers_engine import load_engine
 from embrm.finetuning.batches import Minibatches, PairTokens
 from embrm.finetuning.losses import StepLoss
@@ -154,7 +155,7 @@ def measure_finetuning(
             "command line",
         )
         kind = find_device(device).type
-        task = _task(prepare(spec), count, batch_pairs, dtype, kind, here / "trained")
+        task = _task(prepare_texts(spec), count, batch_pairs, dtype, kind, here / "trained")
         found: dict[str, list[Measured]] = {way: [] for way in ways}
         with progress("finetune", rounds * len(ways), "rounds") as bar:
             for _ in range(rounds):
@@ -164,7 +165,9 @@ def measure_finetuning(
     return _rows(found, task.timed_tokens)
 
 
-def _task(prepared: Prepared, count: int, batch: int, dtype: str, kind: str, out: Path) -> Task:
+def _task(
+    prepared: PreparedTexts, count: int, batch: int, dtype: str, kind: str, out: Path
+) -> Task:
     """The first `count` pairs, and S of their responses."""
     # TRL knows neither weights nor soft labels: all ways do without.
     pairs = prepared.dataset.pairs.head(count).with_columns(

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
 from embrm.cli.options import CacheFolder, Json
 from embrm.cli.printing import filled, print_lines, print_table, show
-from embrm.core.errors import UserError, nearest
+from embrm.core.errors import UserError
 
 app = typer.Typer(
     help="Adopt, list, show, verify, merge and probe caches.",
@@ -196,12 +196,8 @@ def cache_probe(
     if target is not None:
         raise UserError("--target is for --regularizer: add it, or leave --target out")
     from embrm.extraction.probe import probe
-    from embrm.extraction.run import EngineName
 
-    if engine is not None and engine not in get_args(EngineName):
-        raise UserError(f"--engine {engine!r}: {nearest(engine, get_args(EngineName))}")
-    chosen = cast("EngineName | None", engine)
-    result = probe(folder, sample=sample, device=device or "auto", engine=chosen)
+    result = probe(folder, sample=sample, device=device or "auto", engine=engine)
     if as_json:
         verdict = {"within_tolerance": result.within_tolerance}
         print(json.dumps(dataclasses.asdict(result) | verdict, indent=1))

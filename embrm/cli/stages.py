@@ -14,6 +14,7 @@ from embrm.cli.caches import cache_show
 from embrm.cli.options import Json, Memory, MovedCache, SweepFolder, byte_size
 from embrm.cli.printing import print_report, show
 from embrm.core.errors import UserError, nearest
+from embrm.extraction.engines import engine_help
 
 app = typer.Typer()
 
@@ -78,7 +79,7 @@ def extract(
     ] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="auto, transformers or vllm [default: auto: vllm if installed on CUDA]."),
+        typer.Option(help=f"{engine_help()} [default: auto]."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1 (one GPU of several) or mps.")
@@ -107,9 +108,10 @@ def extract(
     """Cache a language model's final states and LM statistics over preference data."""
     from embrm.core.specs import read_toml
     from embrm.data.sources import parse_source
+    from embrm.extraction.dry_run import dry_run as run_dry
     from embrm.extraction.parts import Share
-    from embrm.extraction.run import ExtractSpec, plan
     from embrm.extraction.run import extract as run_extract
+    from embrm.extraction.spec import ExtractSpec
 
     values: dict[str, Any] = read_toml(spec) if spec else {}
     named = values.pop("out", None)
@@ -148,7 +150,7 @@ def extract(
     if dry_run:
         if share:
             raise UserError("--dry-run is for all shards together: leave --shard out")
-        planned = dataclasses.asdict(plan(parsed, **here))
+        planned = dataclasses.asdict(run_dry(parsed, **here))
         planned["leaks"] = planned["leaks"].to_dicts()
         show(planned, as_json)
         return

@@ -11,7 +11,8 @@ from embrm.core.files import write_bytes
 from embrm.core.table import terminal
 from embrm.demo.tiny_lm import Recipe, train_lm
 from embrm.demo.world import World, make_world
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 from embrm.reports.run import Report, report
 from embrm.sweeps.execute import sweep
 

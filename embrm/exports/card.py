@@ -17,7 +17,7 @@ from embrm.core.table import Table, escape, markdown
 from embrm.exports.exported import ExportedModel
 from embrm.exports.parity import Parity
 from embrm.exports.run_model import RunModel
-from embrm.extraction.run import Prepared
+from embrm.extraction.texts import PreparedTexts
 from embrm.metrics.intervals import compare, replicate
 from embrm.metrics.outcomes import Outcomes
 
@@ -25,7 +25,12 @@ _METRICS = ("accuracy", "tau")
 
 
 def card(
-    run_model: RunModel, prepared: Prepared, exported: ExportedModel, parity: Parity, *, stock: bool
+    run_model: RunModel,
+    prepared: PreparedTexts,
+    exported: ExportedModel,
+    parity: Parity,
+    *,
+    stock: bool,
 ) -> str:
     """Return README.md of the folder. Text from users or data is escaped."""
     parts = [
@@ -47,7 +52,7 @@ def card(
     return "\n".join(parts)
 
 
-def _front_matter(prepared: Prepared) -> str:
+def _front_matter(prepared: PreparedTexts) -> str:
     """The YAML header; values are written as JSON strings, which are valid YAML."""
     lines = ["library_name: transformers", "pipeline_tag: text-classification"]
     base = _hub_name(prepared)
@@ -57,7 +62,7 @@ def _front_matter(prepared: Prepared) -> str:
     return "\n".join(["---", *lines, "---", ""])
 
 
-def _hub_name(prepared: Prepared) -> str | None:
+def _hub_name(prepared: PreparedTexts) -> str | None:
     """The model's hub id; None for a local folder, whose path is private."""
     name = prepared.spec.model
     is_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
@@ -177,7 +182,7 @@ def _run(run_model: RunModel) -> dict[str, Any]:
     return fields if labels is None else fields | {"labels": labels.rpartition("#")[2]}
 
 
-def _made_of(run_model: RunModel, prepared: Prepared) -> Table:
+def _made_of(run_model: RunModel, prepared: PreparedTexts) -> Table:
     row, manifest = run_model.row, run_model.cache.manifest
     tokens = prepared.identity["tokenizer"]
     spec = run_model.results.spec

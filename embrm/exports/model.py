@@ -27,7 +27,7 @@ from embrm.core.errors import UserError
 from embrm.exports import modeling_embrm
 from embrm.exports.modeling_embrm import EmbrmRewardConfig, EmbrmRewardModel
 from embrm.exports.run_model import RunModel, load_backbone
-from embrm.extraction.run import Prepared
+from embrm.extraction.texts import PreparedTexts
 from embrm.lm.loading import attention
 from embrm.lm.tokens import reason_of
 from embrm.training.heads import DOWN, DOWN_BIAS, UP, Parameters, Preprocess
@@ -72,7 +72,7 @@ def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
     return Folded(mean_weight, float(mean_weight @ preprocess.mean.double()))
 
 
-def why_not_stock(run_model: RunModel, prepared: Prepared) -> str | None:
+def why_not_stock(run_model: RunModel, prepared: PreparedTexts) -> str | None:
     """Return why a run cannot be exported as a stock class, or None if it can."""
     if run_model.view not in STOCK:
         return f"it reads state {run_model.view!r}, and stock classes pool 'last'"
@@ -98,7 +98,7 @@ def has_linear_score(model: Any) -> bool:
     return model.base_model is not model and own == ["score.weight"]
 
 
-def stock_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
+def stock_model(run_model: RunModel, prepared: PreparedTexts, about: dict[str, Any]) -> Any:
     """Build an `AutoModelForSequenceClassification` for a run that has a stock form.
 
     about: recorded in the config under "embrm".
@@ -115,7 +115,7 @@ def stock_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) 
     return model
 
 
-def custom_model(run_model: RunModel, prepared: Prepared, about: dict[str, Any]) -> Any:
+def custom_model(run_model: RunModel, prepared: PreparedTexts, about: dict[str, Any]) -> Any:
     """Build an `EmbrmRewardModel`, whose head is in float32 whatever the backbone's dtype.
 
     about: recorded in the config under "embrm".
@@ -162,14 +162,14 @@ def _refuse_missing(model: Any, missing: set[str]) -> None:
         )
 
 
-def _complete_config(config: Any, prepared: Prepared, about: dict[str, Any]) -> None:
+def _complete_config(config: Any, prepared: PreparedTexts, about: dict[str, Any]) -> None:
     """Set what every exported config records beside its architecture."""
     config.get_text_config().pad_token_id = prepared.identity["tokenizer"]["pad"]
     config.problem_type = "regression"  # without it vLLM applies a sigmoid
     config.embrm = about
 
 
-def _load(auto: Any, prepared: Prepared, **options: Any) -> tuple[Any, set[str]]:
+def _load(auto: Any, prepared: PreparedTexts, **options: Any) -> tuple[Any, set[str]]:
     """Load the cache's model in the cache's dtype; return it and the names of missing weights."""
     config = AutoConfig.from_pretrained(prepared.folder, local_files_only=True)
     with quiet():

@@ -19,8 +19,9 @@ from torch import Tensor
 from embrm.core.errors import UserError
 from embrm.exports.exported import ExportedModel, Side
 from embrm.exports.run_model import RunModel
-from embrm.extraction.engine import TOLERANCE, read
-from embrm.extraction.run import Prepared
+from embrm.extraction.engine import TOLERANCE
+from embrm.extraction.reading import read
+from embrm.extraction.texts import PreparedTexts
 
 BATCH = 16
 """Texts of a batch in the comparison."""
@@ -59,7 +60,7 @@ class Parity:
 
 
 def expected_rewards(
-    run_model: RunModel, prepared: Prepared, rows: list[int], device: str
+    run_model: RunModel, prepared: PreparedTexts, rows: list[int], device: str
 ) -> Tensor:
     """float32 [n], the rewards of the run for these responses of the cache."""
     if not run_model.backbone:
@@ -69,7 +70,11 @@ def expected_rewards(
 
 
 def check_parity(
-    exported: ExportedModel, expected: Tensor, prepared: Prepared, rows: list[int], tolerance: float
+    exported: ExportedModel,
+    expected: Tensor,
+    prepared: PreparedTexts,
+    rows: list[int],
+    tolerance: float,
 ) -> Parity:
     """Compare an exported model with the run's rewards `expected`, float32 [n], of the responses
     `rows`.

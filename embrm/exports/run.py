@@ -17,7 +17,7 @@ from embrm.exports.exported import load_exported
 from embrm.exports.model import CODE, CUSTOM, custom_model, quiet, stock_model, why_not_stock
 from embrm.exports.parity import Parity, check_parity, expected_rewards, spread
 from embrm.exports.run_model import RunModel, open_run_model
-from embrm.extraction.run import Prepared
+from embrm.extraction.texts import PreparedTexts
 from embrm.lm.tokens import load_tokenizer, reason_of
 
 
@@ -79,7 +79,7 @@ def export(
 
 def write_model(
     run_model: RunModel,
-    prepared: Prepared,
+    prepared: PreparedTexts,
     out: Path,
     *,
     custom: bool = False,
@@ -148,7 +148,7 @@ def upload(folder: Path, repository: str) -> None:
         ) from None
 
 
-def _about(run_model: RunModel, prepared: Prepared) -> dict[str, Any]:
+def _about(run_model: RunModel, prepared: PreparedTexts) -> dict[str, Any]:
     """What config.json records under "embrm", beside the offset: the model's origin, and how texts
     become tokens."""
     tokens = prepared.identity["tokenizer"]
@@ -160,7 +160,7 @@ def _about(run_model: RunModel, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _save_tokenizer(folder: Path, prepared: Prepared) -> None:
+def _save_tokenizer(folder: Path, prepared: PreparedTexts) -> None:
     """Save the tokenizer with the pad token, chat template and length that the cache was made with.
 
     It pads on the right, where absolute positions need no position_ids, and truncates on the left,

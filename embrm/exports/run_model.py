@@ -12,9 +12,11 @@ from embrm.cache.reader import Cache
 from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
 from embrm.data.sources import SourceSpec
+from embrm.extraction.choice import load_engine_for, with_engine
 from embrm.extraction.engine import Batch, Engine, Request
 from embrm.extraction.probe import refuse_other
-from embrm.extraction.run import ExtractSpec, Prepared, engine_for, prepare, with_engine
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts, prepare_texts
 from embrm.extraction.transformers_engine import load_engine
 from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import load_run, load_saved_model
@@ -68,7 +70,7 @@ class RunModel:
         recorded = recorded | changes
         return ExtractSpec.parse(recorded, str(self.cache.folder / "manifest.json"))
 
-    def prepared(self, model: str | None) -> Prepared:
+    def prepared(self, model: str | None) -> PreparedTexts:
         """Tokenize the cache's texts again: `encoded[i]` is response i of the cache.
 
         model: folder or hub id of the cache's model, if it has moved.
@@ -77,7 +79,7 @@ class RunModel:
         spec = self.extraction(**({"model": model, "revision": None} if model else {}))
         return self._prepared(spec, None)
 
-    def prepared_for(self, data: Sequence[SourceSpec]) -> Prepared:
+    def prepared_for(self, data: Sequence[SourceSpec]) -> PreparedTexts:
         """Tokenize other data as the cache's texts were tokenized.
 
         Raises: UserError when the model is missing or is not the cache's, or for wrong data.
@@ -94,9 +96,9 @@ class RunModel:
         )
         return self._prepared(spec, ("model", "tokenizer"))
 
-    def _prepared(self, spec: ExtractSpec, parts: Collection[str] | None) -> Prepared:
+    def _prepared(self, spec: ExtractSpec, parts: Collection[str] | None) -> PreparedTexts:
         try:
-            prepared = prepare(spec)
+            prepared = prepare_texts(spec)
         except UserError as error:
             raise UserError(f"{self.cache.folder}, read again as it was made: {error}") from None
         refuse_other(self.cache, prepared, parts)
@@ -105,11 +107,11 @@ class RunModel:
             prepared = replace(prepared, spec=spec)
         return prepared
 
-    def engine(self, prepared: Prepared, device: str) -> Engine:
+    def engine(self, prepared: PreparedTexts, device: str) -> Engine:
         """Return the engine that reads texts for this run: the cache's model, or the tuned one."""
         spec = prepared.spec
         if not self.backbone:
-            return engine_for(replace(prepared, spec=with_engine(spec, device)), device)
+            return load_engine_for(replace(prepared, spec=with_engine(spec, device)), device)
         # The engine computes the run's own view only; the cache may hold others, or not this one.
         engine = load_engine(
             prepared.folder, dtype=spec.dtype, device=device, views=[self.view], top_k=spec.top_k
@@ -193,6 +195,6 @@ def _token_means(batch: Batch, requests: Sequence[Request]) -> Tensor:
     """The mean of each request's token rows, [n, d], as `embrm.sweeps.views` pools cached ones."""
     counts = torch.tensor([len(request.positions) for request in requests])
     owner = torch.arange(len(requests)).repeat_interleave(counts)
-    total = torch.zeros(len(requests), batch.token_states.shape[1])
-    total.index_add_(0, owner, batch.token_states.float())
-    return (total / counts[:, None]).to(batch.token_states.dtype)
+    states = batch.tokens["states"]
+    total = torch.zeros(len(requests), states.shape[1]).index_add_(0, owner, states.float())
+    return (total / counts[:, None]).to(states.dtype)

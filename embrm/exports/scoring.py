@@ -21,8 +21,8 @@ from embrm.data.dataset import Dataset, load
 from embrm.data.sources import SourceSpec
 from embrm.exports.exported import ExportedModel, load_exported
 from embrm.exports.run_model import RunModel, open_run_model
-from embrm.extraction.engine import by_length, read
-from embrm.extraction.run import Prepared, check_batch, exclude
+from embrm.extraction.reading import batches_by_length, check_batch_tokens, read
+from embrm.extraction.texts import PreparedTexts, exclude
 from embrm.extraction.transformers_engine import BATCH_TOKENS
 from embrm.lm.loading import model_folder
 from embrm.lm.tokens import Encoded, encode
@@ -72,7 +72,7 @@ def score(
     Raises: UserError for anything wrong with model, run or data, and for rewards that are not
     finite.
     """
-    check_batch(batch_tokens)
+    check_batch_tokens(batch_tokens)
     run = _run_of(model)
     if run is None:
         if cache is not None:
@@ -118,11 +118,11 @@ def _exported_rewards(
     budget = batch_tokens or BATCH_TOKENS[exported.model.device.type]
     lengths = [len(text.ids) for text in texts]
     with progress("score", sum(lengths), "tokens") as bar:
-        return exported.rewards(texts, by_length(lengths, budget), advance=bar.advance)
+        return exported.rewards(texts, batches_by_length(lengths, budget), advance=bar.advance)
 
 
 def _run_rewards(
-    run_model: RunModel, prepared: Prepared, batch_tokens: int | None, device: str
+    run_model: RunModel, prepared: PreparedTexts, batch_tokens: int | None, device: str
 ) -> torch.Tensor:
     engine = run_model.engine(prepared, device)
     budget = batch_tokens or engine.batch_tokens

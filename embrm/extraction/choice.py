@@ -32,7 +32,7 @@ def made_by(manifest: Manifest) -> str:
 def load_engine_for(
     texts: PreparedTexts, device: str, tensor_parallel: int = 1, *, compiled: bool = False
 ) -> Engine:
-    """Load the engine that the texts' spec names.
+    """Load the engine that the texts' spec names; the reference engine where it says "auto".
 
     tensor_parallel: GPUs that share the model. compiled: whether torch.compile runs it.
     Raises: UserError when the engine does not support one of these or refuses the model.
@@ -50,4 +50,5 @@ def load_engine_for(
         tensor_parallel=tensor_parallel,
         compiled=compiled,
     )
-    return engine_module(spec.engine).load(settings)
+    name = REFERENCE if spec.engine == "auto" else spec.engine
+    return engine_module(name).load(settings)

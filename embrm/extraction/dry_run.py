@@ -2,13 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from embrm.extraction.engine import Engine
 from embrm.extraction.choice import load_engine_for, with_engine
+from embrm.extraction.engine import Engine
 from embrm.extraction.positions import predicting_positions
 from embrm.extraction.reading import check_batch_tokens, read
 from embrm.extraction.spec import ExtractSpec

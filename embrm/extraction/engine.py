@@ -1,4 +1,4 @@
-"""What an extraction engine is: the requests it reads, the batches it answers, and how it is loaded.
+"""What an extraction engine offers: how it is loaded, what it reads and what it returns.
 
 An engine is a module named in `embrm.extraction.engines.ENGINES` that offers the three functions of
 `EngineModule`; `load` returns an object that offers what `Engine` says.

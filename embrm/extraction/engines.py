@@ -5,10 +5,12 @@ Engines are imported when they are used, because that loads the libraries they r
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from embrm.core.errors import UserError, nearest
-from embrm.extraction.engine import EngineModule
+
+if TYPE_CHECKING:
+    from embrm.extraction.engine import EngineModule
 
 
 class EngineEntry(NamedTuple):
@@ -48,11 +50,11 @@ def engine_help() -> str:
 def check_engine_name(name: str) -> str:
     """Return `name` unchanged. Raises: ValueError when there is no such engine."""
     if name not in engine_names():
-        raise ValueError(f"unknown engine: {nearest(name, engine_names())}")
+        raise ValueError(nearest(name, engine_names()))
     return name
 
 
-def engine_module(name: str) -> EngineModule:
+def engine_module(name: str) -> "EngineModule":
     """The module of the engine with this name. Raises: UserError when there is no such engine."""
     for entry in ENGINES:
         if entry.name == name:

@@ -14,9 +14,10 @@ import torch
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import widened
-from embrm.core.errors import UserError
+from embrm.core.errors import UserError, nearest
 from embrm.extraction.choice import load_engine_for, made_by, with_engine
 from embrm.extraction.engine import TOLERANCE
+from embrm.extraction.engines import engine_names
 from embrm.extraction.reading import read
 from embrm.extraction.spec import ExtractSpec
 from embrm.extraction.texts import PreparedTexts, prepare_texts
@@ -79,6 +80,8 @@ def probe(
     Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
     longer those it was made from.
     """
+    if engine is not None and engine not in engine_names():
+        raise UserError(f"engine = {engine!r}: {nearest(engine, engine_names())}")
     cache = open_cache(folder)
     if "model" not in cache.manifest.extraction:
         raise UserError(
@@ -119,7 +122,9 @@ def probe(
     )
 
 
-def refuse_other(cache: Cache, prepared: PreparedTexts, parts: Collection[str] | None = None) -> None:
+def refuse_other(
+    cache: Cache, prepared: PreparedTexts, parts: Collection[str] | None = None
+) -> None:
     """Raise UserError unless the cache was made from these texts and this model.
 
     parts: keys of the identity to compare; None: all but the engine.

@@ -173,5 +173,5 @@ def _identity(
         if spec.token_rows
         else None,
         "data": {"dataset": dataset.digest(), "token_ids": tokens.hexdigest()},
-        **({} if spec.engine == REFERENCE else {"engine": spec.engine}),
+        **({} if spec.engine in ("auto", REFERENCE) else {"engine": spec.engine}),
     }

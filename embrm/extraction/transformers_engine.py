@@ -1,4 +1,7 @@
-"""The transformers engine: the reference implementation, on CPU, CUDA or MPS. See `EngineModule`."""
+"""The transformers engine, the reference implementation, on CPU, CUDA or MPS.
+
+Its module functions are those of `EngineModule`.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,5 @@
-"""The vLLM engine: prefix sharing and continuous batching on a GPU. See `EngineModule`.
+"""The vLLM engine: prefix sharing and continuous batching on a GPU. Its module functions are those
+of `EngineModule`.
 
 vLLM is imported inside functions only, because it is optional and takes many seconds to import.
 """
@@ -58,7 +59,12 @@ def suits(views: Sequence[str], device: str) -> bool:
     Where only the version differs, a warning says so, because the other engine is slower.
     """
     found = installed_version()
-    if found is None or device not in ("auto", "cuda") or not set(views) <= set(VIEWS) or not torch.cuda.is_available():
+    if (
+        found is None
+        or device not in ("auto", "cuda")
+        or not set(views) <= set(VIEWS)
+        or not torch.cuda.is_available()
+    ):
         return False
     if _release(found) == _release(_TESTED):
         return True
@@ -80,7 +86,7 @@ def refuse_unusable(views: Sequence[str]) -> None:
     found = installed_version()
     if found is None:
         raise UserError(
-            "engine = 'vllm': vLLM is not installed: pip install 'embrm[vllm]', "
+            f"engine = 'vllm': vLLM is not installed: pip install 'vllm=={_TESTED}.*', "
             "or use --engine transformers"
         )
     if _release(found) < _release(_TESTED):
@@ -274,8 +280,8 @@ class VllmEngine:
     ) -> None:
         """Wrap a started `vllm.LLM`.
 
-        in_worker: whether its workers select the rows; otherwise they return all states. max_length:
-        tokens of the longest request it was started for.
+        in_worker: whether its workers select the rows; otherwise they return all states.
+        max_length: tokens of the longest request it was started for.
         """
         self.head: LmHead = selection.head
         self.width: int = self.head.weight.shape[1]

@@ -1,7 +1,7 @@
 """The part of the vLLM engine that runs in vLLM's worker processes.
 
 vLLM passes every state of a finished sequence to the head of its token pooler. That head is
-replaced by one that computes the statistics where the states are and returns only what was each_wanted
+replaced by one that computes the statistics where the states are and returns only the rows asked
 for, so that a few kilobytes per response cross processes instead of all states [length, d]. vLLM
 imports this module by its name; it does not import vLLM.
 """
@@ -111,7 +111,9 @@ class RowSelection:
         ]
         answers: list[dict[str, Tensor] | None] = [None] * len(sequences)
         if whole:
-            found = self._answers_to_whole([sequences[i] for i in whole], [wanted[i] for i in whole])
+            found = self._answers_to_whole(
+                [sequences[i] for i in whole], [wanted[i] for i in whole]
+            )
             for index, answer in zip(whole, found, strict=True):
                 answers[index] = answer
         return answers
@@ -207,7 +209,7 @@ class Extension:
         tail_mean: bool,
         trust_remote_code: bool,
     ) -> bool:
-        """Install a `SelectingHead`; returns False where this vLLM has no pooler head to replace."""
+        """Install a `SelectingHead`; returns False where this vLLM has no head to replace."""
         model = self.model_runner.get_model()
         poolers = getattr(model.pooler, "poolers_by_task", {})
         pooler: Any = poolers.get("token_embed")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from embrm.core.streams import stream
-from embrm.extraction.engine import predicting_positions
+from embrm.extraction.positions import predicting_positions
 from embrm.finetuning.dropout import ViewMasks
 from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec

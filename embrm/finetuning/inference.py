@@ -8,7 +8,7 @@ from accelerate.utils import reduce
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embrm.extraction.engine import by_length
+from embrm.extraction.reading import batches_by_length
 from embrm.finetuning.batches import pad_texts
 from embrm.lm.tokens import Encoded
 
@@ -45,7 +45,7 @@ def score_texts(
     read = read or (lambda ids, final: model(ids, final)[0])
     was_training = model.training
     model.eval()
-    batches = by_length([len(encoded[row].ids) for row in rows], _BATCH_TOKENS[device.type])
+    batches = batches_by_length([len(encoded[row].ids) for row in rows], _BATCH_TOKENS[device.type])
     found = torch.zeros(len(rows), device=device)
     # With sharded weights a forward step takes all processes, so each one takes as many turns;
     # one that has no batch left reads the last batch and discards the result.

@@ -14,9 +14,9 @@ from embrm.cache.writer import difference
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import read_toml
 from embrm.extraction.engine import TOLERANCE
-from embrm.extraction.run import ExtractSpec
-from embrm.extraction.run import Prepared as Texts
-from embrm.extraction.run import prepare as prepare_texts
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import PreparedTexts as Texts
+from embrm.extraction.texts import prepare_texts as prepare_texts
 from embrm.finetuning.batches import pad_texts
 from embrm.finetuning.meta import group_rows
 from embrm.finetuning.model import RewardModel

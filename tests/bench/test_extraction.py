@@ -12,7 +12,8 @@ from embrm.bench import extraction
 from embrm.bench.extraction import PER_PROMPT, Size, made_model, measure_extraction
 from embrm.core.errors import UserError
 from embrm.extraction.engine import Engine
-from embrm.extraction.run import Prepared, fill
+from embrm.extraction.run import fill
+from embrm.extraction.texts import PreparedTexts
 from embrm.extraction.transformers_engine import load_engine
 
 
@@ -67,7 +68,7 @@ def test_the_writers_part_times_extractions_of_what_is_at_hand(
 ) -> None:
     shares, found, loads = iter((0.1, 0.7, 0.2)), [], []
 
-    def filled(prepared: Prepared, engine: Engine, out: Path, **options: Any) -> float:
+    def filled(prepared: PreparedTexts, engine: Engine, out: Path, **options: Any) -> float:
         start = time.perf_counter()
         fill(prepared, engine, out, **options)
         content = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*.*")}

@@ -15,8 +15,8 @@ from transformers import MistralConfig
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
-from embrm.extraction.engine import read
-from embrm.extraction.run import plan
+from embrm.extraction.dry_run import dry_run
+from embrm.extraction.reading import read
 from embrm.extraction.transformers_engine import load_engine
 
 WANTED: dict[str, Any] = {"dtype": "float32", "device": "cpu", "views": VIEWS, "top_k": 3}
@@ -45,7 +45,7 @@ def near_eager(folder: Path) -> None:
         for view in VIEWS:
             error = (found.states[view] - expected.states[view]).abs().max()
             assert error <= 1e-4 * expected.states[view].abs().max()
-        assert found.tokens.logsumexp == pytest.approx(expected.tokens.logsumexp, rel=1e-4)
+        assert found.tokens["logsumexp"] == pytest.approx(expected.tokens["logsumexp"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mistral"])
@@ -70,7 +70,7 @@ def test_a_cache_says_that_it_was_compiled(world: dict[str, str], tmp_path: Path
     ]
     assert manifests[0].cache_id == manifests[1].cache_id
     assert [entry.environments[0].get("compiled") for entry in manifests] == [None, True]
-    assert plan(spec, device="cpu", compiled=True).tokens_per_second > 0
+    assert dry_run(spec, device="cpu", compiled=True).tokens_per_second > 0
 
 
 def test_without_a_compiler_the_remedy_is_named(

@@ -17,19 +17,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from embrm.core.errors import UserError
-from embrm.extraction.engine import (
-    Batch,
-    PositionsRule,
-    Request,
-    TokenStatistics,
-    by_length,
-    of_responses,
-    predicting_positions,
-    read,
-    read_shards,
-    statistics,
-    token_positions,
-)
+from embrm.extraction.engine import Batch, Request
+from embrm.extraction.positions import PositionsRule, predicting_positions, token_positions
+from embrm.extraction.reading import batches_by_length, read, read_shards
+from embrm.extraction.statistics import response_statistics, token_statistics
 from embrm.extraction.transformers_engine import TransformersEngine, load_engine
 from embrm.lm.head import LmHead
 from embrm.lm.loading import load_config, load_model, longest, model_folder
@@ -107,17 +98,17 @@ def test_states_s_and_token_rows_equal_a_plain_forward(folders: dict[str, Path],
             logits = expected["logits"][position]
             target = int(request.ids[position + 1])
             for batch in (together, alone):
-                assert int(batch.targets[row]) == target
-                _near(batch.token_states[row], expected["post"][position])
-                _near(batch.tokens.target_logit[row], logits[target], scale=logits)
-                _near(batch.tokens.logsumexp[row], logits.logsumexp(0))
-                _near(batch.tokens.top_logits[row], logits.topk(5).values)
-                _near(logits[batch.tokens.top_ids[row].long()], logits.topk(5).values)
-                top_ids = batch.tokens.top_ids[row]
+                assert int(batch.tokens["target"][row]) == target
+                _near(batch.tokens["states"][row], expected["post"][position])
+                _near(batch.tokens["target_logit"][row], logits[target], scale=logits)
+                _near(batch.tokens["logsumexp"][row], logits.logsumexp(0))
+                _near(batch.tokens["top_logits"][row], logits.topk(5).values)
+                _near(logits[batch.tokens["top_ids"][row].long()], logits.topk(5).values)
+                top_ids = batch.tokens["top_ids"][row]
                 tail = dense_tail_mean(engine.head, expected["post"][position], target, top_ids)
-                _near(batch.tokens.tail_means[row], tail)
+                _near(batch.tokens["tail_means"][row], tail)
             row += 1
-    assert row == len(together.targets) > 0
+    assert row == len(together.tokens["target"]) > 0
 
 
 def _near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> None:
@@ -218,26 +209,24 @@ def test_tail_means_equal_a_dense_computation(kind: str, top_k: int) -> None:
     targets = order[:, min(max(top_k - 1, 0), 299)].clone()
     targets[1::2] = order[1::2, min(top_k, 299)]
     targets[3::4] = order[3::4, min(top_k + 20, 299)]
-    found = statistics(head, states, targets, top_k, tail_mean=True)
-    assert found.tail_means is not None
+    found = token_statistics(head, states, targets, top_k, tail_mean=True)
     for row, state in enumerate(states):
-        expected = dense_tail_mean(head, state, int(targets[row]), found.top_ids[row])
-        assert (found.tail_means[row] - expected).abs().max() <= 1e-5
+        expected = dense_tail_mean(head, state, int(targets[row]), found["top_ids"][row])
+        assert (found["tail_means"][row] - expected).abs().max() <= 1e-5
     if top_k == 300:
-        assert not found.tail_means.any()
-    plain = statistics(head, states, targets, top_k)
-    assert plain.tail_means is None
-    assert torch.equal(plain.logsumexp, found.logsumexp)
+        assert not found["tail_means"].any()
+    plain = token_statistics(head, states, targets, top_k)
+    assert "tail_means" not in plain
+    assert torch.equal(plain["logsumexp"], found["logsumexp"])
 
 
 def test_a_tail_too_unlikely_for_float32_has_no_mean() -> None:
     # Token 0 is the target and nearly sure, token 1 is nearly all of the tail.
     head = LmHead(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     for gap, there in ((-13.0, True), (-15.0, False)):  # exp(-13.82) = 1e-6
-        found = statistics(
+        found = token_statistics(
             head, torch.tensor([[gap, gap - 40]]), torch.tensor([0]), tail_mean=True
-        ).tail_means
-        assert found is not None
+        )["tail_means"]
         assert torch.allclose(found, torch.tensor([[float(there), 0.0]]))
 
 
@@ -249,14 +238,14 @@ def test_tail_means_of_half_precision_are_summed_in_float32(dtype: torch.dtype) 
     head = LmHead((torch.randn(vocabulary, width, generator=generator) / 40).to(dtype))
     states = torch.randn(20, width, generator=generator).to(dtype)
     targets = torch.arange(20)
-    found = statistics(head, states, targets, 5, tail_mean=True)
-    assert found.tail_means is not None
-    assert found.tail_means.dtype == dtype
+    found = token_statistics(head, states, targets, 5, tail_mean=True)
+    assert found["tail_means"] is not None
+    assert found["tail_means"].dtype == dtype
     # The logits are the model's own, in its dtype: what is left is one rounding of the result.
     odds = torch.softmax(head.logits(states).double(), 1)
-    odds.scatter_(1, targets[:, None], 0).scatter_(1, found.top_ids.long(), 0)
+    odds.scatter_(1, targets[:, None], 0).scatter_(1, found["top_ids"].long(), 0)
     expected = odds @ head.weight.double() / odds.sum(1, keepdim=True)
-    error = (found.tail_means.double() - expected).abs()
+    error = (found["tail_means"].double() - expected).abs()
     assert (error <= torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
 
 
@@ -265,9 +254,9 @@ def test_tail_means_are_what_other_logits_are_to_first_order() -> None:
     generator = torch.Generator().manual_seed(1)
     head = LmHead(torch.randn(50, 6, generator=generator), softcap=3.0)
     states = torch.randn(9, 6, generator=generator)
-    found = statistics(head, states, torch.zeros(9, dtype=torch.long), 4, tail_mean=True)
-    assert found.tail_means is not None
-    out = torch.zeros(9, 50, dtype=torch.bool).scatter(1, found.top_ids.long(), True)
+    found = token_statistics(head, states, torch.zeros(9, dtype=torch.long), 4, tail_mean=True)
+    assert found["tail_means"] is not None
+    out = torch.zeros(9, 50, dtype=torch.bool).scatter(1, found["top_ids"].long(), True)
     out[:, 0] = True
 
     def tails(h: torch.Tensor) -> torch.Tensor:
@@ -276,7 +265,7 @@ def test_tail_means_are_what_other_logits_are_to_first_order() -> None:
 
     delta = 1e-3 * torch.randn(9, 6, generator=generator, dtype=torch.float64)
     moved = tails(states.double() + delta) - tails(states.double())
-    predicted = (found.tail_means.double() * delta).sum(1)
+    predicted = (found["tail_means"].double() * delta).sum(1)
     assert (moved - predicted).abs().max() < 0.01 * moved.abs().max()
 
 
@@ -286,13 +275,13 @@ def test_statistics_in_chunks_equal_full_logits(rows: int, vocabulary: int) -> N
     torch.manual_seed(0)
     head = LmHead(torch.randn(vocabulary, 8), torch.randn(vocabulary), scale=0.5, softcap=4.0)
     states, targets = torch.randn(rows, 8), torch.randint(0, vocabulary, (rows,))
-    found = statistics(head, states, targets, top_k=9)
+    found = token_statistics(head, states, targets, top_k=9)
     logits = 4 * torch.tanh(0.5 * (states @ head.weight.T + head.bias) / 4)
     k = min(9, vocabulary)
-    assert torch.allclose(found.target_logit, logits[torch.arange(rows), targets], atol=1e-5)
-    assert torch.allclose(found.logsumexp, logits.logsumexp(1), atol=1e-5)
-    assert torch.allclose(found.top_logits, logits.topk(k).values, atol=1e-5)
-    assert torch.allclose(logits.gather(1, found.top_ids.long()), found.top_logits, atol=1e-5)
+    assert torch.allclose(found["target_logit"], logits[torch.arange(rows), targets], atol=1e-5)
+    assert torch.allclose(found["logsumexp"], logits.logsumexp(1), atol=1e-5)
+    assert torch.allclose(found["top_logits"], logits.topk(k).values, atol=1e-5)
+    assert torch.allclose(logits.gather(1, found["top_ids"].long()), found["top_logits"], atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [60, 60_000])
@@ -301,30 +290,31 @@ def test_largest_logits_of_some_rows_are_those_of_all(vocabulary: int) -> None:
     head = LmHead(torch.randn(vocabulary, 8), softcap=4.0)
     states, targets = torch.randn(300, 8), torch.randint(0, vocabulary, (300,))
     among = np.array([0, 3, 255, 256, 263, 299])
-    every = statistics(head, states, targets, 5, tail_mean=True)
-    found = statistics(head, states, targets, 5, tail_mean=True, among=among)
-    assert torch.equal(found.logsumexp, every.logsumexp)
-    assert torch.equal(found.top_ids, every.top_ids[among])
-    assert torch.equal(found.top_logits, every.top_logits[among])
-    assert every.tail_means is not None
-    assert torch.allclose(found.tail_means, every.tail_means[among], atol=1e-6)
+    every = token_statistics(head, states, targets, 5, tail_mean=True)
+    found = token_statistics(head, states, targets, 5, tail_mean=True, among=among)
+    assert torch.equal(found["logsumexp"], every["logsumexp"])
+    assert torch.equal(found["top_ids"], every["top_ids"][among])
+    assert torch.equal(found["top_logits"], every["top_logits"][among])
+    assert every["tail_means"] is not None
+    assert torch.allclose(found["tail_means"], every["tail_means"][among], atol=1e-6)
 
 
 def test_statistics_survive_logits_beyond_the_range_of_exp() -> None:
     head = LmHead(torch.eye(3) * 1000)
-    found = statistics(head, torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([1]))
-    assert found.logsumexp.tolist() == [1000.0]
-    assert found.target_logit.tolist() == [-1000.0]
-    assert found.top_ids.shape == (1, 0)
+    found = token_statistics(head, torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([1]))
+    assert found["logsumexp"].tolist() == [1000.0]
+    assert found["target_logit"].tolist() == [-1000.0]
+    assert found["top_ids"].shape == (1, 0)
 
 
 def test_statistics_of_nothing_are_empty() -> None:
     nothing = torch.empty(0, 3), torch.empty(0, dtype=torch.long)
-    found = statistics(LmHead(torch.eye(3)), *nothing, 2)
-    assert found.logsumexp.shape == (0,)
-    assert found.tail_means is None
-    assert found.top_logits.shape == (0, 2)
-    assert statistics(LmHead(torch.eye(3)), *nothing, tail_mean=True).tail_means.shape == (0, 3)
+    found = token_statistics(LmHead(torch.eye(3)), *nothing, 2)
+    assert found["logsumexp"].shape == (0,)
+    assert "tail_means" not in found
+    assert found["top_logits"].shape == (0, 2)
+    found = token_statistics(LmHead(torch.eye(3)), *nothing, tail_mean=True)
+    assert found["tail_means"].shape == (0, 3)
 
 
 @given(
@@ -420,7 +410,7 @@ def test_reading_in_batches_keeps_order_and_budget(
     assert list(range(len(lengths))) == S
     states = torch.cat([batch.states["last"] for _, batch in answers])
     assert states[:, 0].tolist() == list(range(len(lengths)))
-    targets = torch.cat([batch.targets for _, batch in answers])
+    targets = torch.cat([batch.tokens["target"] for _, batch in answers])
     assert targets.tolist() == [i for i in range(len(lengths)) for _ in range(i % 3)]
     assert sum(seen) == sum(lengths)
     for shape in engine.shapes:
@@ -452,7 +442,7 @@ class _Echo:
         self.shapes: list[tuple[int, int]] = []
 
     def batches(self, requests, batch_tokens):
-        return by_length([len(r.ids) for r in requests], batch_tokens)
+        return batches_by_length([len(r.ids) for r in requests], batch_tokens)
 
     def forward(self, batches):
         begun = deque()
@@ -472,9 +462,14 @@ class _Echo:
             states={"last": first[:, None]},
             norms={"last": first},
             S=first.double().numpy(),
-            token_states=tokens[:, None],
-            targets=tokens.int(),
-            tokens=TokenStatistics(tokens, tokens, tokens[:, None], tokens.int()[:, None]),
+            tokens={
+                "states": tokens[:, None],
+                "target": tokens.int(),
+                "target_logit": tokens,
+                "logsumexp": tokens,
+                "top_logits": tokens[:, None],
+                "top_ids": tokens.int()[:, None],
+            },
         )
 
 
@@ -582,7 +577,7 @@ def test_out_of_memory_says_what_to_lower(
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("embrm.extraction.transformers_engine.of_responses", full)
+    monkeypatch.setattr("embrm.extraction.transformers_engine.response_statistics", full)
     with pytest.raises(UserError, match=r"out of memory on cpu .*: lower --batch-tokens"):
         next(engine.forward([requests_of()]))
 
@@ -596,9 +591,9 @@ def test_a_shard_that_was_read_is_given_before_the_next_one_fails(
     def full(head: LmHead, states: torch.Tensor, *more: Any, **options: Any) -> Any:
         if len(states) == LENGTHS[2][1]:
             raise torch.OutOfMemoryError
-        return of_responses(head, states, *more, **options)
+        return response_statistics(head, states, *more, **options)
 
-    monkeypatch.setattr("embrm.extraction.transformers_engine.of_responses", full)
+    monkeypatch.setattr("embrm.extraction.transformers_engine.response_statistics", full)
     answers = read_shards(engine, [requests_of()[:2], requests_of()[2:]], 1)
     _, first = next(answers)
     assert np.allclose(first.S, whole[:2])

@@ -28,8 +28,9 @@ from transformers import (
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from embrm.extraction import packing
-from embrm.extraction.engine import Request, read
-from embrm.extraction.packing import batches, pack
+from embrm.extraction.engine import Request
+from embrm.extraction.packing import batches, pack_texts
+from embrm.extraction.reading import read
 from embrm.extraction.transformers_engine import TransformersEngine, load_engine
 
 
@@ -45,11 +46,13 @@ def test_a_shared_prompt_changes_no_state(kind: str, tmp_path: Path) -> None:
         assert (together.states[view] - expected).abs().max() <= 1e-5 * expected.abs().max()
     S = np.concatenate([one.S for one in alone])
     assert np.allclose(together.S, S, rtol=1e-5)
-    rows = torch.cat([one.token_states for one in alone])
-    assert (together.token_states - rows).abs().max() <= 1e-5 * rows.abs().max()
-    assert torch.equal(together.targets, torch.cat([one.targets for one in alone]))
-    logits = torch.cat([one.tokens.top_logits for one in alone])
-    assert (together.tokens.top_logits - logits).abs().max() <= 1e-5 * logits.abs().max()
+    rows = torch.cat([one.tokens["states"] for one in alone])
+    assert (together.tokens["states"] - rows).abs().max() <= 1e-5 * rows.abs().max()
+    assert torch.equal(
+        together.tokens["target"], torch.cat([one.tokens["target"] for one in alone])
+    )
+    logits = torch.cat([one.tokens["top_logits"] for one in alone])
+    assert (together.tokens["top_logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
@@ -95,7 +98,7 @@ def test_batches_hold_every_request_once_within_the_budget(
     device = torch.device("cpu")
     for batch in made:
         some = [requests[index] for index in batch]
-        packed = pack(some, device)
+        packed = pack_texts(some, device)
         assert packed.ids.shape[1] <= budget or len(batch) == 1
         assert sum(len(one.ids) for one in some) <= 8 * budget or len(batch) == 1
         assert [own.stop for own in packed.segments[:-1]] == [
@@ -119,7 +122,7 @@ def test_copies_of_a_prompt_are_bounded() -> None:
 
 def test_offsets_say_what_the_segments_say() -> None:
     """What the kernel of a GPU is given, which cannot run here."""
-    packed = pack(SHARED, torch.device("cpu"))
+    packed = pack_texts(SHARED, torch.device("cpu"))
     offsets = packed.offsets
     assert len(offsets.queries) == len(offsets.keys) == len(packed.segments) + 1
     for index, (start, stop, begin, end) in enumerate(packed.segments):
@@ -173,7 +176,7 @@ def test_the_kernel_for_variable_lengths_is_asked_for_the_same(
         return torch.cat(out)
 
     monkeypatch.setattr(packing, "varlen_attn", documented)
-    packed = pack(SHARED, torch.device("cpu"))
+    packed = pack_texts(SHARED, torch.device("cpu"))
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, n, packed.ids.shape[1], 8) for n in (4, 2, 2))
     found = packing._attend_at_once(query, key, value, packed.offsets, 0.3, window)

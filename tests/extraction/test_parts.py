@@ -21,7 +21,8 @@ from embrm.cache.verify import verify
 from embrm.core.errors import UserError
 from embrm.extraction import run
 from embrm.extraction.parts import Share
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 
 SHARD_ROWS = 16
 
@@ -119,11 +120,11 @@ def test_any_number_of_processes_gives_the_bytes_of_one(
     """Also more processes than shards: the parts of some are empty."""
     root = tmp_path_factory.mktemp("split")
     spec = spec_of(model, write_pairs(root / "data.jsonl", texts))
-    prepared = run.prepare(spec)
-    engine = run.engine_for(prepared, "cpu")
+    prepared = run.prepare_texts(spec)
+    engine = run.load_engine_for(prepared, "cpu")
     with pytest.MonkeyPatch.context() as patch:  # loaded once: the model is not what is tested
-        patch.setattr(run, "prepare", lambda *_, **__: prepared)
-        patch.setattr(run, "engine_for", lambda *_, **__: engine)
+        patch.setattr(run, "prepare_texts", lambda *_, **__: prepared)
+        patch.setattr(run, "load_engine_for", lambda *_, **__: engine)
         how: dict[str, Any] = {"device": "cpu", "batch_tokens": 100, "shard_rows": shard_rows}
         whole = extract(spec, root / "whole", **how)
         parts = [extract(spec, root / "out", share=share, **how) for share in shares(count)]

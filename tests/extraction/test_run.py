@@ -18,8 +18,12 @@ from embrm.cache.verify import verify
 from embrm.cache.writer import CacheWriter
 from embrm.core.errors import UserError
 from embrm.extraction import run
-from embrm.extraction.engine import read, read_shards
-from embrm.extraction.run import ExtractSpec, extract, plan, prepare
+from embrm.extraction.choice import load_engine_for
+from embrm.extraction.dry_run import dry_run
+from embrm.extraction.reading import read, read_shards
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
+from embrm.extraction.texts import prepare_texts
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -37,9 +41,9 @@ def cache(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Path) -> None:
     assert verify(cache) == []
-    opened, prepared = open_cache(cache), prepare(spec_of(world))
+    opened, prepared = open_cache(cache), prepare_texts(spec_of(world))
     rows = range(len(prepared.encoded))
-    batch = read(run.engine_for(prepared, "cpu"), prepared.requests(rows), 1)
+    batch = read(load_engine_for(prepared, "cpu"), prepared.requests(rows), 1)
     for view in ("last", "mean"):
         assert torch.allclose(
             to_tensor(opened.stored_states(view)), batch.states[view], rtol=1e-4, atol=1e-5
@@ -56,7 +60,7 @@ def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Pat
 
 
 def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path) -> None:
-    opened, prepared = open_cache(cache), prepare(spec_of(world))
+    opened, prepared = open_cache(cache), prepare_texts(spec_of(world))
     tokens = opened.token_table()
     assert (np.diff(tokens.response) >= 0).all()
     assert np.bincount(tokens.response).max() == 3
@@ -235,7 +239,7 @@ def test_moving_model_and_data_keeps_the_identity(
 ) -> None:
     model = Path(world["model"]).rename(tmp_path / "moved")
     try:
-        moved = prepare(spec_of(world | {"model": str(model)}))
+        moved = prepare_texts(spec_of(world | {"model": str(model)}))
         assert moved.identity == open_cache(cache).manifest.identity
     finally:
         model.rename(world["model"])
@@ -253,9 +257,9 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
 
 
 def test_over_long_rows_are_counted_and_listed(world: dict[str, str]) -> None:
-    whole = prepare(spec_of(world))
+    whole = prepare_texts(spec_of(world))
     limit = int(np.median(whole.lengths))
-    cut = prepare(spec_of(world, max_length=limit))
+    cut = prepare_texts(spec_of(world, max_length=limit))
     assert max(cut.lengths) <= limit
     lost = whole.dataset.pairs.height - cut.dataset.pairs.height
     assert cut.dataset.exclusions["reason"].to_list() == ["over_long"] * lost
@@ -275,7 +279,7 @@ def test_pairs_of_the_same_tokens_are_excluded(world: dict[str, str], tmp_path: 
     model = tmp_path / "model"
     strip = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
     save_model(model, "llama-tied", tokenizer(template=strip))
-    prepared = prepare(spec_of(world, model=str(model), data=[{"path": str(data)}]))
+    prepared = prepare_texts(spec_of(world, model=str(model), data=[{"path": str(data)}]))
     assert prepared.dataset.pairs.height == 1
     assert prepared.dataset.exclusions["reason"].to_list() == ["identical"]
     assert len(prepared.encoded) == prepared.dataset.responses.height == 2
@@ -295,16 +299,16 @@ def test_limit_is_for_sources_without_their_own(world: dict[str, str]) -> None:
         {"path": world["data"], "where": {"split": "train"}},
         {"path": world["data"], "where": {"split": "id"}, "limit": 7},
     ]
-    pairs = prepare(spec_of(world, data=data, limit=5)).dataset.pairs
+    pairs = prepare_texts(spec_of(world, data=data, limit=5)).dataset.pairs
     assert dict(pairs.group_by("split").len().rows()) == {"train": 5, "id": 7}
 
 
 def test_a_dry_run_samples_something_whatever_the_budget(world: dict[str, str]) -> None:
-    assert plan(spec_of(world), device="cpu", batch_tokens=1).tokens_per_second > 0
+    assert dry_run(spec_of(world), device="cpu", batch_tokens=1).tokens_per_second > 0
 
 
 def test_the_plan_says_what_the_extraction_does(world: dict[str, str], cache: Path) -> None:
-    planned = plan(spec_of(world), device="cpu")
+    planned = dry_run(spec_of(world), device="cpu")
     opened = open_cache(cache)
     lengths = opened.responses["n_prompt"] + opened.responses["n_response"]
     assert planned.responses == opened.responses.height
@@ -336,7 +340,7 @@ def test_the_plan_prices_every_part_to_the_byte(
     world: dict[str, str], tmp_path: Path, changes: dict
 ) -> None:
     spec = spec_of(world, **changes)
-    priced = plan(spec, device="cpu").cache_bytes
+    priced = dry_run(spec, device="cpu").cache_bytes
     opened = open_cache(make(world, tmp_path / "out", spec))
     vectors = {
         "states": sum(opened.stored_states(view).nbytes for view in opened.views),
@@ -378,7 +382,7 @@ def test_token_ids_beyond_the_model_are_refused(world: dict[str, str], tmp_path:
     small.vocab_size = 100
     LlamaForCausalLM(small).save_pretrained(folder)
     with pytest.raises(UserError, match="the model knows 100 ids"):
-        prepare(spec_of(world, model=str(folder)))
+        prepare_texts(spec_of(world, model=str(folder)))
 
 
 @pytest.mark.parametrize(

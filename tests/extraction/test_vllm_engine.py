@@ -19,13 +19,15 @@ from embrm.cache.manifest import NAME
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.extraction import vllm_engine
-from embrm.extraction.engine import Request, token_positions
+from embrm.extraction.choice import with_engine
+from embrm.extraction.engine import Request
 from embrm.extraction.parts import Share
+from embrm.extraction.positions import token_positions
 from embrm.extraction.probe import probe
-from embrm.extraction.run import extract, with_engine
+from embrm.extraction.run import extract
 from embrm.extraction.transformers_engine import load_engine
 from embrm.extraction.vllm_engine import VllmEngine, load_vllm
-from embrm.extraction.vllm_worker import Extension, load_head, pack, unpack
+from embrm.extraction.vllm_worker import Extension, deserialize, load_head, serialize
 from embrm.lm.head import LmHead
 
 BLOCK = 8
@@ -168,12 +170,12 @@ def assert_parity(engine: VllmEngine, folder: Path) -> None:
     found = next(engine.forward([requests()]))
     reference = load_engine(folder, dtype="float32", device="cpu", **WANTED)
     expected = next(reference.forward([requests()]))
-    assert torch.equal(found.targets, expected.targets)
+    assert torch.equal(found.tokens["target"], expected.tokens["target"])
     assert pytest.approx(expected.S, abs=1e-4) == found.S
-    pairs = [(found.token_states, expected.token_states)]
+    pairs = [(found.tokens["states"], expected.tokens["states"])]
     pairs += [(found.states[view], expected.states[view]) for view in WANTED["views"]]
     pairs += [(found.norms[view], expected.norms[view]) for view in WANTED["views"]]
-    pairs += [(vars(found.tokens)[name], part) for name, part in vars(expected.tokens).items()]
+    pairs += [(found.tokens[name], part) for name, part in expected.tokens.items()]
     for left, right in pairs:
         assert left.dtype == right.dtype
         assert torch.allclose(left, right, rtol=1e-4, atol=1e-5)
@@ -272,7 +274,7 @@ def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
     assert asked["dtype"] == "bfloat16"
     assert asked["max_model_len"] == LONGEST
     assert asked["enforce_eager"]
-    assert engine.head.weight.dtype == next(engine.forward([requests()])).token_states.dtype
+    assert engine.head.weight.dtype == next(engine.forward([requests()])).tokens["states"].dtype
     monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
     asked = load(folders["llama-tied"])._llm.arguments
     assert asked["gpu_memory_utilization"] == pytest.approx(0.9 - VOCABULARY * 32 * 4 / 10**6)
@@ -287,14 +289,14 @@ def test_an_answer_survives_packing() -> None:
         "states": torch.randn(2, 3).bfloat16(),
         "top_ids": torch.tensor([[2**31 - 1, 0]], dtype=torch.int32),
     }
-    packed = pack(answer)
+    packed = serialize(answer)
     assert (packed.dtype, packed.ndim) == (torch.uint8, 1)
-    back = unpack(packed)
+    back = deserialize(packed)
     assert back is not None
     assert back.keys() == answer.keys()
     assert all(torch.equal(back[name], part) for name, part in answer.items())
     assert all(back[name].dtype == part.dtype for name, part in answer.items())
-    assert unpack(pack(None)) is None
+    assert deserialize(serialize(None)) is None
 
 
 BIASED = PhiConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
@@ -346,7 +348,7 @@ def test_a_model_without_a_head_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("version", "line"),
     [
-        (None, "vLLM is not installed: pip install 'embrm\\[vllm\\]'"),
+        (None, "vLLM is not installed: pip install 'vllm==0.32.\\*'"),
         ("0.31.2", "vLLM 0.31.2 is older than 0.32"),
         ("0.9.1", "vLLM 0.9.1 is older than 0.32"),
     ],

@@ -144,7 +144,8 @@ def test_bt_is_trls_reward_trainer_step_for_step(
 
 def made_again(cache: Path, folder: Path, data: list[dict[str, Any]]) -> Path:
     """Another cache of the same model."""
-    from embrm.extraction.run import ExtractSpec, extract
+    from embrm.extraction.run import extract
+    from embrm.extraction.spec import ExtractSpec
 
     values = open_cache(cache).manifest.extraction | {"data": data}
     return extract(ExtractSpec.parse(values, "test"), folder / "cache", device="cpu")

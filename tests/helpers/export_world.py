@@ -8,7 +8,8 @@ import numpy as np
 from extract_models import CHAT, save_model, tokenizer
 from extract_world import write_pairs
 
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 from embrm.sweeps.execute import sweep
 
 SPEC = """

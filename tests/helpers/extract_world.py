@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from extract_models import save_model, tokenizer
 
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]
 

@@ -3,7 +3,8 @@
 import numpy as np
 from extract_models import VOCABULARY
 
-from embrm.extraction.engine import Request, token_positions
+from embrm.extraction.engine import Request
+from embrm.extraction.positions import token_positions
 
 VIEWS = ("last", "mean", "prenorm", "layer:1")
 

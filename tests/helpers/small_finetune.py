@@ -9,7 +9,8 @@ import safetensors.torch
 from extract_models import save_model, tokenizer
 from torch import Tensor
 
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 from embrm.results.ledger import open_results
 
 WORDS = ["river", "boats", "mud", "careful", "answer", "names", "source", "year", "page", "poor"]

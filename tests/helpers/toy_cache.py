@@ -11,7 +11,7 @@ from embrm.cache.schema import ShardRows, TokenTable
 from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.specs import content_id
-from embrm.extraction.engine import statistics
+from embrm.extraction.statistics import token_statistics
 from embrm.lm.head import LmHead
 
 _NO_EXCLUSIONS = pl.DataFrame(schema={"row": pl.Int64})
@@ -139,14 +139,13 @@ def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int)
     count, width = int(held.sum()), head.weight.shape[1]
     states = torch.from_numpy(random.standard_normal((count, width)) * 2).bfloat16()
     target = random.integers(0, VOCABULARY, count).astype(np.int32)
-    found = statistics(
+    found = token_statistics(
         LmHead(head.weight.float()),
         states.float(),
         torch.from_numpy(target).long(),
         top_k,
         tail_mean=True,
     )
-    assert found.tail_means is not None
     ends = np.cumsum(held)
     return TokenTable(
         response=np.repeat(np.arange(len(held)), held).astype(np.int32),
@@ -154,10 +153,10 @@ def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int)
             np.int32
         ),
         target=target,
-        target_logit=found.target_logit.numpy(),
-        logsumexp=found.logsumexp.numpy(),
+        target_logit=found["target_logit"].numpy(),
+        logsumexp=found["logsumexp"].numpy(),
         states=to_stored(states),
-        top_ids=found.top_ids.numpy(),
-        top_logits=found.top_logits.numpy(),
-        tail_means=to_stored(found.tail_means.bfloat16()),
+        top_ids=found["top_ids"].numpy(),
+        top_logits=found["top_logits"].numpy(),
+        tail_means=to_stored(found["tail_means"].bfloat16()),
     )

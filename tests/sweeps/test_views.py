@@ -22,7 +22,8 @@ from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.cli import main
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
-from embrm.extraction.run import ExtractSpec, extract
+from embrm.extraction.run import extract
+from embrm.extraction.spec import ExtractSpec
 from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.sweeps.execute import sweep
