@@ -23,7 +23,6 @@ from embrm.finetuning.run import finetune
 from embrm.finetuning.spec import FinetuneRun, LoraSpec
 from embrm.lm.loading import load_model
 from embrm.lm.tokens import Encoded
-from embrm.sweeps.spec import RunSpec
 
 KINDS = ("llama-tied", "qwen2", "gpt2", "gemma2")
 
@@ -190,25 +189,6 @@ def test_activations_computed_again_are_dropped_alike(folders: dict[str, Path]) 
         found.append(_step(model, run, CUTS[1])[1])
     for name, gradient in found[0].items():
         assert torch.allclose(gradient, found[1][name], rtol=1e-5, atol=1e-6), name
-
-
-def test_masks_depend_on_their_place_alone() -> None:
-    masks = ViewMasks(seed=3, sites=2, width=4000, dropout=0.05)
-    found = masks.of(1, 5, [7, 9, 7])
-    assert found.shape == (2, 2, 3, 4000)
-    assert torch.equal(found[:, :, 0], found[:, :, 2])
-    assert torch.equal(masks.of(1, 5, [9])[:, :, 0], found[:, :, 1])
-    others = [masks.of(2, 5, [7]), masks.of(1, 6, [7]), found[:, :, 1:2], found[:, [1, 0], :1]]
-    for other in others:
-        assert not torch.equal(other, found[:, :, :1])
-    assert set(found.unique().tolist()) == {0.0, float(torch.tensor(1.0) / 0.95)}
-    assert float((found == 0).float().mean()) == pytest.approx(0.05, abs=0.005)
-    assert torch.equal(ViewMasks(3, 2, 8, 0.0).of(1, 5, [7]), torch.ones(2, 2, 1, 8))
-
-
-def test_a_run_with_a_table_is_another_and_without_the_same() -> None:
-    assert FinetuneRun().model_dump(mode="json") == RunSpec().model_dump(mode="json")
-    assert "simcse" in FinetuneRun.parse({"simcse": {}}, "test").model_dump(mode="json")
 
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
