@@ -38,7 +38,7 @@ from embrm.finetuning.meta import MetaSpec
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, LoraSpec
 from embrm.sweeps.spec import RunSpec, SweepSpec, configurations
 from embrm.training.heads import AdapterSpec, HeadSpec
-from embrm.training.learners import GradientBoosting, Logistic, Ridge
+from embrm.training.learner_specs import GradientBoosting, Logistic, Ridge
 from embrm.training.regularizers import Regularizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,8 @@ from embrm.extraction.run import extract
 from embrm.extraction.spec import ExtractSpec
 from embrm.sweeps.material import select, to_pairs
 from embrm.sweeps.spec import RunSpec, Selection
-from embrm.training.bank import TrainingData, train
+from embrm.training.bank import train
+from embrm.training.data import TrainingData
 from embrm.training.states import States
 
 

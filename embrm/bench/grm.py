@@ -16,7 +16,8 @@ from embrm.core.progress import progress
 from embrm.core.streams import stream
 from embrm.sweeps.material import Material, laid_out, to_pairs
 from embrm.sweeps.spec import Run, RunSpec, Selection
-from embrm.training.bank import TrainingData, train
+from embrm.training.bank import train
+from embrm.training.data import TrainingData
 from embrm.training.numerics import settings
 from embrm.training.order import Order
 
@@ -138,7 +139,7 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
     data, regularizer = _data(material), spec.active_regularizer
     if regularizer is None or data.tokens is None:
         return None
-    _, k, top_k = regularizer.reads
+    _, k, top_k = regularizer.sampling
     tokens = data.tokens
     parts = [
         tokens.states,

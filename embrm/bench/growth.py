@@ -9,10 +9,12 @@ import torch
 
 from embrm.bench.processes import measure
 from embrm.core.progress import progress
-from embrm.training.bank import TrainingData, TrainSpec, train
+from embrm.training.bank import train
+from embrm.training.data import TrainingData
 from embrm.training.heads import HeadSpec
 from embrm.training.numerics import begin, settings
-from embrm.training.objectives import Pairs
+from embrm.training.pairs import Pairs
+from embrm.training.spec import TrainSpec
 from embrm.training.states import States
 
 _LINEAR, _MLP = HeadSpec(), HeadSpec(kind="mlp", widths=(64,))

@@ -19,7 +19,7 @@ from embrm.cache.tensors import to_tensor
 from embrm.sweeps.material import select, to_pairs
 from embrm.sweeps.spec import Selection
 from embrm.training.heads import HeadSpec
-from embrm.training.objectives import Pairs
+from embrm.training.pairs import Pairs
 
 BATCH = 512
 SKLEARN_EPOCHS = 20

@@ -30,7 +30,7 @@ from embrm.exports.run_model import RunModel, load_backbone
 from embrm.extraction.texts import PreparedTexts
 from embrm.lm.loading import attention
 from embrm.lm.tokens import reason_of
-from embrm.training.heads import DOWN, DOWN_BIAS, UP, Parameters, Preprocess
+from embrm.training.heads import Parameters, Preprocess, fold_adapter, kind_of
 
 CODE = Path(modeling_embrm.__file__)
 """The source file that is saved beside a model of our own class."""
@@ -59,12 +59,10 @@ def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
 
     Returns None for heads with a ReLU.
     """
-    if "hidden.0.weight" in parameters or DOWN_BIAS in parameters:
+    weight = kind_of(parameters).fold(parameters)
+    weight = None if weight is None else fold_adapter(parameters, weight)
+    if weight is None:
         return None
-    weight = parameters["output.weight"].double()
-    if UP in parameters:
-        up, down = parameters[UP].double(), parameters[DOWN].double()
-        weight = weight + torch.einsum("pd,pdr,pre->pe", weight, up, down)
     mean_weight = weight.mean(0)
     if preprocess.mean is None or preprocess.scale is None:
         return Folded(mean_weight, 0.0)
@@ -121,6 +119,11 @@ def custom_model(run_model: RunModel, prepared: PreparedTexts, about: dict[str, 
     about: recorded in the config under "embrm".
     Raises: UserError when the cache's model lacks weights.
     """
+    if not kind_of(run_model.parameters).EXPORTED:
+        raise UserError(
+            f"run {run_model.name!r} has a head of a user's own kind, which the exported class "
+            "cannot compute: export a run with a linear or mlp head"
+        )
     backbone, missing = _load(AutoModel, prepared)
     _refuse_missing(backbone, missing)
     load_backbone(backbone, run_model.backbone, run_model.name)

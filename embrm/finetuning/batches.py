@@ -14,8 +14,8 @@ from embrm.extraction.positions import predicting_positions
 from embrm.finetuning.dropout import ViewMasks
 from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec
-from embrm.training.objectives import Pairs
 from embrm.training.order import Order
+from embrm.training.pairs import Pairs
 from embrm.training.regularizers import Regularizer
 
 

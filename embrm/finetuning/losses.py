@@ -6,7 +6,8 @@ from torch import Tensor
 
 from embrm.finetuning.contrast import Contrast
 from embrm.finetuning.spec import FinetuneRun
-from embrm.training.objectives import ObjectiveBank, PairRewards
+from embrm.training.objectives import ObjectiveBank
+from embrm.training.pairs import PairRewards
 from embrm.training.regularizers import grm
 
 
@@ -14,9 +15,8 @@ class StepLoss:
     """The loss that a sweep minimises, for one run; R of grm-* is computed exactly.
 
     A minibatch's loss is a mean over its pairs, hence the sum of its micro-batches' means times
-    their shares. The BSR penalty λ·B_ref·r̄² is not, since r̄ is a mean over the whole minibatch.
-    But if r̄ is known beforehand and taken as a constant, λ·B_ref·r̄·(2·r̄ₖ - r̄), where r̄ₖ is the
-    micro-batch's own mean, sums to the penalty and has its gradient: Σ shareₖ·2·r̄·∇r̄ₖ = ∇r̄².
+    their shares. A penalty of the mean reward, such as BSR, is not: it is linearised around the
+    minibatch's mean, which is known beforehand (see `ObjectiveBank.data_loss`).
     SimCSE is treated in the same way; see `embrm.finetuning.contrast`.
     """
 
@@ -27,15 +27,11 @@ class StepLoss:
 
         `needs_mean` says whether a call needs the mean reward of the minibatch.
         """
-        self.needs_mean = run.bsr > 0 and bsr_of is None
-        objective = run
-        if self.needs_mean:
-            objective = run.model_copy(update={"bsr": 0.0, "bsr_batch": None})
-        self._bsr = run.bsr_effective(batch)
+        self._arguments = [run], bsr_of or batch
+        self.needs_mean = run.reads_batch_mean and bsr_of is None
         self._regularizer = run.active_regularizer
         self._l2 = run.l2
         self._simcse = run.simcse
-        self._arguments = [objective], bsr_of or batch
         self._soft_labels = soft_labels
         self._bank: ObjectiveBank | None = None
 
@@ -71,15 +67,14 @@ class StepLoss:
         won, lost = r.chunk(2)
         total = (won + lost)[None]
         rewards = PairRewards((won - lost)[None], total[bank.totals], total[bank.means].mean(1))
-        loss = bank.data_loss(rewards, label, weight, margin)[0]
-        if mean_reward is not None:
-            loss = loss + self._bsr * mean_reward * (total.mean() - mean_reward)
+        batch_mean = None if mean_reward is None else (2 * mean_reward).expand(len(bank.means))
+        loss = bank.data_loss(rewards, label, weight, margin, batch_mean)[0]
         R = loss.new_zeros(())
         if self._regularizer is not None and S is not None and reference is not None:
             chosen, rejected = numbers
             change = S - reference
             R = grm(self._regularizer, S, change, chosen, rejected, label, weight)
-            loss = self._regularizer.of_loss * loss + self._regularizer.of_value * R
+            loss = self._regularizer.loss_factor * loss + self._regularizer.value_factor * R
         if self._simcse is not None and features is not None and contrast is not None:
             loss = loss + self._simcse.weight * contrast.part(features)
         return loss + self._l2 / 2 * squares, R.detach()

@@ -23,8 +23,8 @@ from embrm.finetuning.model import RewardModel, new_model
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, micro_pairs
 from embrm.finetuning.trainer import RewardTrainer, Validation
 from embrm.sweeps.spec import Run
-from embrm.training.objectives import Pairs
 from embrm.training.order import Order
+from embrm.training.pairs import Pairs
 from embrm.training.states import States
 
 SaveBest = Callable[[int, dict[str, Tensor]], None]

@@ -43,8 +43,9 @@ from embrm.finetuning.meta import UnlabelledGroups, discrimination
 from embrm.finetuning.model import RewardModel
 from embrm.finetuning.spec import FinetuneRun
 from embrm.lm.tokens import Encoded
-from embrm.training.bank import VALIDATION, Course, rate, validation_metrics
-from embrm.training.objectives import Pairs
+from embrm.training.adamw import rate
+from embrm.training.curve import VALIDATION, TrainingCurve, validation_metrics
+from embrm.training.pairs import Pairs
 
 
 class NotFiniteError(UserError):
@@ -86,7 +87,7 @@ class RewardTrainer(Trainer):
         responses that a run with metarm looks ahead on."""
         self._run, self._minibatches, self._loss = run, minibatches, loss
         self._validation, self._dtype, self._save_best = validation, dtype, save_best
-        self.course = Course(run)
+        self.course = TrainingCurve(run)
         self._bar, self._groups = bar, groups
         # Of the current minibatch: this process's micro-batches; its mean reward and, with SimCSE,
         # its features; its number of pairs; (loss, R) of the micro-batches read so far.

@@ -19,10 +19,13 @@ from embrm.sweeps.spec import Run, RunSpec
 from embrm.sweeps.training import as_trained, gold_as_trained, resample
 from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
-from embrm.training.bank import Trained, TrainingData, train
+from embrm.training.bank import train
+from embrm.training.curve import TrainedRun
+from embrm.training.data import TrainingData
 from embrm.training.ensembles import Combination, Reference
 from embrm.training.heads import score, stack
-from embrm.training.learners import Gold, Learner, fit
+from embrm.training.learner_specs import Learner
+from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics
 from embrm.training.states import States
 
@@ -127,7 +130,7 @@ class Trainer:
         folder = f"parts/{pack.pack_id}"
         return files | {f"{folder}/{name}.parquet": parquet(tables[name]) for name in TABLES}
 
-    def _fitted(self, spec: RunSpec, learner: Learner, data: TrainingData) -> Trained:
+    def _fitted(self, spec: RunSpec, learner: Learner, data: TrainingData) -> TrainedRun:
         gold = None
         if learner.reads_gold:
             table = gold_as_trained(self._material.gold(), spec)
@@ -137,7 +140,7 @@ class Trainer:
     def _measured(
         self,
         pack: Pack,
-        trained: Sequence[Trained],
+        trained: Sequence[TrainedRun],
         scored: Sequence[_Scored | None],
         data: TrainingData,
     ) -> pl.DataFrame:
@@ -167,7 +170,7 @@ class Trainer:
         device = numerics.device(self._mode)
         return states if device.type == "cpu" else States(states.values.to(device))
 
-    def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[Trained]:
+    def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[TrainedRun]:
         """Train the runs of a pack, ensembles one member after the other; runs that differ in how
         members are combined alone, once.
 
@@ -192,7 +195,7 @@ class Trainer:
         return data.resampled(torch.from_numpy(rows))
 
     def _scored(
-        self, pack: Pack, trained: Sequence[Trained], data: TrainingData
+        self, pack: Pack, trained: Sequence[TrainedRun], data: TrainingData
     ) -> list[_Scored | None]:
         """The responses `_rows` under every run; None where not all rewards are finite."""
         found: list[_Scored | None] = [None] * len(trained)
@@ -222,7 +225,7 @@ class Trainer:
         return found
 
 
-def _ensemble(heads: Sequence[Trained]) -> Trained:
+def _ensemble(heads: Sequence[TrainedRun]) -> TrainedRun:
     diverged = next((head.diverged for head in heads if head.diverged is not None), None)
     if len(heads) == 1 or heads[0].diverged is not None:
         return heads[0]

@@ -136,7 +136,7 @@ class Geometry:
             for run_id, found in measured.items():
                 r = rewards[run_id][split]
                 rows.append(measured_row(run_id, split, sample, found, r))
-        states.let_go()
+        states.release_pages()
         return pl.DataFrame(rows, schema=GEOMETRY_SCHEMA)
 
     def _shape(
@@ -219,7 +219,7 @@ def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> Tensor:
         every = torch.cat([top_ids, words.expand(len(X), -1)], 1)
         top_logits, places = both.topk(min(_TOP_K, both.shape[1]), 1)
         top_ids = every.gather(1, places)
-    weight_rows.let_go()
+    weight_rows.release_pages()
     ids, top = top_ids.int().numpy(), top_logits.numpy()
     columns = (ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top)
     return torch.from_numpy(token_matrix(*columns))

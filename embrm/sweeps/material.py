@@ -22,8 +22,8 @@ from embrm.sweeps.spec import Run, RunSpec, Selection
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import with_rules
 from embrm.sweeps.views import open_view
-from embrm.training.learners import LIBRARY_BYTES
-from embrm.training.objectives import Pairs
+from embrm.training.learner_specs import LIBRARY_BYTES
+from embrm.training.pairs import Pairs
 from embrm.training.regularizers import FISHER_AT_ONCE
 from embrm.training.states import WINDOW_BYTES
 
@@ -227,7 +227,7 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
     regularizer, layout = run.spec.active_regularizer, cache.layout
     if regularizer is None or layout.top_k is None:
         return 0
-    _, rows, top_k = regularizer.reads
+    _, rows, top_k = regularizer.sampling
     responses = min(2 * run.spec.batch_pairs, cache.manifest.n_responses)
     if not regularizer.moves_states:
         responses, rows = FISHER_AT_ONCE, None

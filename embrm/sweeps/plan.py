@@ -20,10 +20,12 @@ from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.views import open_view
 from embrm.sweeps.workers import worker_count
-from embrm.training.bank import TrainingData, train
-from embrm.training.learners import Gold, GradientBoosting, Learner, fit
+from embrm.training.bank import train
+from embrm.training.data import TrainingData
+from embrm.training.learner_specs import GradientBoosting, Learner
+from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics, device
-from embrm.training.objectives import Pairs
+from embrm.training.pairs import Pairs
 from embrm.training.states import States
 
 _TIMED_STEPS = 8

@@ -13,10 +13,10 @@ from pydantic import Field, model_validator
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import Spec, content_id
 from embrm.data.scenarios import Scenarios
-from embrm.training.bank import TrainSpec
 from embrm.training.ensembles import PENALTY, Combine
-from embrm.training.learners import Learner
+from embrm.training.learner_specs import Learner
 from embrm.training.numerics import Numerics
+from embrm.training.spec import TrainSpec
 
 TRAINING_VERSION = "0.3.0"
 """The release since which training has given the same bits. It is part of every run's identity in

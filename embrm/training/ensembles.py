@@ -1,9 +1,12 @@
 """Ensembles: how the rewards of several heads become one, and how far the heads disagree."""
 
-from dataclasses import dataclass
-from typing import Literal, Self
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Combine = Literal["mean", "min", "uwo", "lcb"]
 

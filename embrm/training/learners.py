@@ -6,29 +6,23 @@ without code, so their rewards of every response are kept instead.
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from embrm.core.errors import UserError
-from embrm.core.specs import Spec
 from embrm.core.streams import stream
-from embrm.training.bank import Monitor, Trained, TrainingData
+from embrm.training.curve import TrainedRun, ValidationMonitor
+from embrm.training.data import TrainingData
 from embrm.training.heads import REWARDS, Preprocess, PreprocessKind
-from embrm.training.objectives import Pairs
+from embrm.training.learner_specs import BINS, GradientBoosting, Learner, Ridge
+from embrm.training.pairs import Pairs
 from embrm.training.states import States
 
 Floats = NDArray[np.float64]
-
-LIBRARY_BYTES = 150_000_000
-"""What scikit-learn takes once it is loaded."""
-
-_OF_PAIRS = frozenset({"learner", "seed", "state", "pairs_limit", "label_noise", "labels", "fold"})
-"""Fields of a run that every learner from pairs reads."""
 
 _ROWS = 512
 """States widened at a time."""
@@ -38,100 +32,6 @@ _TOLERANCE = 1e-8
 of its weights can tell."""
 
 _ITERATIONS = 10_000
-
-_BINS = 256
-"""Of a component's, one is for missing values, which states do not have."""
-_COPIED = 200_000
-"""Of more rows than these scikit-learn copies so many to look at."""
-
-
-class Logistic(Spec):
-    """Logistic regression on differences of states, without an intercept: the minimum of a linear
-    bt head with l2 = 1/(C·Σ weight)."""
-
-    reads: ClassVar = _OF_PAIRS | {"preprocess"}
-    reads_gold: ClassVar = False
-    seeded: ClassVar = False
-    loss: ClassVar = "bt"
-    passes: ClassVar = 100.0
-    """Over the pairs, about, in minibatch steps of a linear head: to plan with."""
-
-    kind: Literal["logistic"]
-    C: float = Field(default=1.0, gt=0)
-    """½‖w‖² + C·Σ weight·loss over the pairs is minimised."""
-
-    def __str__(self) -> str:
-        return f"logistic C {self.C:g}"
-
-    def room(self, rows: int, width: int) -> int:
-        """Bytes that a fit of so many rows takes."""
-        return 8 * rows * width
-
-
-class Ridge(Spec):
-    """Ridge regression of gold scores on states, pointwise, with an intercept, which no comparison
-    of rewards sees and the head leaves out."""
-
-    reads: ClassVar = frozenset({"learner", "seed", "state", "fold", "preprocess"})
-    reads_gold: ClassVar = True
-    seeded: ClassVar = False
-    loss: ClassVar = "squared error"
-    passes: ClassVar = 10.0
-    """As those of `Logistic`."""
-
-    kind: Literal["ridge"]
-    alpha: float = Field(default=1.0, gt=0)
-    """Σ (gold - w·h - b)² + alpha·‖w‖² over the group members is minimised."""
-
-    def __str__(self) -> str:
-        return f"ridge alpha {self.alpha:g}"
-
-    def room(self, rows: int, width: int) -> int:
-        """As that of `Logistic`: beside the states two matrices of their products."""
-        return 8 * (rows * width + 2 * min(rows, width) ** 2)
-
-
-class GradientBoosting(Spec):
-    """Trees by gradient boosting on binned states, pointwise: has a response won or lost its pair?
-    The reward is the log-odds."""
-
-    reads: ClassVar = _OF_PAIRS
-    reads_gold: ClassVar = False
-    loss: ClassVar = "classifier"
-
-    kind: Literal["gradient_boosting"]
-    learning_rate: float = Field(default=0.1, gt=0)
-    """What every tree's leaves are multiplied by."""
-    iterations: int = Field(default=100, gt=0)
-    """Trees: all are grown, none is given up for what pairs say."""
-    leaves: int = Field(default=31, ge=2)
-    """Of a tree, at most."""
-    l2: float = Field(default=0.0, ge=0)
-    """Added to the second derivative of the loss, summed over a leaf's ends of pairs."""
-    features: float = Field(default=1.0, gt=0, le=1)
-    """Share of the components that a split may use, drawn by the seed; at 1 seeds do nothing."""
-
-    def __str__(self) -> str:
-        return f"gradient boosting {self.iterations} trees of {self.leaves} leaves"
-
-    @property
-    def seeded(self) -> bool:
-        """Whether the seed matters."""
-        return self.features < 1
-
-    @property
-    def passes(self) -> float:
-        """As those of `Logistic`."""
-        return 10.0 * self.iterations
-
-    def room(self, rows: int, width: int) -> int:
-        """As that of `Logistic`: states and their bins, and histograms (24 bytes a bin) of every
-        leaf."""
-        copied = 8 * _COPIED if rows > _COPIED else 0
-        return width * (9 * rows + copied + 8 * _BINS + 24 * _BINS * (self.leaves + 1))
-
-
-Learner = Annotated[Logistic | Ridge | GradientBoosting, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -144,7 +44,7 @@ class Gold:
 
 def fit(
     learner: Learner, preprocess: PreprocessKind, seed: int, data: TrainingData, gold: Gold | None
-) -> Trained:
+) -> TrainedRun:
     """Fit `learner` on the training pairs of `data`, or on `gold`: as a run of one epoch.
 
     Its row of the curve counts the solver's iterations as steps; the training loss has the penalty
@@ -167,12 +67,12 @@ def fit(
         parameters = {"output.weight": torch.from_numpy(w).float()[None]}
     if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
         raise UserError(f"learner {learner.kind!r}: its rewards are not finite: regularize it more")
-    measured = Monitor(data, fitted).measure(parameters)
+    measured = ValidationMonitor(data, fitted).measure(parameters)
     row: dict[str, Any] = {"epoch": 1, "step": steps, "train_loss": loss, "regularizer": None}
     row |= {name: values[0] for name, values in measured.items()}
     if REWARDS in parameters:
         row["weight_norm"] = None
-    return Trained(parameters, fitted, [row], 1, None)
+    return TrainedRun(parameters, fitted, [row], 1, None)
 
 
 def logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, int]:
@@ -248,7 +148,7 @@ def boosting(
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    share = np.linspace(0, 1, _BINS)[1:-1]
+    share = np.linspace(0, 1, BINS)[1:-1]
     edges = np.stack(
         [np.quantile(column, share, method="averaged_inverted_cdf") for column in X.T], axis=1
     )
@@ -284,7 +184,7 @@ def _boosted(learner: GradientBoosting, seed: int, data: TrainingData) -> tuple[
     for some in _parts(len(rewards)):
         X = data.states.take(responses[some]).cpu().double().numpy()
         rewards[some] = torch.from_numpy(trees.rewards(X)).float()
-    data.states.let_go()
+    data.states.release_pages()
     losses = np.logaddexp(0, np.where(target, -1, 1) * rewards[every].double().numpy())
     return rewards, float(weight @ losses / weight.sum())
 
@@ -317,7 +217,7 @@ def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Flo
     for some in _parts(len(X)):
         X[some] = preprocess(states.take(better[some]).cpu()).numpy()
         X[some] -= preprocess(states.take(worse[some]).cpu()).numpy()
-    states.let_go()
+    states.release_pages()
     weights = torch.cat([weight[own] * label[own], weight[other] * (1 - label[other])])
     return X, weights.numpy()
 
@@ -327,7 +227,7 @@ def _taken(states: States, preprocess: Preprocess, rows: Tensor) -> Floats:
     X = np.empty((len(rows), states.width))
     for some in _parts(len(X)):
         X[some] = preprocess(states.take(rows[some]).cpu()).numpy()
-    states.let_go()
+    states.release_pages()
     return X
 
 

@@ -6,13 +6,21 @@ bits in slot 5 than in slot 0. In strict mode every element of a product is summ
 whatever its position; on one thread that costs next to nothing.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+
+from embrm.core.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
 
 Numerics = Literal["native", "portable", "cuda", "cuda-tf32", "mps"]
 """native: this CPU's widest instructions. portable: AVX2 alone, so that x86 machines agree. cuda:

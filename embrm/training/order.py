@@ -40,8 +40,8 @@ class Order:
         for first in range(0, len(order), batch):
             while window + 1 < len(starts) - 1 and starts[window + 1] <= first:
                 window += 1
-                self._states.let_go()
+                self._states.release_pages()
                 ahead = turn[(window + 1) * WINDOW_BLOCKS : (window + 2) * WINDOW_BLOCKS]
                 self._states.read_ahead(self._blocks[np.sort(ahead)].tolist())
             yield torch.from_numpy(order[first : first + batch])
-        self._states.let_go()
+        self._states.release_pages()

@@ -1,34 +1,107 @@
-"""Regularizers through the frozen LM head: what a run adds to its loss beside rewards and weights.
+"""Regularizers through the frozen LM head, which a run adds to its loss.
 
-All read the sampled token rows of a minibatch's responses (`embrm.training.tokens`), and what an
-adapter's shift δ_t changes about the cached language model there. Formulas and sources:
-`docs/methods.md`. With frozen states they act on an adapter alone: a plain head moves no state, and
-then grm-* only rescales the pair loss (a test proves it), so a spec without one is refused.
+They read sampled token positions of a minibatch's responses (`embrm.training.tokens`), and what an
+adapter's shift δ_t changes about the cached language model there. Formulas and sources are in
+`docs/methods.md`. On frozen states they act on an adapter alone: a plain head moves no state, so
+that grm-* would only rescale the pair loss (a test proves it), and a spec without an adapter is
+refused.
+
+A kind of regularizer is one function and one entry of `KINDS`.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
-from torch.nn.functional import embedding_bag, logsigmoid
 
+from embrm.core.errors import nearest
+from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
-from embrm.training.heads import Parameters, adapter_inner, adapter_readouts, product
-from embrm.training.tokens import TokenBatch, TokenStore, TopK
+from embrm.training.heads.adapter import adapter_inner, adapter_readouts
+from embrm.training.heads.products import product
 
-GRM = ("grm-sft", "grm-sft-unsquashed", "grm-dpo", "grm-dpo-noref")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F  # noqa: N812
+
+    from embrm.training.heads.bank import Parameters
+    from embrm.training.tokens import TokenBatch, TokenStore, TopK
+else:
+    torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
+
+
+@dataclass(frozen=True)
+class RegularizerKind:
+    """What a kind computes; exactly one of the three, or none of them for "fisher".
+
+    of_pair: of grm-*, (spec, S, change, better, worse) → the value of each pair, [B]; S and change
+        are log-probabilities of responses and their change since the reference, better and worse
+        numbers of responses.
+    of_position: of preserve-*, (tokens, moved) → the value at each sampled position, [n].
+    one_sided: whether `of_pair` reads the better response alone. reads_S: whether it reads the
+    cached log-probability S itself, and not its change alone.
+    """
+
+    of_pair: Callable[[Regularizer, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    of_position: Callable[[TokenBatch, Tensor], Tensor] | None = None
+    one_sided: bool = False
+    reads_S: bool = False  # noqa: N815
+
+
+def _sft(spec: Regularizer, S: Tensor, _: Tensor, better: Tensor, __: Tensor) -> Tensor:
+    return -F.logsigmoid(spec.beta * S[better])
+
+
+def _sft_unsquashed(_: Regularizer, S: Tensor, __: Tensor, better: Tensor, ___: Tensor) -> Tensor:
+    return -S[better]
+
+
+def _dpo(spec: Regularizer, _: Tensor, change: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+    return -F.logsigmoid(spec.beta * (change[better] - change[worse]))
+
+
+def _dpo_noref(spec: Regularizer, S: Tensor, _: Tensor, better: Tensor, worse: Tensor) -> Tensor:
+    return -F.logsigmoid(spec.beta * (S[better] - S[worse]))
+
+
+def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
+    """KL(p_t ‖ p̃_t) at each sampled position, [n], in nats: log Σ p e^Δz - Σ p Δz.
+
+    moved: the changes of the candidates' w·h, [n, C].
+    """
+    changes = tokens.changes(moved)
+    expected = (tokens.log_p.exp() * changes).sum(1)
+    return _normaliser_change(tokens, changes) - expected
+
+
+def half_variance(tokens: TokenBatch, moved: Tensor) -> Tensor:
+    """½·Var_{j~p_t}(∂z_j/∂h·δ_t) at each position, [n]: `divergence` to second order in δ."""
+    p, first_order = tokens.log_p.exp(), tokens.slopes() * moved
+    mean = (p * first_order).sum(1, keepdim=True)
+    return (p * (first_order - mean).square()).sum(1) / 2
+
+
+KINDS = {
+    "grm-sft": RegularizerKind(of_pair=_sft, one_sided=True, reads_S=True),
+    "grm-sft-unsquashed": RegularizerKind(of_pair=_sft_unsquashed, one_sided=True, reads_S=True),
+    "grm-dpo": RegularizerKind(of_pair=_dpo),
+    "grm-dpo-noref": RegularizerKind(of_pair=_dpo_noref, reads_S=True),
+    "preserve-kl": RegularizerKind(of_position=divergence),
+    "preserve-fisher": RegularizerKind(of_position=half_variance),
+    "fisher": RegularizerKind(),
+}
+"""Kinds of regularizers by their name in a spec."""
+
+GRM = tuple(name for name, kind in KINDS.items() if kind.of_pair)
 """Kinds of arXiv 2406.10216, weighted (1 - α) and α."""
 
-READS_S = ("grm-sft", "grm-sft-unsquashed", "grm-dpo-noref")
+READS_S = tuple(name for name, kind in KINDS.items() if kind.reads_S)
 """Kinds that read the cached log-probability S itself; grm-dpo reads its change alone."""
-
-_ONE_SIDED = ("grm-sft", "grm-sft-unsquashed")
-"""Kinds that read the better response of a pair alone."""
-
-_ADAPTER_FREE = "fisher"
 
 
 class Regularizer(Spec):
@@ -48,27 +121,27 @@ class Regularizer(Spec):
       Cov_{j~p_t}(∂z_j/∂h): what moving all states along v would do.
     """
 
-    kind: Literal[
-        "grm-sft",
-        "grm-sft-unsquashed",
-        "grm-dpo",
-        "grm-dpo-noref",
-        "preserve-kl",
-        "preserve-fisher",
-        "fisher",
-    ]
+    kind: str
     """grm-sft, grm-sft-unsquashed, grm-dpo, grm-dpo-noref, preserve-kl, preserve-fisher, fisher."""
     alpha: float = Field(default=0.01, ge=0, lt=1)
-    """α of grm-*. 0: nothing is added, to the bit."""
+    """α of grm-*. With 0 nothing is added, to the bit."""
     beta: float = Field(default=0.1, gt=0)
     """β of grm-*."""
     weight: float = Field(default=1.0, ge=0)
-    """Of preserve-* and fisher."""
+    """Weight of preserve-* and fisher."""
     token_rows: int | Literal["all"] = 2
-    """Token rows of a response in a minibatch, drawn anew each epoch; all: those cached."""
+    """Sampled positions of a response that a minibatch reads, drawn anew in each epoch; all: every
+    cached one."""
     top_k: int | Literal["all"] | None = None
-    """Candidates of a position beside its target: so many of the largest logits, those cached
-    (None), or all: the whole vocabulary, exactly."""
+    """Candidate tokens at a position beside its target: this many of the largest cached logits, all
+    cached ones (None), or "all": the whole vocabulary, exactly."""
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of regularizer: {nearest(kind, KINDS)}")
+        return kind
 
     @field_validator("token_rows", "top_k", mode="before")
     @classmethod
@@ -79,7 +152,7 @@ class Regularizer(Spec):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        # Not model_fields_set: a stored spec names every field, and is read again to replay it.
+        # model_fields_set does not help: a stored spec, which a replay reads, names every field.
         fields = type(self).model_fields
         given = {name for name in fields if getattr(self, name) != fields[name].default}
         if self.kind in GRM and "weight" in given:
@@ -88,41 +161,45 @@ class Regularizer(Spec):
             for field in ("alpha", "beta"):
                 if field in given:
                     raise ValueError(f"{field} is of grm-*: {self.kind} has a weight")
-        if self.kind == _ADAPTER_FREE and "token_rows" in given:
+        if not self.moves_states and "token_rows" in given:
             raise ValueError("fisher is computed once, from all token rows: remove token_rows")
         return self
 
     @property
     def moves_states(self) -> bool:
-        """Whether it acts on an adapter."""
-        return self.kind != _ADAPTER_FREE
+        """Whether it acts on the states that an adapter moves; "fisher" acts on a plain head."""
+        kind = KINDS[self.kind]
+        return kind.of_pair is not None or kind.of_position is not None
 
     @property
     def active(self) -> bool:
-        """Whether it changes anything."""
+        """Whether its weight is not 0."""
         return (self.alpha if self.kind in GRM else self.weight) > 0
 
     @property
-    def of_loss(self) -> float:
+    def loss_factor(self) -> float:
         """Factor of the pair loss and its penalties."""
         return 1 - self.alpha if self.kind in GRM else 1.0
 
     @property
-    def of_value(self) -> float:
+    def value_factor(self) -> float:
         """Factor of R."""
         return self.alpha if self.kind in GRM else self.weight
 
     @property
-    def reads(self) -> tuple[bool, int | None, TopK]:
-        """Whether of both responses of a pair or of the better one, how many token rows of each,
-        and of how many candidates: runs that read the same may share a pack."""
+    def sampling(self) -> tuple[bool, int | None, TopK]:
+        """What it reads of a minibatch: whether both responses of a pair or the better one,
+        how many positions of each, how many candidates. Runs that read the same may share a pack.
+        """
         rows = None if self.token_rows == "all" else self.token_rows
-        return self.kind not in _ONE_SIDED, rows, self.top_k
+        return not KINDS[self.kind].one_sided, rows, self.top_k
 
     def weighed(self, responses: int, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
-        """Which of so many responses R depends on, bool; chosen, rejected: of the pairs, as numbers
-        of them; label: theirs."""
-        if self.kind not in _ONE_SIDED:
+        """Which of a minibatch's responses R depends on, bool [responses].
+
+        chosen, rejected: int64 [B], numbers of the pairs' responses. label: of the pairs.
+        """
+        if not KINDS[self.kind].one_sided:
             return torch.ones(responses, dtype=torch.bool, device=label.device)
         weighed = torch.zeros(responses, dtype=torch.bool, device=label.device)
         weighed[chosen[label > 0]] = True
@@ -139,11 +216,11 @@ def regularize(
     label: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """R of P slots, float32 [P], and outputs of theirs with gradients of Σ of_value·R.
+    """R of P slots, float32 [P], and the gradients of Σ value_factor·R at outputs of the adapters.
 
-    parameters: of those slots alone, with an adapter. chosen, rejected: int64 [B], the pairs as
-    numbers of the m responses; label, weight: theirs, [B], the weights of mean 1. The slots are
-    differentiated one after the other, so that what is kept of the token rows is one slot's.
+    parameters: of these slots, with an adapter. chosen, rejected: int64 [B], the pairs' responses
+    as numbers of the m responses in `tokens`. label, weight: [B], weights of mean 1. Slots are
+    differentiated one after another, so that intermediate values of one slot are kept at a time.
     """
     inner = adapter_inner(parameters, tokens.X)
     readouts = adapter_readouts(parameters, tokens.vectors)
@@ -152,14 +229,14 @@ def regularize(
     gradients: list[Tensor] = []
     for spec, own_inner, own_readouts in zip(specs, inner, readouts, strict=True):
         leaves = [leaf.detach().requires_grad_() for leaf in (own_inner, own_readouts)]
-        value = of_slot(spec, tokens, moved(tokens, *leaves), chosen, rejected, label, weight)
-        gradients += torch.autograd.grad(spec.of_value * value, leaves)
+        value = slot_value(spec, tokens, moved(tokens, *leaves), chosen, rejected, label, weight)
+        gradients += torch.autograd.grad(spec.value_factor * value, leaves)
         outputs += [own_inner, own_readouts]
         values.append(value.detach())
     return torch.stack(values), outputs, gradients
 
 
-def of_slot(
+def slot_value(
     spec: Regularizer,
     tokens: TokenBatch,
     moved: Tensor,
@@ -170,12 +247,11 @@ def of_slot(
 ) -> Tensor:
     """R of one slot, a scalar; see `Regularizer` for the formulas.
 
-    moved: what the candidates' w·h have changed by, [n, C].
+    moved: the changes of the candidates' w·h, [n, C].
     """
-    if spec.kind == "preserve-fisher":
-        return half_variance(tokens, moved).mean()
-    if spec.kind == "preserve-kl":
-        return divergence(tokens, moved).mean()
+    of_position = KINDS[spec.kind].of_position
+    if of_position is not None:
+        return of_position(tokens, moved).mean()
     change = summed_change(tokens, moved)
     return grm(spec, tokens.S + change, change, chosen, rejected, label, weight)
 
@@ -189,49 +265,30 @@ def grm(
     label: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """R of grm-*, a scalar: the mean over B pairs.
+    """R of grm-*, a scalar: the weighted mean over B pairs (arXiv 2406.10216).
 
-    S, change: log-probabilities of responses, [m], and what they have changed by since the
-    reference; chosen, rejected: int64 [B], numbers of responses; label, weight: [B].
+    S, change: float32 [m], log-probabilities of responses, and their change since the reference.
+    chosen, rejected: int64 [B], numbers of responses. label, weight: [B].
     """
-
-    def of_pairs(better: Tensor, worse: Tensor) -> Tensor:
-        if spec.kind == "grm-sft-unsquashed":
-            return -S[better]
-        if spec.kind == "grm-sft":
-            return -logsigmoid(spec.beta * S[better])
-        compared = change if spec.kind == "grm-dpo" else S
-        return -logsigmoid(spec.beta * (compared[better] - compared[worse]))
-
-    each = label * of_pairs(chosen, rejected) + (1 - label) * of_pairs(rejected, chosen)
-    return (each * weight).mean()
+    of_pair = KINDS[spec.kind].of_pair
+    assert of_pair is not None  # callers ask for grm-* alone
+    forward = of_pair(spec, S, change, chosen, rejected)
+    swapped = of_pair(spec, S, change, rejected, chosen)
+    return ((label * forward + (1 - label) * swapped) * weight).mean()
 
 
 def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """ℓ̃_t - ℓ_t [n] of the targets; both logsumexps in the same arithmetic, so 0 at no change."""
+    """ℓ̃_t - ℓ_t of the targets, [n]; exactly 0 where nothing has moved, because both logsumexps are
+    computed by the same arithmetic."""
     changes = tokens.changes(moved)
     own = changes.gather(1, tokens.target[:, None])[:, 0]
     return own - _normaliser_change(tokens, changes)
 
 
 def summed_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """Estimate of S̃ - S [m]: (|R|/k)·Σ over a response's k token rows of ℓ̃_t - ℓ_t."""
+    """Estimate of S̃ - S, [m]: (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k sampled positions."""
     each = tokens.share * log_probability_change(tokens, moved)
     return each.new_zeros(len(tokens.S)).index_add(0, tokens.response, each)
-
-
-def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """KL(p_t ‖ p̃_t) [n], in nats: log Σ p e^Δz - Σ p Δz."""
-    changes = tokens.changes(moved)
-    expected = (tokens.log_p.exp() * changes).sum(1)
-    return _normaliser_change(tokens, changes) - expected
-
-
-def half_variance(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """½·Var_{j~p_t}(∂z_j/∂h·δ_t) [n]: `divergence` to second order in δ."""
-    p, first_order = tokens.log_p.exp(), tokens.slopes() * moved
-    mean = (p * first_order).sum(1, keepdim=True)
-    return (p * (first_order - mean).square()).sum(1) / 2
 
 
 def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
@@ -239,33 +296,15 @@ def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
 
 
 def moved(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
-    """What w_j·h_t changes by, [n, C], at candidates j of rows t: readouts[j]·inner[t].
+    """The change of w_j·h_t at the candidates j of each position t, [n, C]: readouts[j]·inner[t].
 
     inner [n, r], readouts [U, r]: of `adapter_inner` and `adapter_readouts`.
     """
+    from embrm.training.candidate_products import CandidateProducts
+
     if tokens.candidates is None:
         return inner @ readouts.T
-    return _Moved.apply(inner, readouts, tokens.candidates)
-
-
-class _Moved(torch.autograd.Function):
-    """One gather serves both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, inner: Tensor, readouts: Tensor, candidates: Tensor) -> Tensor:
-        gathered = readouts.index_select(0, candidates.flatten()).view(*candidates.shape, -1)
-        ctx.save_for_backward(inner, gathered, candidates)
-        ctx.vectors = len(readouts)
-        return (gathered * inner[:, None, :]).sum(2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        inner, gathered, candidates = ctx.saved_tensors
-        (gradient,) = gradients
-        of_inner = torch.bmm(gradient[:, None, :], gathered)[:, 0]
-        each = (gradient[:, :, None] * inner[:, None, :]).flatten(0, 1)
-        of_readouts = each.new_zeros(ctx.vectors, each.shape[1])
-        return of_inner, of_readouts.index_add_(0, candidates.flatten(), each), None
+    return CandidateProducts.apply(inner, readouts, tokens.candidates)
 
 
 _FISHER_RESPONSES = 4096
@@ -296,7 +335,9 @@ def mean_fisher(data: TokenStore, responses: Tensor, top_k: TopK) -> Tensor:
         if candidates is None:
             candidates = torch.arange(p.shape[1]).expand_as(p).contiguous()
         counted = each.new_zeros(len(tokens.vectors)).index_add(0, candidates.flatten(), each)
-        means = embedding_bag(candidates, tokens.vectors, per_sample_weights=p * slopes, mode="sum")
+        means = F.embedding_bag(
+            candidates, tokens.vectors, per_sample_weights=p * slopes, mode="sum"
+        )
         second = tokens.vectors.T @ (tokens.vectors * counted[:, None])
         total += second - means.T @ (means / rows)
         data.release_pages()

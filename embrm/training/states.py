@@ -89,7 +89,7 @@ class States:
                 end = min((block + 1) * size, len(self._mapping))
                 self._mapping.madvise(mmap.MADV_WILLNEED, first, end - first)
 
-    def let_go(self) -> None:
+    def release_pages(self) -> None:
         """Return the pages used so far to the system; they are read again when needed."""
         if self._mapping is not None:
             self._mapping.madvise(mmap.MADV_DONTNEED)
@@ -114,7 +114,7 @@ class States:
                 return
             new = len(wanted) - np.count_nonzero(self._touched[wanted])
             if np.count_nonzero(self._touched) + new > allowed:
-                self.let_go()
+                self.release_pages()
             self._touched[wanted] = True
         torch.index_select(self.values, 0, rows, out=out)
 

@@ -178,7 +178,7 @@ class TokenStore:
         """Let the system reclaim the memory of the mapped files read so far."""
         for states in (self.states, self.token_matrix, self.tail_means, self.weight_rows):
             if states is not None:
-                states.let_go()
+                states.release_pages()
 
     def _tails(self, matrix: Tensor, k: int, places: Tensor) -> Tensor:
         """Vectors of the tails beyond the k largest logits, [n, d]; without tail means one zero

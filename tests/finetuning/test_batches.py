@@ -7,8 +7,8 @@ import torch
 from embrm.finetuning.batches import Minibatches, pad_texts
 from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec
-from embrm.training.objectives import Pairs
 from embrm.training.order import Order
+from embrm.training.pairs import Pairs
 from embrm.training.states import States
 
 PAIRS, BATCH = 37, 8

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from embrm.finetuning.batches import MicroBatch, MinibatchPlace
 from embrm.lm.tokens import Encoded
-from embrm.training.objectives import Pairs
+from embrm.training.pairs import Pairs
 
 PAIRS = 7
 CUTS = [[range(7)], [range(3), range(3, 6), range(6, 7)]]

@@ -31,7 +31,7 @@ from embrm.sweeps.spec import RunSpec, Selection, SweepSpec, configurations
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import gold_as_trained
 from embrm.training.heads import REWARDS
-from embrm.training.learners import LIBRARY_BYTES
+from embrm.training.learner_specs import LIBRARY_BYTES
 
 HEAD = """
 baseline = "bt"

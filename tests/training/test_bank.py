@@ -17,9 +17,13 @@ from strict_process import strict_process
 from embrm.core.errors import UserError
 from embrm.training import order as order_module
 from embrm.training import states as states_module
-from embrm.training.bank import AdamW, Trained, TrainingData, TrainSpec, rate, train
+from embrm.training.adamw import AdamW, rate
+from embrm.training.bank import train
+from embrm.training.curve import TrainedRun
+from embrm.training.data import TrainingData
 from embrm.training.heads import HeadSpec, score
-from embrm.training.objectives import Pairs
+from embrm.training.pairs import Pairs
+from embrm.training.spec import TrainSpec
 from embrm.training.states import States
 
 MLP = HeadSpec(kind="mlp", widths=(9, 5), dropout=0.2)
@@ -53,12 +57,12 @@ def _data(
     return TrainingData(States(torch.from_numpy(states).to(dtype)), pairs(n), pairs(validation))
 
 
-def _rewards(result: Trained, data: TrainingData) -> torch.Tensor:
+def _rewards(result: TrainedRun, data: TrainingData) -> torch.Tensor:
     rows = torch.arange(len(data.states.values))
     return score(result.parameters, result.preprocess, data.states, rows)[0]
 
 
-def _bits(result: Trained) -> Any:
+def _bits(result: TrainedRun) -> Any:
     weights = {name: t.numpy().tobytes() for name, t in result.parameters.items()}
     return weights, result.curve, result.best_epoch, result.diverged
 

@@ -54,7 +54,7 @@ def _bank(head: HeadSpec, width: int, slots: int) -> dict[str, torch.Tensor]:
         ({"widths": [4]}, 'need kind = "mlp"'),
         ({"dropout": 0.1}, 'need kind = "mlp"'),
         ({"kind": "mlp", "widths": [0]}, "greater than 0"),
-        ({"kind": "tree"}, "'linear' or 'mlp'"),
+        ({"kind": "tree"}, "valid: linear, mlp"),
         ({"kind": "mlp", "widths": [4], "dropout": 1.0}, "less than 1"),
         ({"kind": "mlp", "width": [4]}, "did you mean 'widths'"),
     ],

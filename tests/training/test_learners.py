@@ -11,21 +11,13 @@ import torch
 from pydantic import TypeAdapter
 
 from embrm.core.errors import UserError
-from embrm.training.bank import TrainingData, TrainSpec, train
+from embrm.training.bank import train
+from embrm.training.data import TrainingData
 from embrm.training.heads import REWARDS, score
-from embrm.training.learners import (
-    Gold,
-    GradientBoosting,
-    Learner,
-    Logistic,
-    Ridge,
-    boosting,
-    ends,
-    fit,
-    logistic,
-    ridge,
-)
-from embrm.training.objectives import Pairs
+from embrm.training.learner_specs import GradientBoosting, Learner, Logistic, Ridge
+from embrm.training.learners import Gold, boosting, ends, fit, logistic, ridge
+from embrm.training.pairs import Pairs
+from embrm.training.spec import TrainSpec
 from embrm.training.states import States
 
 WIDTH = 6

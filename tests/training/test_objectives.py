@@ -12,14 +12,8 @@ from torch import Tensor
 
 from embrm.core.errors import UserError
 from embrm.training.heads import HeadSpec, initialise, pair_rewards, stack
-from embrm.training.objectives import (
-    Objective,
-    ObjectiveBank,
-    PairRewards,
-    bsr,
-    centering,
-    logitnorm,
-)
+from embrm.training.objectives import Objective, ObjectiveBank, bsr, centering, logitnorm
+from embrm.training.pairs import PairRewards
 
 LOSSES = ("bt", "hinge", "logitnorm", "bt_dr", "classifier")
 

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from embrm.core.errors import UserError
 from embrm.lm.head import LmHead
 from embrm.training import regularizers as module
-from embrm.training.bank import Trained, TrainingData, TrainSpec, train
+from embrm.training.bank import train
+from embrm.training.curve import TrainedRun
+from embrm.training.data import TrainingData
 from embrm.training.heads import (
     DOWN,
     DOWN_BIAS,
@@ -32,7 +34,8 @@ from embrm.training.heads import (
     pair_rewards,
     stack,
 )
-from embrm.training.objectives import ObjectiveBank, Pairs
+from embrm.training.objectives import ObjectiveBank
+from embrm.training.pairs import Pairs
 from embrm.training.regularizers import (
     GRM,
     Regularizer,
@@ -44,6 +47,7 @@ from embrm.training.regularizers import (
     regularize,
     summed_change,
 )
+from embrm.training.spec import TrainSpec
 from embrm.training.states import States
 from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
 
@@ -222,7 +226,7 @@ def test_truncated_values_and_gradients_are_those_of_the_truncated_model(
                 spec, tokens.S.double(), torch.stack(S), ones.double(), ones.double()
             )
         assert R[slot].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), spec.kind
-        total = total + spec.of_value * value
+        total = total + spec.value_factor * value
     known = torch.autograd.grad(total, [wide[name] for name in adapters])
     for own, reference in zip(found, known, strict=True):
         scale = reference.abs().amax((1, 2) if reference.ndim == 3 else 1)
@@ -418,7 +422,7 @@ def _cached_gradients(
     ones = torch.ones(len(LIVE_CHOSEN), dtype=last.dtype)
     objective = ObjectiveBank([TrainSpec()], len(ones), soft_labels=False)
     r = pair_rewards(leaves, last, LIVE_CHOSEN, LIVE_REJECTED, objective.totals, objective.means)
-    loss = objective.data_loss(r, ones, ones, None) * spec.of_loss
+    loss = objective.data_loss(r, ones, ones, None) * spec.loss_factor
     _, outputs, of_outputs = regularize(
         [spec], leaves, tokens, LIVE_CHOSEN, LIVE_REJECTED, ones, ones
     )
@@ -561,7 +565,7 @@ def _training_data(
     return TrainingData(States(states), train_pairs, some, tokens), dense
 
 
-def _bits(result: Trained) -> dict[str, bytes]:
+def _bits(result: TrainedRun) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in result.parameters.items()}
 
 
@@ -834,8 +838,8 @@ def test_a_regularizer_without_token_rows_is_refused() -> None:
 
 def test_defaults_are_those_of_the_paper() -> None:
     assert (Regularizer(kind="grm-sft").alpha, Regularizer(kind="grm-sft").beta) == (0.01, 0.1)
-    assert Regularizer(kind="grm-sft").of_loss == 0.99
-    assert math.isclose(Regularizer(kind="grm-sft").of_value, 0.01)
+    assert Regularizer(kind="grm-sft").loss_factor == 0.99
+    assert math.isclose(Regularizer(kind="grm-sft").value_factor, 0.01)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "fisher"])

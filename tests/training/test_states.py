@@ -37,7 +37,7 @@ def test_rows_are_the_same_from_memory_and_from_a_file(
         assert taken.dtype == torch.float32
         assert torch.equal(taken, values[rows].float())
         assert torch.equal(memory.take(rows), values[rows].float())
-        mapped.let_go()
+        mapped.release_pages()
     mapped.read_ahead([0])
     assert torch.equal(mapped.take(torch.tensor([7])), values[7:8].float())
 
@@ -66,7 +66,7 @@ def test_no_more_than_asked_stays_in_memory(tmp_path: Path) -> None:
     # Once before, so that the code itself is in memory.
     warm = States.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
     warm.take(order[:512].sort().values)
-    warm.let_go()
+    warm.release_pages()
     before = _resident_kilobytes()
     streamed = States.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
     peak = 0
@@ -75,7 +75,7 @@ def test_no_more_than_asked_stays_in_memory(tmp_path: Path) -> None:
         peak = max(peak, _resident_kilobytes() - before)
     assert peak <= (8 << 10) + 512
     whole = States.of_file(path, (64 << 10, 256), torch.float32, resident=None)
-    streamed.let_go()
+    streamed.release_pages()
     whole.take(torch.arange(64 << 10))
     assert _resident_kilobytes() - before > 60 << 10
 

@@ -1,0 +1,57 @@
+"""What runs are trained on: states, training and validation pairs, and sampled token positions."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from embrm.training.heads.preprocess import Preprocess, PreprocessKind, fit_preprocess
+from embrm.training.pairs import Pairs
+from embrm.training.regularizers import mean_fisher
+from embrm.training.states import States
+from embrm.training.tokens import TokenStore, TopK
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of one or more runs.
+
+    states: on the device that trains. train, validation: pairs on the CPU, as rows of `states`;
+    without validation pairs there is no early stopping and the last epoch's weights are kept.
+    tokens: sampled token positions, for regularizers. whole: where this is a bootstrap resample,
+    the data that it was drawn from; preprocessing and F̄ are fitted to that.
+    """
+
+    states: States
+    train: Pairs
+    validation: Pairs
+    tokens: TokenStore | None = None
+    whole: "TrainingData | None" = None
+    _fitted: dict[PreprocessKind, Preprocess] = field(default_factory=dict, init=False, repr=False)
+    _fishers: dict[TopK, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def resampled(self, rows: Tensor) -> "TrainingData":
+        """The same data with other training pairs: those with the numbers `rows`, int64, where a
+        number may occur several times."""
+        return replace(self, train=self.train.take(rows), whole=self)
+
+    def preprocess(self, kind: PreprocessKind) -> Preprocess:
+        """Preprocessing fitted to the training responses; computed once."""
+        if self.whole is not None:
+            return self.whole.preprocess(kind)
+        if kind not in self._fitted:
+            self._fitted[kind] = fit_preprocess(kind, self.states, self.responses())
+        return self._fitted[kind]
+
+    def fisher(self, top_k: TopK) -> Tensor:
+        """F̄ of the training responses, for the regularizer "fisher"; computed once."""
+        assert self.tokens is not None  # a pack that needs them is checked first
+        if self.whole is not None:
+            return self.whole.fisher(top_k)
+        if top_k not in self._fishers:
+            self._fishers[top_k] = mean_fisher(self.tokens, self.responses(), top_k)
+        return self._fishers[top_k]
+
+    def responses(self) -> Tensor:
+        """The training responses as rows of the states, int64, ascending."""
+        return torch.cat([self.train.chosen, self.train.rejected]).unique()

@@ -1,0 +1,98 @@
+"""Losses and heads that users define in modules of their own, beside the built-in ones."""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from embrm.core.errors import UserError
+from embrm.core.files import sha256
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Where a user-defined part comes from, as the ledger records it.
+
+    module: the module that registers it, or None where no other process could import it (a
+    notebook cell, a script's own code). digest: SHA-256 of the module's source file, or of the
+    definition alone where there is no module.
+    """
+
+    module: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, source: Any, what: str, name: str) -> Self:
+        """Of a function, class or module. Raises: UserError when it has no source."""
+        module = source if inspect.ismodule(source) else inspect.getmodule(source)
+        path = getattr(module, "__file__", None)
+        # A notebook's or a script's code is the module __main__, which others cannot import.
+        if module is not None and module.__name__ != "__main__" and path:
+            return cls(module.__name__, sha256(Path(path)))
+        try:
+            text = inspect.getsource(source)
+        except (OSError, TypeError):
+            raise UserError(
+                f"{what} {name!r} has no source to record: define it in a module of your own"
+            ) from None
+        return cls(None, hashlib.sha256(text.encode()).hexdigest())
+
+
+class Extensions(Mapping[str, T], Generic[T]):
+    """Parts of one kind by name: those built in, and those that users register."""
+
+    def __init__(self, what: str, built_in: Mapping[str, T]) -> None:
+        """what: how errors call a part, such as "loss"."""
+        self._what = what
+        self._parts = dict(built_in)
+        self._built_in = frozenset(built_in)
+        self._sources: dict[str, Extension] = {}
+
+    def __getitem__(self, name: str) -> T:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def register(self, name: str, part: T, source: Extension) -> None:
+        """Add a user's part, or replace the one of that name.
+
+        Raises: UserError for a name that is built in, or that a spec could not hold.
+        """
+        if name in self._built_in:
+            raise UserError(f"{self._what} {name!r} is built in: register yours under another name")
+        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+            raise UserError(
+                f"{self._what} name {name!r}: use letters, digits, - and _, such as 'focal'"
+            )
+        self._parts[name] = part
+        self._sources[name] = source
+
+    def source(self, name: str) -> Extension | None:
+        """Where a user's part comes from; None for a part that is built in."""
+        return self._sources.get(name)
+
+
+def import_modules(names: tuple[str, ...]) -> None:
+    """Import the modules that register user-defined parts, in a worker process."""
+    for name in names:
+        if name not in sys.modules:
+            __import__(name)
+
+
+def refuse_unimportable(used: Mapping[str, Extension]) -> None:
+    """Raises: UserError when worker processes could not import one of these parts."""
+    for name, extension in used.items():
+        if extension.module is None:
+            raise UserError(
+                f"{name} is defined in a notebook or a script, which a sweep's worker processes "
+                "cannot import: move it to a module, or train with embrm.train"
+            )

@@ -1,0 +1,71 @@
+"""The kinds of heads: one module each, and the interface that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from embrm.training.extensions import Extension, Extensions
+from embrm.training.heads import linear, mlp
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from embrm.training.heads.adapter import Shift
+    from embrm.training.heads.bank import Parameters
+    from embrm.training.heads.spec import HeadSpec
+
+
+class HeadKind(Protocol):
+    """What a kind of head must offer; a module with these names, or any object.
+
+    Parameters are a dict of name → float32 tensor [P, ...], one row per slot of a bank.
+    """
+
+    EXPORTED: bool
+    """Whether the reward model class that embrm exports can compute it."""
+
+    def check(self, spec: HeadSpec) -> None:
+        """Raise ValueError, with the remedy, for a spec that does not fit this kind."""
+
+    def describe(self, spec: HeadSpec) -> str:
+        """The head in words, for the ledger's column `head`."""
+
+    def owns(self, parameters: Parameters) -> bool:
+        """Whether a head of this kind has these parameters."""
+
+    def initialise(self, spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
+        """Initial parameters of one slot, [1, ...], of a head on states of this width."""
+
+    def rewards(
+        self, parameters: Parameters, X: Tensor, kept: Sequence[Tensor], shift: Shift | None
+    ) -> Tensor:
+        """Rewards [P, n] of states X [n, d], which an adapter shifts unless `shift` is None.
+
+        kept: the dropout masks of the hidden layers, empty outside training.
+        """
+
+    def fold(self, parameters: Parameters) -> Tensor | None:
+        """The weights [P, d] of the linear map that the head is, float64; None if it is none."""
+
+
+HEADS: Extensions[HeadKind] = Extensions("head", {"linear": linear, "mlp": mlp})
+"""Kinds of heads by their name in a spec."""
+
+
+def register_head(name: str, kind: HeadKind) -> None:
+    """Make a head of your own available as `head = { kind = name }` in specs given from Python.
+
+    kind: a module, or an object, with the names of `HeadKind`. The ledger records the module and
+    the SHA-256 of its source; a sweep's worker processes import it, so it must be importable.
+
+    Raises: UserError for the name of a built-in head, and where the source cannot be found.
+    """
+    source = kind if isinstance(kind, type(linear)) else type(kind)
+    HEADS.register(name, kind, Extension.of(source, "head", name))
+
+
+def kind_of(parameters: Parameters) -> HeadKind:
+    """The kind of head that has these parameters."""
+    return next(kind for kind in HEADS.values() if kind.owns(parameters))

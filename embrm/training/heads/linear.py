@@ -1,0 +1,111 @@
+"""The linear head: reward = w·h, without a bias, because a bias cancels in every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embrm.core.lazy import LazyModule
+from embrm.training.heads.products import product
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from embrm.training.heads.adapter import Shift
+    from embrm.training.heads.bank import Parameters
+    from embrm.training.heads.spec import HeadSpec
+    from embrm.training.pairs import PairRewards
+else:
+    torch = LazyModule("torch")
+
+WEIGHT = "output.weight"
+"""The parameter w, [P, d]."""
+
+EXPORTED = True
+
+_PAIRS = 64
+"""Pairs whose states are subtracted at a time: few enough to stay in the processor's cache."""
+
+
+def check(spec: HeadSpec) -> None:
+    """Raise ValueError for fields of an MLP."""
+    if spec.widths or spec.dropout:
+        raise ValueError('widths and dropout need kind = "mlp"')
+
+
+def describe(spec: HeadSpec) -> str:  # noqa: ARG001
+    """The head in words."""
+    return "linear"
+
+
+def owns(parameters: Parameters) -> bool:
+    """Whether these are a linear head's parameters."""
+    return WEIGHT in parameters and "hidden.0.weight" not in parameters
+
+
+def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:  # noqa: ARG001
+    """w ~ N(0, 1/(d + 1)), float32 [1, d] (arXiv 2505.07271, code)."""
+    return {WEIGHT: reward_layer(width, random)}
+
+
+def reward_layer(width: int, random: np.random.Generator) -> Tensor:
+    """Initial weights of a layer from `width` inputs to the reward, float32 [1, width]."""
+    values = (random.standard_normal((1, width)) / np.sqrt(width + 1)).astype(np.float32)
+    return torch.from_numpy(values)
+
+
+def rewards(
+    parameters: Parameters,
+    X: Tensor,
+    kept: Sequence[Tensor],  # noqa: ARG001
+    shift: Shift | None,
+) -> Tensor:
+    """Rewards [P, n] of states X [n, d]: w·h, and w·up·inner of an adapter's shift."""
+    weight = parameters[WEIGHT]
+    direct = product(X, weight).T.contiguous()
+    if shift is None:
+        return direct
+    moved = [own @ (weight[slot] @ shift.up[slot]) for slot, own in enumerate(shift.inner)]
+    return direct + torch.stack(moved)
+
+
+def pair_rewards(
+    parameters: Parameters,
+    X: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    totals: Tensor,
+    means: Tensor,
+) -> PairRewards:
+    """`heads.pair_rewards` without an adapter, with half of the products where no slot reads sums.
+
+    The head is applied to h_c - h_r, and to h_c + h_r only for the slots in `totals`.
+    """
+    from embrm.training.pairs import PairRewards
+
+    weight, pairs = parameters[WEIGHT], len(chosen)
+    apart = X.new_empty(pairs, X.shape[1])
+    sums = X.new_empty(pairs if len(totals) else 0, X.shape[1])
+    for first in range(0, pairs, _PAIRS):
+        some = slice(first, first + _PAIRS)
+        won, lost = X.index_select(0, chosen[some]), X.index_select(0, rejected[some])
+        torch.sub(won, lost, out=apart[some])
+        if len(totals):
+            torch.add(won, lost, out=sums[some])
+    difference = product(apart, weight).T.contiguous()
+    total = weight.new_empty(0, pairs)
+    if len(totals):
+        total = product(sums, weight[totals]).T.contiguous()
+    mean_total = weight.new_empty(0)
+    if len(means):
+        uses = torch.cat([chosen, rejected]).bincount(minlength=len(X)).to(X.dtype)
+        mean_total = (weight[means] * (uses @ X / pairs)).sum(1)
+    return PairRewards(difference, total, mean_total)
+
+
+def fold(parameters: Parameters) -> Tensor:
+    """The weights w, float64 [P, d]."""
+    return parameters[WEIGHT].double()

@@ -1,0 +1,85 @@
+"""The MLP head: hidden layers with ReLU and dropout, then a linear reward layer without a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from embrm.core.lazy import LazyModule
+from embrm.training.heads.linear import WEIGHT, reward_layer
+from embrm.training.heads.products import by_slot
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F  # noqa: N812
+
+    from embrm.training.heads.adapter import Shift
+    from embrm.training.heads.bank import Parameters
+    from embrm.training.heads.spec import HeadSpec
+else:
+    torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
+
+EXPORTED = True
+
+
+def check(spec: HeadSpec) -> None:
+    """Raise ValueError for an MLP without hidden layers."""
+    if not spec.widths:
+        raise ValueError("an mlp needs widths, such as widths = [64]")
+
+
+def describe(spec: HeadSpec) -> str:
+    """The head in words."""
+    dropout = f" dropout {spec.dropout:g}" if spec.dropout else ""
+    return f"mlp {'-'.join(map(str, spec.widths))}{dropout}"
+
+
+def owns(parameters: Parameters) -> bool:
+    """Whether these are an MLP's parameters."""
+    return "hidden.0.weight" in parameters
+
+
+def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
+    """Hidden layers as torch.nn.Linear draws them: weights and bias uniform within ±1/√fan_in.
+
+    hidden.K.weight [1, outputs, inputs] and hidden.K.bias [1, outputs]; output.weight as of the
+    linear head.
+    """
+    parameters: Parameters = {}
+    for layer, outputs in enumerate(spec.widths):
+        bound = width**-0.5
+        for name, shape in (("weight", (1, outputs, width)), ("bias", (1, outputs))):
+            values = random.uniform(-bound, bound, shape).astype(np.float32)
+            parameters[f"hidden.{layer}.{name}"] = torch.from_numpy(values)
+        width = outputs
+    return {**parameters, WEIGHT: reward_layer(width, random)}
+
+
+def rewards(
+    parameters: Parameters, X: Tensor, kept: Sequence[Tensor], shift: Shift | None
+) -> Tensor:
+    """Rewards [P, n] of states X [n, d]; the first layer serves all slots in one product."""
+    layers = sum(name.startswith("hidden.") for name in parameters) // 2
+    first, last = parameters["hidden.0.weight"], parameters[WEIGHT]
+    outputs = []
+    for slot, activations in enumerate(by_slot(X, first)):
+        if shift is not None:
+            activations = activations + shift.inner[slot] @ (first[slot] @ shift.up[slot]).T
+        for layer in range(layers):
+            bias = parameters[f"hidden.{layer}.bias"][slot]
+            if layer:
+                weight = parameters[f"hidden.{layer}.weight"][slot]
+                activations = F.linear(activations, weight)
+            activations = torch.relu(activations + bias)
+            if kept:
+                activations = activations * kept[layer]
+        outputs.append(activations @ last[slot])
+    return torch.stack(outputs)
+
+
+def fold(parameters: Parameters) -> None:  # noqa: ARG001
+    """An MLP is no linear map."""
+    return
