@@ -1,4 +1,4 @@
-"""What lies in a folder of caches, complete or not."""
+"""Descriptions of caches, complete or not, from their manifests."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _COUNTS = ("pairs", "prompts", "responses")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The manifest of the cache at `folder` in words, for a finished cache or a started one.
+    """Describe the cache at `folder`, finished or not, by what its manifest says.
 
     Raises: UserError when there is no cache, or its manifest is damaged.
     """
@@ -37,7 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "cache_id": manifest.cache_id,
-        "model": str(manifest.extraction.get("model", "")),  # an adopted cache names none
+        "model": str(manifest.extraction.get("model", "")),  # an adopted cache has none
         "dtype": layout.dtype if layout else "",
         "width": layout.width if layout else None,
         "views": list(layout.views) if layout else [],
@@ -58,10 +58,10 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def list_caches(root: Path) -> pl.DataFrame:
-    """One row a cache in the folders directly below `root`, by name.
+    """One row per cache in the folders directly below `root`, sorted by name.
 
-    `state` is "complete", "K of N shards", "part 0/4, K of N shards", or why the manifest cannot be
-    read.
+    `state` is "complete", "K of N shards", "part 0/4, K of N shards", or the reason why the
+    manifest cannot be read. Raises: UserError when there is no folder `root`.
     """
     if not root.is_dir():
         raise UserError(f"no folder {root}: name the folder that holds the caches")
@@ -78,7 +78,7 @@ def list_caches(root: Path) -> pl.DataFrame:
 
 
 def _tokens(described: dict[str, Any]) -> str:
-    """Sampled positions in words: "438,204, top 32, tail mean"; "" without any."""
+    """The sampled positions as text such as "438,204, top 32, tail mean"; "" without any."""
     if described["top_k"] is None:
         return ""
     tail = ", tail mean" if described["tail_mean"] else ""
@@ -86,10 +86,10 @@ def _tokens(described: dict[str, Any]) -> str:
 
 
 def splits(folder: Path) -> list[dict[str, Any]]:
-    """One row a split of the cache at `folder`: what it has, and what was left out of it.
+    """One row per split of the cache at `folder`, with its counts and what was left out of it.
 
-    Keys: split, pairs, prompts, responses, `left out` ("3 over_long, 1 empty_response"), `seen in
-    training` (prompts). What is left out, and why, only the first part of a cache in parts knows.
+    Keys: split, pairs, prompts, responses, `left out` (such as "3 over_long, 1 empty_response") and
+    `seen in training` (prompts). Of a cache in parts, only the first part knows what was left out.
     """
     manifest = read_manifest(folder)
     counts: dict[str, dict[str, int]] = manifest.data.get("splits", {})

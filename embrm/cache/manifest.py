@@ -1,4 +1,4 @@
-"""The manifest: what a cache is, which of its files are finished, and what their bytes must be."""
+"""The manifest of a cache: its identity, its finished files, and their sizes and digests."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ TABLES = ("pairs", "members", "exclusions", "leaks")
 
 
 class FileEntry(Spec):
-    """A finished file."""
+    """Size and digest of a finished file."""
 
     rows: NonNegativeInt
     bytes: NonNegativeInt
@@ -28,64 +28,65 @@ class FileEntry(Spec):
 
 
 class ShardEntry(Spec):
-    """A finished shard; `tokens` is None in a cache without sampled positions."""
+    """The files of a finished shard; `tokens` is None in a cache without sampled positions."""
 
     responses: FileEntry
     tokens: FileEntry | None
 
 
 class Part(Spec):
-    """What one of several processes makes of a cache: shards `first` up to, not including, `stop`.
+    """The part of a cache that one of several processes makes: shards `first` to `stop` - 1.
 
-    Part 0 also has what is not sharded: the tables and the head.
+    Part 0 also holds the files that are not sharded: the tables and the LM head.
     """
 
     index: NonNegativeInt
-    """Among the parts, from 0."""
+    """Number of this part, from 0."""
     count: PositiveInt
-    """Parts the cache is made in."""
+    """Number of parts."""
     first: NonNegativeInt
     stop: NonNegativeInt
 
     @property
     def name(self) -> str:
-        """As the command line has it: 0/4."""
+        """The part as the command line names it, such as 0/4."""
         return f"{self.index}/{self.count}"
 
     @property
     def shards(self) -> range:
-        """Indices of its shards among all of the cache; there may be none."""
+        """Indices of its shards among those of the cache; there may be none."""
         return range(self.first, self.stop)
 
 
 class Manifest(Spec):
-    """Content of manifest.json, without its digest. File names follow from `files`."""
+    """The content of manifest.json without its digest. `files` gives the names of the files."""
 
     format: Literal["embrm-cache"] = "embrm-cache"
     version: Literal[1] = VERSION
     cache_id: str
     """`content_id` of `identity`."""
     identity: dict[str, Any]
-    """Everything that defines the content."""
+    """Everything that defines the content of the cache."""
     environments: tuple[dict[str, Any], ...]
-    """Where it was made, in the order in which differing environments took part."""
+    """Machines and package versions that made it, each once, in order."""
     extraction: dict[str, Any]
-    """The spec to extract it with again."""
+    """Spec with which it can be extracted again."""
     data: dict[str, Any]
-    """Counts of the dataset: splits and exclusions."""
+    """Counts of the dataset's splits and exclusions."""
     n_responses: PositiveInt
     shard_rows: PositiveInt
-    """Responses in every shard but the last, which may have fewer."""
+    """Responses per shard; the last shard may have fewer."""
     layout: ShardLayout | None = None
-    """Known from the first finished shard on."""
+    """Columns of every shard; None until the first shard is finished."""
     tables: dict[str, FileEntry] = Field(default_factory=dict)
     lm_head: FileEntry | None = None
-    """`rows` counts its tensors."""
+    """File of the LM head, whose `rows` counts its tensors."""
     shards: tuple[ShardEntry | None, ...]
-    """None where not finished."""
+    """One entry per shard, None where it is not finished."""
     part: Part | None = Field(default=None, exclude_if=operator.not_)
-    """None, and not written, in a whole cache. A part is never complete: see `finished`."""
+    """None, and not written, in a whole cache."""
     complete: bool = False
+    """Whether all files are there; always false for a part, see `finished`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -108,27 +109,27 @@ class Manifest(Spec):
 
     @property
     def share(self) -> range:
-        """Indices of the shards that belong into this folder: all, or its part's."""
+        """Indices of the shards that this folder is to hold: all, or those of its part."""
         return self.part.shards if self.part else range(len(self.shards))
 
     @property
     def finished(self) -> bool:
-        """Whether every file that belongs into this folder is there."""
+        """Whether every file that this folder is to hold is there."""
         unsharded = self.lm_head is not None and self.tables.keys() == {*TABLES}
         return self.done == {*self.share} and (unsharded or not self.has_tables)
 
     @property
     def has_tables(self) -> bool:
-        """Whether tables and head belong into this folder: they are in the first part alone."""
+        """Whether this folder is to hold the tables and the head, as only the first part does."""
         return self.part is None or self.part.index == 0
 
     def rows_of(self, index: int) -> range:
-        """The responses that shard `index` holds."""
+        """The responses of shard `index`."""
         first = index * self.shard_rows
         return range(first, min(first + self.shard_rows, self.n_responses))
 
     def files(self) -> dict[str, FileEntry]:
-        """Every finished file: path below the cache folder → its entry."""
+        """Path of every finished file below the cache folder → its entry."""
         found = {table_file(name): entry for name, entry in self.tables.items()}
         if self.lm_head:
             found[LM_HEAD] = self.lm_head
@@ -140,14 +141,14 @@ class Manifest(Spec):
         return found
 
     def to_bytes(self) -> bytes:
-        """The one spelling of this manifest: canonical JSON with its own digest, and a newline."""
+        """The bytes of manifest.json: canonical JSON with its own digest, and a newline."""
         body = self.model_dump(mode="json")
         body["digest"] = hashlib.sha256(canonical_json(body).encode()).hexdigest()
         return (canonical_json(body) + "\n").encode()
 
 
 def table_file(name: str) -> str:
-    """Path of a table below the cache folder."""
+    """Path of a table's file below the cache folder."""
     return f"{name}.parquet"
 
 
@@ -167,7 +168,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the cache at `folder`, proven to be byte for byte as written.
+    """The manifest of the cache at `folder`, checked to be byte for byte as it was written.
 
     Raises: UserError when there is none, when it is damaged, or when a newer embrm wrote it.
     """

@@ -1,4 +1,4 @@
-"""Joining the parts that several processes made into the cache that one would have made."""
+"""Joining the parts that several processes made into one cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +22,12 @@ class _Piece:
 
 
 def merge(folders: Sequence[Path], out: Path) -> Path:
-    """Join all parts of a cache, in any order, into the whole cache at `out`; returns `out`.
+    """Join all parts of a cache, in any order, into the whole cache at `out`, and return `out`.
 
-    Its files are hard links of the parts' files, or copies where there can be no links; each is
-    proven by its SHA-256. The parts stay as they are. The manifest comes last, so that a merge
-    stopped at any moment and run again ends with the same bytes.
+    The result has the bytes that one process would have written. Its files are hard links of the
+    parts' files, or copies where links are not possible; each is checked by its SHA-256. The parts
+    are left unchanged. The manifest is written last, so that a merge that was stopped at any moment
+    ends with the same bytes when it is run again.
 
     Raises: UserError when a part is missing, unfinished, damaged, named twice or of another
     extraction, when `out` holds something else, or when the disk is full.
@@ -53,7 +54,7 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
 
 
 def _refuse_other(out: Path, stored: Manifest, whole: Manifest) -> None:
-    """Raises: UserError unless `out` was merged from these parts, or holds nothing finished."""
+    """Raises: UserError unless `out` was merged from these parts or holds no finished file."""
     found = difference(defining(stored), defining(whole))
     if not found and stored.files() and stored != whole:
         found = f"{len(stored.done)} finished shards of its own"
@@ -72,9 +73,9 @@ def _piece(folder: Path) -> _Piece:
 
 
 def _refuse_unlike(pieces: Sequence[_Piece]) -> None:
-    """Raises: UserError unless `pieces`, by index, are all the finished parts of one cache."""
+    """Raises: UserError unless `pieces`, sorted by index, are all the finished parts of a cache."""
     first, layout = pieces[0], _layout(pieces)
-    # A part without shards has no layout of its own.
+    # A part without shards has no layout; it is compared as if it had the others'.
     settings = [
         defining(piece.manifest) | {"part": None, "layout": piece.manifest.layout or layout}
         for piece in pieces
@@ -122,7 +123,7 @@ def _layout(pieces: Sequence[_Piece]) -> ShardLayout | None:
 
 
 def _unstarted(manifest: Manifest) -> Manifest:
-    """The manifest of the same cache, whole, without a finished file."""
+    """The manifest of the whole cache before any file is finished."""
     return Manifest(
         cache_id=manifest.cache_id,
         identity=manifest.identity,
@@ -136,7 +137,7 @@ def _unstarted(manifest: Manifest) -> Manifest:
 
 
 def _joined(pieces: Sequence[_Piece]) -> Manifest:
-    """The manifest of the whole, with the environments of all parts that wrote a file."""
+    """The manifest of the whole cache, with the environments of all parts that wrote a file."""
     first = pieces[0].manifest
     seen = [e for piece in pieces if piece.manifest.files() for e in piece.manifest.environments]
     environments = [e for index, e in enumerate(seen) if e not in seen[:index]]
@@ -155,7 +156,7 @@ def _joined(pieces: Sequence[_Piece]) -> Manifest:
 
 
 def _take(source: Path, path: Path, entry: FileEntry) -> None:
-    """Bring a file of a part to `path`, unless an interrupted merge has brought it."""
+    """Link or copy a file of a part to `path`, unless an interrupted merge has already done so."""
     if wrong_bytes(path, entry) is None:
         return
     if problem := wrong_size(source, entry):

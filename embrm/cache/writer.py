@@ -47,12 +47,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PIECE_BYTES = 256 << 10
-"""Digested, then written while still in the processor's cache. Linux puts writes of 2 MB and more
-into huge pages, which took ten times as long on a virtual machine whose host had to find them."""
+"""Size of the pieces in which a file is digested and written, so that a piece is still in the
+processor's cache when it is written. Linux puts writes of 2 MB and more into huge pages, which took
+ten times as long on a virtual machine whose host had to allocate them."""
 
 
 class CacheWriter:
-    """Adds finished shards to a cache, from any thread. Create it with `open_writer`."""
+    """Adds shards to a cache, from any thread. Create it with `open_writer`."""
 
     def __init__(self, folder: Path, manifest: Manifest, environment: dict[str, Any]) -> None:
         self._folder, self._manifest, self._environment = folder, manifest, environment
@@ -65,14 +66,14 @@ class CacheWriter:
 
     @property
     def n_shards(self) -> int:
-        """Shards the cache will have."""
+        """Number of shards that the cache will have."""
         return len(self._manifest.shards)
 
     def write_shard(self, index: int, rows: ShardRows, tokens: TokenTable | None) -> None:
-        """Store shard `index`: file, fsync, rename, and only then its manifest entry.
+        """Store shard `index`; its entry reaches the manifest after its files are safely on disk.
 
-        Pass `tokens` for every shard or for none; a shard without a sampled position passes zero
-        rows.
+        Pass `tokens` for every shard or for none; a shard without a sampled position passes a table
+        of zero rows.
         Raises: UserError when a number is not finite or the shard's layout is not the cache's.
         """
         expected = self._manifest.rows_of(index)
@@ -85,7 +86,7 @@ class CacheWriter:
         if tokens and not np.isin(tokens.response, expected).all():
             raise ValueError(f"token rows of shard {index} name responses outside {expected}")
         layout = ShardLayout.of(rows, tokens)
-        with self._lock:  # of shards that come at once, the first says what all are like
+        with self._lock:  # of shards written at the same time, the first decides the layout
             known = self._manifest.layout or layout
             self._manifest = self._manifest.model_copy(update={"layout": known})
         if layout != known:
@@ -105,7 +106,7 @@ class CacheWriter:
             self._update(shards=tuple(shards))
 
     def finish(self) -> None:
-        """Mark a whole cache complete. Raises: ValueError while a shard is missing."""
+        """Mark a whole cache as complete. Raises: ValueError while a shard is missing."""
         if not self._manifest.finished:
             raise ValueError(f"{len(self.done)} of {len(self._manifest.share)} shards are finished")
         if not self._manifest.part and not self._manifest.complete:
@@ -116,7 +117,10 @@ class CacheWriter:
         tables: Mapping[str, pl.DataFrame],
         lm_head: "Callable[[], dict[str, Tensor]]",
     ) -> None:
-        """Store what is not sharded, unless it is there; `lm_head` is called only when needed."""
+        """Store the tables and the LM head unless they are there.
+
+        lm_head: returns the head's tensors; called only when they are needed.
+        """
         have = self._manifest
         if not have.has_tables:
             return
@@ -152,8 +156,11 @@ class CacheWriter:
 
 
 class _Digested:
-    """A stream that passes on what is written, and knows its size and digest: those of the bytes
-    meant to be written, so a bad disk is found later too."""
+    """A stream that counts and digests the bytes that pass through it.
+
+    Size and digest are of the bytes that were meant to be written, so that reading finds out when a
+    disk stored others.
+    """
 
     closed = False
 
@@ -161,7 +168,7 @@ class _Digested:
         self.sha256, self.bytes = hashlib.sha256(), 0
 
     def onto(self, stream: IO[bytes]) -> "_Digested":
-        """Passing on to `stream`."""
+        """This stream, which now writes to `stream`."""
         self._stream = stream
         return self
 
@@ -174,7 +181,7 @@ class _Digested:
         return len(content)
 
     def flush(self) -> None:
-        """What pyarrow calls at the end; whoever opened the stream flushes and closes it."""
+        """Do nothing: pyarrow calls this at the end, but the stream's owner flushes it."""
 
 
 @contextmanager
@@ -191,11 +198,12 @@ def open_writer(
     lm_head: "Callable[[], dict[str, Tensor]]",
     part: Part | None = None,
 ) -> Iterator[CacheWriter]:
-    """Begin the cache at `folder`, or resume it; this process alone may write it meanwhile.
+    """Begin or resume the cache at `folder`; no other process can write it until this one is done.
 
-    `identity` defines the content and gives the cache id. `tables` are the dataset's pairs,
-    members, exclusions and leaks. `environment`, `extraction` and `data` are recorded. With `part`
-    the folder holds only that part of the cache, for `merge` to join.
+    identity: defines the content; the cache id is its digest. environment, extraction, data:
+    recorded in the manifest. tables: the dataset's pairs, members, exclusions and leaks. lm_head:
+    returns the tensors of the LM head. part: the folder is to hold only this part of the cache, for
+    `merge` to join.
 
     Raises: UserError when the folder holds something else, another identity or a damaged
     manifest, when another process writes it, or when the disk is full.
@@ -225,7 +233,7 @@ def open_writer(
 
 
 def _resumed(folder: Path, fresh: Manifest) -> Manifest:
-    """The stored manifest, rewritten without the entries whose files are not there any more."""
+    """The stored manifest, rewritten without entries whose files are missing or truncated."""
     stored = read_manifest(folder)
     differs = difference(defining(stored), defining(fresh))
     if differs:
@@ -305,16 +313,16 @@ def _arrow(table: pl.DataFrame) -> pa.Table:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: comparable with what a manifest holds."""
+    """The value as JSON returns it, so that it can be compared with a stored manifest."""
     plain: dict[str, Any] = json.loads(canonical_json(value))
     return plain
 
 
 def defining(manifest: Manifest) -> dict[str, Any]:
-    """What two manifests must agree in to list files of one extraction."""
+    """The fields in which two manifests agree if they list files of one extraction."""
     part = manifest.part
     return {
-        "engine": "transformers",  # where the identity names no other
+        "engine": "transformers",  # the engine of identities that name none
         **manifest.identity,
         "n_responses": manifest.n_responses,
         "shard_rows": manifest.shard_rows,
@@ -323,7 +331,7 @@ def defining(manifest: Manifest) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keyed by dotted path."""
+    """Nested mappings as one mapping, keyed by dotted paths."""
     if isinstance(value, ShardLayout):
         value = dict(value)
     if not isinstance(value, dict) or not value:
@@ -335,9 +343,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def difference(was: dict[str, Any] | ShardLayout, given: dict[str, Any] | ShardLayout) -> str:
-    """The first field that differs with both values, and the names of the others; "" if equal."""
+    """The first field that differs, with both values, and the names of others; "" if equal."""
     stored, given = _flat(was), _flat(given)
-    # Digests of the data differ whenever a setting does: they explain least, so they come last.
+    # Digests of the data differ whenever a setting does. They explain least, so they come last.
     known = sorted(stored.keys() | given.keys(), key=lambda name: (name.startswith("data."), name))
     names = [
         name

@@ -51,4 +51,4 @@ def load_engine_for(
         compiled=compiled,
     )
     name = REFERENCE if spec.engine == "auto" else spec.engine
-    return engine_module(name).load(settings)
+    return engine_module(name).open_engine(settings)

@@ -1,7 +1,7 @@
 """What an extraction engine offers: how it is loaded, what it reads and what it returns.
 
 An engine is a module named in `embrm.extraction.engines.ENGINES` that offers the three functions of
-`EngineModule`; `load` returns an object that offers what `Engine` says.
+`EngineModule`; `open_engine` returns an object that offers what `Engine` says.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -106,7 +106,7 @@ class EngineModule(Protocol):
         """Raise UserError unless the engine is installed and can give all these views."""
         ...
 
-    def load(self, settings: EngineSettings) -> Engine:
+    def open_engine(self, settings: EngineSettings) -> Engine:
         """Load the model. Raises: UserError when the engine does not support a setting, refuses the
         model, or the device is absent or too small."""
         ...

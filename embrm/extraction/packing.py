@@ -1,9 +1,9 @@
-"""Packing: many texts as one sequence without padding, in which texts with one prompt share it.
+"""Packing many texts into one sequence without padding, where texts with one prompt share it.
 
-Everything but attention works on one token at a time, so that only attention has to know where a
-text begins. A shared prompt is computed once: its tokens stand before the responses', and each
-response attends to them and to itself. The states are those of the texts read alone, up to the
-order of float arithmetic.
+Every layer but attention works on single tokens, so that only attention has to know where a text
+begins. A shared prompt is computed once: its tokens precede those of the responses, and each
+response attends to the prompt and to itself. The states equal those of the texts read alone, up to
+the order of float arithmetic.
 """
 
 from collections.abc import Sequence
@@ -26,21 +26,23 @@ ATTENTION = "embrm-packed"
 """The name under which transformers finds `_attend`."""
 
 NOTED = "embrm-packed-noted"
-"""The same, for a look at the windows: see `_attend_and_note`."""
+"""The name under which transformers finds `_attend_and_note`, which inspects sliding windows."""
 
 _WORTH = 8
-"""Tokens of the shortest prompt that is shared: to compute fewer costs less than what sharing adds,
-a call to attention and a copy of keys and values in every layer."""
-
+"""Fewest tokens of a prompt that is shared. Computing fewer again costs less than sharing, which
+adds a call to attention and a copy of keys and values in every layer."""
 
 _COPIES = 8
-"""How many times a batch's tokens its texts may have, the prompt counted in each: every layer
-copies a shared prompt's keys and values for each text."""
+"""How many times the token budget the texts of a batch may have when the prompt is counted in each:
+every layer copies a shared prompt's keys and values for each text."""
 
 
 class Segment(NamedTuple):
-    """Tokens start:stop of a packed sequence, which follow each other in a text. They see each
-    other and begin:end, a prompt that other texts share (begin = end: none)."""
+    """Tokens start:stop of a packed sequence, consecutive tokens of one text.
+
+    They attend to each other, causally, and to tokens begin:end, a prompt shared with other texts
+    (begin = end: no prompt).
+    """
 
     start: int
     stop: int
@@ -49,8 +51,11 @@ class Segment(NamedTuple):
 
 
 class _Offsets(NamedTuple):
-    """Segments as the kernel for variable lengths takes them: int32 [segments + 1] where each
-    one's queries and keys begin, the most that one has, and int64 the places of all keys."""
+    """Segments in the form that the attention kernel for variable lengths takes.
+
+    queries, keys: int32 [segments + 1], where those of each segment begin. most_queries, most_keys:
+    the most that a segment has. places: int64, places of all keys in the packed sequence.
+    """
 
     queries: Tensor
     keys: Tensor
@@ -63,8 +68,8 @@ class _Offsets(NamedTuple):
 class Packed:
     """Requests as one sequence of T tokens.
 
-    ids: int64 [1, T]; positions: int64 [1, T], of each token in its text; segments: they cover the
-    sequence in its order; places: for each request, int64 [length], where its tokens are.
+    ids: int64 [1, T]. positions: int64 [1, T], of each token in its text. segments: cover the
+    sequence in its order. places: for each request, where its tokens are, int64 [length].
     """
 
     ids: Tensor
@@ -95,7 +100,7 @@ class Packed:
 
 
 def pack_texts(requests: Sequence[Request], device: torch.device) -> Packed:
-    """One sequence of what texts share and of each text's own tokens."""
+    """Pack the requests into one sequence, in which a prompt that several share stands once."""
     ids: list[npt.NDArray[np.int32]] = []
     positions: list[npt.NDArray[np.int64]] = []
     segments: list[Segment] = []
@@ -125,12 +130,12 @@ def pack_texts(requests: Sequence[Request], device: torch.device) -> Packed:
 
 
 def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-    """Indices of the requests to pack together, in at most `batch_tokens` tokens with a shared
-    prompt counted once, and eight times as many with it counted in each text (a longer request
-    goes alone).
+    """Partition requests into batches to pack, given as their indices.
 
-    Texts that share a prompt begin a batch unless they all fit into the last one; where they do
-    not fit into one, every further batch reads the prompt again.
+    A batch has at most `batch_tokens` tokens with a shared prompt counted once, and at most eight
+    times as many with it counted in each text; a longer request is alone in its batch. Texts that
+    share a prompt begin a new batch unless they all fit into the last one. Where they do not fit
+    into one batch, every further one reads the prompt again.
     """
     made: list[list[int]] = []
     room = copies = 0
@@ -152,7 +157,7 @@ def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
 
 
 def _by_prompt(requests: Sequence[Request]) -> list[list[int]]:
-    """Indices of the requests with one prompt, in the order of their first."""
+    """Indices of the requests grouped by prompt, in the order of first occurrence."""
     groups: dict[bytes, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(request.ids[: request.n_prompt].tobytes(), []).append(index)
@@ -160,7 +165,7 @@ def _by_prompt(requests: Sequence[Request]) -> list[list[int]]:
 
 
 def _shared(requests: Sequence[Request], group: Sequence[int]) -> int:
-    """How many first tokens the texts of one prompt share: all of the prompt's, or none."""
+    """Number of leading tokens that the texts of one prompt share: the whole prompt, or 0."""
     n_prompt = requests[group[0]].n_prompt
     return n_prompt if len(group) > 1 and n_prompt >= _WORTH else 0
 
@@ -178,11 +183,12 @@ def _attend(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within the texts of a packed sequence. query: [1, heads, T, d]; key, value: [1,
-    heads or a divisor, T, d]; returns [1, T, heads, d].
+    """Attention within the texts of a packed sequence, as a transformers attention function.
 
-    softcap: scores become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2).
-    sliding_window: how many keys a query sees, its own the last of them; None: all before it.
+    query: [1, heads, T, d]; key, value: [1, key heads, T, d], where the number of key heads divides
+    that of heads. Returns [1, T, heads, d] and no attention weights. softcap: scores become
+    softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2). sliding_window: number of
+    keys that a query sees, the last of which is its own; None: all keys up to its own.
     """
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
         out = _attend_at_once(query, key, value, packed.offsets, scaling, sliding_window)
@@ -192,8 +198,8 @@ def _attend(
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
         shared = end - begin
         window = sliding_window if sliding_window and sliding_window < shared + stop - start else 0
-        # A causal kernel skips what a mask computes in vain: with a prompt that is shorter than
-        # the rest, to ask for the prompt's rows again costs less than a mask.
+        # A causal kernel skips the masked half, which a mask computes in vain. Where the prompt is
+        # shorter than the rest, computing its rows again costs less than a mask.
         again = 0 < shared < stop - start and softcap is None and not window
         if shared:
             k, v = (
@@ -220,7 +226,7 @@ def _attend(
 
 
 def _causal(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """bool [queries, keys]: what queries see, the last of them every key, or `window` if any."""
+    """Causal mask, bool [queries, keys], aligned at the last key; window: keys seen, 0 for all."""
     queries, keys = query.shape[2], key.shape[2]
     mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     return mask.triu(keys - queries - window + 1) if window else mask
@@ -234,7 +240,7 @@ def _attend_at_once(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """All segments in one call to flash attention, which a GPU has in half precision."""
+    """Attention of all segments in one call to flash attention, for half precision on a GPU."""
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = varlen_attn(
         q,
@@ -245,7 +251,7 @@ def _attend_at_once(
         offsets.most_queries,
         offsets.most_keys,
         scale=scaling,
-        # Keys before a query, none after it (causal, aligned at the last key); -1: no limit.
+        # Keys before a query (-1: no limit) and none after it: causal, aligned at the last key.
         window_size=(sliding_window - 1 if sliding_window else -1, 0),
         enable_gqa=q.shape[1] != k.shape[1],
     )
@@ -280,19 +286,19 @@ def _attend_and_note(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """`_attend`, which appends to `windows` the window that the model's mask would cut here (None:
-    the model has made no mask) and the one that attention is told of; 0 is none."""
+    """`_attend` that also appends to `windows` the sliding window of the model's mask (None: the
+    model made no mask) and the one passed to attention; 0 means no window."""
     masked = None if attention_mask is None else int(attention_mask)
     windows.append((masked, sliding_window or 0))
     return _attend(module, query, key, value, None, sliding_window=sliding_window, **more)
 
 
 def _window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor:
-    """In place of a mask, what it would cut: a window or a chunk."""
+    """Returned in place of a mask: the size of the window or chunk that it would apply."""
     return torch.full((1, 1, 1, 1), local_size or 0)
 
 
-# What it does depends on where each text begins: traced, every batch would be compiled anew.
+# Not compiled, because it depends on where each text begins and every batch would be traced anew.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attend))
 AttentionInterface.register(NOTED, _attend_and_note)
 AttentionMaskInterface.register(NOTED, _window_of_mask)

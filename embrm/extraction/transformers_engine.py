@@ -27,6 +27,7 @@ from embrm.lm.loading import load_model
 from embrm.lm.tokens import reason_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
+"""Tokens of a batch, padding included, that suit each kind of device."""
 
 
 def suits(views: Sequence[str], device: str) -> bool:  # noqa: ARG001
@@ -38,7 +39,7 @@ def refuse_unusable(views: Sequence[str]) -> None:
     """Never raises: see `suits`. A view that a model lacks is refused when it is loaded."""
 
 
-def load(settings: EngineSettings) -> "TransformersEngine":
+def open_engine(settings: EngineSettings) -> "TransformersEngine":
     """Load the engine for an extraction. Raises: UserError as `load_engine` does."""
     if settings.tensor_parallel > 1:
         raise UserError(
@@ -134,9 +135,9 @@ class TransformersEngine:
         self.environment["batches"] = "padded" if why_not else "packed"
 
     def compile(self) -> None:
-        """From now on, run the base model through torch.compile, for batches of any size.
+        """Run the base model through torch.compile from now on, for batches of any size.
 
-        Raises: UserError when that fails, or gives other states.
+        Raises: UserError when compiling fails or changes the states.
         """
         ids, none = self._probe_ids().cpu().numpy().astype(np.int32), np.empty(0, np.int32)
         requests = [Request(text, 9, len(text) - 1, none) for text in (ids, ids[:12])]
@@ -155,7 +156,7 @@ class TransformersEngine:
         self.environment["compiled"] = True
 
     def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-        """Packed where the model allows it, otherwise of like length and padded."""
+        """Batches to pack where the model allows it, of texts of similar length otherwise."""
         lengths = [len(request.ids) for request in requests]
         some = [index for index, length in enumerate(lengths) if length <= self._longest_packed]
         rest = [index for index, length in enumerate(lengths) if length > self._longest_packed]
@@ -167,17 +168,17 @@ class TransformersEngine:
         ]
 
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
-        """Read each batch packed, or right-padded where a text is too long for that.
+        """Read each batch packed, or right-padded where a text is too long to be packed.
 
-        While the answer to one batch is copied and handed on, a GPU reads the next. Where a model
-        asks for a number in between (padded masks, longrope), it gets to the next later.
+        A GPU reads the next batch while the answer to one is copied and yielded. A model that needs
+        a number on the CPU in between (padded masks, longrope) starts the next batch later.
         """
         before: _Answer | None = None
         for requests in batches:
             try:
                 begun = self._begin(requests)
             except UserError:
-                if before:  # the last of a shard, it may be, which is then whole
+                if before:  # it may be the last of a shard, which is then complete
                     yield before.batch()
                 raise
             if before:
@@ -195,7 +196,7 @@ class TransformersEngine:
                 f"{sum(len(request.ids) for request in requests):,} tokens: lower --batch-tokens; "
                 "finished shards are kept"
             ) from None
-        except TorchDynamoException as error:  # a shape that the probe did not have
+        except TorchDynamoException as error:  # a shape that compile() did not try
             raise UserError(
                 f"torch.compile fails on {type(self.model).__name__}, {reason_of(error)}: run "
                 "again without --compile; finished shards are kept"
@@ -242,12 +243,15 @@ class TransformersEngine:
     def hidden(
         self, requests: Sequence[Request]
     ) -> tuple[dict[str, Tensor], list[npt.NDArray[np.int64]]]:
-        """The model alone on one batch: view → states [places, d], "last" always, and for each
-        request, int64 [length], the places of its tokens.
+        """Run the model alone on one batch.
 
-        No mask is passed. Padded, no token sees the padding to its right under causal attention,
-        positions count from the left, and without a mask the fast causal kernels run;
-        `_check_causality` tests the premise on the model at hand. Packed, see `packing`.
+        Returns view → states [places, d], "last" always among them, and for each request the places
+        of its tokens, int64 [length].
+
+        No attention mask is passed. In a padded batch causal attention keeps tokens from seeing the
+        padding to their right, positions count from the left, and without a mask the fast causal
+        kernels run; `_check_causality` tests that the model is causal. For packed batches see
+        `embrm.extraction.packing`.
         """
         device = self.model.device
         if max(len(request.ids) for request in requests) <= self._longest_packed:
@@ -271,7 +275,7 @@ class TransformersEngine:
         return self._hidden(packed.ids, position_ids=packed.positions, packed=packed, **inputs)
 
     def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
-        """View → states [n, length, d] of ids int64 [n, length]; "last" always."""
+        """View → states [n, length, d] of ids int64 [n, length]; "last" is always among them."""
         output = self.model.base_model(
             input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
         )
@@ -292,7 +296,7 @@ class TransformersEngine:
                 )
 
     def _hook_final_norm(self) -> None:
-        """Keep what enters the final norm, the module whose output is the base model's output."""
+        """Keep the input of the final norm, the module whose output is the base model's output."""
         produced: list[tuple[torch.nn.Module, Tensor]] = []
 
         def note(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -345,7 +349,10 @@ class TransformersEngine:
             )
 
     def _try_packing(self) -> str | None:
-        """Pack from now on, or say why not: packed texts must have the states they have alone."""
+        """Pack texts from now on if packed texts have the states that they have alone.
+
+        Returns None, or why texts cannot be packed.
+        """
         config = self.model.config.get_text_config()
         ids = self._probe_ids().cpu().numpy().astype(np.int32)
         texts = [(ids[:11], 9), (np.concatenate([ids[:9], ids[:2:-1]]), 9), (ids[::-1], 0)]
@@ -356,13 +363,13 @@ class TransformersEngine:
         try:
             packed = pack_texts(requests, self.model.device)
             hidden = self._hidden_packed(packed)["last"]
-            # Llama 4 scales queries by where they stand in the sequence, in steps that are longer
-            # than these texts.
+            # Llama 4 scales queries by their position in the sequence, in steps longer than these
+            # texts, so that the comparison below would not notice.
             if getattr(config, "attn_temperature_tuning", False):
                 reason = "a token's attention would depend on where its text is packed"
             elif not self._close(hidden[0][np.concatenate(packed.places)], alone):
                 reason = "a token's state would depend on other texts"
-        except Exception as error:  # whatever a model says that cannot take packed texts
+        except Exception as error:  # any error of a model that does not support packed texts
             reason = reason_of(error)
         if reason:
             self._attend_by(self._own_attention)
@@ -371,17 +378,18 @@ class TransformersEngine:
         return reason
 
     def _reach(self, packed: Packed) -> int:
-        """Tokens of the longest text that attends packed as it does alone.
+        """Tokens of the longest text whose attention is the same packed as alone.
 
-        Packed attention cuts the windows it is told of. A window that is in the model's mask alone
-        it does not, nor a chunk (Llama 4): up to its length that hides nothing.
+        Packed attention applies the sliding windows that the model passes to it. It cannot apply a
+        window or a chunk (Llama 4) that is only in the model's mask; texts up to that length are
+        not affected by it.
         """
         config = self.model.config.get_text_config()
         windows: list[tuple[int | None, int]] = []
         try:
             self._hidden_packed(packed, packing.NOTED, windows=windows)
             told = all(masked == own for masked, own in windows)
-        except Exception:  # a model that makes its masks by itself can make anything of another's
+        except Exception:  # a model that makes its own masks may fail in any way here
             told = False
         window = None if told and windows else getattr(config, "sliding_window", None)
         chunk = getattr(config, "attention_chunk_size", None)
@@ -395,7 +403,7 @@ class TransformersEngine:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A batch on its way from the device.
+    """The answer to a batch while it is copied from the device.
 
     found: complete once `arrived` has happened (None: it is). "terms" are log p of every predicted
     token; `spans` says how many belong to each request. columns: names of the token rows' columns.
@@ -439,8 +447,10 @@ class _Answer:
 
 
 def padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int64]]]:
-    """The requests' ids, int64 [requests, longest], filled up on the right with token 0; and for
-    each request, int64 [length], the places of its tokens in them, flattened."""
+    """Token ids of the requests, int64 [requests, longest], padded on the right with token 0.
+
+    Also returns, for each request, the places of its tokens in the flattened ids, int64 [length].
+    """
     ids = np.zeros((len(requests), max(len(request.ids) for request in requests)), np.int64)
     for row, request in zip(ids, requests, strict=True):
         row[: len(request.ids)] = request.ids
@@ -456,7 +466,7 @@ def _joined(parts: Sequence[npt.NDArray[Any]], device: torch.device) -> Tensor:
 
 
 def _mean(states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
-    """Over a response, whose tokens stand side by side, packed or padded."""
+    """Mean state of a response, whose tokens are adjacent both packed and padded."""
     return states[int(places[0]) : int(places[-1]) + 1].float().mean(0)
 
 

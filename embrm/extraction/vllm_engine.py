@@ -106,7 +106,7 @@ def _release(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)[:2]]
 
 
-def load(settings: EngineSettings) -> "VllmEngine":
+def open_engine(settings: EngineSettings) -> "VllmEngine":
     """Load the engine for an extraction. Raises: UserError as `load_vllm` does."""
     if settings.compiled:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A causal LM: its files, its weights, its device and what it can read."""
+"""Loading a causal LM: its files, weights and device, and the longest text it can read."""
 
 import hashlib
 import sys
@@ -19,7 +19,7 @@ _ARITHMETIC = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"},
 }
-"""What a processor with arithmetic in these dtypes has, by torch's names, one of them at least."""
+"""A processor with arithmetic in a dtype has at least one of these capabilities (torch's names)."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
@@ -28,9 +28,9 @@ _MAX_LENGTH = 2048
 
 
 def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model: `model` itself, or where the hub's files are kept.
+    """The local folder of a model: `model` itself, or where files of that hub id are cached.
 
-    Raises: UserError when it is neither, or holds no safetensors weights.
+    Raises: UserError when it is neither a folder nor a hub id, or has no safetensors weights.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
 
 
 def digest(folder: Path, *patterns: str) -> str:
-    """Hex SHA-256 over names and contents of the files in `folder` that match."""
+    """Hex SHA-256 over the names and contents of the files in `folder` that match a pattern."""
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     lines = [f"{path.name} {sha256(path)}\n" for path in paths]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -78,7 +78,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, **_remote(trust_remote_code)
         )
-    except Exception as error:  # whatever a broken config makes transformers say
+    except Exception as error:  # transformers has many errors for a broken config
         raise UserError(
             f"model {folder}: its config.json cannot be read ({reason_of(error)}): "
             "name a folder saved by save_pretrained, or a hub id"
@@ -95,9 +95,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def load_model(
     folder: Path, *, dtype: str, device: str = "auto", trust_remote_code: bool = False
 ) -> Any:
-    """Load a causal LM for evaluation. dtype: float32, bfloat16 or float16; device: auto, cpu,
-    cuda, mps.
+    """Load the causal LM at `folder` in evaluation mode.
 
+    dtype: float32, bfloat16 or float16. device: auto, cpu, cuda, cuda:1 or mps.
     Raises: UserError when the device is absent or too small, or weights are missing or damaged.
     """
     chosen = find_device(device)
@@ -137,9 +137,9 @@ def load_model(
 
 
 def attention(config: Any) -> dict[str, str]:
-    """The attention a model must be loaded with, if not its default one.
+    """Arguments of from_pretrained for a model that cannot use its default attention.
 
-    The SDPA kernels ignore soft-capped attention scores (Gemma-2); eager attention applies them.
+    SDPA kernels ignore the soft-capping of attention scores (Gemma-2); eager attention applies it.
     """
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return {"attn_implementation": "eager"} if capped else {}
@@ -160,7 +160,10 @@ def _remote(trust_remote_code: bool) -> dict[str, bool]:
 
 
 def find_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:1 or mps. Raises: UserError when it is not there."""
+    """The device of that name: auto, cpu, cuda, cuda:1 or mps.
+
+    Raises: UserError when it is not available.
+    """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
@@ -183,14 +186,14 @@ def _causal_names() -> set[str]:
 
 
 def longest(config: Any, max_length: int | None) -> int:
-    """`max_length` if the model reads that many tokens; by default 2,048, or all it can read.
+    """Most tokens of a text: `max_length`, or by default 2,048 or what the model reads if less.
 
     Raises: UserError when the model cannot read `max_length` tokens.
     """
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    # These rotary embeddings change with the longest sequence of a batch, so a response's state
-    # would depend on its neighbours; below the original length they do not.
+    # Beyond the original length, these rotary embeddings change with the longest sequence of a
+    # batch, so that a response's state would depend on the other responses in its batch.
     rope = getattr(config, "rope_parameters", None) or {}
     varies = rope.get("rope_type") in ("dynamic", "longrope")
     original = rope.get("original_max_position_embeddings") or limit

@@ -1,4 +1,4 @@
-"""From text to token ids: template, BOS and EOS, truncation, and the position that is pooled.
+"""From texts to token ids: template, BOS and EOS, truncation, and the pooled position.
 
 The rules, in the order they apply:
 
@@ -36,15 +36,16 @@ from embrm.core.progress import progress
 
 Ids = npt.NDArray[np.int32]
 
-_CHUNK = 1024  # texts tokenised at a time: enough for the parallel tokenizer, little memory
+_CHUNK = 1024
+"""Texts tokenised at a time: enough for the parallel tokenizer, in little memory."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One response as the model reads it.
+    """One response with its prompt as token ids.
 
-    ids: int32 [length], prompt then response; n_prompt: how many of them are the prompt;
-    final_position: index into ids of the pooled token; truncated: the prompt lost its beginning.
+    ids: int32 [length], prompt then response. n_prompt: how many of them are the prompt.
+    final_position: index of the pooled token. truncated: whether the prompt lost its beginning.
     """
 
     ids: Ids
@@ -54,7 +55,7 @@ class Encoded:
 
     @property
     def n_response(self) -> int:
-        """Number of response tokens, end-of-turn tokens included."""
+        """Number of response tokens, including what the template appends after the answer."""
         return len(self.ids) - self.n_prompt
 
     @property
@@ -65,7 +66,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """Every decision between text and ids; `identity` is what the cache id hashes of it."""
+    """Every choice that decides how texts become token ids. Fields hold token ids, not tokens."""
 
     template: Literal["chat", "plain"]
     chat_template: str | None
@@ -85,7 +86,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     options = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # whatever a broken or missing tokenizer file makes transformers say
+    except Exception as error:  # transformers has many errors for a broken tokenizer
         raise UserError(
             f"model {folder}: its tokenizer cannot be loaded ({reason_of(error)}): "
             "save the tokenizer into the model folder with tokenizer.save_pretrained"
@@ -101,10 +102,10 @@ def token_policy(
     pad_token: str | None = None,
     allow_pad_eos: bool = False,
 ) -> TokenPolicy:
-    """Decide the policy for a tokenizer.
+    """The policy for a tokenizer; arguments as in an extraction's spec.
 
-    Raises: UserError for a chat template or pad token that is missing, a pad token that the
-    vocabulary lacks, and a pad token equal to EOS unless `allow_pad_eos`.
+    Raises: UserError for a chat template or pad token that is missing, a pad token that is not in
+    the vocabulary, and a pad token equal to EOS unless `allow_pad_eos`.
     """
     chat_template = _chat_template(tokenizer)
     if template == "chat" and chat_template is None:
@@ -165,11 +166,11 @@ def _pad_id(tokenizer: Any, pad_token: str | None, eos: int | None, allow_pad_eo
 def encode(
     responses: pl.DataFrame, tokenizer: Any, policy: TokenPolicy
 ) -> tuple[list[Encoded | None], pl.DataFrame]:
-    """Token ids of every response of a dataset.
+    """Tokenise every response of a dataset.
 
-    responses: columns kind, prompt, response (see embrm.data.dataset). Returns one entry a row,
-    None where the row is dropped, and the drops: columns response (int32 row index), reason
-    (over_long, empty_response, wrong_form), detail.
+    responses: columns kind, prompt and response (see embrm.data.dataset). Returns one entry per
+    row, None where the row is dropped, and the table of dropped rows with the columns response
+    (int32 row index), reason (over_long, empty_response or wrong_form) and detail.
 
     Raises: UserError for conversations when the policy is plain text.
     """
@@ -216,7 +217,7 @@ def _add_prompts(
     tokenizer: Any,
     policy: TokenPolicy,
 ) -> None:
-    """Tokenise the prompts not met before; a prompt the template refuses keeps its complaint."""
+    """Tokenise new prompts; where the template refuses one, its message is kept instead of ids."""
     new = [key for key in dict.fromkeys(_prompt_keys(chunk)) if key not in prompts]
     texts = []
     for key in new:
@@ -239,7 +240,7 @@ def _rendered(chunk: pl.DataFrame, tokenizer: Any, policy: TokenPolicy) -> list[
 def _render(
     tokenizer: Any, policy: TokenPolicy, kind: str, prompt: str, response: str | None
 ) -> tuple[str, str]:
-    """Text of a response, or of its prompt alone: (text, the template's complaint or "")."""
+    """The text of a response, or of its prompt alone, and the template's error message or ""."""
     if policy.template == "plain":
         return prompt + (response or ""), ""
     messages = _messages(kind, prompt, "user")
@@ -275,7 +276,7 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[Ids]:
 
 
 def _assemble(prompt: Ids, whole: Ids, policy: TokenPolicy) -> Encoded | tuple[str, str]:
-    """Apply BOS, EOS, truncation and pooling to raw ids, or say why the row is dropped."""
+    """Apply BOS, EOS, truncation and pooling to raw ids; or return why the row is dropped."""
     prompt, whole = _with_bos(prompt, policy), _with_eos(_with_bos(whole, policy), policy)
     n_prompt = _common_prefix(prompt, whole)
     kept = np.flatnonzero(whole != policy.pad)
@@ -328,6 +329,6 @@ def _common_prefix(left: Ids, right: Ids) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """First line of a library's complaint, cut to fit into one of ours."""
+    """First line of a library's error message, cut to fit into a one-line message."""
     lines = str(error).strip().splitlines()
     return repr(lines[0][:100]) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""States that a run may ask for: the cache's own views, and features made of them."""
+"""The states that a run can be trained on: the cache's views, and features made of them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,41 +11,44 @@ from embrm.cache.tensors import to_tensor, torch_dtype
 from embrm.core.errors import UserError, nearest
 
 TOKENS = "tokens"
-"""Mean of a response's sampled token rows: a pooled reward, linear heads and adapters being linear
-in it."""
+"""Mean of the states of a response's sampled token rows. A linear head on it gives the mean reward
+over these positions."""
 
 _WITH_S = "+S"
-"""Suffix: S, the response's log-probability in nats, is one more component (a control of GRM)."""
+"""Suffix of a view with one more component: S, the response's log-probability in nats, which is a
+control for GRM."""
 
 AFTER_FINAL_NORM = ("last", "mean", TOKENS)
-"""Views in the space that the LM head reads, where an adapter may act."""
+"""Views in the space that the LM head reads, where an adapter can act."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One view of a cache. Create it with `open_view`."""
+    """The states of one view of a cache. Create it with `open_view`."""
 
     cache: Cache
     name: str
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Responses, components."""
+        """Number of responses and of components."""
         return self.cache.manifest.n_responses, self.cache.width + self._adds_s
 
     @property
     def dtype(self) -> torch.dtype:
-        """The cache's; float32 with S, which is too large for 16 bits."""
+        """The cache's dtype, or float32 with S, which is too large for 16 bits."""
         return torch.float32 if self._adds_s else torch_dtype(self.cache)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size of all states in bytes."""
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def shards(self) -> Iterator[torch.Tensor]:
-        """One shard after another. Raises: UserError where the cache is damaged, or a response has
-        no token row."""
+        """The states shard by shard.
+
+        Raises: UserError where the cache is damaged, or a response has no token row to pool.
+        """
         base = self.name.removesuffix(_WITH_S)
         stored = map(to_tensor, self.cache.stored_shards(base))
         parts = self._pooled() if base == TOKENS else stored
@@ -60,7 +63,7 @@ class View:
             yield torch.cat([part.float(), own[:, None]], 1)
 
     def read(self) -> torch.Tensor:
-        """All of it."""
+        """The states of all responses, [responses, components]."""
         return torch.cat([*self.shards()])
 
     @property
@@ -88,13 +91,16 @@ class View:
 
 
 def view_names(cache: Cache) -> list[str]:
-    """Every view that `open_view` takes."""
+    """The names that `open_view` takes for this cache."""
     bases = [*cache.views, *([TOKENS] if cache.layout.top_k is not None else [])]
     return [*bases, *(base + _WITH_S for base in bases)]
 
 
 def open_view(cache: Cache, name: str) -> View:
-    """Raises: UserError for a view that the cache does not have."""
+    """The view of that name: last, mean, prenorm, layer:K or tokens, with or without "+S".
+
+    Raises: UserError for a view that the cache does not have.
+    """
     names, base = view_names(cache), name.removesuffix(_WITH_S)
     if base == TOKENS and cache.layout.top_k is None:
         raise UserError(
@@ -112,5 +118,5 @@ def open_view(cache: Cache, name: str) -> View:
 
 
 def missing_S(cache: Cache) -> int:  # noqa: N802
-    """Responses without log-probability."""
+    """Number of responses whose log-probability S is unknown."""
     return int(cache.responses["S"].is_finite().not_().sum())

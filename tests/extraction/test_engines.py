@@ -22,7 +22,9 @@ SPEC: dict[str, Any] = {"model": "model", "data": [{"path": "pairs.jsonl"}]}
 @pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
 def test_every_engine_offers_the_functions_of_the_protocol(entry: EngineEntry) -> None:
     module = engine_module(entry.name)
-    assert all(callable(getattr(module, name)) for name in ("suits", "refuse_unusable", "load"))
+    assert all(
+        callable(getattr(module, name)) for name in ("suits", "refuse_unusable", "open_engine")
+    )
     assert entry.name in engine_help()
 
 
@@ -43,7 +45,7 @@ def test_an_engine_is_a_module_and_an_entry(
     module: Any = ModuleType("another_engine")
     module.suits = lambda views, device: device == "cpu" and views == ("last",)
     module.refuse_unusable = lambda _: None
-    module.load = lambda settings: loaded.append(settings) or "loaded"
+    module.open_engine = lambda settings: loaded.append(settings) or "loaded"
     monkeypatch.setitem(sys.modules, "another_engine", module)
     entry = EngineEntry("another", "another_engine", "on a CPU")
     monkeypatch.setattr(engines, "ENGINES", (entry, *ENGINES))

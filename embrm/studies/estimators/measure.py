@@ -1,8 +1,9 @@
-"""How far the regularizers' estimators are from what they estimate, on a cache's own token rows.
+"""Errors of the regularizers' estimators, measured on a cache's own token rows.
 
-A regularizer reads a sample of a response's positions, and at each the cached largest logits. On a
-sample of responses both are compared with the whole vocabulary, computed in float64 from the cached
-states and LM head: the language model is not needed. Definitions: `docs/methods.md`.
+A regularizer reads a sample of a response's positions, and at each of them only the cached largest
+logits. Both approximations are compared with exact values over the whole vocabulary, computed in
+float64 from cached states and the LM head, so that the language model is not needed. Definitions:
+`docs/methods.md`.
 """
 
 from collections.abc import Iterator
@@ -24,13 +25,13 @@ from embrm.training.regularizers import divergence, log_probability_change, move
 from embrm.training.tokens import WHOLE_VOCABULARY, TokenStore
 
 DRIFTS = (0.01, 0.1)
-"""Mean ‖δ‖/‖h‖ of the shifts; settings are recommended for the largest."""
+"""Mean ‖δ‖/‖h‖ of the shifts that are tried; settings are recommended for the largest."""
 
 _ADAPTERS, _RANK = 4, 16
-"""Random adapters that the responses take turns with, and their rank."""
+"""Number of random adapters, which shift the responses in turn, and their rank."""
 
 _LOGIT_BYTES = 128 << 20
-"""Of float64 logits at one shift, of the rows that are computed together."""
+"""Bytes of float64 logits, at one shift, of the rows that are computed together."""
 
 _VOCABULARY_BLOCK = 1 << 13
 """Tokens whose vectors are widened to float64 at a time."""
@@ -38,20 +39,20 @@ _VOCABULARY_BLOCK = 1 << 13
 
 @dataclass(frozen=True)
 class TruncationError:
-    """What reading `top_k` logits and the target costs at shifts of one mean drift.
+    """The error of reading only `top_k` logits and the target, at shifts of one mean drift.
 
-    tail: probability of every other token, over the rows. The rest is relative: root of the summed
-    squared errors over the root of the summed squares of the exact, for ℓ̃ - ℓ, its gradient
-    ∂(ℓ̃ - ℓ)/∂δ, KL(p ‖ p̃) and ∂KL/∂δ.
+    tail: mean over the rows of the probability of all other tokens. The errors are relative, the
+    root of the sum of squared errors over the root of the sum of squared exact values: change of
+    ℓ̃ - ℓ, change_gradient of ∂(ℓ̃ - ℓ)/∂δ, kl of KL(p ‖ p̃), kl_gradient of ∂KL/∂δ.
     """
 
     drift: float
     top_k: int
     tail_mean: bool
-    """Whether the tail has its cached mean, or is held fixed."""
+    """Whether the tail moves by its cached mean; otherwise it is held fixed."""
     tail: float
     tail_95: float
-    """95th percentile."""
+    """95th percentile of the tail's probability."""
     tail_max: float
     change: float
     change_gradient: float
@@ -61,10 +62,11 @@ class TruncationError:
 
 @dataclass(frozen=True)
 class SamplingError:
-    """What reading `token_rows` of a response's positions costs: the standard error of its S̃ - S.
+    """The standard error of a response's S̃ - S when `token_rows` of its positions are read.
 
-    nats: root mean square over responses. relative: that, over the root mean square of S̃ - S; None
-    where the cached rows cannot tell S̃ - S from 0. Both None where no response has two rows.
+    nats: root mean square over responses. relative: nats divided by the root mean square of S̃ - S;
+    None where the cached rows cannot distinguish S̃ - S from 0. Both are None where no response has
+    two rows.
     """
 
     drift: float
@@ -75,10 +77,11 @@ class SamplingError:
 
 @dataclass(frozen=True)
 class EstimatorErrors:
-    """What the estimators of a cache cost, and the smallest settings within `target`.
+    """The errors of a cache's estimators, and the smallest settings whose error is within `target`.
 
-    grm_top_k, preserve_top_k: whose gradients (of ℓ̃ - ℓ, of KL) are within it; None where none is.
-    token_rows: the fewest within it, or all that are cached; token_rows_error: theirs.
+    grm_top_k, preserve_top_k: smallest top_k whose gradients of ℓ̃ - ℓ and of KL are within it; None
+    where no cached one is. token_rows: fewest token rows within it, or all that are cached;
+    token_rows_error: their relative error.
     """
 
     responses: int
@@ -92,12 +95,13 @@ class EstimatorErrors:
     token_rows: int
     token_rows_error: float | None
     tail_mean: bool
-    """Whether the cache has tail means: then every run reads them."""
+    """Whether the cache has tail means, which every run then reads."""
 
 
 def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) -> EstimatorErrors:
-    """Compare estimators and exact values on the token rows of `sample` responses, evenly spaced.
+    """Compare estimators with exact values on the token rows of `sample` evenly spaced responses.
 
+    target: relative error for which settings are recommended.
     Raises: UserError when the cache at `folder` cannot be opened or lacks what regularizers read.
     """
     data = _sampled(_usable(open_cache(folder)), sample)
@@ -132,10 +136,10 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
 
 
 def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:
-    """What helps a regularizer for which no cached top_k is within the target.
+    """What to do for a regularizer for which no cached top_k is within the target, as a clause.
 
-    A tail's mean makes ∂(ℓ̃ - ℓ)/∂δ exact to first order; ∂KL/∂δ has no zeroth order, and its
-    first is the covariance of the tail.
+    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact to first order in δ. They do not help ∂KL/∂δ, which vanishes at
+    δ = 0 and whose first order depends on the covariance of the tail.
     """
     mean_helps = regularizer == "grm" and not errors.tail_mean
     text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
@@ -170,7 +174,10 @@ def _sampled(cache: Cache, size: int) -> TokenStore:
 
 
 def _shifts(data: TokenStore, drift: float) -> Tensor:
-    """Shifts δ float32 [N, d] of all rows: up·down·h, Gaussian up and down, of this mean drift."""
+    """Shifts δ of all rows, float32 [N, d], with mean ‖δ‖/‖h‖ = drift.
+
+    δ is up·down·h, scaled, where up and down are the Gaussian matrices of a random adapter.
+    """
     X, width = data.states.values.double(), data.states.width
     owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % _ADAPTERS
     shifts = torch.zeros_like(X)
@@ -185,8 +192,11 @@ def _shifts(data: TokenStore, drift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Changes:
-    """What D shifts of n rows do, float64: change [D, n] is ℓ̃ - ℓ, kl [D, n] is KL(p ‖ p̃), in
-    nats, with their gradients in δ, [D, n, d]."""
+    """The effect of D shifts on n rows, in float64 and nats.
+
+    change: ℓ̃ - ℓ, [D, n]. kl: KL(p ‖ p̃), [D, n]. change_gradient, kl_gradient: their gradients in
+    δ, [D, n, d].
+    """
 
     change: Tensor
     change_gradient: Tensor
@@ -195,7 +205,7 @@ class Changes:
 
 
 def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Changes:
-    """Over the whole vocabulary, in float64.
+    """The exact effect of the shifts, computed over the whole vocabulary in float64.
 
     X: [n, d]; target: int64 [n]; shifts: [D, n, d].
     """
@@ -225,7 +235,7 @@ def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Ch
 
 
 def _vocabulary(head: LmHead) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Parts of it: their places, vectors [n, d] and biases [n], float64."""
+    """Blocks of the vocabulary: token ids, and their vectors [n, d] and biases [n] in float64."""
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
     for first in range(0, len(head.weight), _VOCABULARY_BLOCK):
         part = slice(first, first + _VOCABULARY_BLOCK)
@@ -235,7 +245,7 @@ def _vocabulary(head: LmHead) -> Iterator[tuple[slice, Tensor, Tensor]]:
 def _estimated_changes(
     data: TokenStore, responses: Tensor, top_k: int, shifts: Tensor
 ) -> tuple[Changes, Tensor]:
-    """The same as training estimates it, and the tails' probabilities [n].
+    """The effect of the shifts as training estimates it, and the tails' probabilities [n].
 
     responses: int64; shifts: [D, n, d] of all their token rows.
     """
@@ -254,7 +264,7 @@ def _estimated_changes(
 
 
 def _compare(data: TokenStore, shifts: Tensor) -> tuple[Tensor, tuple[TruncationError, ...]]:
-    """Exact ℓ̃ - ℓ [D, N] of all rows, and what truncating costs. shifts: [D, N, d]."""
+    """Exact ℓ̃ - ℓ of all rows, [D, N], and the errors of truncation. shifts: [D, N, d]."""
     readings = [
         (top_k, held)
         for top_k in _powers_of_two(data.top_k)
@@ -290,7 +300,7 @@ def _compare(data: TokenStore, shifts: Tensor) -> tuple[Tensor, tuple[Truncation
 
 
 def _squares(changes: Changes, exact: Changes | None = None) -> Tensor:
-    """Sums of squares [D, 4] of the four quantities, or of their differences to the exact."""
+    """Sums of squares [D, 4] of the four quantities, or of their differences from `exact`."""
     sums = []
     for name in ("change", "change_gradient", "kl", "kl_gradient"):
         values = getattr(changes, name)
@@ -302,12 +312,12 @@ def _squares(changes: Changes, exact: Changes | None = None) -> Tensor:
 def sampling_error(
     data: TokenStore, change: Tensor, token_rows: int
 ) -> tuple[float | None, float | None]:
-    """`SamplingError`: nats, and relative. change: float64 [N], ℓ̃ - ℓ of all rows.
+    """The two errors of `SamplingError`: nats and relative. change: float64 [N], ℓ̃ - ℓ of all rows.
 
-    m of a response's |R| positions drawn without replacement estimate S̃ - S with the variance
-    |R|²/m·(1 - m/|R|)·s²; s² is the sample variance over its cached rows. What the cached rows give
-    for (S̃ - S)² has that variance in it too, at the number cached: it is taken out.
-    Responses with one cached row of several positions have no s² and are left out.
+    m positions of a response's |R|, drawn without replacement, estimate S̃ - S with the variance
+    |R|²/m·(1 - m/|R|)·s², where s² is the sample variance over its cached rows. The square of the
+    estimate from all cached rows exceeds (S̃ - S)² by such a variance on average, which is
+    subtracted. Responses with one cached row of several positions have no s² and are left out.
     """
     variances, squares = [], []
     parts = np.split(change.numpy(), data.starts[1:-1])
