@@ -138,8 +138,8 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
 def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:
     """What to do for a regularizer for which no cached top_k is within the target, as a clause.
 
-    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact to first order in δ. They do not help ∂KL/∂δ, which vanishes at
-    δ = 0 and whose first order depends on the covariance of the tail.
+    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact at δ = 0. They do not help ∂KL/∂δ, which vanishes at δ = 0 and
+    whose first order in δ depends on the covariance of the tail.
     """
     mean_helps = regularizer == "grm" and not errors.tail_mean
     text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
