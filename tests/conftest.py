@@ -112,3 +112,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from extract_world import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random models by name; see `extract_models`."""
+    from extract_models import CONFIGS, save_model, tokenizer
+
+    root = tmp_path_factory.mktemp("models")
+    return {kind: save_model(root / kind, kind, tokenizer()) for kind in CONFIGS}
+
+
+@pytest.fixture(scope="session")
+def extracted(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache that extracting `world` makes."""
+    from extract_world import make
+
+    return make(world, tmp_path_factory.mktemp("cache") / "whole")

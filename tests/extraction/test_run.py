@@ -1,6 +1,5 @@
-"""Run: what is stored, exclusions, the same bytes however often it is stopped, plan, refusals."""
+"""Extraction: what is stored, the same bytes however often it is stopped, and refusals."""
 
-import json
 import threading
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from extract_models import save_model, tokenizer
 from extract_world import make, spec_of
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from embrm.cache.reader import open_cache
 from embrm.cache.tensors import lm_head_tensors, to_tensor
@@ -19,7 +18,6 @@ from embrm.cache.writer import CacheWriter
 from embrm.core.errors import UserError
 from embrm.extraction import run
 from embrm.extraction.choice import load_engine_for
-from embrm.extraction.dry_run import dry_run
 from embrm.extraction.reading import read, read_shards
 from embrm.extraction.run import extract
 from embrm.extraction.spec import ExtractSpec
@@ -34,14 +32,9 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="session")
-def cache(world: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(world, tmp_path_factory.mktemp("cache") / "whole")
-
-
-def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Path) -> None:
-    assert verify(cache) == []
-    opened, prepared = open_cache(cache), prepare_texts(spec_of(world))
+def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], extracted: Path) -> None:
+    assert verify(extracted) == []
+    opened, prepared = open_cache(extracted), prepare_texts(spec_of(world))
     rows = range(len(prepared.encoded))
     batch = read(load_engine_for(prepared, "cpu"), prepared.requests(rows), 1)
     for view in ("last", "mean"):
@@ -59,8 +52,8 @@ def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], cache: Pat
     assert set(opened.splits) == {"train", "id"}
 
 
-def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path) -> None:
-    opened, prepared = open_cache(cache), prepare_texts(spec_of(world))
+def test_token_rows_belong_to_their_responses(world: dict[str, str], extracted: Path) -> None:
+    opened, prepared = open_cache(extracted), prepare_texts(spec_of(world))
     tokens = opened.token_table()
     assert (np.diff(tokens.response) >= 0).all()
     assert np.bincount(tokens.response).max() == 3
@@ -82,7 +75,7 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], cache: Path
 
 
 def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
-    world: dict[str, str], cache: Path, tmp_path: Path
+    world: dict[str, str], extracted: Path, tmp_path: Path
 ) -> None:
     """Ids and bytes of caches made before there were any."""
     spec = spec_of(world, tail_mean=False, token_positions="random")
@@ -101,10 +94,10 @@ def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
     assert "engine" not in opened.manifest.identity
     assert "tail" not in (tmp_path / "plain" / "manifest.json").read_text()
     assert opened.token_table().tail_means is None
-    for name in content(cache):
+    for name in content(extracted):
         if name.startswith("responses"):
-            assert (tmp_path / "plain" / name).read_bytes() == (cache / name).read_bytes()
-    recorded = open_cache(cache).manifest
+            assert (tmp_path / "plain" / name).read_bytes() == (extracted / name).read_bytes()
+    recorded = open_cache(extracted).manifest
     assert recorded.identity["token_rows"] == {
         "rule": "Philox keyed by SHA-256 of seed:response_id, evenly spaced from a random start",
         "rows": 3,
@@ -116,17 +109,21 @@ def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
 
 
 def test_extracting_twice_gives_the_same_bytes(
-    world: dict[str, str], cache: Path, tmp_path: Path
+    world: dict[str, str], extracted: Path, tmp_path: Path
 ) -> None:
     again = make(world, tmp_path / "again")
-    assert content(again) == content(cache)
+    assert content(again) == content(extracted)
     make(world, again)  # finished already: nothing to do
-    assert content(again) == content(cache)
+    assert content(again) == content(extracted)
 
 
 @pytest.mark.parametrize("shards", [0, 1, 3])
 def test_interrupted_and_resumed_gives_the_same_bytes(
-    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+    world: dict[str, str],
+    extracted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
 ) -> None:
     finished = run._shard
     calls = []
@@ -144,11 +141,11 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     with pytest.raises(UserError, match="incomplete"):
         open_cache(tmp_path / "cut")
     make(world, tmp_path / "cut")
-    assert content(tmp_path / "cut") == content(cache)
+    assert content(tmp_path / "cut") == content(extracted)
 
 
 def test_the_model_reads_on_while_a_shard_is_written(
-    world: dict[str, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: dict[str, str], extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, write = threading.Semaphore(0), CacheWriter.write_shard
 
@@ -165,7 +162,7 @@ def test_the_model_reads_on_while_a_shard_is_written(
     monkeypatch.setattr(CacheWriter, "write_shard", wait_then_write)
     monkeypatch.setattr(run, "read_shards", read_and_note)
     make(world, tmp_path / "out")
-    assert content(tmp_path / "out") == content(cache)
+    assert content(tmp_path / "out") == content(extracted)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +172,7 @@ def test_the_model_reads_on_while_a_shard_is_written(
 )
 def test_what_stops_the_writer_stops_the_model(
     world: dict[str, str],
-    cache: Path,
+    extracted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fails: int,
@@ -200,14 +197,14 @@ def test_what_stops_the_writer_stops_the_model(
             make(world, tmp_path / "out")
     assert len(shards) == read
     make(world, tmp_path / "out")
-    assert content(tmp_path / "out") == content(cache)
+    assert content(tmp_path / "out") == content(extracted)
 
 
 def test_other_batch_sizes_change_rounding_only(
-    world: dict[str, str], cache: Path, tmp_path: Path
+    world: dict[str, str], extracted: Path, tmp_path: Path
 ) -> None:
     other = open_cache(make(world, tmp_path / "other", batch_tokens=64))
-    whole = open_cache(cache)
+    whole = open_cache(extracted)
     assert other.cache_id == whole.cache_id
     assert np.allclose(other.states("mean"), whole.states("mean"), rtol=1e-4, atol=1e-5)
     assert (other.token_table().position == whole.token_table().position).all()
@@ -226,23 +223,12 @@ def test_other_batch_sizes_change_rounding_only(
     ],
 )
 def test_a_folder_of_other_settings_is_refused(
-    world: dict[str, str], cache: Path, field: str, changes: dict
+    world: dict[str, str], extracted: Path, field: str, changes: dict
 ) -> None:
-    before = content(cache)
+    before = content(extracted)
     with pytest.raises(UserError, match=field):
-        make(world, cache, spec_of(world, **changes))
-    assert content(cache) == before
-
-
-def test_moving_model_and_data_keeps_the_identity(
-    world: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
-    model = Path(world["model"]).rename(tmp_path / "moved")
-    try:
-        moved = prepare_texts(spec_of(world | {"model": str(model)}))
-        assert moved.identity == open_cache(cache).manifest.identity
-    finally:
-        model.rename(world["model"])
+        make(world, extracted, spec_of(world, **changes))
+    assert content(extracted) == before
 
 
 def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> None:
@@ -256,115 +242,6 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
         opened.token_table()
 
 
-def test_over_long_rows_are_counted_and_listed(world: dict[str, str]) -> None:
-    whole = prepare_texts(spec_of(world))
-    limit = int(np.median(whole.lengths))
-    cut = prepare_texts(spec_of(world, max_length=limit))
-    assert max(cut.lengths) <= limit
-    lost = whole.dataset.pairs.height - cut.dataset.pairs.height
-    assert cut.dataset.exclusions["reason"].to_list() == ["over_long"] * lost
-    assert lost > 0
-    by_id = dict(zip(whole.dataset.responses["response_id"], whole.encoded, strict=True))
-    for response_id, entry in zip(cut.dataset.responses["response_id"], cut.encoded, strict=True):
-        assert entry.ids.tolist() == by_id[response_id].ids.tolist()
-
-
-def test_pairs_of_the_same_tokens_are_excluded(world: dict[str, str], tmp_path: Path) -> None:
-    data = tmp_path / "same.jsonl"
-    rows = [
-        {"prompt": "Who?", "chosen": "The river.", "rejected": "The river. "},
-        {"prompt": "Who?", "chosen": "The boats.", "rejected": "The mud."},
-    ]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = tmp_path / "model"
-    strip = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}\n{% endfor %}"
-    save_model(model, "llama-tied", tokenizer(template=strip))
-    prepared = prepare_texts(spec_of(world, model=str(model), data=[{"path": str(data)}]))
-    assert prepared.dataset.pairs.height == 1
-    assert prepared.dataset.exclusions["reason"].to_list() == ["identical"]
-    assert len(prepared.encoded) == prepared.dataset.responses.height == 2
-
-
-def test_left_truncation_is_recorded(world: dict[str, str], tmp_path: Path) -> None:
-    spec = spec_of(world, max_length=60, truncation="left")
-    opened = open_cache(make(world, tmp_path / "left", spec))
-    cut = opened.responses["truncated"]
-    total = opened.responses["n_prompt"] + opened.responses["n_response"]
-    assert 0 < cut.sum() < len(cut)
-    assert set(total.filter(cut)) == {60}
-
-
-def test_limit_is_for_sources_without_their_own(world: dict[str, str]) -> None:
-    data = [
-        {"path": world["data"], "where": {"split": "train"}},
-        {"path": world["data"], "where": {"split": "id"}, "limit": 7},
-    ]
-    pairs = prepare_texts(spec_of(world, data=data, limit=5)).dataset.pairs
-    assert dict(pairs.group_by("split").len().rows()) == {"train": 5, "id": 7}
-
-
-def test_a_dry_run_samples_something_whatever_the_budget(world: dict[str, str]) -> None:
-    assert dry_run(spec_of(world), device="cpu", batch_tokens=1).tokens_per_second > 0
-
-
-def test_the_plan_says_what_the_extraction_does(world: dict[str, str], cache: Path) -> None:
-    planned = dry_run(spec_of(world), device="cpu")
-    opened = open_cache(cache)
-    lengths = opened.responses["n_prompt"] + opened.responses["n_response"]
-    assert planned.responses == opened.responses.height
-    assert planned.tokens == lengths.sum()
-    assert planned.prompts == 12
-    assert {split: counts["pairs"] for split, counts in planned.splits.items()} == dict(
-        opened.pairs.group_by("split").len().rows()
-    )
-    vectors = (
-        sum(path.stat().st_size for path in cache.rglob("part-*.parquet"))
-        + (cache / "lm_head.safetensors").stat().st_size
-    )
-    assert planned.cache_bytes["total"] == pytest.approx(vectors, rel=0.5)
-    assert planned.tokens_per_second > 0
-    assert planned.seconds == pytest.approx(planned.tokens / planned.tokens_per_second)
-    assert planned.leaks["prompts_shared"].to_list() == opened.leaks["prompts_shared"].to_list()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"dtype": "bfloat16", "states": ["last"], "top_k": 1000},
-        {"token_rows": 50, "tail_mean": False, "token_positions": "random"},
-        {"token_rows": 0, "tail_mean": False},
-    ],
-)
-def test_the_plan_prices_every_part_to_the_byte(
-    world: dict[str, str], tmp_path: Path, changes: dict
-) -> None:
-    spec = spec_of(world, **changes)
-    priced = dry_run(spec, device="cpu").cache_bytes
-    opened = open_cache(make(world, tmp_path / "out", spec))
-    vectors = {
-        "states": sum(opened.stored_states(view).nbytes for view in opened.views),
-        "token_states": 0,
-        "top_logits": 0,
-        "tail_means": 0,
-        "lm_head": sum(tensor.nbytes for tensor in lm_head_tensors(opened).values()),
-    }
-    if spec.token_rows:
-        tokens = opened.token_table()
-        vectors["token_states"] = tokens.states.nbytes
-        vectors["top_logits"] = tokens.top_ids.nbytes + tokens.top_logits.nbytes
-        vectors["tail_means"] = 0 if tokens.tail_means is None else tokens.tail_means.nbytes
-    assert (vectors["tail_means"] > 0) == spec.tail_mean
-    scalars = priced["scalars"]
-    assert priced == vectors | {"scalars": scalars, "total": sum(vectors.values()) + scalars}
-
-
-def test_all_rows_excluded_is_an_error_with_counts(world: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="over_long"):
-        make(world, tmp_path / "none", spec_of(world, max_length=4))
-    assert not (tmp_path / "none").exists()
-
-
 def test_nan_states_are_refused_with_the_response(world: dict[str, str], tmp_path: Path) -> None:
     broken = save_model(tmp_path / "model", "llama-untied", tokenizer(bos=True))
     model = AutoModelForCausalLM.from_pretrained(broken)
@@ -374,35 +251,6 @@ def test_nan_states_are_refused_with_the_response(world: dict[str, str], tmp_pat
     with pytest.raises(UserError, match=r"of response [0-9a-f]{16} is NaN") as caught:
         make(world, tmp_path / "out", spec_of(world, model=str(broken)))
     assert "\n" not in str(caught.value)
-
-
-def test_token_ids_beyond_the_model_are_refused(world: dict[str, str], tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", "llama-tied", tokenizer())
-    small = LlamaConfig.from_pretrained(folder)
-    small.vocab_size = 100
-    LlamaForCausalLM(small).save_pretrained(folder)
-    with pytest.raises(UserError, match="the model knows 100 ids"):
-        prepare_texts(spec_of(world, model=str(folder)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"states": ["lasst"]}, "unknown view 'lasst'"),
-        ({"states": ["last", "last"]}, "each once"),
-        ({"states": []}, "at least one view"),
-        ({"dtype": "auto"}, "dtype"),
-        ({"max_length": 0}, "max_length"),
-        ({"token_row": 3}, "did you mean 'token_rows'"),
-        ({"data": []}, "data"),
-        ({"seed": -1}, "seed"),
-        ({"token_rows": 0}, "tail_mean = true needs sampled positions, and token_rows = 0"),
-        ({"token_positions": "evenly"}, "token_positions"),
-    ],
-)
-def test_wrong_specs_are_refused(world: dict[str, str], changes: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        spec_of(world, **changes)
 
 
 def test_a_batch_of_no_tokens_is_refused(world: dict[str, str], tmp_path: Path) -> None:

@@ -135,12 +135,6 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     return Fresh
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {kind: save_model(root / kind, kind, tokenizer()) for kind in CONFIGS}
-
-
 def requests() -> list[Request]:
     """Three responses to each of two prompts, one of which begins as another does; and one
     response that begins its sequence."""
@@ -184,10 +178,10 @@ def assert_parity(engine: VllmEngine, folder: Path) -> None:
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.usefixtures("vllm")
 def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
-    folders: dict[str, Path], kind: str
+    model_folders: dict[str, Path], kind: str
 ) -> None:
-    engine = load(folders[kind])
-    assert_parity(engine, folders[kind])
+    engine = load(model_folders[kind])
+    assert_parity(engine, model_folders[kind])
     assert engine.environment["rows"] == "selected in the worker"
     # Two prompts of 20 share 16 tokens, and one response of each shares 32 and is read again.
     lengths = [21, 50, 60] * 2 + [9]
@@ -199,33 +193,35 @@ def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
 
 
 def test_where_the_hook_has_no_place_rows_are_chosen_in_the_driver(
-    vllm: type[StandIn], folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    vllm: type[StandIn], model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     vllm.tasks = ("embed",)
-    engine = load(folders["gemma2"])
+    engine = load(model_folders["gemma2"])
     warned = capsys.readouterr().err
     assert "no pooler head where 0.32 has it" in warned
     assert warned.count("\n") == 1
-    assert_parity(engine, folders["gemma2"])
+    assert_parity(engine, model_folders["gemma2"])
     assert engine.environment["rows"] == "selected in the driver"
     assert [count for count, _ in engine._llm.calls] == [7, 2]
 
 
-def test_rows_that_never_come_are_refused(vllm: type[StandIn], folders: dict[str, Path]) -> None:
+def test_rows_that_never_come_are_refused(
+    vllm: type[StandIn], model_folders: dict[str, Path]
+) -> None:
     vllm.forgets = True
     with pytest.raises(UserError, match="fewer states than tokens for 2 responses"):
-        next(load(folders["llama-tied"]).forward([requests()]))
+        next(load(model_folders["llama-tied"]).forward([requests()]))
 
 
 @pytest.mark.parametrize(
     ("rule", "line"), [((2.0, 0.5), r"\(2.0, 0.5\), embrm with \(1.0, 0.5\)"), ((), "does not say")]
 )
 def test_logits_that_are_not_those_of_the_head_are_refused(
-    vllm: type[StandIn], folders: dict[str, Path], rule: Any, line: str
+    vllm: type[StandIn], model_folders: dict[str, Path], rule: Any, line: str
 ) -> None:
     vllm.logit_rule = rule
     with pytest.raises(UserError, match=line):
-        load(folders["gemma2"])
+        load(model_folders["gemma2"])
 
 
 @pytest.mark.parametrize(
@@ -238,9 +234,9 @@ def test_logits_that_are_not_those_of_the_head_are_refused(
 )
 @pytest.mark.usefixtures("vllm")
 def test_what_vllm_would_fail_on_is_refused_before(
-    folders: dict[str, Path], ids: list[int], line: str
+    model_folders: dict[str, Path], ids: list[int], line: str
 ) -> None:
-    engine = load(folders["llama-tied"])
+    engine = load(model_folders["llama-tied"])
     nothing = np.array([], dtype=np.int32)
     other = Request(np.array(ids, dtype=np.int32), 1, 0, nothing)
     with pytest.raises(UserError, match=line):
@@ -249,12 +245,12 @@ def test_what_vllm_would_fail_on_is_refused_before(
 
 
 def test_what_vllm_says_when_it_fails_comes_in_one_line(
-    vllm: type[StandIn], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    vllm: type[StandIn], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory\nand much more")
 
-    engine = load(folders["llama-tied"])
+    engine = load(model_folders["llama-tied"])
     monkeypatch.setattr(vllm, "encode", fail)
     with pytest.raises(
         UserError, match=r"vLLM stopped .'out of memory'.: finished shards are kept"
@@ -262,25 +258,25 @@ def test_what_vllm_says_when_it_fails_comes_in_one_line(
         next(engine.forward([requests()]))
     monkeypatch.setattr(vllm, "__init__", fail)
     with pytest.raises(UserError, match=r"vLLM does not start with it .'out of memory'."):
-        load(folders["llama-tied"])
+        load(model_folders["llama-tied"])
 
 
 @pytest.mark.usefixtures("vllm")
 def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = load(folders["llama-tied"], dtype="bfloat16", enforce_eager=True)
+    engine = load(model_folders["llama-tied"], dtype="bfloat16", enforce_eager=True)
     asked = engine._llm.arguments
     assert asked["dtype"] == "bfloat16"
     assert asked["max_model_len"] == LONGEST
     assert asked["enforce_eager"]
     assert engine.head.weight.dtype == next(engine.forward([requests()])).tokens["states"].dtype
     monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
-    asked = load(folders["llama-tied"])._llm.arguments
+    asked = load(model_folders["llama-tied"])._llm.arguments
     assert asked["gpu_memory_utilization"] == pytest.approx(0.9 - VOCABULARY * 32 * 4 / 10**6)
     assert "kv_cache_memory_bytes" not in asked
     with pytest.raises(UserError, match=r"device = 'cpu': .* is built for cuda"):
-        load(folders["llama-tied"], device="cpu")
+        load(model_folders["llama-tied"], device="cpu")
 
 
 def test_an_answer_survives_packing() -> None:
@@ -304,9 +300,9 @@ BIASED = PhiConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, "biased"])
 def test_the_head_alone_is_that_of_the_whole_model(
-    folders: dict[str, Path], tmp_path: Path, kind: str
+    model_folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    folder = folders.get(kind) or save_config(tmp_path, BIASED, tokenizer())
+    folder = model_folders.get(kind) or save_config(tmp_path, BIASED, tokenizer())
     found = load_head(folder, "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     expected = LmHead.from_model(model)
@@ -327,22 +323,22 @@ def _renamed(source: Path, target: Path, name: Callable[[str], str]) -> Path:
 
 
 def test_tensors_may_lack_the_prefix_but_not_be_absent(
-    folders: dict[str, Path], tmp_path: Path
+    model_folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    whole = load_head(folders["gpt2"], "float32")
-    bare = _renamed(folders["gpt2"], tmp_path / "bare", lambda key: key.split(".", 1)[1])
+    whole = load_head(model_folders["gpt2"], "float32")
+    bare = _renamed(model_folders["gpt2"], tmp_path / "bare", lambda key: key.split(".", 1)[1])
     assert torch.equal(load_head(bare, "float32").weight, whole.weight)
-    other = _renamed(folders["gpt2"], tmp_path / "other", lambda key: f"model.{key}")
+    other = _renamed(model_folders["gpt2"], tmp_path / "other", lambda key: f"model.{key}")
     with pytest.raises(UserError, match=r"no tensor 'transformer.wte.weight' or 'lm_head.weight'"):
         load_head(other, "float32")
 
 
 def test_a_model_without_a_head_is_refused_in_one_line(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GPT2LMHeadModel, "get_output_embeddings", lambda _: None)
     with pytest.raises(UserError, match="the LM head that vLLM leaves out is not found"):
-        load_head(folders["gpt2"], "float32")
+        load_head(model_folders["gpt2"], "float32")
 
 
 @pytest.mark.parametrize(
@@ -368,12 +364,12 @@ def test_absent_and_old_versions_are_refused_before_the_data_is_read(
 
 def test_a_newer_version_is_taken_with_a_warning(
     vllm: type[StandIn],
-    folders: dict[str, Path],
+    model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(vllm_engine, "installed_version", lambda: "0.33.1")
-    assert isinstance(load(folders["llama-tied"])._llm, vllm)
+    assert isinstance(load(model_folders["llama-tied"])._llm, vllm)
     assert "vLLM 0.33.1: embrm is tested with 0.32" in capsys.readouterr().err
 
 
