@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from embrm.cache.schema import STORAGE, binary_column, vectors_of
 from embrm.cache.tensors import to_stored
@@ -20,20 +21,20 @@ _ENCODINGS = (
 _REPEATS = 5
 
 
-def measure_encodings(states: torch.Tensor | None = None) -> list[dict[str, Any]]:
+def measure_encodings(states: NDArray[np.float32] | None = None) -> list[dict[str, Any]]:
     """Size and fastest reading time of each encoding, relative to plain uncompressed pages.
 
-    `states`: [rows, width] of any dtype, stored as float32 and as bfloat16. Without them, normal
-    values whose scale differs between dimensions, as hidden states' does. Nothing is written to
+    states: float32 [rows, width], stored as float32 and as bfloat16. Without them, normal values
+    whose scale differs between dimensions, as that of hidden states does. Nothing is written to
     disk; all encodings carry page checksums, as a cache does.
     """
     if states is None:
         random = torch.Generator().manual_seed(0)
-        states = torch.randn(20_000, 512, generator=random)
-        states = states * torch.randn(512, generator=random).exp()
+        values = torch.randn(20_000, 512, generator=random)
+        states = (values * torch.randn(512, generator=random).exp()).numpy()
     rows = []
     for dtype in ("float32", "bfloat16"):
-        column = binary_column(to_stored(states.to(getattr(torch, dtype))))
+        column = binary_column(to_stored(torch.from_numpy(states).to(getattr(torch, dtype))))
         base: tuple[int, float] | None = None
         for encoding, compression in _ENCODINGS:
             content = _file(column, encoding, compression)
