@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +33,20 @@ class Spec(BaseModel):
     def content_id(self) -> str:
         """Identity of this spec: see `content_id`."""
         return content_id(self.model_dump(mode="json"))
+
+
+SpecSource = Path | Mapping[str, Any]
+"""A TOML file, or a mapping with the same keys."""
+
+
+def spec_values(source: SpecSource) -> tuple[dict[str, Any], str]:
+    """The values of a spec, and how errors call the place that they come from.
+
+    Raises: UserError as `read_toml`.
+    """
+    if isinstance(source, Mapping):
+        return dict(source), "spec"
+    return read_toml(source), str(source)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

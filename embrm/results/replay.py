@@ -18,7 +18,8 @@ from embrm.results.weights import load_run
 from embrm.sweeps.fused import Pack
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.spec import Run, RunSpec
-from embrm.sweeps.workers import worker_count, workers
+from embrm.sweeps.workers import modules_of, worker_count, workers
+from embrm.training.extensions import check_recorded
 from embrm.training.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
@@ -87,7 +88,7 @@ def replay(
     mode = "native" if why_unavailable(wanted) else wanted
     jobs = worker_count(jobs, mode)
     with (
-        workers(min(jobs, len(packs)), mode) as running,
+        workers(min(jobs, len(packs)), mode, modules_of(runs)) as running,
         tempfile.TemporaryDirectory() as name,
         laid_out(source, selection, runs, Path(name), memory=memory, jobs=jobs) as material,
         progress("replay", len(packs), "runs") as bar,
@@ -118,6 +119,8 @@ def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[
 
 def _run(row: dict[str, Any]) -> Run:
     spec = RunSpec.parse(json.loads(row["spec"]), f"run {row['run_id']}")
+    if row.get("extensions"):
+        check_recorded(json.loads(row["extensions"]), spec.extensions())
     return Run(row["config"], row["run_id"], row["config_id"], spec)
 
 

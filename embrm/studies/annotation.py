@@ -10,7 +10,7 @@ from embrm.core.errors import UserError
 from embrm.data.annotators import annotate, win_probability
 from embrm.data.label_tables import LabelTable
 from embrm.sweeps.material import select
-from embrm.sweeps.prepare import prepare
+from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.tables import read_tables
 
 
@@ -35,7 +35,7 @@ def annotation(spec_path: Path, cache: Path | None, *, quality: float, seed: int
     """
     if not quality >= 0:
         raise UserError(f"quality = {quality:g}: it is at least 0, where labels are coin flips")
-    prepared = prepare(spec_path, cache, None)
+    prepared = prepare_sweep(spec_path, cache, None)
     pairs, _ = select(prepared.cache, prepared.selection)
     members = read_tables(prepared.cache, prepared.spec.scenarios).members
     trained = members.filter(pl.col("split").is_in(prepared.spec.train))

@@ -12,7 +12,7 @@ from embrm.core.specs import canonical_json
 from embrm.metrics.accuracy import EvaluationSplit
 from embrm.metrics.calibration import fit_temperature
 from embrm.sweeps.ledger import OUTCOMES_SCHEMA
-from embrm.sweeps.spec import Run
+from embrm.sweeps.spec import Run, RunSpec
 
 Rewards = NDArray[np.float32]
 
@@ -167,6 +167,7 @@ def ledger_row(
         "head": str(spec.learner or spec.head),
         "loss": spec.learner.loss if spec.learner else spec.loss,
         "spec": canonical_json(spec.model_dump(mode="json")),
+        **_extensions(spec),
         "bsr_effective": bsr_effective,
         "train_pairs": train_pairs,
         "validation_pairs": validation_pairs,
@@ -175,6 +176,12 @@ def ledger_row(
         **{name: best.get(name) for name in kept},
         "numerics": numerics,
     }
+
+
+def _extensions(spec: RunSpec) -> dict[str, str]:
+    """The column `extensions`, of runs with losses or heads of the user's own alone."""
+    used = spec.extensions()
+    return {"extensions": canonical_json({n: vars(p) for n, p in used.items()})} if used else {}
 
 
 def part_tables(
@@ -217,4 +224,6 @@ def part_tables(
 def _ledger(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     metrics = dict.fromkeys(name for row in rows for name in row if "@" in name)
     schema = _LEDGER | dict.fromkeys(metrics, pl.Float64())
+    if any("extensions" in row for row in rows):
+        schema["extensions"] = pl.String()
     return pl.DataFrame(rows, schema=schema).with_columns(pl.col(pl.Float64).fill_nan(None))

@@ -7,17 +7,18 @@ from embrm.core.errors import UserError
 from embrm.core.files import exclusive, remove_temporaries
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
+from embrm.core.specs import SpecSource
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
 from embrm.sweeps.material import evaluation_splits, laid_out, prompt_table
-from embrm.sweeps.prepare import Prepared, leaked, prepare
+from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep
 from embrm.sweeps.spec import Run
-from embrm.sweeps.workers import worker_count, workers
+from embrm.sweeps.workers import modules_of, worker_count, workers
 from embrm.training.numerics import Numerics, device, settings
 
 
 def sweep(
-    spec_path: Path,
+    spec: SpecSource,
     cache: Path | None = None,
     *,
     jobs: int | None = None,
@@ -27,16 +28,17 @@ def sweep(
 ) -> Path:
     """Train and evaluate every run of the spec that `out` does not hold yet; returns `out`.
 
-    cache: folder, instead of the spec's own. jobs: worker processes, default one a core.
-    out: results folder, default the spec's path without `.toml`. numerics: instead of the spec's.
-    memory: bytes of states that the workers may keep; larger caches are streamed.
+    spec: a TOML file, or a mapping with its keys. cache: folder, instead of the spec's own.
+    jobs: worker processes, by default one per core. out: results folder, by default the path of the
+    TOML file without `.toml`. numerics: instead of the spec's. memory: bytes of states that the
+    workers may keep in memory; larger caches are streamed.
     Raises: UserError for anything wrong in the spec or cache, and at the end for failed runs;
     whatever has finished by then is kept and compacted.
     """
-    prepared = prepare(spec_path, cache, numerics)
+    out = results_folder(spec, out)
+    prepared = prepare_sweep(spec, cache, numerics)
     mode = prepared.spec.numerics
     jobs = worker_count(jobs, mode)
-    out = out or spec_path.with_suffix("")
     with exclusive(out):
         remove_temporaries(out)
         done = finished(out)
@@ -67,8 +69,17 @@ def sweep(
     return out
 
 
+def results_folder(spec: SpecSource, out: Path | None) -> Path:
+    """Where the results go. Raises: UserError when that is not said."""
+    if out is not None:
+        return out
+    if not isinstance(spec, Path):
+        raise UserError("out is missing: name the results folder, such as sweeps/NAME")
+    return spec.with_suffix("")
+
+
 def _train(
-    prepared: Prepared,
+    prepared: PreparedSweep,
     todo: Sequence[Run],
     *,
     out: Path,
@@ -83,7 +94,7 @@ def _train(
         todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=device(mode).type != "cpu"
     )
     with (
-        workers(min(jobs, len(found)), mode) as running,
+        workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
         laid_out(
             prepared.cache, prepared.selection, todo, out, memory=memory, jobs=jobs
         ) as material,

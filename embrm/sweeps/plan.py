@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from embrm.core.errors import UserError
+from embrm.core.specs import SpecSource
+from embrm.sweeps.execute import results_folder
 from embrm.sweeps.fused import Pack
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
 from embrm.sweeps.material import evaluation_splits
-from embrm.sweeps.prepare import Prepared, prepare
+from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
 from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.views import open_view
@@ -34,8 +36,8 @@ _START_SECONDS = 5.0
 """What a worker needs to start: imports, and states to read."""
 
 
-def plan(
-    spec_path: Path,
+def plan_sweep(
+    spec: SpecSource,
     cache: Path | None = None,
     *,
     jobs: int | None = None,
@@ -47,10 +49,10 @@ def plan(
     The estimate is for this CPU: it times a few minibatches of a pack of each kind, and one
     evaluation.
     """
-    prepared = prepare(spec_path, cache, numerics)
+    prepared = prepare_sweep(spec, cache, numerics)
     mode = prepared.spec.numerics
     jobs = worker_count(jobs, mode)
-    done = finished(out or spec_path.with_suffix(""))
+    done = finished(results_folder(spec, out))
     todo = [run for run in prepared.runs if run.run_id not in done]
     found = packs(
         todo,
@@ -73,7 +75,7 @@ def plan(
     }
 
 
-def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
+def _estimate(prepared: PreparedSweep, found: Sequence[Pack], jobs: int) -> float:
     """Seconds: a few timed minibatches of a pack of every kind, and one timed evaluation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -99,7 +101,7 @@ def _estimate(prepared: Prepared, found: Sequence[Pack], jobs: int) -> float:
     return total / min(jobs, max(1, len(found))) + (_START_SECONDS if found else 0.0)
 
 
-def _made_up(prepared: Prepared, spec: RunSpec) -> TrainingData:
+def _made_up(prepared: PreparedSweep, spec: RunSpec) -> TrainingData:
     """A few minibatches of pairs of the cache's first shard."""
     cache = prepared.cache
     states = States(next(open_view(cache, spec.state).shards()))
@@ -114,7 +116,7 @@ def _made_up(prepared: Prepared, spec: RunSpec) -> TrainingData:
     )
 
 
-def _fit_seconds(prepared: Prepared, spec: RunSpec, learner: Learner) -> float:
+def _fit_seconds(prepared: PreparedSweep, spec: RunSpec, learner: Learner) -> float:
     """Of one fit, as if it took time in proportion to the pairs, and to the trees of a boosting."""
     data = _made_up(prepared, spec)
     trees = 1.0
@@ -129,7 +131,7 @@ def _fit_seconds(prepared: Prepared, spec: RunSpec, learner: Learner) -> float:
     return (time.perf_counter() - start) * share * trees
 
 
-def _step_seconds(prepared: Prepared, pack: Pack) -> float:
+def _step_seconds(prepared: PreparedSweep, pack: Pack) -> float:
     """Of one minibatch of a pack."""
     first = pack.runs[0].spec
     data = _made_up(prepared, first)
@@ -141,7 +143,7 @@ def _step_seconds(prepared: Prepared, pack: Pack) -> float:
     return (time.perf_counter() - start) / -(-pairs // first.batch_pairs)
 
 
-def _evaluation_seconds(prepared: Prepared) -> float:
+def _evaluation_seconds(prepared: PreparedSweep) -> float:
     """Of one run on all evaluation splits."""
     splits = evaluation_splits(prepared.cache, prepared.selection).values()
     random = np.random.default_rng(0)

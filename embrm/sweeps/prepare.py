@@ -8,7 +8,7 @@ import polars as pl
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError, nearest
-from embrm.core.specs import read_toml
+from embrm.core.specs import SpecSource, spec_values
 from embrm.sweeps.material import select, with_gold
 from embrm.sweeps.spec import (
     Configuration,
@@ -28,8 +28,11 @@ from embrm.training.tokens import WHOLE_VOCABULARY
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A sweep checked against its cache."""
+class PreparedSweep:
+    """A sweep checked against its cache.
+
+    evaluate: the splits to evaluate on. training_pairs: how many pairs there are to train on.
+    """
 
     spec: SweepSpec
     cache: Cache
@@ -39,17 +42,28 @@ class Prepared:
     training_pairs: int
 
 
-def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | None) -> Prepared:
-    """Read the spec, open its cache, and check one against the other.
+def prepare_sweep(
+    source: SpecSource, cache_folder: Path | None, numerics: Numerics | None
+) -> PreparedSweep:
+    """Read a sweep's spec, open its cache, and check one against the other.
 
     cache_folder, numerics: instead of the spec's own.
     Raises: UserError for anything wrong in the spec or cache.
     """
-    where = str(spec_path)
-    spec = SweepSpec.parse(read_toml(spec_path), where)
+    values, where = spec_values(source)
+    spec = SweepSpec.parse(values, where)
     spec = spec.model_copy(update={"numerics": numerics or spec.numerics})
     found = pin(configurations(spec, where), where)
-    cache = cache_for(spec, cache_folder, where)
+    return check_sweep(spec, found, cache_for(spec, cache_folder, where), where)
+
+
+def check_sweep(
+    spec: SweepSpec, found: Sequence[Configuration], cache: Cache, where: str
+) -> PreparedSweep:
+    """Check the configurations `found` of a spec, read from `where`, against a cache.
+
+    Raises: UserError for what the cache lacks.
+    """
     selection, training_pairs, evaluate = check(spec, found, cache, where)
     _check_regularizers(found, cache, where)
     _check_gold(found, cache, selection, where)
@@ -65,7 +79,7 @@ def prepare(spec_path: Path, cache_folder: Path | None, numerics: Numerics | Non
                 f"{run}: state {asked.state!r}: adapters and regularizers act on states after the "
                 f"final norm: take state = {' or '.join(map(repr, AFTER_FINAL_NORM))}"
             )
-    return Prepared(
+    return PreparedSweep(
         training_pairs=training_pairs,
         spec=spec,
         cache=open_cache(cache.folder),  # without the tables read so far: a sweep takes hours

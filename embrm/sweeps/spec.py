@@ -259,6 +259,8 @@ def identified(
         content = configuration.spec.model_dump(mode="json", exclude={"seed"})
         if configuration.spec.labels:  # pinned: PATH#DIGEST
             content["labels"] = configuration.spec.labels.partition("#")[2]
+        if used := configuration.spec.extensions():
+            content["extensions"] = {name: part.digest for name, part in used.items()}
         for seed in seeds:
             out.append(
                 Run(

@@ -8,7 +8,9 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +23,8 @@ from embrm.core.progress import Progress
 from embrm.core.threads import usable_cpus
 from embrm.sweeps.fused import Pack, Trainer
 from embrm.sweeps.material import Material
+from embrm.sweeps.spec import Run
+from embrm.training.extensions import import_modules, refuse_unimportable
 from embrm.training.numerics import Numerics, begin, device, environment, settings, why_unavailable
 
 
@@ -90,18 +94,32 @@ class Workers:
         return failures
 
 
+def modules_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The modules that define losses and heads of these runs' users.
+
+    Raises: UserError for one that a worker process could not import.
+    """
+    used = {name: part for run in runs for name, part in run.spec.extensions().items()}
+    refuse_unimportable(used)
+    return tuple(sorted({part.module for part in used.values() if part.module}))
+
+
 @contextmanager
-def workers(jobs: int, mode: Numerics) -> Iterator[Workers]:
-    """`jobs` worker processes, loading their libraries while this one goes on."""
+def workers(jobs: int, mode: Numerics, modules: tuple[str, ...] = ()) -> Iterator[Workers]:
+    """`jobs` worker processes, which load their libraries while this process goes on.
+
+    modules: what they import first, because it registers losses and heads of the user's own.
+    """
     context = multiprocessing.get_context("spawn")
     # The workers watch the other end: it closes when this process lets go of it or dies.
     watched, lifeline = context.Pipe(duplex=False)
     with (
         environment(settings(mode)),
-        ProcessPoolExecutor(jobs, context, _start_worker, (watched, mode)) as pool,
+        ProcessPoolExecutor(jobs, context, _start_worker, (watched, mode, modules)) as pool,
     ):
         try:
-            with _ignoring_interrupts():  # workers inherit it: Ctrl-C is for this process
+            # Workers inherit the first: Ctrl-C is for this process.
+            with _ignoring_interrupts(), _without_main():
                 for _ in range(jobs):
                     pool.submit(_nothing)
             yield Workers(pool, mode)
@@ -128,8 +146,27 @@ def _ignoring_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _start_worker(lifeline: multiprocessing.connection.Connection, mode: Numerics) -> None:
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the caller's main module from the processes that are started meanwhile.
+
+    A process that multiprocessing spawns runs the main script again, to find what was defined
+    there. Workers need nothing of it, and a script without an `if __name__ == "__main__"` guard
+    would start its sweep again in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _start_worker(
+    lifeline: multiprocessing.connection.Connection, mode: Numerics, modules: tuple[str, ...]
+) -> None:
     begin(mode)
+    import_modules(modules)
 
     def follow() -> None:
         lifeline.poll(None)

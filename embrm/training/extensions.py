@@ -13,6 +13,9 @@ from embrm.core.files import sha256
 
 T = TypeVar("T")
 
+REGISTER_FIRST = " (one of your own is registered from Python, by importing its module)"
+"""Clause of the error for an unknown name."""
+
 
 @dataclass(frozen=True)
 class Extension:
@@ -86,6 +89,23 @@ def import_modules(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in sys.modules:
             __import__(name)
+
+
+def check_recorded(
+    recorded: Mapping[str, Mapping[str, Any]], used: Mapping[str, Extension]
+) -> None:
+    """Compare the parts that a stored run used with those that are registered now.
+
+    Raises: UserError where a part's source is another than the one that the run was trained with.
+    """
+    for name, stored in recorded.items():
+        now = used.get(name)
+        if now is None or now.digest != stored["digest"]:
+            raise UserError(
+                f"{name} of module {stored['module']} is another than the run was trained with "
+                f"(source digest {stored['digest'][:12]}): restore that source, or run the sweep "
+                "again"
+            )
 
 
 def refuse_unimportable(used: Mapping[str, Extension]) -> None:

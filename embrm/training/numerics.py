@@ -8,13 +8,17 @@ whatever its position; on one thread that costs next to nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from embrm.core.errors import UserError
 from embrm.core.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -26,6 +30,9 @@ Numerics = Literal["native", "portable", "cuda", "cuda-tf32", "mps"]
 """native: this CPU's widest instructions. portable: AVX2 alone, so that x86 machines agree. cuda:
 an NVIDIA GPU in full float32; cuda-tf32: with its shorter products. mps: an Apple GPU. On a GPU,
 and on CPUs without MKL, runs repeat within a tolerance and not to the bit."""
+
+_MKL_CBWR_ALL, _MKL_CBWR_STRICT = -1, 0x10000
+"""MKL's constants: ask for all of its reproducibility mode, and the flag of strict mode in it."""
 
 _STEADY = {
     "OMP_NUM_THREADS": "1",
@@ -111,3 +118,52 @@ def in_use(numerics: Numerics) -> str:
     if not torch.backends.mkl.is_available():
         return f"{numerics} {capability} without MKL"
     return f"{numerics} {capability} MKL_CBWR={os.environ.get('MKL_CBWR', '')}"
+
+
+@contextmanager
+def begin_here(numerics: Numerics) -> Iterator[None]:
+    """Compute as a worker does in a process that was not started as one, within the block.
+
+    One thread is used, and MKL is asked for its strict mode, which it accepts until it is first
+    used. Where it was used before, results are right but may differ from a sweep's in the last
+    bits; a warning says so.
+
+    Raises: UserError for portable numerics, which must be set before torch is loaded.
+    """
+    lacking = why_unavailable(numerics)
+    if lacking:
+        raise UserError(f"numerics = {numerics!r}: {lacking}: use native numerics")
+    wanted = settings(numerics)
+    if numerics == "portable" and any(
+        os.environ.get(name) != wanted[name] for name in ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
+    ):
+        raise UserError(
+            "numerics = 'portable' must be set before torch is loaded: use embrm.sweep, whose "
+            "workers do so"
+        )
+    os.environ.setdefault("MKL_CBWR", wanted["MKL_CBWR"])
+    if _strict() is False:
+        warnings.warn(
+            "torch has multiplied matrices before embrm could ask for reproducible bits: results "
+            "may differ from a sweep's in the last bits. Call embrm.train first, or set "
+            f"MKL_CBWR={wanted['MKL_CBWR']} before Python starts",
+            stacklevel=2,
+        )
+    threads = torch.get_num_threads()
+    begin(numerics)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _strict() -> bool | None:
+    """Whether MKL is in strict mode; None where torch has no MKL, or does not tell."""
+    if not torch.backends.mkl.is_available():
+        return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        mode = ctypes.CDLL(str(library)).mkl_serv_cbwr_get(_MKL_CBWR_ALL)
+    except (OSError, AttributeError):
+        return None
+    return bool(mode & _MKL_CBWR_STRICT)

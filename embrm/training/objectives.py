@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from embrm.core.errors import nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
-from embrm.training.extensions import Extension, Extensions
+from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions
 
 if TYPE_CHECKING:
     import torch
@@ -190,7 +190,7 @@ class Objective(Spec):
     @classmethod
     def _known(cls, loss: str) -> str:
         if loss not in LOSSES:
-            raise ValueError(f"unknown loss: {nearest(loss, LOSSES)}")
+            raise ValueError(f"unknown loss: {nearest(loss, LOSSES)}{REGISTER_FIRST}")
         return loss
 
     @model_validator(mode="after")

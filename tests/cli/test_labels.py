@@ -10,7 +10,7 @@ from toy_groups import toy_groups
 
 from embrm.cli import main
 from embrm.data.label_tables import read_table
-from embrm.sweeps.prepare import prepare
+from embrm.sweeps.prepare import prepare_sweep
 
 SPEC = """
 baseline = "bt"
@@ -76,7 +76,7 @@ def test_from_members_to_a_sweep_with_remedied_labels(
     before, after = read_table(strength, "strengths").rows, read_table(remedy, "labels").rows
     assert (after["label"] == 1).sum() > (before["label"] == 1).sum()
     spec.write_text(SPEC + REMEDIED + f'labels = "{remedy}"')
-    assert len(prepare(spec, cache, None).runs) == 4
+    assert len(prepare_sweep(spec, cache, None).runs) == 4
 
     made = tmp_path / "annotated.parquet"
     code, said, _ = embrm(

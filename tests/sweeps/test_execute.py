@@ -21,7 +21,7 @@ from embrm.sweeps import workers
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.material import select
-from embrm.sweeps.plan import plan
+from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.sweeps.training import as_trained
 
@@ -188,11 +188,11 @@ def test_finished_runs_are_not_run_again(
 def test_the_plan_counts_and_writes_nothing(cache: Path, swept: Path, tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(SPEC)
-    planned = plan(spec, cache, jobs=2)
+    planned = plan_sweep(spec, cache, jobs=2)
     assert (planned["configurations"], planned["runs"], planned["finished"]) == (6, 12, 0)
     assert planned["estimated_seconds"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
-    assert plan(spec, cache, out=swept)["finished"] == 12
+    assert plan_sweep(spec, cache, out=swept)["finished"] == 12
 
 
 def test_validation_and_limits_are_by_hash(cache: Path) -> None:
@@ -225,7 +225,7 @@ def test_what_the_cache_lacks_is_named(
 ) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(text)
-    for act in (plan, sweep):
+    for act in (plan_sweep, sweep):
         with pytest.raises(UserError, match=message):
             act(spec, cache)
     assert not (tmp_path / "s").exists()
@@ -235,7 +235,7 @@ def test_other_refusals(cache: Path, tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(BASE + RUN + "margin_scale = 1")
     with pytest.raises(UserError, match="training pairs have no margin"):
-        plan(spec, toy_cache(tmp_path / "bare", margins=False))
+        plan_sweep(spec, toy_cache(tmp_path / "bare", margins=False))
     spec.write_text(BASE + RUN)
     with pytest.raises(UserError, match="cache is missing"):
         sweep(spec)

@@ -25,8 +25,8 @@ from embrm.studies.best_of_n.measure import best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.material import laid_out, with_gold
-from embrm.sweeps.plan import plan
-from embrm.sweeps.prepare import prepare
+from embrm.sweeps.plan import plan_sweep
+from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.spec import RunSpec, Selection, SweepSpec, configurations
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import gold_as_trained
@@ -186,7 +186,7 @@ def test_a_fine_tune_takes_no_learner(swept: Path) -> None:
 
 
 def test_the_plan_times_learners(swept: Path, cache: Path) -> None:
-    planned = plan(swept.with_suffix(".toml"), cache, jobs=1, out=swept / "none")
+    planned = plan_sweep(swept.with_suffix(".toml"), cache, jobs=1, out=swept / "none")
     # All seeds of a configuration are one fit, but of heads and of trees that draw by them.
     assert (planned["configurations"], planned["packs"]) == (7, 9)
     assert planned["estimated_seconds"] > 0
@@ -196,12 +196,12 @@ def test_a_plan_needs_no_minimum_on_made_up_pairs(
     swept: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embrm.training.learners._ITERATIONS", 1)
-    planned = plan(swept.with_suffix(".toml"), cache, jobs=1, out=swept / "none")
+    planned = plan_sweep(swept.with_suffix(".toml"), cache, jobs=1, out=swept / "none")
     assert planned["estimated_seconds"] > 0
 
 
 def test_memory_counts_the_rows_of_a_fit(swept: Path, cache: Path, tmp_path: Path) -> None:
-    prepared = prepare(swept.with_suffix(".toml"), cache, None)
+    prepared = prepare_sweep(swept.with_suffix(".toml"), cache, None)
 
     def least(*names: str) -> float:
         runs = [run for run in prepared.runs if run.name in names]
@@ -263,7 +263,7 @@ def test_gold_that_nothing_can_be_learned_from_is_named(tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(RIDGE)
     with pytest.raises(UserError, match=r"run 'a': learner 'ridge' reads gold, and train has no"):
-        prepare(spec, toy_cache(tmp_path / "pairs"), None)
+        prepare_sweep(spec, toy_cache(tmp_path / "pairs"), None)
 
     def trained_on(gold: pl.Expr) -> Path:
         """A cache whose groups are those of the training split."""
@@ -278,9 +278,9 @@ def test_gold_that_nothing_can_be_learned_from_is_named(tmp_path: Path) -> None:
         (pl.when(pl.int_range(pl.len()) == 0).then(float("nan")).otherwise("gold"), "of 1 of"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            prepare(spec, trained_on(gold), None)
+            prepare_sweep(spec, trained_on(gold), None)
         assert "\n" not in str(error.value)
         shutil.rmtree(tmp_path / "groups")
     opened = open_cache(trained_on(pl.col("gold")))
     assert len(with_gold(opened, Selection(opened.cache_id, ("train",), 0.0))) == 48
-    prepare(spec, opened.folder, None)
+    prepare_sweep(spec, opened.folder, None)

@@ -16,8 +16,8 @@ from embrm.results.replay import replay
 from embrm.results.rewards import scores
 from embrm.studies.best_of_n.measure import best_of_n
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.plan import plan
-from embrm.sweeps.prepare import prepare
+from embrm.sweeps.plan import plan_sweep
+from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.spec import Selection, SweepSpec
 from embrm.sweeps.tables import read_tables
 
@@ -66,7 +66,7 @@ def test_shared_prompts_are_said_and_responses_are_never_shared(
     for split in ("id", "model"):
         assert set(results.leaked[split]) == prompts[split]
     assert len(prompts["prompt"]) == len(prompts["mutual"]) > 0
-    sizes = plan(_spec(tmp_path / "s.toml"), cache)["splits"]
+    sizes = plan_sweep(_spec(tmp_path / "s.toml"), cache)["splits"]
     assert set(sizes) == {*SCENARIOS, "ood/far"}
     for split in SCENARIOS[1:]:
         assert sizes[split]["responses_trained_on"] == 0
@@ -107,7 +107,7 @@ def test_best_of_n_chooses_among_the_responses_of_a_scenario(results: Results, c
 
 def test_the_rule_is_part_of_a_runs_identity(results: Results, cache: Path, tmp_path: Path) -> None:
     def run_id(rule: str) -> str:
-        [run] = prepare(_spec(tmp_path / "s.toml", rule), cache, None).runs
+        [run] = prepare_sweep(_spec(tmp_path / "s.toml", rule), cache, None).runs
         return run.run_id
 
     own = results.ledger["run_id"][0]
@@ -134,7 +134,7 @@ def test_refusals_name_the_spec(rule: str, line: str, cache: Path, tmp_path: Pat
     spec = tmp_path / "s.toml"
     spec.write_text(f'baseline = "a"\nscenarios = {{ {rule} }}\n[[runs]]\nname = "a"')
     with pytest.raises(UserError, match=f"s.toml: scenarios: {line}"):
-        plan(spec, cache)
+        plan_sweep(spec, cache)
 
 
 def test_caches_without_groups_models_or_free_names_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from embrm.studies.annotation import annotation
 from embrm.studies.strength.measure import deciles, strengths
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.material import select
-from embrm.sweeps.prepare import prepare
+from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.sweeps.training import as_trained, with_rules
 
@@ -135,7 +135,7 @@ def test_ids_follow_the_content_of_a_table_not_its_path(
     def run_ids(path: Path) -> list[str]:
         spec = tmp_path / "s.toml"
         spec.write_text(HEAD + f'labels = "{path}"')
-        return [run.run_id for run in prepare(spec, cache, None).runs]
+        return [run.run_id for run in prepare_sweep(spec, cache, None).runs]
 
     copy = tmp_path / "copy.parquet"
     copy.write_bytes(tables["same"].read_bytes())
@@ -168,7 +168,7 @@ def test_refusals(
         spec = tmp_path / "s.toml"
         spec.write_text(f'{HEAD}[[runs]]\nname = "x"\n{fields}')
         with pytest.raises(UserError, match=line) as caught:
-            prepare(spec, cache, None)
+            prepare_sweep(spec, cache, None)
         assert "\n" not in str(caught.value)
 
 
@@ -276,7 +276,7 @@ def test_annotations_follow_gold_and_report_their_error(tmp_path: Path, cache: P
             'name = "bt"', f'name = "bt"\nlabels = "{tmp_path / "poor.parquet"}"'
         )
     )
-    [first, _] = prepare(spec, groups, None).runs
+    [first, _] = prepare_sweep(spec, groups, None).runs
     assert first.spec.labels.endswith(poor.labels.digest)
     spec.write_text(HEAD)
     with pytest.raises(UserError, match="an annotator reads gold scores, and train has pairs"):

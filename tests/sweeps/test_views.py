@@ -28,7 +28,7 @@ from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.mapped import TokenFiles
-from embrm.sweeps.plan import plan
+from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.views import open_view, view_names
 from embrm.training.regularizers import log_probability_change
 
@@ -293,7 +293,7 @@ def test_adapters_act_after_the_final_norm_alone(state: str, tmp_path: Path) -> 
         spec = _spec(tmp_path, fields + f'state = "{state}"')
         spec.write_text("validation = 0\n" + spec.read_text())
         with pytest.raises(UserError, match=f"state '{state}': adapters and regularizers act on "):
-            plan(spec, tmp_path / "cache")
+            plan_sweep(spec, tmp_path / "cache")
 
 
 def test_what_needs_no_s_runs_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

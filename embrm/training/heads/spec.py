@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from embrm.core.errors import nearest
 from embrm.core.specs import Spec
+from embrm.training.extensions import REGISTER_FIRST
 from embrm.training.heads.kinds import HEADS
 
 
@@ -37,7 +38,7 @@ class HeadSpec(Spec):
     @classmethod
     def _known(cls, kind: str) -> str:
         if kind not in HEADS:
-            raise ValueError(f"unknown kind of head: {nearest(kind, HEADS)}")
+            raise ValueError(f"unknown kind of head: {nearest(kind, HEADS)}{REGISTER_FIRST}")
         return kind
 
     @model_validator(mode="after")

@@ -1,0 +1,122 @@
+"""Training in the calling process: the runs of a sweep without its workers and folders."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from embrm.cache.reader import Cache
+from embrm.core.errors import UserError
+from embrm.core.files import write_bytes
+from embrm.results.weights import SavedRun, load_run
+from embrm.sweeps.fused import Trainer
+from embrm.sweeps.fusing import packs
+from embrm.sweeps.material import laid_out
+from embrm.sweeps.prepare import check_sweep, pin
+from embrm.sweeps.spec import Run, Selection, SweepSpec, configurations
+from embrm.training.numerics import Numerics, begin_here, device
+
+
+@dataclass(frozen=True)
+class TrainedHere:
+    """One run as it came out of training.
+
+    row: the run's row of a sweep's ledger. curve: one row per epoch. saved: its weights, None where
+    it diverged. selection: which pairs it was trained and validated on.
+    """
+
+    run: Run
+    row: dict[str, Any]
+    curve: pl.DataFrame
+    saved: SavedRun | None
+    selection: Selection
+
+
+def train_here(
+    cache: Cache,
+    specs: Sequence[Mapping[str, Any]],
+    *,
+    train: Sequence[str] = ("train",),
+    validation: float = 0.1,
+    numerics: Numerics = "native",
+) -> list[TrainedHere]:
+    """Train and evaluate runs in this process; results in the order of `specs`.
+
+    specs: keys of `RunSpec`, the seed among them, and a name if wanted. The runs are trained and
+    measured by the code that a sweep's workers run, so they have the ids and the bits of a sweep,
+    provided that this process can compute as a worker does: see `begin_here`.
+
+    Raises: UserError for a wrong key or value, and for what the cache lacks.
+    """
+    runs: list[Run] = []
+    selection = None
+    pairs = 0
+    for index, values in enumerate(specs):
+        prepared = _prepared(cache, index, dict(values), train, validation, numerics)
+        runs += prepared.runs
+        selection, pairs = prepared.selection, prepared.training_pairs
+    if selection is None:
+        raise UserError("specs is empty: give the keys of at least one run, such as {'loss': 'bt'}")
+    distinct = {run.run_id: run for run in runs}
+    gpu = device(numerics).type != "cpu"
+    with (
+        begin_here(numerics),
+        tempfile.TemporaryDirectory() as name,
+        laid_out(cache, selection, [*distinct.values()], Path(name)) as material,
+    ):
+        folder = Path(name)
+        trainer = Trainer(material, numerics)
+        for pack in packs([*distinct.values()], jobs=1, training_pairs=pairs, gpu=gpu):
+            for file, content in trainer.run(pack).items():
+                write_bytes(folder / file, content)
+        rows = _rows(folder, "ledger")
+        curves = _rows(folder, "curves")
+        found = {
+            run_id: _result(folder, run, rows, curves, selection)
+            for run_id, run in distinct.items()
+        }
+    return [replace(found[run.run_id], run=run) for run in runs]
+
+
+def _prepared(
+    cache: Cache,
+    index: int,
+    values: dict[str, Any],
+    train: Sequence[str],
+    validation: float,
+    numerics: Numerics,
+) -> Any:
+    where = f"specs[{index}]"
+    if "grid" in values:
+        raise UserError(f"{where}: grid = {values['grid']!r}: a grid belongs to embrm.sweep")
+    seed = values.pop("seed", 0)
+    values.setdefault("name", f"run {index}")
+    spec = SweepSpec.parse(
+        {
+            "baseline": values["name"],
+            "runs": [values],
+            "train": train,
+            "validation": validation,
+            "seeds": [seed],
+            "numerics": numerics,
+        },
+        where,
+    )
+    return check_sweep(spec, pin(configurations(spec, where), where), cache, where)
+
+
+def _rows(folder: Path, table: str) -> pl.DataFrame:
+    paths = sorted(folder.glob(f"parts/*/{table}.parquet"))
+    return pl.concat([pl.read_parquet(path) for path in paths], how="diagonal")
+
+
+def _result(
+    folder: Path, run: Run, rows: pl.DataFrame, curves: pl.DataFrame, selection: Selection
+) -> TrainedHere:
+    own = pl.col("run_id") == run.run_id
+    row = rows.filter(own).row(0, named=True)
+    saved = load_run(folder, run.run_id) if row["status"] == "ok" else None
+    return TrainedHere(run, row, curves.filter(own).drop("run_id"), saved, selection)
