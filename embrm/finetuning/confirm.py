@@ -116,20 +116,20 @@ def finetune_values(
         "baseline": choice.baseline,
         "runs": list(choice.runs),
     }
-    asked = FinetuneSpec.parse(merged, where)
-    for field in asked.defaults:
+    spec = FinetuneSpec.parse(merged, where)
+    for field in spec.defaults:
         if field not in _OPTIMISATION:
             raise UserError(
                 f"{where}: defaults.{field}: the sweep's configurations settle it: remove it, "
                 f"defaults may have {', '.join(_OPTIMISATION)}"
             )
     for field in ("train", "validation", "scenarios"):
-        if getattr(asked, field) != getattr(sweep, field):
+        if getattr(spec, field) != getattr(sweep, field):
             raise UserError(
                 f"{where}: {field} = {values[field]!r}, and the sweep has "
                 f"{getattr(sweep, field)!r}: remove it"
             )
-    for split in asked.evaluate or ():
+    for split in spec.evaluate or ():
         if split not in evaluated:
             raise UserError(
                 f"{where}: evaluate names {split!r}, which the sweep has not evaluated: "

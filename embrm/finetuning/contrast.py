@@ -61,7 +61,7 @@ def placed(features: Tensor, places: Tensor, size: int) -> Tensor:
 
 
 def contrast(
-    asked: SimcseSpec, features: Tensor, distinct: Tensor, places: Tensor, share: float
+    spec: SimcseSpec, features: Tensor, distinct: Tensor, places: Tensor, share: float
 ) -> Contrast:
     """Return L_cl and its gradient for the micro-batch at `places` of a minibatch.
 
@@ -72,12 +72,12 @@ def contrast(
     """
     with torch.enable_grad():
         features = features.detach().requires_grad_()
-        if asked.of == "responses":
+        if spec.of == "responses":
             items = features[:, distinct]
         else:
             chosen, rejected = features.chunk(2, 1)
             items = torch.cat([chosen - rejected, rejected - chosen], 1)
-        value = info_nce(items[0], items[1], asked.temperature)
+        value = info_nce(items[0], items[1], spec.temperature)
         (gradient,) = torch.autograd.grad(value, features)
     return Contrast(value.detach(), gradient[:, places] / share)
 

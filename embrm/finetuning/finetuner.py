@@ -103,20 +103,20 @@ class Finetuner:
 
     def _train(self, run: Run, folder: Path) -> RewardTrainer:
         """Train `run` to its end, from its last checkpoint if it has one."""
-        asked = run_spec(run)
-        pairs = to_pairs(as_trained(with_rules(self._training, [asked]), asked))
-        micro = micro_pairs_of(self._inputs, asked)
-        steps = -(-len(pairs) // min(asked.batch_pairs, len(pairs)))
+        spec = run_spec(run)
+        pairs = to_pairs(as_trained(with_rules(self._training, [spec]), spec))
+        micro = micro_pairs_of(self._inputs, spec)
+        steps = -(-len(pairs) // min(spec.batch_pairs, len(pairs)))
         shown = progress(
-            f"fine-tune {run.name} seed {asked.seed}",
-            steps * asked.epochs,
+            f"fine-tune {run.name} seed {spec.seed}",
+            steps * spec.epochs,
             "steps",
             step_of(last_checkpoint(folder)),
         )
         with shown if PartialState().is_main_process else nullcontext() as bar:
             trainer = build_trainer(
                 self._inputs,
-                run,
+                spec,
                 pairs,
                 self._validation,
                 folder,

@@ -35,51 +35,51 @@ class MetaSpec(Spec):
 class UnlabelledGroups:
     """Groups of unlabelled responses, from which every step draws some."""
 
-    def __init__(self, asked: MetaSpec, rows: Sequence[NDArray[np.int64]], seed: int) -> None:
+    def __init__(self, spec: MetaSpec, rows: Sequence[NDArray[np.int64]], seed: int) -> None:
         """rows: the responses to each prompt, as `group_rows` returns them."""
-        self.eta = asked.eta
-        self._asked, self._rows, self._seed = asked, rows, seed
+        self.eta = spec.eta
+        self._spec, self._rows, self._seed = spec, rows, seed
 
     def draw(self, step: int) -> NDArray[np.int64]:
         """Draw responses int64 [prompts, responses] without replacement; the draw depends on the
         seed and the step only."""
         random = stream(self._seed, "meta", step)
-        prompts = random.choice(len(self._rows), self._asked.prompts, replace=False)
+        prompts = random.choice(len(self._rows), self._spec.prompts, replace=False)
         drawn = [
-            random.choice(self._rows[prompt], self._asked.responses, replace=False)
+            random.choice(self._rows[prompt], self._spec.responses, replace=False)
             for prompt in prompts
         ]
         return np.stack(drawn)
 
 
 def group_rows(
-    members: pl.DataFrame, asked: MetaSpec, train: Sequence[str]
+    members: pl.DataFrame, spec: MetaSpec, train: Sequence[str]
 ) -> list[NDArray[np.int64]]:
-    """Return the distinct responses, int64, to every prompt of asked.split that has enough.
+    """Return the distinct responses, int64, to every prompt of spec.split that has enough.
 
     members: the columns split, prompt_id and response of a cache's groups. train: the splits that
     are trained on.
     Raises: UserError when the split is trained on, has no groups, or has too few or too small ones.
     """
-    found = f"metarm.split = {asked.split!r}"
-    if asked.split in train:
+    found = f"metarm.split = {spec.split!r}"
+    if spec.split in train:
         raise UserError(f"{found} is trained on: name another split of groups")
     with_groups = sorted({*members["split"]} - {*train})
-    if asked.split not in with_groups:
-        known = nearest(asked.split, with_groups) if with_groups else "the cache has none"
+    if spec.split not in with_groups:
+        known = nearest(spec.split, with_groups) if with_groups else "the cache has none"
         raise UserError(f"{found} has no groups, several responses to a prompt: {known}")
     groups = (
-        members.filter(pl.col("split") == asked.split)
+        members.filter(pl.col("split") == spec.split)
         .group_by("prompt_id")
         .agg(pl.col("response").unique().sort())
         .sort("prompt_id")
     )
     sizes = groups["response"].list.len()
-    enough = groups.filter(sizes >= asked.responses)
-    if len(enough) < asked.prompts:
+    enough = groups.filter(sizes >= spec.responses)
+    if len(enough) < spec.prompts:
         raise UserError(
-            f"metarm.prompts = {asked.prompts}, and {len(enough)} of {len(groups)} prompts of "
-            f"{asked.split!r} have metarm.responses = {asked.responses} different responses (at "
+            f"metarm.prompts = {spec.prompts}, and {len(enough)} of {len(groups)} prompts of "
+            f"{spec.split!r} have metarm.responses = {spec.responses} different responses (at "
             f"most {max(sizes)}): lower one of the two"
         )
     return [rows.to_numpy().astype(np.int64) for rows in enough["response"]]

@@ -16,13 +16,12 @@ from embrm.core.errors import UserError
 from embrm.core.progress import Progress
 from embrm.finetuning.batches import Minibatches, PairTokens
 from embrm.finetuning.dropout import ViewMasks
-from embrm.finetuning.inputs import FinetuneInputs, run_spec
+from embrm.finetuning.inputs import FinetuneInputs
 from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.meta import UnlabelledGroups
 from embrm.finetuning.model import RewardModel, new_model
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, micro_pairs
 from embrm.finetuning.trainer import RewardTrainer, Validation
-from embrm.sweeps.spec import Run
 from embrm.training.order import Order
 from embrm.training.pairs import Pairs
 from embrm.training.states import States
@@ -58,7 +57,7 @@ def micro_pairs_of(inputs: FinetuneInputs, run: FinetuneRun) -> int:
 
 def build_trainer(
     inputs: FinetuneInputs,
-    run: Run,
+    run: FinetuneRun,
     pairs: Pairs,
     validation: Validation,
     folder: Path,
@@ -73,32 +72,32 @@ def build_trainer(
     Raises: UserError when the device has no room for the weights, or the model has no place for
     SimCSE's dropout.
     """
-    spec, asked = inputs.spec, run_spec(run)
-    batch, micro = min(asked.batch_pairs, len(pairs)), micro_pairs_of(inputs, asked)
-    minibatches = _minibatches(inputs, asked, pairs, batch, micro)
-    regularizer = asked.active_regularizer
+    spec = inputs.spec
+    batch, micro = min(run.batch_pairs, len(pairs)), micro_pairs_of(inputs, run)
+    minibatches = _minibatches(inputs, run, pairs, batch, micro)
+    regularizer = run.active_regularizer
     model = new_model(
         inputs.base_model(),
-        asked.head,
-        asked.seed,
+        run.head,
+        run.seed,
         spec.tune,
         spec.lora,
         with_S=regularizer is not None,
     )
     S = torch.from_numpy(inputs.cache.responses["S"].to_numpy().astype(np.float32))
-    data = PairTokens(inputs.texts.encoded, pairs, regularizer, S, _view_masks(asked, model))
+    data = PairTokens(inputs.texts.encoded, pairs, regularizer, S, _view_masks(run, model))
     loss = StepLoss(
-        asked,
+        run,
         batch,
         soft_labels=bool((pairs.label != 1).any()),
         bsr_of=micro if spec.bsr_scope == "micro" else None,
     )
     groups = None
-    if asked.metarm is not None:
-        groups = UnlabelledGroups(asked.metarm, inputs.unlabelled_groups(asked), asked.seed)
+    if run.metarm is not None:
+        groups = UnlabelledGroups(run.metarm, inputs.unlabelled_groups(run), run.seed)
     args = _training_arguments(
         spec,
-        asked,
+        run,
         folder,
         device,
         steps=-(-len(pairs) // batch),
@@ -110,7 +109,7 @@ def build_trainer(
         return RewardTrainer(
             model,
             args,
-            run=asked,
+            run=run,
             train_dataset=data,
             minibatches=minibatches,
             loss=loss,
@@ -123,7 +122,7 @@ def build_trainer(
 
 
 def _minibatches(
-    inputs: FinetuneInputs, asked: FinetuneRun, pairs: Pairs, batch: int, micro: int
+    inputs: FinetuneInputs, run: FinetuneRun, pairs: Pairs, batch: int, micro: int
 ) -> Minibatches:
     """The sweep's minibatches of `batch` pairs, in this process's micro-batches."""
     cache, processes = inputs.cache, PartialState()
@@ -133,9 +132,9 @@ def _minibatches(
     longer = torch.maximum(lengths[pairs.chosen], lengths[pairs.rejected])
     return Minibatches(
         pairs,
-        Order(pairs.chosen, states, asked.seed),
-        asked.head,
-        asked.seed,
+        Order(pairs.chosen, states, run.seed),
+        run.head,
+        run.seed,
         batch=batch,
         micro=micro,
         process=processes.process_index,
@@ -145,8 +144,8 @@ def _minibatches(
     )
 
 
-def _view_masks(asked: FinetuneRun, model: RewardModel) -> ViewMasks | None:
-    if asked.simcse is None:
+def _view_masks(run: FinetuneRun, model: RewardModel) -> ViewMasks | None:
+    if run.simcse is None:
         return None
     if not model.sites:
         raise UserError(
@@ -154,12 +153,12 @@ def _view_masks(asked: FinetuneRun, model: RewardModel) -> ViewMasks | None:
             "remove it"
         )
     width = model.backbone.config.get_text_config().hidden_size
-    return ViewMasks(asked.seed, model.sites, width, asked.simcse.dropout)
+    return ViewMasks(run.seed, model.sites, width, run.simcse.dropout)
 
 
 def _training_arguments(
     spec: FinetuneSpec,
-    asked: FinetuneRun,
+    run: FinetuneRun,
     folder: Path,
     device: str,
     *,
@@ -172,10 +171,10 @@ def _training_arguments(
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if spec.dtype == "bfloat16" else "no"
     args = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=asked.epochs,
+        num_train_epochs=run.epochs,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
-        seed=asked.seed % 2**32,
+        seed=run.seed % 2**32,
         use_cpu=device == "cpu",
         bf16=spec.dtype == "bfloat16",
         gradient_checkpointing=spec.gradient_checkpointing,
