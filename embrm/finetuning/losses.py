@@ -15,9 +15,9 @@ class StepLoss:
     """The loss that a sweep minimises, for one run; R of grm-* is computed exactly.
 
     A minibatch's loss is a mean over its pairs, hence the sum of its micro-batches' means times
-    their shares. A penalty of the mean reward, such as BSR, is not: it is linearised around the
-    minibatch's mean, which is known beforehand (see `ObjectiveBank.data_loss`).
-    SimCSE is treated in the same way; see `embrm.finetuning.contrast`.
+    their shares. A penalty of the mean reward, such as BSR, is not: its tangent at the minibatch's
+    mean is used, which must be known beforehand (see `objectives.Penalty`). SimCSE is treated in
+    the same way (see `embrm.finetuning.contrast`).
     """
 
     def __init__(

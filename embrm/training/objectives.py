@@ -138,6 +138,15 @@ def bsr(mean_total: Tensor) -> Tensor:
     return mean * mean
 
 
+def bsr_tangent(factor: Tensor, mean_total: Tensor, batch_mean: Tensor) -> Tensor:
+    """factor·r̄·(2·r̄ₖ - r̄) [P], the tangent of factor·r̄² at the minibatch's r̄, of a part of it.
+
+    mean_total: of the part, 2·r̄ₖ; batch_mean: of the minibatch, 2·r̄; both [P].
+    """
+    mean = batch_mean / 2
+    return factor * mean * (mean_total - mean)
+
+
 def centering(total: Tensor) -> Tensor:
     """Centering: the mean over pairs of (r_c + r_r)², [P], of r_c + r_r [P, B].
 
@@ -153,11 +162,19 @@ class Penalty:
     function: of the mean of r_c + r_r over the minibatch, [P], where `of_batch_mean`; else of
     r_c + r_r of every pair, [P, B]. Gives [P].
     coefficient: its factor under an objective with minibatches of so many pairs; 0: not used.
+    tangent: for a penalty of the batch mean, (factor, mean_total, batch_mean) → [P], its linear
+    form around batch_mean for a part of the minibatch; over the parts, times their shares of the
+    minibatch, its values and gradients sum to those of factor·function(batch_mean).
     """
 
     function: Callable[[Tensor], Tensor]
     coefficient: Callable[[Objective, int], float]
-    of_batch_mean: bool = False
+    tangent: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def of_batch_mean(self) -> bool:
+        """Whether it is a function of the mean reward of the whole minibatch."""
+        return self.tangent is not None
 
 
 class Objective(Spec):
@@ -226,7 +243,7 @@ class Objective(Spec):
 
 
 PENALTIES = (
-    Penalty(bsr, Objective.bsr_effective, of_batch_mean=True),
+    Penalty(bsr, Objective.bsr_effective, bsr_tangent),
     Penalty(centering, lambda objective, _: objective.centering),
 )
 """Every penalty on rewards, in the order in which they are added."""
@@ -300,10 +317,8 @@ class ObjectiveBank:
         """Mean weighted pair loss plus penalties, [P].
 
         label, weight, margin: of the B pairs, [B]; labels may differ between slots, [P, B].
-        batch_mean: where the B pairs are a micro-batch, the mean of r_c + r_r over the whole
-            minibatch, [M]. A penalty p of that mean is then linearised around it, p(m) +
-            p'(m)·(mₖ - m) with mₖ the micro-batch's own mean: over the micro-batches, times their
-            shares of the minibatch, value and gradient sum to those of p(m).
+        batch_mean: where the B pairs are a part of the minibatch, the mean of r_c + r_r over all of
+            it, [M]. Penalties of that mean are then added by their tangents, after all others.
         """
         margins = self._margin
         if margin is not None:
@@ -325,13 +340,20 @@ class ObjectiveBank:
                 value = q * value + (1 - q) * swapped
             losses.append(value)
         found = (torch.cat(losses).index_select(0, self._order) * weight).mean(1)
+        tangents = []
         for penalty, slots, factor in self._penalties:
-            if penalty.of_batch_mean:
-                place = self._place_of_mean[slots]
-                value = _of_mean(penalty, rewards.mean_total[place], batch_mean, place)
-            else:
+            if penalty.tangent is None:
                 value = penalty.function(rewards.total[self._place_of_total[slots]])
+            elif batch_mean is None:
+                value = penalty.function(rewards.mean_total[self._place_of_mean[slots]])
+            else:
+                place = self._place_of_mean[slots]
+                part_mean = rewards.mean_total[place]
+                tangents.append((slots, penalty.tangent(factor, part_mean, batch_mean[place])))
+                continue
             found = found.index_add(0, slots, factor * value)
+        for slots, value in tangents:
+            found = found.index_add(0, slots, value)
         return found
 
     def weight_loss(self, parameters: Sequence[Tensor]) -> Tensor:
@@ -344,16 +366,6 @@ class ObjectiveBank:
             flat = tensor[self._decayed].flatten(1)
             squares = squares + (flat * flat).sum(1)
         return none.index_add(0, self._decayed, self._l2 / 2 * squares)
-
-
-def _of_mean(penalty: Penalty, own: Tensor, batch_mean: Tensor | None, place: Tensor) -> Tensor:
-    """A penalty of the batch mean, linearised around `batch_mean` where that is given."""
-    if batch_mean is None:
-        return penalty.function(own)
-    at = batch_mean[place].detach().requires_grad_()
-    value = penalty.function(at)
-    (slope,) = torch.autograd.grad(value.sum(), at)
-    return value.detach() + slope * (own - at.detach())
 
 
 def _fixed_margin(objective: Objective) -> float:

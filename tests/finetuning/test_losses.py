@@ -18,6 +18,8 @@ from embrm.finetuning.losses import StepLoss
 from embrm.finetuning.model import RewardModel, new_model
 from embrm.finetuning.spec import FinetuneRun, LoraSpec
 from embrm.lm.loading import load_model
+from embrm.training.objectives import ObjectiveBank
+from embrm.training.pairs import PairRewards
 
 RUNS: dict[str, dict[str, Any]] = {
     "bt": {},
@@ -176,3 +178,31 @@ def test_bsr_of_a_micro_batch_is_its_own_mean() -> None:
     loss, _ = StepLoss(run, 8, soft_labels=False, bsr_of=2)(r, None, torch.zeros(()), **of_pairs)
     bt = -logsigmoid(r[:2] - r[2:]).mean()
     assert float(loss) == pytest.approx(float(bt + 0.3 * 2 * r.mean() ** 2))
+
+
+def test_bsr_of_a_cut_minibatch_has_the_bits_of_its_formula() -> None:
+    """λ·B_ref·r̄·(2·r̄ₖ - r̄) is added last, as releases from 0.3.0 on have done."""
+    fields: dict[str, Any] = {"loss": "logitnorm", "centering": 0.1}
+    loss = StepLoss(FinetuneRun(**fields, bsr=0.3), 13, soft_labels=False)
+    bank = ObjectiveBank([FinetuneRun(**fields)], 13, soft_labels=False)
+    assert loss.needs_mean
+    random = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        r = torch.randn(10, generator=random)
+        mean, weight = torch.randn((), generator=random), torch.rand(5, generator=random)
+        found, expected = r.clone().requires_grad_(), r.clone().requires_grad_()
+        label, zero = torch.ones(5), torch.zeros(())
+        value, _R = loss(
+            found, None, zero, label=label, weight=weight, margin=None, mean_reward=mean
+        )
+        won, lost = expected.chunk(2)
+        total = (won + lost)[None]
+        rewards = PairRewards((won - lost)[None], total, torch.zeros(0))
+        formula = bank.data_loss(rewards, label, weight, None)[0]
+        formula = formula + 0.3 * 13 * mean * (total.mean() - mean)
+        assert torch.equal(value, formula)
+        (0.7 * value).backward()
+        (0.7 * formula).backward()
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert torch.equal(found.grad, expected.grad)
