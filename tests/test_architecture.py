@@ -1,9 +1,11 @@
-"""The house stays easy to read: imports run one way, and the sweep needs no language model."""
+"""The rules of CONTRIBUTING.md that can be checked by reading the code."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,32 @@ PACKAGE = ROOT / "embrm"
 LANGUAGE_MODEL_LIBRARIES = {
     "transformers", "vllm", "trl", "peft", "accelerate", "datasets", "tokenizers",
 }  # fmt: skip
+
+
+LONGER_FUNCTIONS: set[str] = {
+    "compare_runs of results/comparison.py",
+    "extract of cli/stages.py",
+}
+"""Functions of more than 100 lines."""
+
+SHARED_NAMES: set[str] = {
+    "Suite",
+    "Table",
+    "best_of_n",
+    "load",
+    "logistic",
+    "mean",
+    "read_table",
+    "refuse_unusable",
+    "reliability",
+    "resample",
+    "score",
+    "spread",
+    "suits",
+    "summarize",
+}
+"""Public names that several modules define, beside the names that commands share with what they
+call."""
 
 
 def _rooms() -> dict[str, set[str]]:
@@ -69,6 +97,89 @@ def test_language_model_libraries_stay_in_their_rooms(room: str) -> None:
         if name.split(".")[0] in LANGUAGE_MODEL_LIBRARIES - ROOMS[room]
     }
     assert not wrong
+
+
+def test_the_readme_shows_the_rooms_of_the_table() -> None:
+    shown = re.findall(r"^  (\w+)/ ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert shown == [*ROOMS]
+
+
+def _imports_on_loading(body: list[ast.stmt]) -> Iterator[str]:
+    """Modules, and names that may be modules, that are imported when the module is."""
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield str(node.module)
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _imports_on_loading([*node.body, *node.orelse])
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph = {
+        name: set(_imports_on_loading(ast.parse(path.read_text()).body)) & set(modules)
+        for name, path in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_function_is_long() -> None:
+    long = {
+        f"{node.name} of {path.relative_to(PACKAGE)}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 100  # type: ignore[operator]
+    }
+    assert long <= LONGER_FUNCTIONS
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    places = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places[node.name].append(path.relative_to(PACKAGE))
+    shared = {
+        name
+        for name, paths in places.items()
+        if len([path for path in paths if path.parts[0] not in ("cli", "__init__.py")]) > 1
+    }
+    assert shared <= SHARED_NAMES
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    assert not {"utils", "util", "helpers", "misc"} & {path.stem for path in PACKAGE.rglob("*")}
+
+
+def test_no_code_is_unused() -> None:
+    command = [sys.executable, "-m", "vulture"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tests_are_arranged_like_the_package() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests").parts[:1] for path in _tests()}
+    assert {folder[0] for folder in folders if folder} <= {*ROOMS, "with_vllm"}
+
+
+def test_no_test_file_imports_another() -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in _tests()
+        for name in _imports(path)
+        if any(part.startswith("test_") for part in name.split("."))
+    }
+    assert not wrong
+
+
+def _tests() -> list[Path]:
+    return [*(ROOT / "tests").rglob("test_*.py")]
 
 
 def test_nothing_loads_or_writes_pickles() -> None:
