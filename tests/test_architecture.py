@@ -26,9 +26,13 @@ LONGER_FUNCTIONS: set[str] = {
 """Functions of more than 100 lines."""
 
 SHARED_NAMES: set[str] = {
+    "Extension",
     "Suite",
     "Table",
     "best_of_n",
+    "check",
+    "describe",
+    "fold",
     "load",
     "logistic",
     "mean",
@@ -112,6 +116,8 @@ def _imports_on_loading(body: list[ast.stmt]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
             yield str(node.module)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         elif isinstance(node, ast.If | ast.Try):
             yield from _imports_on_loading([*node.body, *node.orelse])
 
