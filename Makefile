@@ -27,6 +27,7 @@ lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/vulture
 
 bench: $(VENV)/.installed
 	$(RUN)/embrm bench cache

@@ -163,12 +163,6 @@ def test_no_module_is_a_drawer_for_everything() -> None:
     assert not {"utils", "util", "helpers", "misc"} & {path.stem for path in PACKAGE.rglob("*.py")}
 
 
-def test_no_code_is_unused() -> None:
-    command = [sys.executable, "-m", "vulture"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_tests_are_arranged_like_the_package() -> None:
     folders = {path.parent.relative_to(ROOT / "tests").parts[:1] for path in _tests()}
     assert {folder[0] for folder in folders if folder} <= {*ROOMS, "with_vllm"}
