@@ -197,7 +197,7 @@ def test_bsr_of_a_cut_minibatch_has_the_bits_of_its_formula() -> None:
         )
         won, lost = expected.chunk(2)
         total = (won + lost)[None]
-        rewards = PairRewards((won - lost)[None], total, torch.zeros(0))
+        rewards = PairRewards((won - lost)[None], total[bank.totals], torch.zeros(0))
         formula = bank.data_loss(rewards, label, weight, None)[0]
         formula = formula + 0.3 * 13 * mean * (total.mean() - mean)
         assert torch.equal(value, formula)
