@@ -1,5 +1,6 @@
 """Fixtures every test file may use."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         return folder
 
     yield mount
+    gc.collect()  # a file that an error left half written stays open until then
     for folder in mounted:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -57,8 +59,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def stopped_at_every_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[Callable[[Path], object]], Iterator[Path]]:
-    """Run work on one new folder after another, interrupted at its first rename of a file, its
-    second and so on until it needs no more; gives each folder as the interrupt has left it."""
+    """Interrupt work at every rename of a file: each call on a new folder gets one rename further.
+
+    Yields each folder as the interrupt has left it, until the work ends without one.
+    """
     real = Path.replace
     left = 0
 

@@ -55,7 +55,7 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        extra = f"pip install 'embrm[{_EXTRAS[package]}]'"
+        extra = f"pip install '.[{_EXTRAS[package]}]' in embrm's source folder"
         _fail(f"this command needs {package}, which is not installed: {extra}")
     except BrokenPipeError:
         os._exit(1)  # the reader has gone; flushing would fail again

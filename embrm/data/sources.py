@@ -249,7 +249,7 @@ def _read_hub(spec: SourceSpec, choose: Choose) -> tuple[Columns, list[int]]:
     except ImportError:
         raise UserError(
             f"{spec.name}: reading from the hub needs the package datasets: "
-            "pip install 'embrm[extract]'"
+            "pip install '.[extract]' in embrm's source folder"
         ) from None
     try:
         loaded = datasets.load_dataset(

@@ -434,9 +434,7 @@ def test_an_extra_that_is_not_installed(
     for package, extra in {"accelerate": "finetune", "transformers": "extract"}.items():
         monkeypatch.delitem(sys.modules, "embrm.finetuning.run", raising=False)
         monkeypatch.setitem(sys.modules, package, None)
-        refused(
-            embrm("finetune", spec), f"{package}, which is not", f"pip install 'embrm[{extra}]'"
-        )
+        refused(embrm("finetune", spec), f"{package}, which is not", f"pip install '.[{extra}]'")
         monkeypatch.undo()
 
 

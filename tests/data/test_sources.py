@@ -214,7 +214,7 @@ def test_command_line_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_without_the_datasets_package_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = _refused(SourceSpec(hub="a/b"))
-    assert "pip install 'embrm[extract]'" in message
+    assert "pip install '.[extract]'" in message
 
 
 class _FakePart:

@@ -13,7 +13,7 @@ from embrm.exports.run import export
 from embrm.exports.run_model import open_run_model
 
 datasets = pytest.importorskip("datasets")
-trl = pytest.importorskip("trl", reason="TRL is not installed here: pip install 'embrm[finetune]'")
+trl = pytest.importorskip("trl", reason="TRL is not installed here: pip install '.[finetune]'")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
 
