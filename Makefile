@@ -34,7 +34,7 @@ bench: $(VENV)/.installed
 	$(RUN)/embrm bench sweep
 
 docs: $(VENV)/.installed
-	$(RUN)/python tests/test_docs.py
+	PYTHONPATH=tests/helpers $(RUN)/python tests/test_docs.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) runs build dist *.egg-info

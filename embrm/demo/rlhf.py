@@ -50,7 +50,7 @@ def rlhf(
         import_module("trl")
     except ImportError:
         raise UserError(
-            "embrm demo --rlhf: TRL is not installed: pip install '.[finetune]' in embrm's source folder"
+            "embrm demo --rlhf: needs TRL: pip install '.[finetune]' in embrm's source folder"
         ) from None
     demo(out, world, lm)
     world, recipe = world or World(), recipe or PolicyRecipe()

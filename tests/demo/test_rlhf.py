@@ -179,7 +179,7 @@ def test_a_policy_of_other_settings_is_refused(finished: Path) -> None:
 
 def test_without_trl_one_line_and_no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match=r"TRL is not installed: pip install '\.\[finetune\]'"):
+    with pytest.raises(UserError, match=r"needs TRL: pip install '\.\[finetune\]'"):
         rlhf(tmp_path / "out", WORLD, LM, POLICY)
     assert not (tmp_path / "out").exists()
 
