@@ -15,8 +15,7 @@ from embrm.core.errors import UserError, nearest
 from embrm.core.specs import read_toml
 from embrm.extraction.engine import TOLERANCE
 from embrm.extraction.spec import ExtractSpec
-from embrm.extraction.texts import PreparedTexts as Texts
-from embrm.extraction.texts import prepare_texts as prepare_texts
+from embrm.extraction.texts import PreparedTexts, prepare_texts
 from embrm.finetuning.batches import pad_texts
 from embrm.finetuning.meta import group_rows
 from embrm.finetuning.model import RewardModel
@@ -46,7 +45,7 @@ class FinetuneInputs:
     selection: Selection
     runs: list[Run]
     evaluate: list[str]
-    texts: Texts
+    texts: PreparedTexts
 
     def base_model(self) -> Any:
         """Load the causal language model that the cache was made with, in float32 on the CPU."""
@@ -128,7 +127,7 @@ def _check_trackers(spec: FinetuneSpec, where: str) -> None:
             ) from None
 
 
-def _read_texts(cache: Cache, spec: FinetuneSpec, where: str) -> Texts:
+def _read_texts(cache: Cache, spec: FinetuneSpec, where: str) -> PreparedTexts:
     """Tokenize the texts that the cache was made of.
 
     Raises: UserError when texts, tokenizer or model are no longer those of the cache.
