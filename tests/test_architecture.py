@@ -32,7 +32,6 @@ SHARED_NAMES: set[str] = {
     "best_of_n",
     "check",
     "describe",
-    "fold",
     "load",
     "logistic",
     "mean",

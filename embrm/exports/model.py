@@ -47,17 +47,17 @@ CUSTOM = ("last", "mean")
 
 
 @dataclass(frozen=True)
-class Folded:
+class LinearReward:
     """A linear reward: the logit is weight·h, float64 [d], and the reward is the logit - offset."""
 
     weight: Tensor
     offset: float
 
 
-def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
+def linear_reward(parameters: Parameters, preprocess: Preprocess) -> LinearReward | None:
     """Fold heads [members, ...] and their preprocessing into one linear map, in float64.
 
-    Returns None for heads with a ReLU.
+    Returns None for heads that are not linear.
     """
     weight = kind_of(parameters).fold(parameters)
     weight = None if weight is None else fold_adapter(parameters, weight)
@@ -65,16 +65,16 @@ def fold(parameters: Parameters, preprocess: Preprocess) -> Folded | None:
         return None
     mean_weight = weight.mean(0)
     if preprocess.mean is None or preprocess.scale is None:
-        return Folded(mean_weight, 0.0)
+        return LinearReward(mean_weight, 0.0)
     mean_weight = mean_weight / preprocess.scale.double()
-    return Folded(mean_weight, float(mean_weight @ preprocess.mean.double()))
+    return LinearReward(mean_weight, float(mean_weight @ preprocess.mean.double()))
 
 
 def why_not_stock(run_model: RunModel, prepared: PreparedTexts) -> str | None:
     """Return why a run cannot be exported as a stock class, or None if it can."""
     if run_model.view not in STOCK:
         return f"it reads state {run_model.view!r}, and stock classes pool 'last'"
-    if fold(run_model.parameters, run_model.preprocess) is None:
+    if linear_reward(run_model.parameters, run_model.preprocess) is None:
         return "its head is not linear"
     if run_model.combination.kind != "mean":
         return f"its members are combined by {run_model.combination.kind!r}"
@@ -102,14 +102,14 @@ def stock_model(run_model: RunModel, prepared: PreparedTexts, about: dict[str, A
     about: recorded in the config under "embrm".
     Raises: UserError when the cache's model lacks weights.
     """
-    folded = fold(run_model.parameters, run_model.preprocess)
-    assert folded is not None  # see why_not_stock
+    linear = linear_reward(run_model.parameters, run_model.preprocess)
+    assert linear is not None  # see why_not_stock
     model, missing = _load(AutoModelForSequenceClassification, prepared, num_labels=1)
     _refuse_missing(model, missing - {"score.weight"})
     with torch.no_grad():
-        model.score.weight.copy_(folded.weight[None])
+        model.score.weight.copy_(linear.weight[None])
     load_backbone(model.base_model, run_model.backbone, run_model.name)
-    _complete_config(model.config, prepared, about | {"offset": folded.offset})
+    _complete_config(model.config, prepared, about | {"offset": linear.offset})
     return model
 
 

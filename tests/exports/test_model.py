@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embrm.exports.model import fold
+from embrm.exports.model import linear_reward
 from embrm.exports.modeling_embrm import RewardHead
 from embrm.training.heads import (
     AdapterSpec,
@@ -49,7 +49,7 @@ def test_a_linear_head_is_one_vector_and_a_constant(
     adapter = AdapterSpec(kind="low-rank", width=rank) if rank else None
     parameters = drawn(HeadSpec(adapter=adapter), members, seed)
     preprocess = preprocessing(seed) if standardized else Preprocess(None, None)
-    folded = fold(parameters, preprocess)
+    folded = linear_reward(parameters, preprocess)
     assert folded is not None
     assert bool(folded.offset) == standardized
     states = torch.randn(20, WIDTH)
@@ -72,7 +72,7 @@ def test_a_linear_head_is_one_vector_and_a_constant(
 def test_what_does_not_fold_is_carried_by_our_own_head(head: HeadSpec, standardized: bool) -> None:
     parameters = drawn(head, 2, seed=0)
     preprocess = preprocessing(0) if standardized else Preprocess(None, None)
-    assert fold(parameters, preprocess) is None
+    assert linear_reward(parameters, preprocess) is None
     tensors = {name.replace(".", "_"): tensor for name, tensor in parameters.items()}
     if preprocess.mean is not None and preprocess.scale is not None:
         tensors |= {"mean": preprocess.mean, "scale": preprocess.scale}
