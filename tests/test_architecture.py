@@ -40,7 +40,6 @@ SHARED_NAMES: set[str] = {
     "reliability",
     "resample",
     "score",
-    "spread",
     "suits",
     "summarize",
 }

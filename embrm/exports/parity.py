@@ -12,7 +12,6 @@ states no cache holds, they are those that extraction and the head give with its
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -128,12 +127,6 @@ def reordered(found: Tensor, expected: Tensor) -> float:
         decided += int((before != 0).sum())
         changed += int(((before != 0) & (after != before)).sum())
     return changed / decided if decided else 0.0
-
-
-def spread(count: int, size: int) -> list[int]:
-    """At most `size` of the numbers below `count`, evenly spaced."""
-    found: list[int] = np.unique(np.linspace(0, count - 1, min(count, size)).astype(int)).tolist()
-    return found
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:

@@ -12,10 +12,11 @@ from huggingface_hub import HfApi
 from embrm import __version__
 from embrm.core.errors import UserError
 from embrm.core.files import TEMPORARY, disk_errors, write_bytes
+from embrm.core.sampling import evenly_spaced
 from embrm.exports.card import card
 from embrm.exports.exported import load_exported
 from embrm.exports.model import CODE, CUSTOM, custom_model, quiet, stock_model, why_not_stock
-from embrm.exports.parity import Parity, check_parity, expected_rewards, spread
+from embrm.exports.parity import Parity, check_parity, expected_rewards
 from embrm.exports.run_model import RunModel, open_run_model
 from embrm.extraction.texts import PreparedTexts
 from embrm.lm.tokens import load_tokenizer, reason_of
@@ -105,7 +106,7 @@ def write_model(
             f"run {run_model.name} has no stock form: {reason}; with --custom it is saved with a "
             "small class of ours, or score with embrm score FOLDER:RUN"
         )
-    rows = spread(len(prepared.encoded), sample)
+    rows = evenly_spaced(len(prepared.encoded), sample).tolist()
     expected = expected_rewards(run_model, prepared, rows, device)
     # A stock class has its score layer in the dtype of the backbone; our class keeps the head in
     # float32.

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from embrm.core.errors import UserError, nearest
+from embrm.core.sampling import evenly_spaced
 from embrm.core.specs import canonical_json, content_id
 from embrm.results.comparison import compare_runs
 from embrm.results.ledger import Results
@@ -227,8 +227,7 @@ def _counted(
     if count > len(able):
         raise UserError(f"--runs: {part!r}, and {len(able)} can be fine-tuned: lower it")
     if kind == "spread":
-        places = np.linspace(0, len(able) - 1, count).round().astype(int)
-        return [able[place] for place in places]
+        return [able[place] for place in evenly_spaced(len(able), count, nearest=True)]
     return list(able[:count])
 
 

@@ -12,6 +12,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from embrm.cache.reader import Cache
 from embrm.cache.writer import difference
 from embrm.core.errors import UserError, nearest
+from embrm.core.sampling import evenly_spaced
 from embrm.core.specs import read_toml
 from embrm.extraction.engine import TOLERANCE
 from embrm.extraction.spec import ExtractSpec
@@ -168,7 +169,7 @@ def _check_reference(inputs: FinetuneInputs) -> None:
             f"{inputs.where}: grm-* compares with S, the responses' log-probability, and "
             f"{cache.folder} lacks it for {missing} responses: extract them with embrm extract"
         )
-    rows = np.unique(np.linspace(0, len(S) - 1, _REFERENCE_SAMPLE).astype(int)).tolist()
+    rows = evenly_spaced(len(S), _REFERENCE_SAMPLE).tolist()
     unused_head = {"output.weight": torch.zeros(1, cache.width)}
     model = RewardModel(inputs.base_model(), unused_head, with_S=True)
     with torch.inference_mode():
