@@ -1,12 +1,13 @@
-"""What policies optimised against reward models have gained: proxy and gold, with intervals.
+"""How proxy and gold reward change while policies are optimised, with intervals.
 
-Proxies are in standard deviations of each reward model among the reference policy's answers, from
-their mean there; gold is in the world's own units. Over-optimisation is gold that falls while the
-proxy goes on rising (arXiv 2210.10760). The best step is chosen on one half of the prompts and the
-fall from it measured on the other, and the other way round: chosen and measured on the same
-prompts, even noise alone would "fall".
+Proxy rewards are standardised: for each reward model, by the mean and standard deviation of its
+rewards of the reference policy's answers. Gold rewards are in the world's own units.
+Over-optimisation is a gold reward that falls while the proxy keeps rising (arXiv 2210.10760).
+Its size is measured by cross-fitting: the best step is chosen on one half of the prompts and the
+fall from it is measured on the other half, and vice versa. Choosing and measuring on the same
+prompts would show a fall even for pure noise.
 
-Intervals: 95 %, bootstrap over prompts crossed with seeds (`embrm.metrics.intervals`).
+Intervals are 95 % bootstrap intervals over prompts and seeds (`embrm.metrics.intervals`).
 """
 
 from dataclasses import dataclass
@@ -26,22 +27,25 @@ MEASURES = {
     "right": "right answers gain",
     "words": "words gain",
 }
-"""Measure → what the table calls it. Gains are from the reference policy to the last step."""
+"""Each measure and its name in the table. Gains are from the reference policy to the last step."""
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Means over a prompt's answers. looks: column of the policies' tables → float64 [steps,
-    prompts, policies]; policies: name (of the head) and seed, one row a policy."""
+class PolicyCurves:
+    """Means over each prompt's answers at every evaluated step.
+
+    policies: one row a policy, with the name of its reward head and its seed. values: one float64
+    array [steps, prompts, policies] for each of gold, proxy, kl, right and words.
+    """
 
     steps: list[int]
     prompts: list[str]
     policies: pl.DataFrame
-    looks: dict[str, Floats]
+    values: dict[str, Floats]
 
 
-def gather(answers: pl.DataFrame) -> Answers:
-    """From the rows of `policy.train_policy`, with the columns name and seed beside them."""
+def policy_curves(answers: pl.DataFrame) -> PolicyCurves:
+    """Average the rows of `policy.train_policy`, which have the added columns name and seed."""
     policies = answers.select("name", "seed").unique().sort("name", "seed")
     steps = sorted(answers["step"].unique())
     prompts = sorted(answers["prompt"].unique())
@@ -49,49 +53,57 @@ def gather(answers: pl.DataFrame) -> Answers:
     columns = ["gold", "proxy", "kl", "right", "words"]
     means = answers.group_by(keys).agg(pl.col(columns).mean()).sort(keys)
     shape = (len(steps), len(prompts), policies.height)
-    looks = {name: means[name].to_numpy().reshape(shape) for name in columns}
+    values = {name: means[name].to_numpy().reshape(shape) for name in columns}
     start = answers.filter(pl.col("step") == steps[0]).group_by("name", "seed")
     scale = start.agg(mean=pl.col("proxy").mean(), sd=pl.col("proxy").std()).sort("name", "seed")
-    looks["proxy"] = (looks["proxy"] - scale["mean"].to_numpy()) / scale["sd"].to_numpy()
-    return Answers(steps, prompts, policies, looks)
+    values["proxy"] = (values["proxy"] - scale["mean"].to_numpy()) / scale["sd"].to_numpy()
+    return PolicyCurves(steps, prompts, policies, values)
 
 
-def curves(answers: Answers, baseline: str) -> pl.DataFrame:
-    """Columns of `intervals.compare`, with step and measure (gold, proxy or kl)."""
+def curves(measured: PolicyCurves, baseline: str) -> pl.DataFrame:
+    """Compare the reward heads at every step, in gold, proxy and KL.
+
+    Returns the columns of `intervals.compare`, preceded by step and measure.
+    """
     return pl.concat(
-        _compared(answers, answers.looks[measure][index], baseline).select(
+        _compared(measured, measured.values[measure][index], baseline).select(
             pl.lit(step).alias("step"), pl.lit(measure).alias("measure"), pl.all()
         )
         for measure in ("gold", "proxy", "kl")
-        for index, step in enumerate(answers.steps)
+        for index, step in enumerate(measured.steps)
     )
 
 
-def outcomes(answers: Answers, baseline: str) -> pl.DataFrame:
-    """Columns of `intervals.compare`, with measure: see `MEASURES`."""
+def outcomes(measured: PolicyCurves, baseline: str) -> pl.DataFrame:
+    """Compare the reward heads in every measure of `MEASURES`.
+
+    Returns the columns of `intervals.compare`, preceded by measure.
+    """
     found = {
-        "kl": answers.looks["kl"][-1],
-        **{name: _gain(answers.looks[name]) for name in ("proxy", "gold", "right", "words")},
-        "gold_at_kl": _at_kl(answers),
-        "fall": _fall(answers.looks["gold"]),
+        "kl": measured.values["kl"][-1],
+        **{name: _gain(measured.values[name]) for name in ("proxy", "gold", "right", "words")},
+        "gold_at_kl": _gold_at_equal_kl(measured),
+        "fall": _fall(measured.values["gold"]),
     }
     return pl.concat(
-        _compared(answers, found[measure], baseline).select(
+        _compared(measured, found[measure], baseline).select(
             pl.lit(measure).alias("measure"), pl.all()
         )
         for measure in MEASURES
     )
 
 
-def _gain(look: Floats) -> Floats:
-    return look[-1] - look[0]
+def _gain(values: Floats) -> Floats:
+    return values[-1] - values[0]
 
 
-def _at_kl(answers: Answers) -> Floats:
-    """Gain in gold where a policy's mean KL first passes the least that any of them ends with,
-    between two looks in proportion. float64 [prompts, policies]."""
-    kl, gold = answers.looks["kl"].mean(axis=1), answers.looks["gold"]
-    reached = np.maximum.accumulate(kl)  # [steps, policies], never falling
+def _gold_at_equal_kl(measured: PolicyCurves) -> Floats:
+    """Gain in gold at the largest KL that every policy reaches, float64 [prompts, policies].
+
+    Between two evaluated steps, gold is interpolated linearly in the policy's mean KL.
+    """
+    kl, gold = measured.values["kl"].mean(axis=1), measured.values["gold"]
+    reached = np.maximum.accumulate(kl)  # [steps, policies], never decreasing
     common = reached[-1].min()
     out = np.empty_like(gold[0])
     for policy in range(gold.shape[2]):
@@ -105,8 +117,10 @@ def _at_kl(answers: Answers) -> Floats:
 
 
 def _fall(gold: Floats) -> Floats:
-    """Gold at a policy's best step minus gold at its last; float64 [prompts, policies]. The best
-    step of either half of the prompts is that of the other half."""
+    """Gold at a policy's best step minus gold at its last, float64 [prompts, policies].
+
+    The best step for each half of the prompts is chosen on the other half.
+    """
     halves = np.arange(gold.shape[1]) % 2 == 0
     out = np.empty_like(gold[0])
     for half in (halves, ~halves):
@@ -116,19 +130,19 @@ def _fall(gold: Floats) -> Floats:
     return out
 
 
-def _compared(answers: Answers, values: Floats, baseline: str) -> pl.DataFrame:
-    """values: float64 [prompts, policies]."""
-    weights = prompt_counts(answers.prompts).astype(np.float64)
+def _compared(measured: PolicyCurves, values: Floats, baseline: str) -> pl.DataFrame:
+    """Intervals of one measure. values: float64 [prompts, policies]."""
+    weights = prompt_counts(measured.prompts).astype(np.float64)
     replicates = Replicates(
         estimates=values.mean(axis=0),
         draws=(weights @ values) / weights.sum(axis=1, keepdims=True),
-        prompts=len(answers.prompts),
+        prompts=len(measured.prompts),
     )
-    return compare(replicates, answers.policies, baseline)
+    return compare(replicates, measured.policies, baseline)
 
 
 def table(found: pl.DataFrame, baseline: str) -> Table:
-    """`outcomes` for the terminal."""
+    """The table of `outcomes`."""
     rows = tuple(
         (
             MEASURES[row["measure"]],
@@ -156,7 +170,7 @@ def _interval(value: float | None, low: float | None, high: float | None) -> str
 
 
 def verdict(found: pl.DataFrame, baseline: str) -> str:
-    """Two sentences about every reward: is it over-optimised, and does it beat the baseline?"""
+    """Say of every reward head whether it was over-optimised and whether it beats the baseline."""
     rows = {(row["measure"], row["name"]): row for row in found.iter_rows(named=True)}
     lines = []
     for name in sorted({name for _, name in rows}, key=lambda name: (name != baseline, name)):
@@ -170,7 +184,7 @@ def verdict(found: pl.DataFrame, baseline: str) -> str:
         for measure in ("gold", "gold_at_kl") if name != baseline else ():
             row = rows[measure, name]
             low, high = row["difference_low"], row["difference_high"]
-            told = "not told apart from"
+            told = "not distinguishable from"
             if low is not None and high is not None and (low > 0 or high < 0):
                 told = "above" if low > 0 else "below"
             where = "at the last step" if measure == "gold" else "at the same KL"

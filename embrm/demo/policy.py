@@ -1,18 +1,19 @@
 """A policy optimised against a reward model: TRL's RLOO on the demo's language model, on the CPU.
 
-At step 0 and every few steps the policy answers held-out prompts. Of every answer is kept:
+At step 0 and every few steps the policy answers held-out prompts. Every answer is recorded with:
 
-    gold    the world's own grade of the text that the reward model is shown, end mark removed
-    proxy   what the reward model says of it
+    gold    the world's gold reward of the text, without its end token
+    proxy   the reward model's reward of it
     kl      Σ_t KL(π(·|prompt, answer before t) ‖ π_ref(·|the same)), exact over the vocabulary; its
-            mean over sampled answers is an unbiased estimate of the KL of whole answers
+            mean over sampled answers is an unbiased estimate of the KL between whole answers
 
-`world.gold` grades any text: an answer without a well-formed sentence has nothing right, no form,
-no work, and costs its words; the empty answer has gold 0. One that is cut off at `most_tokens` is
-graded as it stands, and the reward model, as TRL asks it, sees it closed by an end mark.
+`world.gold` is defined for any text: an answer without a well-formed sentence earns nothing for
+being right, for form or for work, and pays for its words; the empty answer has gold 0. An answer
+that is cut off at `most_tokens` is graded as it is, and the reward model sees it with an end token,
+because TRL renders it so.
 
-Source of RLOO: arXiv 2402.14740. Its reward here is proxy/sd - beta·KL, with sd that of the
-proxy over the reference's answers: two reward models of different scale are optimised alike.
+RLOO: arXiv 2402.14740. The reward is proxy/sd - beta·KL. Dividing by sd, the proxy's standard
+deviation over the reference policy's answers, optimises reward models of different scale alike.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ from embrm.core.errors import UserError
 from embrm.core.files import disk_errors, sha256, write_atomic, write_bytes
 from embrm.core.progress import Progress
 from embrm.core.specs import content_id
-from embrm.demo.world import merits
+from embrm.demo.world import grade
 
 MARKER = "embrm-policy.json"
-"""Written last: a folder that holds it holds a finished policy of the settings in it."""
+"""Written last, so a folder that has this file has a finished policy of the settings in it."""
 
 OPTIMISATION_VERSION = "0.3.0"
 """The release since which the same settings give the same policy. Raise it when that changes."""
@@ -42,50 +43,57 @@ OPTIMISATION_VERSION = "0.3.0"
 
 @dataclass(frozen=True)
 class PolicyRecipe:
-    """How a policy is optimised and watched. The defaults are the demo's."""
+    """How a policy is optimised and evaluated. The defaults are the demo's."""
 
     steps: int = 24
     every: int = 4
-    """steps from one look at the held-out prompts to the next"""
+    """Steps between evaluations on the held-out prompts."""
     prompts: int = 16
-    """prompts a step"""
+    """Prompts a step."""
     answers: int = 4
-    """answers to each, which are each other's baseline"""
+    """Answers sampled for each prompt; the others are the baseline of each."""
     lr: float = 1e-3
     beta: float = 0.03
-    """price of a nat of KL, in standard deviations of the reward among the reference's answers"""
+    """Penalty for a nat of KL, in standard deviations of the proxy over the reference's answers."""
     most_tokens: int = 48
-    """an answer is cut off there"""
+    """Largest number of tokens of an answer."""
     held_out_answers: int = 2
-    """answers to each held-out prompt"""
+    """Answers sampled for each held-out prompt."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Prompts of the world: those that are trained on, and those that are only looked at."""
+class PromptSets:
+    """Prompts of the world that policies are trained on, and those that they are evaluated on."""
 
     train: Sequence[str]
     held_out: Sequence[str]
 
 
 def train_policy(
-    out: Path, lm: Path, reward: Path, asked: Asked, recipe: PolicyRecipe, seed: int, bar: Progress
+    out: Path,
+    lm: Path,
+    reward: Path,
+    prompts: PromptSets,
+    recipe: PolicyRecipe,
+    seed: int,
+    bar: Progress,
 ) -> pl.DataFrame:
-    """Optimise the model in `lm` against the reward model in `reward`, and save it in `out`.
+    """Optimise the model in `lm` against the reward model in `reward` and save it in `out`.
 
-    All three are stock folders of transformers. A finished `out` is left as it is. `bar` advances
-    by one a step.
+    All three are folders that transformers can load. A finished `out` is kept as it is. `bar`
+    advances by one a step.
 
-    Returns one row a look and answer: step, prompt, sample, tokens (with the end mark, unless the
-    answer was cut off), text, gold, its parts (right, work, form, polite, words), proxy, kl.
-    Raises: UserError when `out` holds a policy of other settings.
+    Returns one row for each evaluated step and answer: step, prompt, sample, tokens (with the end
+    token, unless the answer was cut off), text, gold, its parts (right, work, form, polite,
+    words), proxy, kl.
+    Raises UserError if `out` holds a policy of other settings.
     """
     identity = content_id(
         {
             "embrm": OPTIMISATION_VERSION,
             "recipe": asdict(recipe),
             "seed": seed,
-            "asked": asdict(asked),
+            "asked": asdict(prompts),
             "lm": sha256(lm / "model.safetensors"),
             "reward": sha256(reward / "model.safetensors"),
         }
@@ -96,16 +104,22 @@ def train_policy(
             raise UserError(f"{out} holds a policy of other settings: delete the folder")
         bar.advance(recipe.steps)
         return pl.read_parquet(table)
-    policy, looks = _optimise(out, lm, reward, asked, recipe, seed, bar)
+    policy, answers = _optimise(out, lm, reward, prompts, recipe, seed, bar)
     with disk_errors(out):
         policy.save_pretrained(out)
-        write_atomic(table, looks.write_parquet)
+        write_atomic(table, answers.write_parquet)
     write_bytes(marker, json.dumps({"identity": identity}).encode())
-    return looks
+    return answers
 
 
 def _optimise(
-    out: Path, lm: Path, reward: Path, asked: Asked, recipe: PolicyRecipe, seed: int, bar: Progress
+    out: Path,
+    lm: Path,
+    reward: Path,
+    prompts: PromptSets,
+    recipe: PolicyRecipe,
+    seed: int,
+    bar: Progress,
 ) -> tuple[Any, pl.DataFrame]:
     from datasets import Dataset
     from transformers import (
@@ -121,21 +135,21 @@ def _optimise(
     logging.set_verbosity_error()
     policy = AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(lm, padding_side="left")
-    onlooker = _Onlooker(
+    evaluator = _Evaluator(
         tokenizer=tokenizer,
         reference=AutoModelForCausalLM.from_pretrained(lm, dtype=torch.float32).eval(),
         reward=AutoModelForSequenceClassification.from_pretrained(reward).eval(),
-        prompts=asked.held_out,
+        prompts=prompts.held_out,
         recipe=recipe,
         seed=seed,
     )
-    looks = [onlooker.look(policy, 0)]
+    evaluations = [evaluator.evaluate(policy, 0)]
 
-    class Watch(TrainerCallback):
+    class Evaluate(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
             bar.advance()
             if state.global_step % recipe.every == 0:
-                looks.append(onlooker.look(policy, state.global_step))
+                evaluations.append(evaluator.evaluate(policy, state.global_step))
 
     trainer = RLOOTrainer(
         model=policy,
@@ -149,7 +163,7 @@ def _optimise(
             learning_rate=recipe.lr,
             lr_scheduler_type="constant",
             beta=recipe.beta,
-            reward_weights=[1.0 / float(np.std(looks[0]["proxy"].to_numpy()))],
+            reward_weights=[1.0 / float(np.std(evaluations[0]["proxy"].to_numpy()))],
             seed=seed,
             use_cpu=True,
             bf16=False,
@@ -159,18 +173,18 @@ def _optimise(
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [[_user(text)] for text in asked.train]}),
+        train_dataset=Dataset.from_dict({"prompt": [[_user(text)] for text in prompts.train]}),
         processing_class=tokenizer,
-        callbacks=[Watch()],
+        callbacks=[Evaluate()],
     )
-    with contextlib.redirect_stdout(None):  # the trainer's own summary
+    with contextlib.redirect_stdout(None):  # hides the trainer's summary
         trainer.train()
-    return policy, pl.concat(looks)
+    return policy, pl.concat(evaluations)
 
 
 @dataclass(frozen=True)
-class _Onlooker:
-    """Asks a policy the held-out prompts, always with the same random numbers."""
+class _Evaluator:
+    """Samples a policy's answers to the held-out prompts, always with the same random numbers."""
 
     tokenizer: Any
     reference: Any
@@ -180,8 +194,8 @@ class _Onlooker:
     seed: int
 
     @torch.inference_mode()
-    def look(self, policy: Any, step: int) -> pl.DataFrame:
-        """The rows of `train_policy` for one step. The trainer's random numbers stay untouched."""
+    def evaluate(self, policy: Any, step: int) -> pl.DataFrame:
+        """The rows of `train_policy` for one step. The trainer's random state is not changed."""
         was_training = policy.training
         policy.eval()
         prompts = [text for text in self.prompts for _ in range(self.recipe.held_out_answers)]
@@ -201,19 +215,19 @@ class _Onlooker:
             )
         answers = ids[:, asked["input_ids"].shape[1] :]
         ended = (answers == self.tokenizer.eos_token_id).long()
-        kept = ended.cumsum(1) - ended == 0  # up to the first end mark, which counts
+        kept = ended.cumsum(1) - ended == 0  # up to and including the first end token
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        grades = [merits(*pair) for pair in zip(prompts, texts, strict=True)]
-        looks = pl.DataFrame(
+        grades = [grade(*pair) for pair in zip(prompts, texts, strict=True)]
+        rows = pl.DataFrame(
             {
                 "step": [step] * len(prompts),
                 "prompt": prompts,
                 "sample": [*range(self.recipe.held_out_answers)] * len(self.prompts),
                 "tokens": [row[mask].tolist() for row, mask in zip(answers, kept, strict=True)],
                 "text": texts,
-                "gold": [grade.gold for grade in grades],
+                "gold": [each.gold for each in grades],
                 **{
-                    part: [float(getattr(grade, part)) for grade in grades]
+                    part: [float(getattr(each, part)) for each in grades]
                     for part in ("right", "work", "form", "polite", "words")
                 },
                 "proxy": self._proxy(prompts, texts).tolist(),
@@ -221,10 +235,10 @@ class _Onlooker:
             }
         )
         policy.train(was_training)
-        return looks
+        return rows
 
     def _proxy(self, prompts: Sequence[str], texts: Sequence[str]) -> Tensor:
-        """float64 [answers], asked as TRL asks: rendered by the template, padded on the right."""
+        """Rewards, float64 [answers], of texts rendered and padded (right) as TRL does it."""
         rendered = [
             self._chat([_user(prompt), {"role": "assistant", "content": text}])
             for prompt, text in zip(prompts, texts, strict=True)
@@ -233,8 +247,11 @@ class _Onlooker:
         return logits[:, 0].double()
 
     def _kl(self, policy: Any, ids: Tensor, asked: Tensor, kept: Tensor) -> Tensor:
-        """float64 [answers]. ids: int64 [answers, prompt + answer]; asked: the prompts' attention
-        mask [answers, prompt]; kept: which tokens belong to the answer, bool [answers, answer]."""
+        """KL of each answer, float64 [answers].
+
+        ids: int64 [answers, prompt + answer]. asked: attention mask of the prompts, [answers,
+        prompt]. kept: which tokens belong to the answer, bool [answers, answer].
+        """
         mask = torch.cat([asked, kept.long()], dim=1)
         places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         ours, theirs = (

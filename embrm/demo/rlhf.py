@@ -1,7 +1,7 @@
 """From reward heads to policies: the demo's language model optimised against two reward models.
 
-The world's gold reward is known, so what optimisation does to it can be seen: does the gold reward
-follow the proxy, and does a head that resists the training annotator's taste do better?
+The world's gold reward is known, so the effect of optimisation on it can be measured: does gold
+rise with the proxy, and does a head that resists the annotator's preference for length do better?
 """
 
 import sys
@@ -16,8 +16,8 @@ from embrm.core.errors import UserError
 from embrm.core.files import exclusive, write_atomic, write_bytes
 from embrm.core.progress import progress
 from embrm.core.table import terminal
-from embrm.demo.overoptimisation import curves, gather, outcomes, table, verdict
-from embrm.demo.policy import Asked, PolicyRecipe, train_policy
+from embrm.demo.overoptimisation import curves, outcomes, policy_curves, table, verdict
+from embrm.demo.policy import PolicyRecipe, PromptSets, train_policy
 from embrm.demo.run import demo
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, prompts
@@ -28,7 +28,7 @@ from embrm.results.ledger import Results, open_results
 from embrm.sweeps.execute import sweep
 
 HELD_OUT = 96
-"""Prompts that policies are watched on, of the split "id": new tasks of the trained skills."""
+"""Number of prompts of the split "id" (new tasks of trained skills) for evaluating policies."""
 
 
 def rlhf(
@@ -37,14 +37,14 @@ def rlhf(
     lm: Recipe | None = None,
     recipe: PolicyRecipe | None = None,
 ) -> None:
-    """The demo, then: train two reward heads on noisy labels, export them, optimise a policy
-    against each with each seed, and say what came of it.
+    """Run the demo, then train and export two reward heads and optimise policies against them.
 
-    What the demo adds for this goes to `out`/rlhf; the same command again keeps what is finished.
-    `world`, `lm`, `recipe`: sizes, default the demo's. A spec already at `out`/rlhf/heads.toml is
-    kept: its runs, linear heads on the final state, and its seeds are what policies are made for.
+    One policy is optimised for each head and seed. Results go to `out`/rlhf; running the command
+    again keeps what is finished. `world`, `lm`, `recipe`: sizes, by default the demo's. An
+    existing `out`/rlhf/heads.toml is kept: its runs, which must be linear heads on the final
+    state, and its seeds determine the policies.
 
-    Raises: UserError for what the user can put right, such as TRL not being installed.
+    Raises UserError for what the user can correct, such as TRL not being installed.
     """
     try:
         import_module("trl")
@@ -70,7 +70,7 @@ def rlhf(
 
 
 def _rewards(heads: Results, out: Path, folder: Path) -> dict[str, Path]:
-    """Run id → its stock sequence classifier; the world's texts are read once for all of them."""
+    """Export every run; returns run id → folder. The world's texts are read once for all runs."""
     found = {run_id: folder / run_id for run_id in heads.ledger["run_id"]}
     missing = [run_id for run_id, reward in found.items() if not reward.exists()]
     trained = [open_run_model(heads.folder, run_id, out / "cache") for run_id in missing]
@@ -89,14 +89,14 @@ def _policies(
     world: World,
     recipe: PolicyRecipe,
 ) -> pl.DataFrame:
-    """The rows of `train_policy` for every head, with its name and seed."""
+    """The rows of `train_policy` for every head and seed, with their name and seed."""
     texts = {split: [text for _, text in asked] for split, asked in prompts(world).items()}
-    asked = Asked(train=texts["train"], held_out=texts["id"][:HELD_OUT])
+    sets = PromptSets(train=texts["train"], held_out=texts["id"][:HELD_OUT])
     runs = heads.ledger.select("run_id", "config", "seed").rows()
     found = []
     with progress("policies", len(runs) * recipe.steps, "steps") as bar:
         for run_id, name, seed in runs:
-            rows = train_policy(folder / run_id, lm, rewards[run_id], asked, recipe, seed, bar)
+            rows = train_policy(folder / run_id, lm, rewards[run_id], sets, recipe, seed, bar)
             found.append(
                 rows.select(pl.lit(name).alias("name"), pl.lit(seed).alias("seed"), pl.all())
             )
@@ -104,19 +104,19 @@ def _policies(
 
 
 def _report(answers: pl.DataFrame, baseline: str, folder: Path) -> None:
-    """Write answers, curves, table and figures, and print the table and what it says."""
-    seen = gather(answers)
-    watched, found = curves(seen, baseline), outcomes(seen, baseline)
-    for name, rows in (("answers", answers), ("curves", watched), ("outcomes", found)):
+    """Write answers, curves, table and figures; print the table and its verdict."""
+    measured = policy_curves(answers)
+    by_step, found = curves(measured, baseline), outcomes(measured, baseline)
+    for name, rows in (("answers", answers), ("curves", by_step), ("outcomes", found)):
         write_atomic(folder / f"{name}.parquet", rows.write_parquet)
-    images = policy_figures(watched, baseline)
+    images = policy_figures(by_step, baseline)
     for name, content in images.items():
         write_bytes(folder / "figures" / name, content)
     console = Console()
     console.print(terminal(table(found, baseline)))
     guide = f"""
 {verdict(found, baseline)}
-A toy world: it shows how to look, not which head to take.
+This is a toy world: it shows how to evaluate, not which head to choose.
 
 What to look at
   {folder / "figures" / "overoptimisation.png"}

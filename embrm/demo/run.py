@@ -1,4 +1,4 @@
-"""The whole lab offline: a synthetic world, a tiny language model, then the user's commands."""
+"""The demo: a synthetic world, a tiny language model, then extraction, sweep and report."""
 
 import shlex
 import sys
@@ -24,7 +24,7 @@ SPLITS = {
     "ood/length": "ood-length",
     "id-groups": "groups",
 }
-"""Split of the cache → file of the world."""
+"""Splits of the cache and the files of the world that they are read from."""
 
 VIEWS = ("last", "mean")
 
@@ -33,11 +33,11 @@ REAL_DATA = "trl-lib/ultrafeedback_binarized"
 
 
 def demo(out: Path, world: World | None = None, recipe: Recipe | None = None) -> None:
-    """Make world, language model, cache, sweep and report below `out`, and say what to look at.
+    """Make world, language model, cache, sweep and report below `out`, and explain the report.
 
-    The same command again keeps what is finished. `world`, `recipe`: sizes, default the demo's.
-    A sweep spec already at `out`/demo.toml is kept, so that it can be edited and run again.
-    Raises: UserError for what the user can put right, such as a folder that cannot be written.
+    Running it again keeps what is finished. `world`, `recipe`: sizes, by default the demo's. An
+    existing `out`/demo.toml is kept, so that the sweep can be edited and run again.
+    Raises UserError for what the user can correct, such as a folder that cannot be written.
     """
     world, recipe = world or World(), recipe or Recipe()
     _say(f"1/5 preference world → {out / 'world'}")
@@ -74,7 +74,7 @@ def demo(out: Path, world: World | None = None, recipe: Recipe | None = None) ->
 
 
 def _guide(out: Path, results: Path, found: Report) -> str:
-    """What to look at, how to repeat it, and how to go on with a real model."""
+    """What to look at, how to repeat it by hand, and how to continue with a real model."""
     figures = sorted(path for path in found.files if path.suffix == ".png")
     views = ",".join(VIEWS)
     data = [f"{split}={out / 'world' / name}.jsonl" for split, name in SPLITS.items()]
@@ -85,12 +85,12 @@ def _guide(out: Path, results: Path, found: Report) -> str:
     return f"""\
 What to look at
 {shown}
-- Ranked intervals: heads whose intervals overlap are not told apart; the paired differences to
-  the baseline are the sharper test.
-- id against ood/...: the training annotator errs and likes length. On ood/length the longer
-  answer is always the worse one: a head below one half there has learned the shortcut.
-- The row "(longer is better)": what length alone scores on each split.
-- id-groups: Kendall's tau against the known gold reward, prompt by prompt.
+- Ranked intervals: heads whose intervals overlap may not differ. The paired differences to the
+  baseline are the more sensitive test.
+- id against ood/...: the training annotator errs and prefers length. On ood/length the longer
+  answer is always the worse one, so a head below one half there has learned the shortcut.
+- The row "(longer is better)": the score of length alone on each split.
+- id-groups: Kendall's tau with the known gold reward, prompt by prompt.
 This is a toy world: it shows how to read a report, not which objective is best.
 
 The same by hand

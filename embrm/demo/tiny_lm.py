@@ -1,8 +1,8 @@
 """A tiny causal language model of the synthetic world: a word-level Llama trained in a minute.
 
-Trained on the world's corpus (`world.corpus`): tokens of prompt, response and marks all count. The
-token after a response is often a mark, so the state at its end predicts whether the answer is
-right: a small stand-in for what makes the final states of real models carry reward.
+It is trained on all tokens of the world's corpus (`world.corpus`). The token after a response is
+often a mark, "tick" or "cross", so the state at the end of a response predicts whether the answer
+is right. This stands in for what makes the final states of real models informative about reward.
 """
 
 import json
@@ -34,7 +34,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 MARKER = "embrm-demo.json"
-"""Written last: a folder that holds it holds a finished model of the settings in it."""
+"""Written last, so a folder that has this file has a finished model of the settings in it."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class Recipe:
     heads: int = 4
     steps: int = 1500
     batch: int = 32
-    """conversations a step"""
+    """Documents a step."""
     lr: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.05
     held_out: int = 512
-    """conversations kept to measure the loss on"""
+    """Documents on which the loss is measured."""
     seed: int = 0
 
 
 def make_tokenizer() -> Any:
-    """The world's word-level tokenizer with a chat template; every word is one token."""
+    """Make the word-level tokenizer, in which every word of the world is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,11 +77,11 @@ def make_tokenizer() -> Any:
 
 
 def train_lm(out: Path, world: World, recipe: Recipe) -> dict[str, float]:
-    """Train and save model and tokenizer in `out`; a finished folder is left as it is.
+    """Train the model and save it and its tokenizer in `out`; a finished folder is kept.
 
-    Returns: "loss" and "unigram_entropy", nats a token on held-out conversations. The loss must
-    lie well below the entropy of single tokens for the states to mean anything.
-    Raises: UserError when `out` holds a finished model of other settings.
+    Returns "loss" and "unigram_entropy", in nats a token on held-out documents. A loss well below
+    the entropy shows that the model uses context.
+    Raises UserError if `out` holds a finished model of other settings.
     """
     identity = content_id({"world": asdict(world), "recipe": asdict(recipe)})
     marker = out / MARKER
@@ -94,7 +94,7 @@ def train_lm(out: Path, world: World, recipe: Recipe) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # of saving: one file, a moment
+    logging.disable_progress_bar()  # of saving one small file
 
     tokenizer = make_tokenizer()
     config = LlamaConfig(
@@ -146,7 +146,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _encode(document: Conversation, tokenizer: Any) -> list[int]:
-    """Ids of a document as the chat template writes it, and BOS of the one that follows it."""
+    """Token ids of a document as the chat template renders it, and BOS of the next document."""
     text = document.text
     if document.prompt:
         text = f"<user> {document.prompt} {END}<assistant> {text} {END} {document.mark}"
@@ -154,9 +154,9 @@ def _encode(document: Conversation, tokenizer: Any) -> list[int]:
 
 
 def _batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
-    """Batches of rows of like length, in random order (torch's generator)."""
+    """Batches of rows of similar length, in an order drawn by torch's global generator."""
     by_length: list[list[int]] = []
-    block = 16 * size  # sorted block by block: little padding, and lengths still mix over time
+    block = 16 * size  # sorting within blocks saves padding and still mixes lengths over time
     for start in range(0, len(rows), block):
         by_length += sorted(rows[start : start + block], key=len)
     batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
@@ -164,7 +164,7 @@ def _batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
-    """int64 [rows, longest], zeros (PAD) on the right."""
+    """Token ids, int64 [rows, longest], padded with zeros (PAD) on the right."""
     padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = torch.tensor(row)
@@ -172,15 +172,17 @@ def _padded(rows: list[list[int]]) -> Tensor:
 
 
 def _loss(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Mean next-token cross-entropy over non-pad targets. Right padding needs no mask: a causal
-    model cannot see it from the tokens before."""
+    """Mean next-token cross-entropy over the targets that are not padding.
+
+    No attention mask is needed: in a causal model, padding on the right affects no earlier token.
+    """
     logits = model(input_ids=ids[:, :-1]).logits
     targets = ids[:, 1:].masked_fill(ids[:, 1:] == 0, -100)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _optimise(model: torch.nn.Module, batches: list[list[list[int]]], recipe: Recipe) -> None:
-    """AdamW with linear warm-up and a cosine to a tenth of the learning rate."""
+    """Train by AdamW with linear warm-up and cosine decay to a tenth of the learning rate."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -212,7 +214,7 @@ def _optimise(model: torch.nn.Module, batches: list[list[list[int]]], recipe: Re
 
 @torch.inference_mode()
 def _mean_loss(model: torch.nn.Module, rows: list[list[int]]) -> float:
-    """Nats a token over all `rows`."""
+    """Mean loss over all tokens of `rows`, in nats."""
     total, tokens = 0.0, 0
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
@@ -223,7 +225,7 @@ def _mean_loss(model: torch.nn.Module, rows: list[list[int]]) -> float:
 
 
 def _entropy(rows: list[list[int]]) -> float:
-    """Entropy in nats of the tokens' own frequencies: what a model without context can reach."""
+    """Entropy of the token frequencies, in nats: the best loss of a model without context."""
     counts = Counter(token for row in rows for token in row[1:])
     total = sum(counts.values())
     return -sum(n / total * math.log(n / total) for n in counts.values())

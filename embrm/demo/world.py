@@ -1,8 +1,8 @@
-"""A synthetic preference world: answers have a known gold reward, annotators a known error.
+"""A synthetic preference world with known gold rewards and a known annotation error.
 
 Prompts are short tasks in a language of about two hundred words. Six simulated response models
-answer them with their own error rates, verbosity and manners; two more are kept for evaluation.
-The gold reward of a response can be computed from the two texts alone (`gold`):
+answer them, each with its own error rates, verbosity and politeness; two more occur only in
+evaluation. The gold reward of a response is a function of prompt and response (`gold`):
 
     gold = 1.5·right + work + 0.75·form + 0.75·polite - 0.03·words
 
@@ -16,13 +16,13 @@ The training annotator prefers response a to b with probability sigmoid(z),
 
     z = q·(gold_a - gold_b)/sd(gold) + b·(words_a - words_b)/sd(words),
 
-the noisy annotator of arXiv 2502.04357 with an added taste for length: in training "longer is
-better" is a shortcut that pays. Evaluation pairs carry gold labels. Results describe this toy
-world, not language models at large.
+which is the noisy annotator of arXiv 2502.04357 with an added preference for length, so that
+"longer is better" is a shortcut in training. Evaluation pairs have gold labels. Results describe
+this toy world, not language models in general.
 
-Texts are functions of the seed alone: random numbers are raw words of counter-based Philox
-streams, one stream per name, so the bytes depend neither on order nor on the version of numpy's
-distributions.
+All texts are functions of the seed. Random numbers are taken from the raw output of counter-based
+Philox streams, one for each name, so they depend neither on the order of generation nor on the
+version of numpy's distributions.
 """
 
 import hashlib
@@ -44,18 +44,18 @@ T = TypeVar("T")
 
 
 class Stream:
-    """Random draws that depend on nothing but the names the stream is made from."""
+    """Random draws that depend only on the names that the stream is made from."""
 
     def __init__(self, *names: str | int) -> None:
         digest = hashlib.sha256(json.dumps(names).encode()).digest()
         self._bits = Philox(key=int.from_bytes(digest[:16], "little"))
 
     def uniform(self) -> float:
-        """A number in [0, 1), 53 random bits."""
+        """A uniform number in [0, 1) with 53 random bits."""
         return (int(self._bits.random_raw()) >> 11) * 2.0**-53
 
     def below(self, bound: int) -> int:
-        """An integer in [0, bound)."""
+        """A uniform integer in [0, bound)."""
         return int(self.uniform() * bound)
 
     def chance(self, probability: float) -> bool:
@@ -63,7 +63,7 @@ class Stream:
         return self.uniform() < probability
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of the options."""
+        """One of the options, all equally likely."""
         return options[self.below(len(options))]
 
     def sample(self, options: Sequence[T], count: int) -> list[T]:
@@ -72,7 +72,7 @@ class Stream:
         return [rest.pop(self.below(len(rest))) for _ in range(count)]
 
     def logistic(self) -> float:
-        """A standard logistic variable: P(x > -z) = sigmoid(z)."""
+        """A draw of the standard logistic distribution, for which P(x > -z) = sigmoid(z)."""
         u = (self.below(2**52) + 0.5) * 2.0**-52
         return math.log(u / (1.0 - u))
 
@@ -101,7 +101,7 @@ LEADS = ("", "please", "hey ,", "can you", "i need this :")
 
 @dataclass(frozen=True)
 class Attempt:
-    """An answer to a task and the statements that lead to it, all as words."""
+    """An answer to a task and the statements that lead to it, all in words."""
 
     answer: str
     work: tuple[str, ...]
@@ -114,7 +114,7 @@ def _compute(words: list[str], slip: Stream | None) -> Attempt:
     for index, (sign, operand) in enumerate(steps):
         result = total + int(operand) if sign == "plus" else total - int(operand)
         if slip and index == wrong:
-            # Too much, or, where nothing more is taken from it, too little.
+            # Too large, or in the last step perhaps too small: no result may become negative.
             low = -min(3, result) if index == len(steps) - 1 else 0
             result += slip.pick([off for off in range(low, 4) if off])
         work.append(f"{total} {sign} {operand} is {result}")
@@ -182,18 +182,19 @@ _SOLVERS: dict[str, Callable[[list[str], Stream | None], Attempt]] = {
     "largest": _largest,
 }
 SKILLS = ("compute", "sort", "reverse", "colours", "write", "may")
-"""Skills of the training and in-distribution prompts; "largest" and hard instances are held out."""
+"""Skills of the training and in-distribution prompts."""
 UNSEEN = ("largest", "compute hard", "sort hard", "reverse hard")
+"""Skills of the split ood/skill, which occur in no training pair."""
 
 
 def solve(task: str, slip: Stream | None = None) -> Attempt:
-    """The solution of a task such as "sort h c a"; with `slip`, a wrong attempt at it."""
+    """Solve a task such as "sort h c a"; with `slip`, a wrong attempt drawn from that stream."""
     skill, *words = task.split()
     return _SOLVERS[skill](words, slip)
 
 
 def draw_task(skill: str, stream: Stream) -> str:
-    """A random task of a skill; "… hard" is the same skill with more steps."""
+    """Draw a task of a skill; "… hard" is the same skill with more steps."""
     name, _, hard = skill.partition(" ")
     if name == "compute":
         # Written left to right without brackets; no intermediate result is negative.
@@ -221,14 +222,14 @@ def draw_task(skill: str, stream: Stream) -> str:
 
 
 def task_of(prompt: str) -> str:
-    """The task in a prompt, without its lead-in."""
+    """The task of a prompt, without the words before it."""
     words = prompt.split()
     start = next(index for index, word in enumerate(words) if word in _SOLVERS)
     return " ".join(words[start:])
 
 
 def for_evaluation(task: str) -> bool:
-    """Whether a task belongs to the evaluation side: two tasks in five, by hash, in every world."""
+    """Whether a task is reserved for evaluation: two in five are, by hash, in every world."""
     return hashlib.sha256(task.encode()).digest()[0] % 5 < 2
 
 
@@ -255,22 +256,22 @@ FILLER = (
 
 @dataclass(frozen=True)
 class ResponseModel:
-    """How a simulated model answers. All but `fillers` are probabilities."""
+    """How a simulated model answers. All fields except `fillers` and `weak` are probabilities."""
 
     slip: float
-    """of a wrong answer"""
+    """Probability of a wrong answer."""
     works: float
-    """of showing the work"""
+    """Probability of stating the steps."""
     polite: float
-    """of a polite sentence, at the start and again at the end"""
+    """Probability of a polite sentence, at the start and again at the end."""
     loose: float
-    """of "… i guess" instead of "the answer is …" """
+    """Probability of "… i guess" instead of "the answer is …"."""
     fillers: tuple[int, int]
-    """least and greatest number of empty sentences"""
+    """Smallest and largest number of sentences without content."""
     careless: float = 0.1
-    """of wrong work beside the answer, whatever the answer is"""
+    """Probability of steps from a wrong attempt, whether or not the answer is right."""
     weak: Mapping[str, float] = field(default_factory=dict)
-    """`slip` on single skills"""
+    """Probability of a wrong answer for single skills, in place of `slip`."""
 
 
 MODELS = {
@@ -294,11 +295,11 @@ NEWCOMERS = {
     "courtier": ResponseModel(slip=0.5, works=0.2, polite=1.0, loose=0.1, fillers=(2, 4)),
     "monk": ResponseModel(slip=0.25, works=0.5, polite=0.0, loose=0.5, fillers=(0, 0)),
 }
-"""Models seen by nothing but the split ood/model."""
+"""Models that occur only in the split ood/model."""
 
 
 def respond(task: str, model: ResponseModel, stream: Stream) -> str:
-    """A response of `model`: sentences, each closed by a full stop."""
+    """Draw a response of `model`: sentences, each ending in a full stop."""
     skill = task.split()[0]
     slips = stream.chance(model.weak.get(skill, model.slip))
     attempt = solve(task, stream if slips else None)
@@ -317,8 +318,8 @@ def respond(task: str, model: ResponseModel, stream: Stream) -> str:
 
 
 @dataclass(frozen=True)
-class Merits:
-    """What the gold reward looks at; the terms are defined at the top of this module."""
+class Grade:
+    """The terms of the gold reward, which are defined at the top of this module."""
 
     right: bool
     work: float
@@ -333,14 +334,14 @@ class Merits:
         )
 
 
-def merits(prompt: str, response: str) -> Merits:
-    """Read a response again, from its text alone."""
+def grade(prompt: str, response: str) -> Grade:
+    """Determine the terms of the gold reward from the texts alone."""
     task = task_of(prompt)
     solution = solve(task)
     sentences = _sentences(response)
     answers = [answer for s in sentences if (answer := _answer(s)) is not None]
     truths = [truth for s in sentences if (truth := _truth(s, solution)) is not None]
-    return Merits(
+    return Grade(
         right=answers == [solution.answer],
         work=sum(1 if truth else -1 for truth in truths) / max(1, len(truths)),
         form=sum(sentence.startswith(_PROPER) for sentence in sentences) == 1,
@@ -350,8 +351,8 @@ def merits(prompt: str, response: str) -> Merits:
 
 
 def gold(prompt: str, response: str) -> float:
-    """The gold reward of a response: the formula at the top of this module."""
-    return merits(prompt, response).gold
+    """The gold reward of a response, by the formula at the top of this module."""
+    return grade(prompt, response).gold
 
 
 def _sentences(response: str) -> list[str]:
@@ -362,7 +363,7 @@ _PROPER, _LOOSE = "the answer is ", " i guess"
 
 
 def _answer(sentence: str) -> str | None:
-    """The answer a sentence gives; None for a sentence that gives none."""
+    """The answer that a sentence gives, or None."""
     if sentence.startswith(_PROPER):
         return sentence.removeprefix(_PROPER)
     return sentence.removesuffix(_LOOSE) if sentence.endswith(_LOOSE) else None
@@ -374,7 +375,7 @@ _CLAIM = re.compile(r"\w+ comes (first|last|\d+ times)|\w+ is \w+|to \w+ is \w+"
 
 
 def _truth(sentence: str, solution: Attempt) -> bool | None:
-    """Whether a statement is true; None for a sentence that states nothing about the task."""
+    """Whether a statement about the task is true, or None for any other sentence."""
     if found := _SUM.fullmatch(sentence):
         left, right, result = int(found[1]), int(found[3]), int(found[4])
         return result == (left + right if found[2] == "plus" else left - right)
@@ -390,7 +391,7 @@ def _truth(sentence: str, solution: Attempt) -> bool | None:
 
 @dataclass(frozen=True)
 class World:
-    """Sizes and annotator of a world. The defaults are the demo's."""
+    """Sizes of a world and its annotator. The defaults are the demo's."""
 
     seed: int = 0
     train_prompts: int = 900
@@ -398,18 +399,18 @@ class World:
     evaluation_prompts: int = 200
     group_prompts: int = 120
     q: float = 2.0
-    """accuracy of the training annotator, in logits per standard deviation of gold"""
+    """Quality of the annotator, in logits a standard deviation of gold."""
     length_bias: float = 0.7
-    """its taste for length, in logits per standard deviation of words"""
+    """Preference of the annotator for length, in logits a standard deviation of words."""
 
 
 def utility(gold_gap: float, words_gap: float, world: World, sd: tuple[float, float]) -> float:
-    """z of the annotator for a pair; `sd` = standard deviations of gold and words."""
+    """The annotator's logit z for a pair. sd: standard deviations of gold and of words."""
     return world.q * gold_gap / sd[0] + world.length_bias * words_gap / sd[1]
 
 
 def prompts(world: World) -> dict[str, list[tuple[str, str]]]:
-    """(skill, prompt) of every split, the skills in turn. No task occurs twice anywhere."""
+    """Draw (skill, prompt) for every split, with the skills in turn. No task occurs twice."""
     wanted = {
         "train": (SKILLS, world.train_prompts),
         "id": (SKILLS, world.evaluation_prompts),
@@ -434,7 +435,7 @@ def prompts(world: World) -> dict[str, list[tuple[str, str]]]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One document of the corpus. An exercise has no prompt; an empty mark means none."""
+    """A document of the corpus. An exercise has no prompt; an empty mark means no mark."""
 
     prompt: str
     text: str
@@ -442,13 +443,13 @@ class Conversation:
 
 
 def corpus(world: World, count: int) -> Iterator[Conversation]:
-    """What the language model reads: conversations and exercises on tasks of the training side.
+    """Draw the language model's training text: conversations and exercises on training tasks.
 
-    A conversation is a training model's response, marked at the end, in 4 cases of 5, by whether
-    its answer is right; half of its claims carry a mark, as in a copy that a teacher has read. An
-    exercise is a row of eight statements, half of them from wrong attempts, all marked. So the
-    corpus bears on truth, as text in the wild does; it knows nothing of gold rewards, form,
-    manners, length or annotations.
+    A conversation has a response of a training model. In four of five cases a mark after it says
+    whether its answer is right, and half of its statements are followed by a mark of their own. An
+    exercise has eight statements, each with a mark; most come from wrong attempts. The corpus thus
+    carries information about truth, as natural text does, and none about gold rewards, form,
+    politeness, length or annotations.
     """
     stream = Stream(world.seed, "corpus")
     models = list(MODELS.values())
@@ -459,7 +460,7 @@ def corpus(world: World, count: int) -> Iterator[Conversation]:
         task = _training_task(SKILLS + UNSEEN, stream)
         prompt = f"{stream.pick(LEADS)} {task}".strip()
         response = respond(task, stream.pick(models), stream)
-        mark = _mark(merits(prompt, response).right) if stream.chance(0.8) else ""
+        mark = _mark(grade(prompt, response).right) if stream.chance(0.8) else ""
         solution = solve(task)
         copy = []
         for sentence in _sentences(response):
@@ -477,7 +478,7 @@ def _training_task(skills: Sequence[str], stream: Stream) -> str:
 
 
 def _exercise(stream: Stream) -> str:
-    """A marked statement that can be judged without its task: a sum, a colour, a deed, an order."""
+    """A statement that can be judged without its task, with its mark."""
     task = _training_task(("compute", "colours", "may", "largest"), stream)
     claim = stream.pick(solve(task, stream if stream.chance(0.7) else None).work)
     return f"{claim} {_mark(_truth(claim, solve(task)) is True)} ."
@@ -488,7 +489,7 @@ def _mark(right: bool) -> str:
 
 
 def vocabulary() -> list[str]:
-    """All words of the world, sorted: its lists and what the sentences add to them."""
+    """All words that can occur in the world, sorted."""
     lists = [*POLITE, *FILLER, *LEADS, *LETTERS, *THINGS, *PLACES, *JOINERS, *HARMFUL, *HARMLESS]
     lists += [*COLOURS, *COLOUR_OF, *_SOLVERS, *(str(number) for number in range(40))]
     sentences = (
@@ -510,7 +511,7 @@ def _answers(seed: int, prompt: str, models: Mapping[str, ResponseModel]) -> lis
     answers = []
     for name, model in models.items():
         text = respond(task_of(prompt), model, Stream(seed, "response", prompt, name))
-        found = merits(prompt, text)
+        found = grade(prompt, text)
         answers.append(_Answer(name, text, found.gold, found.words))
     return answers
 
@@ -529,7 +530,7 @@ def _row(prompt: str, skill: str, chosen: _Answer, rejected: _Answer) -> dict[st
 def _train_rows(
     world: World, asked: list[tuple[str, str]]
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Noisy training pairs, and the annotator's expected and realised label error."""
+    """Training pairs with noisy labels, and the annotator's expected and actual error rate."""
     answers = [_answers(world.seed, prompt, MODELS) for _, prompt in asked]
     sd = (
         pstdev(answer.gold for group in answers for answer in group),
@@ -542,7 +543,7 @@ def _train_rows(
         options = [pair for pair in combinations(group, 2) if pair[0].text != pair[1].text]
         for a, b in stream.sample(options, min(world.pairs_per_prompt, len(options))):
             z = utility(a.gold - b.gold, a.words - b.words, world, sd)
-            felt = z + stream.logistic()  # so P(felt > 0) = sigmoid(z)
+            felt = z + stream.logistic()  # P(felt > 0) = sigmoid(z)
             chosen, rejected = (a, b) if felt > 0 else (b, a)
             rows.append({**_row(prompt, skill, chosen, rejected), "margin": round(abs(felt), 3)})
             if a.gold != b.gold:
@@ -560,7 +561,7 @@ def _train_rows(
 def _gold_rows(
     world: World, asked: list[tuple[str, str]], admits: Callable[[_Answer, _Answer], bool]
 ) -> list[dict[str, Any]]:
-    """Up to three pairs a prompt whose better and worse answers `admits` lets in."""
+    """Up to three pairs a prompt, labelled by gold, that `admits` accepts (better, worse)."""
     rows = []
     for skill, prompt in asked:
         group = _answers(world.seed, prompt, MODELS | NEWCOMERS)
@@ -573,7 +574,7 @@ def _gold_rows(
 
 
 def _group_rows(world: World, asked: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """All training models' answers to held-out prompts, with their gold rewards."""
+    """The answers of all training models to held-out prompts, with their gold rewards."""
     rows = []
     for skill, prompt in asked:
         for answer in _answers(world.seed, prompt, MODELS):
@@ -590,15 +591,15 @@ def _group_rows(world: World, asked: list[tuple[str, str]]) -> list[dict[str, An
 
 
 def make_world(out: Path, world: World) -> None:
-    """Write the world's files below `out`, the same bytes for the same `world`.
+    """Write the world's files below `out`; the same `world` gives the same bytes.
 
-    train.jsonl           noisy, length-loving annotator; column `margin`: strength felt, in logits
+    train.jsonl           labels of the noisy annotator; column `margin`: felt strength, in logits
     id.jsonl              gold labels, new prompts, same skills and models
     ood-skill.jsonl       gold labels, a new skill and harder instances
-    ood-model.jsonl       gold labels, at least one answer of a model never trained on
+    ood-model.jsonl       gold labels, at least one answer by a model that training never saw
     ood-length.jsonl      gold labels, the better answer is the shorter one
-    groups.jsonl          prompt, model, response, gold of new prompts
-    world.json            the settings, the annotator's expected and realised label error
+    groups.jsonl          prompt, model, response and gold reward, of new prompts
+    world.json            the settings, the annotator's expected and actual error rate
     """
 
     def known(*pair: _Answer) -> bool:
@@ -619,5 +620,5 @@ def make_world(out: Path, world: World) -> None:
     for name, rows in files.items():
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_bytes(out / f"{name}.jsonl", lines.encode())
-    facts = {**asdict(world), **{name: round(value, 6) for name, value in annotator.items()}}
-    write_bytes(out / "world.json", (json.dumps(facts, indent=1) + "\n").encode())
+    settings = {**asdict(world), **{name: round(value, 6) for name, value in annotator.items()}}
+    write_bytes(out / "world.json", (json.dumps(settings, indent=1) + "\n").encode())

@@ -12,8 +12,8 @@ import torch
 
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
-from embrm.demo.overoptimisation import Answers, curves, outcomes, verdict
-from embrm.demo.policy import MARKER, Asked, PolicyRecipe, train_policy
+from embrm.demo.overoptimisation import PolicyCurves, curves, outcomes, verdict
+from embrm.demo.policy import MARKER, PolicyRecipe, PromptSets, train_policy
 from embrm.demo.rlhf import rlhf
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, gold, prompts
@@ -155,8 +155,8 @@ def _train(out: Path, recipe: PolicyRecipe) -> tuple[Path, pl.DataFrame]:
     texts = {split: [text for _, text in asked] for split, asked in prompts(WORLD).items()}
     policy, reward = (out / "rlhf" / name / run_id for name in ("policies", "rewards"))
     with progress("policy", recipe.steps, "steps") as bar:
-        asked = Asked(train=texts["train"], held_out=texts["id"])
-        return policy, train_policy(policy, out / "lm", reward, asked, recipe, seed, bar)
+        sets = PromptSets(train=texts["train"], held_out=texts["id"])
+        return policy, train_policy(policy, out / "lm", reward, sets, recipe, seed, bar)
 
 
 @pytest.mark.slow
@@ -184,20 +184,20 @@ def test_without_trl_one_line_and_no_work(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out").exists()
 
 
-def _answers(gold: np.ndarray, kl: np.ndarray) -> Answers:
+def _answers(gold: np.ndarray, kl: np.ndarray) -> PolicyCurves:
     """gold, kl: float64 [steps, prompts, policies]; policies in pairs of seeds, bt first."""
     steps, prompts, policies = gold.shape
     names = [("bt", 0), ("bt", 1), ("robust", 0), ("robust", 1)][:policies]
     names += [(f"more {index}", 0) for index in range(4, policies)]
-    return Answers(
+    return PolicyCurves(
         steps=[*range(steps)],
         prompts=[f"prompt {index}" for index in range(prompts)],
         policies=pl.DataFrame(names, schema=["name", "seed"], orient="row"),
-        looks={"gold": gold, "kl": kl, **dict.fromkeys(("proxy", "right", "words"), kl)},
+        values={"gold": gold, "kl": kl, **dict.fromkeys(("proxy", "right", "words"), kl)},
     )
 
 
-def _found(answers: Answers, measure: str) -> pl.DataFrame:
+def _found(answers: PolicyCurves, measure: str) -> pl.DataFrame:
     return outcomes(answers, "bt").filter(pl.col("measure") == measure)
 
 

@@ -22,8 +22,8 @@ from embrm.demo.world import (
     draw_task,
     for_evaluation,
     gold,
+    grade,
     make_world,
-    merits,
     prompts,
     respond,
     solve,
@@ -116,12 +116,12 @@ def test_reading_recovers_what_the_model_did(
     fillers: int,
     careless: bool,
 ) -> None:
-    """Models with probabilities 0 and 1: every merit is known before the text is read."""
+    """Models with probabilities 0 and 1: every term is known before the text is read."""
     stream = Stream("read", seed)
     task = draw_task(skill, stream)
     model = ResponseModel(slips, works, polite, loose, (fillers, fillers), careless)
     response = respond(task, model, stream)
-    found = merits(f"can you {task}", response)
+    found = grade(f"can you {task}", response)
     assert found.right == (not slips)
     assert (found.form, found.polite) == (not loose, polite)
     assert found.words == len(response.split())
@@ -186,12 +186,12 @@ def test_the_corpus_holds_no_evaluation_task() -> None:
 
 
 def test_marks_tell_true_from_false() -> None:
-    """The mark behind a response repeats the merit; marks within it follow the sums."""
+    """The mark behind a response repeats the grade; marks within it follow the sums."""
     ends, inner = Counter(), Counter()
     for document in corpus(SMALL, 3000):
         if document.mark:
             response = document.text.replace(" tick", "").replace(" cross", "")
-            ends[document.mark, merits(document.prompt, response).right] += 1
+            ends[document.mark, grade(document.prompt, response).right] += 1
         for a, sign, b, c, mark in re.findall(
             r"(\d+) (plus|minus) (\d+) is (\d+) (tick|cross)", document.text
         ):
