@@ -39,7 +39,7 @@ class MicroBatch:
     """The pairs of one forward step on one device.
 
     pairs: int64 [b], numbers of pairs. share: b / size, the part of the minibatch's `size` pairs;
-    it is 0 where no pair was left for this process, which then reads one pair for form's sake.
+    it is 0 where no pair was left for this process, which then reads one pair that does not count.
     kept: the head's dropout masks float32 [2b, width], of the chosen, then the rejected responses.
     """
 

@@ -106,7 +106,7 @@ class FinetuneSpec(SweepSpec):
         settings: dict[str, Any] = {"tune": self.tune, "dtype": self.dtype, "clip": self.clip}
         if self.tune == "lora":
             settings["lora"] = self.lora.model_dump(mode="json")
-        if run.bsr and self.bsr_scope == "micro":
+        if run.reads_batch_mean and self.bsr_scope == "micro":
             settings["bsr_scope"] = self.bsr_scope
             settings["micro_pairs"] = self.micro_pairs
         return {"finetune": settings}
