@@ -14,7 +14,8 @@ from embrm.cache.tensors import to_tensor
 from embrm.extraction.probe import probe
 from embrm.extraction.run import extract
 from embrm.extraction.spec import ExtractSpec
-from embrm.sweeps.material import select, to_pairs
+from embrm.sweeps.material import to_pairs
+from embrm.sweeps.selection import select
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.training.bank import train
 from embrm.training.data import TrainingData

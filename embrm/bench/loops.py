@@ -16,7 +16,8 @@ from torch.nn.functional import logsigmoid
 from embrm.bench.caches import HELD_OUT
 from embrm.cache.reader import open_cache
 from embrm.cache.tensors import to_tensor
-from embrm.sweeps.material import select, to_pairs
+from embrm.sweeps.material import to_pairs
+from embrm.sweeps.selection import select
 from embrm.sweeps.spec import Selection
 from embrm.training.heads import HeadSpec
 from embrm.training.pairs import Pairs

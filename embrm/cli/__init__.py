@@ -14,6 +14,7 @@ import typer
 from embrm import __version__
 from embrm.cli import benches, caches, labels, results, stages
 from embrm.core.errors import UserError
+from embrm.core.extras import missing_extra
 from embrm.core.interrupts import stop
 
 app = typer.Typer(
@@ -30,13 +31,6 @@ app.add_typer(caches.app, name="cache")
 app.add_typer(labels.app, name="labels")
 app.add_typer(benches.app, name="bench")
 
-_EXTRAS = {
-    **dict.fromkeys(["transformers", "datasets", "huggingface_hub"], "extract"),
-    **dict.fromkeys(["accelerate", "peft", "trl"], "finetune"),
-    "vllm": "vllm",
-}
-"""Packages that not every command needs, and the extra that installs each."""
-
 
 def main() -> None:
     """Run the command line; what a user can cause ends in one line and exit code 2."""
@@ -52,11 +46,10 @@ def main() -> None:
             stop()
         raise
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
+        missing = missing_extra(error)
+        if missing is None:
             raise
-        extra = f"pip install '.[{_EXTRAS[package]}]' in embrm's source folder"
-        _fail(f"this command needs {package}, which is not installed: {extra}")
+        _fail(str(missing))
     except BrokenPipeError:
         os._exit(1)  # the reader has gone; flushing would fail again
     except OSError as error:

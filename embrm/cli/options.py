@@ -26,20 +26,12 @@ TableOut = Annotated[Path, typer.Option(help="Table to write, such as labels/NAM
 
 
 def byte_size(option: str, text: str | None) -> int | None:
-    """A size such as 4GB, 1.5GB or 800MB, in units of 1,000; None for none."""
+    """A size such as 4GB, 1.5GB or 800MB; None for none."""
     if text is None:
         return None
-    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6}
-    for unit, factor in units.items():
-        number = text.strip().upper().removesuffix(unit)
-        if number != text.strip().upper():
-            try:
-                size = float(number) * factor
-            except ValueError:
-                break
-            if 0 < size < float("inf"):
-                return int(size)
-    raise UserError(f"{option} {text!r}: write a number and MB, GB or TB, such as 4GB")
+    from embrm.core.sizes import parse_bytes
+
+    return parse_bytes(option, text)
 
 
 def whole_numbers(option: str, text: str) -> list[int]:

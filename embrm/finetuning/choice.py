@@ -11,7 +11,7 @@ import polars as pl
 from embrm.core.errors import UserError, nearest
 from embrm.core.sampling import evenly_spaced
 from embrm.core.specs import canonical_json, content_id
-from embrm.results.comparison import compare_runs
+from embrm.results.comparison import compare_results
 from embrm.results.ledger import Results
 from embrm.studies.confirmation.measure import Excluded, Match
 from embrm.sweeps.spec import RunSpec
@@ -66,15 +66,7 @@ def rank(results: Results, rank_by: str | None) -> SweepRanking:
     Raises: UserError when `rank_by` names nothing, or no run has finished.
     """
     by_column = rank_by is not None and "@" in rank_by
-    comparison = compare_runs(
-        results.folder.name,
-        results.ledger,
-        results.prompts,
-        results.outcomes,
-        results.evaluated,
-        results.spec.baseline,
-        None if by_column else rank_by,
-    )
+    comparison = compare_results(results, rank_by=None if by_column else rank_by)
     names = comparison.ranking["name"].to_list()
     if rank_by is not None and by_column:
         metric = rank_by.partition("@")[0]

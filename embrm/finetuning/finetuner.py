@@ -28,7 +28,8 @@ from embrm.metrics.geometry import drift, shape
 from embrm.sweeps.evaluation import Evaluation, ledger_row, part_tables
 from embrm.sweeps.geometry import measured_row, samples
 from embrm.sweeps.ledger import GEOMETRY_SCHEMA, TABLES, parquet
-from embrm.sweeps.material import evaluation_splits, select, to_pairs
+from embrm.sweeps.material import to_pairs
+from embrm.sweeps.selection import evaluation_splits, select
 from embrm.sweeps.spec import Run
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.weights import MODEL_FORMAT, tensors_digest

@@ -17,8 +17,8 @@ from embrm.finetuning.spec import micro_pairs
 from embrm.finetuning.trainer import NotFiniteError
 from embrm.lm.loading import find_device
 from embrm.sweeps.ledger import finished, write_results
-from embrm.sweeps.material import prompt_table
 from embrm.sweeps.prepare import leaked
+from embrm.sweeps.selection import prompt_table
 
 
 class RunsFailedError(UserError):

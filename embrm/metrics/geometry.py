@@ -3,10 +3,20 @@
 Measured on a sample of a split's responses, the same for every run: see `sample`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from embrm.core.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]

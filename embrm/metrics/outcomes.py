@@ -41,6 +41,12 @@ class Outcomes:
             prompts, {name: rows[name].explode().to_numpy().reshape(shape) for name in OUTCOMES}
         )
 
+    @classmethod
+    def side_by_side(cls, parts: Sequence[Self]) -> Self:
+        """The runs of several, one part after another, which have the same prompts."""
+        values = {name: np.concatenate([part.values[name] for part in parts]) for name in OUTCOMES}
+        return cls(parts[0].prompts, values)
+
     def on(self, prompts: pl.Series) -> Self:
         """On the prompts where the boolean `prompts` holds."""
         kept = prompts.to_numpy()

@@ -15,7 +15,7 @@ from embrm.core.files import write_bytes
 from embrm.core.table import Table, escape, markdown
 from embrm.reports.figures import figures
 from embrm.reports.tables import further_tables, main_tables
-from embrm.results.comparison import Comparison, compare_runs
+from embrm.results.comparison import Comparison, compare_results
 from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation
 from embrm.studies.confirmation.table import CAPTION as AGREEMENT
@@ -31,7 +31,6 @@ from embrm.studies.robustness.noise import CAPTION as NOISE
 from embrm.studies.robustness.noise import noise_figure, noise_tables
 from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
 from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
-from embrm.sweeps.ledger import training_name
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
@@ -84,29 +83,9 @@ def report(
     Raises: UserError where the sweep has no finished runs or a name is wrong.
     """
     results = open_results(folder)
-    comparison = compare_runs(
-        folder.name,
-        results.ledger,
-        results.prompts,
-        results.outcomes,
-        results.evaluated,
-        baseline or results.spec.baseline,
-        rank_by,
-        results.leaked,
-        results.geometry,
-        training_name(results.spec.train),
-        results.scenarios,
-    )
-    names = results.ledger.select("run_id", name="config")
-    curves = results.curves.join(names, on="run_id", maintain_order="left")
+    comparison = compare_results(results, rank_by=rank_by, baseline=baseline)
     reliable, notes = _reliability(results, comparison, cache)
-    further_figures = {
-        "scenarios": scenario_figure(comparison),
-        "noise": noise_figure(comparison),
-        "reliability": reliability_figure(reliable, comparison),
-    }
-    images = figures(comparison, curves, top)
-    images |= drawn({name: draw for name, draw in further_figures.items() if draw})
+    images = _images(results, comparison, reliable, top)
     shown = main_tables(comparison, top)
     further = [
         *scenario_tables(comparison, top),
@@ -126,6 +105,28 @@ def report(
     for path, content in written.items():
         write_bytes(path, content)
     return Report(comparison, reliable, notes, tuple(shown), tuple(written))
+
+
+def report_figures(
+    results: Results, *, rank_by: str | None = None, baseline: str | None = None, top: int = 20
+) -> dict[str, bytes]:
+    """The figures of the report: file name → content; those of reliability need `report`."""
+    comparison = compare_results(results, rank_by=rank_by, baseline=baseline)
+    return _images(results, comparison, pl.DataFrame(), top)
+
+
+def _images(
+    results: Results, comparison: Comparison, reliable: pl.DataFrame, top: int
+) -> dict[str, bytes]:
+    names = results.ledger.select("run_id", name="config")
+    curves = results.curves.join(names, on="run_id", maintain_order="left")
+    further = {
+        "scenarios": scenario_figure(comparison),
+        "noise": noise_figure(comparison),
+        "reliability": reliability_figure(reliable, comparison),
+    }
+    images = figures(comparison, curves, top)
+    return images | drawn({name: draw for name, draw in further.items() if draw})
 
 
 def _reliability(

@@ -1,7 +1,7 @@
 """A finished sweep as numbers: who ranks where, by how much, how surely."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -11,6 +11,8 @@ from embrm.metrics.geometry import MEASURES as GEOMETRY
 from embrm.metrics.intervals import Replicates, compare, mean, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.metrics.robustness import noise_falls, noise_lines, scenario_falls
+from embrm.results.ledger import Results
+from embrm.sweeps.ledger import training_name
 
 MEASURES = (
     *("accuracy", "ties", "nll", "brier", "ece", "nll_calibrated", "brier_calibrated"),
@@ -98,127 +100,89 @@ class Comparison:
         return float(mean) if isinstance(mean, float) else None
 
 
-def compare_runs(
-    title: str,
-    ledger: pl.DataFrame,
-    prompts: pl.DataFrame,
-    outcomes: pl.DataFrame,
-    splits: Sequence[str],
-    baseline: str | None,
-    rank_by: str | None = None,
-    leaked: Mapping[str, Collection[str]] | None = None,
-    geometry: pl.DataFrame | None = None,
-    trained_on: str = "train",
-    scenarios: Sequence[str] = (),
-) -> Comparison:
-    """Compare the configurations of a sweep.
+@dataclass(frozen=True)
+class ComparedTables:
+    """The tables of a sweep that a comparison reads.
 
-    ledger: one row a run: run_id, config, seed, status, spec, epochs, best_epoch,
+    ledger: one row per run: run_id, config, seed, status, spec, epochs, best_epoch,
         validation_accuracy, `metric@split`.
     prompts: split and the columns of `accuracy.PROMPTS`.
-    outcomes: run_id, split and lists `accuracy.OUTCOMES` in the order of the split's prompts.
+    outcomes: run_id, split and the lists `accuracy.OUTCOMES` in the order of the split's prompts.
     splits: evaluation splits in the order to show; those without results are left out.
-    rank_by: a split; the first part of some names, "ood" for the mean over all "ood/..."; or None
-        for the mean over the splits whose names do not start with "train".
-    leaked: per split, the ids of its prompts that occur in training.
-    geometry: run_id, split and `geometry.MEASURES`. trained_on: the split there that is the
-        training responses. scenarios: of the splits, those made of groups, nearest first.
-
-    Raises: UserError when no run has results, or `rank_by` or `baseline` names nothing, or
-    `baseline` diverged in every seed.
+    leaked: split → ids of its prompts that also occur in training.
+    geometry: run_id, split and `geometry.MEASURES`; trained_on is what it calls the training
+        responses.
+    scenarios: of the splits, those that the sweep made of groups, the nearest to training first.
     """
-    ledger = ledger.rename({"config": "name"})
-    runs = (
-        ledger.join(outcomes, on="run_id", how="semi")
-        .select("run_id", "name", "seed")
-        .sort("name", "seed", "run_id")
-    )
-    if runs.is_empty():
-        if not ledger.is_empty() and (ledger["status"] == "diverged").all():
-            raise UserError(f"{title}: all {ledger.height} runs diverged: lower lr")
-        raise UserError(f"{title} has no finished runs: run the sweep first")
-    if baseline is not None and baseline not in runs["name"]:
-        status = ledger.filter(pl.col("name") == baseline)["status"]
-        if not status.is_empty() and (status == "diverged").all():
-            raise UserError(
-                f"baseline {baseline!r} diverged in every seed: name another with --baseline"
-            )
-        raise UserError(
-            f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
+
+    title: str
+    ledger: pl.DataFrame
+    prompts: pl.DataFrame
+    outcomes: pl.DataFrame
+    splits: Sequence[str]
+    leaked: Mapping[str, Collection[str]] = field(default_factory=dict)
+    geometry: pl.DataFrame | None = None
+    trained_on: str = "train"
+    scenarios: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, results: Results) -> "ComparedTables":
+        """The tables of stored results."""
+        return cls(
+            title=results.folder.name,
+            ledger=results.ledger,
+            prompts=results.prompts,
+            outcomes=results.outcomes,
+            splits=results.evaluated,
+            leaked=results.leaked,
+            geometry=results.geometry,
+            trained_on=training_name(results.spec.train),
+            scenarios=results.scenarios,
         )
-    run_ids = runs["run_id"].to_list()
-    parts = {
-        split: Outcomes.of(
-            prompts.filter(pl.col("split") == split),
-            outcomes.filter(pl.col("split") == split),
-            run_ids,
-        )
-        for split in splits
-        if split in outcomes["split"]
-    }
+
+
+def compare_results(
+    results: Results, *, rank_by: str | None = None, baseline: str | None = None
+) -> Comparison:
+    """Compare the configurations of a stored sweep; see `compare_runs`.
+
+    baseline: the configuration that others are compared with, the spec's by default.
+    """
+    return compare_runs(ComparedTables.of(results), baseline or results.spec.baseline, rank_by)
+
+
+def compare_runs(
+    tables: ComparedTables, baseline: str | None, rank_by: str | None = None
+) -> Comparison:
+    """Compare the configurations of a sweep with each other and with `baseline`.
+
+    rank_by: a split; the first part of some names, such as "ood" for the mean over all "ood/...";
+        or None for the mean over the splits whose names do not start with "train".
+
+    Raises: UserError when no run has results, `rank_by` or `baseline` names nothing, or `baseline`
+    diverged in every seed.
+    """
+    ledger = tables.ledger.rename({"config": "name"})
+    runs = _finished(tables, ledger, baseline)
+    finished = ledger.join(runs, on="run_id", how="semi")
+    parts = _outcomes(tables, runs["run_id"].to_list())
     resampled = {
         (split, metric): replicate(part, metric)
         for split, part in parts.items()
         for metric in metrics(part)
     }
     ranked_splits, unranked_splits, metric = _ranked(rank_by, list(parts), resampled)
-    ranking = compare(mean(resampled[split, metric] for split in ranked_splits), runs, baseline)
-    ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
-    ranking = ranking.select(
-        pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"), pl.all()
-    ).join(
-        runs.group_by("name", maintain_order=True).agg(pl.col("run_id").alias("run_ids")),
-        on="name",
-        maintain_order="left",
-    )
-    at_limit = _at_epoch_limit(ledger.join(runs, on="run_id", how="semi"))
-    top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
-    detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
-
-    scenarios = tuple(split for split in scenarios if split in parts)
-    lines = noise_lines(ledger.join(runs, on="run_id", how="semi"))
-
-    leaked = leaked or {}
-    leak_free = []
-    for split, part in parts.items():
-        prompt_ids = part.prompts["prompt_id"]
-        touched = prompt_ids.is_in(list(leaked.get(split, ())))
-        if "accuracy" in metrics(part) and touched.any():
-            rest = part.on(~touched)
-            leak_free.append(
-                _tagged(replicate(rest, "accuracy"), runs, baseline, split=split).select(
-                    "split",
-                    pl.lit(prompt_ids.filter(touched).n_unique()).alias("removed"),
-                    pl.exclude("split"),
-                )
-            )
-
+    ranking = _ranking(mean(resampled[s, metric] for s in ranked_splits), runs, baseline)
+    at_limit = _at_epoch_limit(finished)
     scores = pl.concat(
         _tagged(result, runs, baseline, split=split, metric=name)
         for (split, name), result in resampled.items()
     )
-    noise, falls = [], []
-    for split, result in _panels(ranked_splits, metric, resampled) if lines.height else ():
-        found = scores.filter(split=split, metric=metric) if split in parts else ranking
-        found = found.select("name", "estimate", "low", "high")
-        joined = lines.join(found, on="name", how="left", maintain_order="left")
-        noise.append(joined.select(pl.lit(split).alias("split"), pl.all()))
-        fallen = noise_falls(lines, result, runs, baseline)
-        falls.append(fallen.select(pl.lit(split).alias("split"), pl.all()))
-    subsets = [
-        _tagged(
-            replicate(rows, "accuracy"),
-            runs.filter(detailed),
-            baseline,
-            split=split,
-            subset=subset,
-        )
-        for split, part in parts.items()
-        if "accuracy" in metrics(part) and part.prompts["subset"].n_unique() > 1
-        for subset, rows in _by_subset(part.by(detailed.arg_true().to_list()))
-    ]
+    panels = _panels(ranked_splits, metric, resampled)
+    noise, falls = _noise(noise_lines(finished), panels, scores, ranking, runs, baseline, metric)
+    scenarios = tuple(split for split in tables.scenarios if split in parts)
     return Comparison(
-        title=title,
+        title=tables.title,
         baseline=baseline,
         splits=tuple(parts),
         ranked_by=rank_by or MEAN,
@@ -228,24 +192,138 @@ def compare_runs(
         ranking=ranking,
         at_epoch_limit=tuple(name for name in ranking["name"] if name in at_limit),
         scores=scores,
-        measures=_measures(ledger.join(runs, on="run_id", how="semi"), list(parts)),
-        subsets=_stack(subsets),
+        measures=_measures(finished, list(parts)),
+        subsets=_subsets(parts, ranking, runs, baseline),
         lengths=_stack([_length(split, part) for split, part in parts.items()]),
-        leak_free=_stack(leak_free),
-        validation=ledger.join(runs, on="run_id", how="semi")
-        .group_by("name")
+        leak_free=_leak_free(parts, tables.leaked, runs, baseline),
+        validation=finished.group_by("name")
         .agg(pl.col("validation_accuracy").mean().alias("accuracy"))
         .sort("name"),
-        geometry=_geometry(geometry, runs, [trained_on, *parts]),
-        trained_on=trained_on,
+        geometry=_geometry(tables.geometry, runs, [tables.trained_on, *parts]),
+        trained_on=tables.trained_on,
         scenarios=scenarios,
         scenario_falls=scenario_falls(resampled, scenarios, runs, baseline),
-        noise=_stack(noise),
-        noise_falls=_stack(falls),
+        noise=noise,
+        noise_falls=falls,
         unfinished=ledger.join(runs, on="run_id", how="anti")
         .group_by("name", "status")
         .agg(pl.len().alias("runs"))
         .sort("name", "status"),
+    )
+
+
+def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
+    """run_id, name and seed of the runs that have results, sorted by name and seed."""
+    runs = (
+        ledger.join(tables.outcomes, on="run_id", how="semi")
+        .select("run_id", "name", "seed")
+        .sort("name", "seed", "run_id")
+    )
+    if runs.is_empty():
+        if not ledger.is_empty() and (ledger["status"] == "diverged").all():
+            raise UserError(f"{tables.title}: all {ledger.height} runs diverged: lower lr")
+        raise UserError(f"{tables.title} has no finished runs: run the sweep first")
+    if baseline is not None and baseline not in runs["name"]:
+        status = ledger.filter(pl.col("name") == baseline)["status"]
+        if not status.is_empty() and (status == "diverged").all():
+            raise UserError(
+                f"baseline {baseline!r} diverged in every seed: name another with --baseline"
+            )
+        raise UserError(
+            f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
+        )
+    return runs
+
+
+def _outcomes(tables: ComparedTables, run_ids: list[str]) -> dict[str, Outcomes]:
+    """Split → what the runs did on it."""
+    return {
+        split: Outcomes.of(
+            tables.prompts.filter(pl.col("split") == split),
+            tables.outcomes.filter(pl.col("split") == split),
+            run_ids,
+        )
+        for split in tables.splits
+        if split in tables.outcomes["split"]
+    }
+
+
+def _ranking(result: Replicates, runs: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
+    """Configurations from best to worst: rank, `intervals.compare` and run_ids by seed."""
+    ranking = compare(result, runs, baseline)
+    ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
+    return ranking.select(
+        pl.col("estimate").rank("min", descending=True).cast(pl.Int64).alias("rank"), pl.all()
+    ).join(
+        runs.group_by("name", maintain_order=True).agg(pl.col("run_id").alias("run_ids")),
+        on="name",
+        maintain_order="left",
+    )
+
+
+def _leak_free(
+    parts: Mapping[str, Outcomes],
+    leaked: Mapping[str, Collection[str]],
+    runs: pl.DataFrame,
+    baseline: str | None,
+) -> pl.DataFrame:
+    """Accuracy on the splits that share prompts with training, without these prompts."""
+    found = []
+    for split, part in parts.items():
+        prompt_ids = part.prompts["prompt_id"]
+        touched = prompt_ids.is_in(list(leaked.get(split, ())))
+        if "accuracy" in metrics(part) and touched.any():
+            rest = part.on(~touched)
+            found.append(
+                _tagged(replicate(rest, "accuracy"), runs, baseline, split=split).select(
+                    "split",
+                    pl.lit(prompt_ids.filter(touched).n_unique()).alias("removed"),
+                    pl.exclude("split"),
+                )
+            )
+    return _stack(found)
+
+
+def _noise(
+    lines: pl.DataFrame,
+    panels: Sequence[tuple[str, Replicates]],
+    scores: pl.DataFrame,
+    ranking: pl.DataFrame,
+    runs: pl.DataFrame,
+    baseline: str | None,
+    metric: str,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """`Comparison.noise` and `Comparison.noise_falls`, of the lines of `noise_lines`."""
+    noise, falls = [], []
+    for split, result in panels if lines.height else ():
+        found = ranking if split == MEAN else scores.filter(split=split, metric=metric)
+        found = found.select("name", "estimate", "low", "high")
+        joined = lines.join(found, on="name", how="left", maintain_order="left")
+        noise.append(joined.select(pl.lit(split).alias("split"), pl.all()))
+        fallen = noise_falls(lines, result, runs, baseline)
+        falls.append(fallen.select(pl.lit(split).alias("split"), pl.all()))
+    return _stack(noise), _stack(falls)
+
+
+def _subsets(
+    parts: Mapping[str, Outcomes], ranking: pl.DataFrame, runs: pl.DataFrame, baseline: str | None
+) -> pl.DataFrame:
+    """Accuracy by subset of the baseline and of the best other configurations."""
+    top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
+    detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
+    return _stack(
+        [
+            _tagged(
+                replicate(rows, "accuracy"),
+                runs.filter(detailed),
+                baseline,
+                split=split,
+                subset=subset,
+            )
+            for split, part in parts.items()
+            if "accuracy" in metrics(part) and part.prompts["subset"].n_unique() > 1
+            for subset, rows in _by_subset(part.by(detailed.arg_true().to_list()))
+        ]
     )
 
 

@@ -17,7 +17,7 @@ from embrm.sweeps.fusing import packs
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.prepare import check_sweep, pin
 from embrm.sweeps.spec import Run, Selection, SweepSpec, configurations
-from embrm.training.numerics import Numerics, begin_here, device
+from embrm.training.numerics import Numerics, begin_here, on_cpu
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def train_here(
     if selection is None:
         raise UserError("specs is empty: give the keys of at least one run, such as {'loss': 'bt'}")
     distinct = {run.run_id: run for run in runs}
-    gpu = device(numerics).type != "cpu"
+    gpu = not on_cpu(numerics)
     with (
         begin_here(numerics),
         tempfile.TemporaryDirectory() as name,

@@ -15,8 +15,8 @@ from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import load_run
-from embrm.sweeps.fused import Pack
 from embrm.sweeps.material import laid_out
+from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run, RunSpec
 from embrm.sweeps.workers import modules_of, worker_count, workers
 from embrm.training.extensions import check_recorded

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache
+from embrm.core.errors import UserError
 from embrm.results.ledger import cache_of, open_results
 from embrm.results.weights import SavedRun, load_run
-from embrm.sweeps.material import select
+from embrm.sweeps.selection import select
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view
@@ -83,6 +84,20 @@ def member_scores(
     return members.with_columns(
         tokens=tokens.gather(rows), score=pl.Series(rewards[rows], dtype=pl.Float32)
     )
+
+
+def reward_of(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32]:
+    """Rewards float32 [n] of any states float32 [n, d] of the view that the run reads.
+
+    Raises: UserError for a run of trees, whose rewards are stored in place of weights.
+    """
+    if REWARDS in run.parameters:
+        raise UserError(
+            f"run {run.run_id} keeps the rewards of its cache's responses and has no weights: it "
+            "cannot score other states, take a run with a head"
+        )
+    heads = score(run.parameters, run.preprocess, States(states), torch.arange(len(states)))
+    return run.combination(heads).numpy()
 
 
 def rewarded(

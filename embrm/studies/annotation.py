@@ -7,10 +7,11 @@ import polars as pl
 
 from embrm import __version__
 from embrm.core.errors import UserError
+from embrm.core.specs import SpecSource
 from embrm.data.annotators import annotate, win_probability
 from embrm.data.label_tables import LabelTable
-from embrm.sweeps.material import select
 from embrm.sweeps.prepare import prepare_sweep
+from embrm.sweeps.selection import select
 from embrm.sweeps.tables import read_tables
 
 
@@ -24,7 +25,9 @@ class Annotation:
     expected: float
 
 
-def annotation(spec_path: Path, cache: Path | None, *, quality: float, seed: int = 0) -> Annotation:
+def annotation(
+    spec: SpecSource, cache: Path | None, *, quality: float, seed: int = 0
+) -> Annotation:
     """Labels of the training pairs of a sweep by a Boltzmann annotator of this quality.
 
     Gold differences are the pairs' margins, which pairs derived from groups have; the standard
@@ -35,20 +38,21 @@ def annotation(spec_path: Path, cache: Path | None, *, quality: float, seed: int
     """
     if not quality >= 0:
         raise UserError(f"quality = {quality:g}: it is at least 0, where labels are coin flips")
-    prepared = prepare_sweep(spec_path, cache, None)
+    prepared = prepare_sweep(spec, cache, None)
     pairs, _ = select(prepared.cache, prepared.selection)
     members = read_tables(prepared.cache, prepared.spec.scenarios).members
     trained = members.filter(pl.col("split").is_in(prepared.spec.train))
     where = ", ".join(prepared.spec.train)
+    place = spec if isinstance(spec, Path) else "spec"
     if trained.is_empty() or pairs["margin"].null_count():
         raise UserError(
-            f"{spec_path}: an annotator reads gold scores, and {where} has pairs without them: "
+            f"{place}: an annotator reads gold scores, and {where} has pairs without them: "
             "extract groups, with the columns prompt, response and gold"
         )
     gold = trained.unique("response", keep="first", maintain_order=True)["gold"]
     gold_sd = float(gold.to_numpy().std())
     if not gold_sd:
-        raise UserError(f"{spec_path}: every gold score of {where} is {gold[0]:g}: annotate others")
+        raise UserError(f"{place}: every gold score of {where} is {gold[0]:g}: annotate others")
     labels = annotate(pairs, gold_sd, quality, seed)
     margin, label = pairs["margin"].to_numpy(), labels["label"].to_numpy()
     decided = margin != 0

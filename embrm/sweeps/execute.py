@@ -1,7 +1,10 @@
 """Running a sweep: packs of runs over worker processes, resumable at any moment."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from embrm.core.errors import UserError
 from embrm.core.files import exclusive, remove_temporaries
@@ -10,11 +13,11 @@ from embrm.core.provenance import provenance
 from embrm.core.specs import SpecSource
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
-from embrm.sweeps.material import evaluation_splits, laid_out, prompt_table
 from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep
+from embrm.sweeps.selection import evaluation_splits, prompt_table
 from embrm.sweeps.spec import Run
 from embrm.sweeps.workers import modules_of, worker_count, workers
-from embrm.training.numerics import Numerics, device, settings
+from embrm.training.numerics import Numerics, on_cpu, settings
 
 
 def sweep(
@@ -53,7 +56,7 @@ def sweep(
             "cache": str(prepared.cache.folder),
             "cache_id": prepared.cache.cache_id,
             "leaked": leaked(prepared.cache, prepared.spec, prepared.evaluate),
-            "environment": {**provenance(), "numerics": {"mode": mode, **settings(mode)}},
+            "environment": _environment(out, mode, trained=bool(todo)),
         }
         prompts = prompt_table(evaluation_splits(prepared.cache, prepared.selection))
         write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header, prompts)
@@ -67,6 +70,15 @@ def sweep(
             f"{listed}{more}"
         )
     return out
+
+
+def _environment(out: Path, mode: Numerics, *, trained: bool) -> dict[str, Any]:
+    """Where and with what the runs were trained: what is recorded, if nothing was trained now."""
+    if not trained:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            stored: dict[str, Any] = json.loads((out / "sweep.json").read_bytes())["environment"]
+            return stored
+    return {**provenance(), "numerics": {"mode": mode, **settings(mode)}}
 
 
 def results_folder(spec: SpecSource, out: Path | None) -> Path:
@@ -89,10 +101,10 @@ def _train(
     """Train the runs `todo`; those that failed, with the reason."""
     if not todo:
         return {}
+    from embrm.sweeps.material import laid_out
+
     mode = prepared.spec.numerics
-    found = packs(
-        todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=device(mode).type != "cpu"
-    )
+    found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
     with (
         workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
         laid_out(

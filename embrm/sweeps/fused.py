@@ -10,12 +10,12 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from embrm.core.specs import content_id
 from embrm.sweeps.evaluation import Evaluation, Rewards, ledger_row, part_tables
 from embrm.sweeps.geometry import Geometry, samples
 from embrm.sweeps.ledger import TABLES, parquet
 from embrm.sweeps.material import Material, to_pairs
-from embrm.sweeps.spec import Run, RunSpec
+from embrm.sweeps.pack import Pack
+from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.training import as_trained, gold_as_trained, resample
 from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
@@ -28,18 +28,6 @@ from embrm.training.learner_specs import Learner
 from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics
 from embrm.training.states import States
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Runs trained together: equal in state, pairs and `TrainSpec.pack_key`."""
-
-    runs: tuple[Run, ...]
-
-    @property
-    def pack_id(self) -> str:
-        """Name of its part folder."""
-        return content_id([run.run_id for run in self.runs])
 
 
 @dataclass(frozen=True)

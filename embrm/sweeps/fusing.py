@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from embrm.sweeps.fused import Pack
+from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run
 
 _LINEAR = 128

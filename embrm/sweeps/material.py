@@ -1,23 +1,21 @@
 """What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import polars as pl
 import torch
-from numpy.typing import NDArray
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import progress
-from embrm.data.splits import holdout
 from embrm.metrics.accuracy import EvaluationSplit
 from embrm.sweeps.mapped import MappedFile, TokenFiles, write_rows
+from embrm.sweeps.selection import TRAINED_ON, evaluated_tables, select, splits_of, with_gold
 from embrm.sweeps.spec import Run, RunSpec, Selection
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import with_rules
@@ -34,9 +32,6 @@ LEAST_RESIDENT = WINDOW_BYTES
 """Bytes of states that a worker must be able to keep."""
 
 _TABLES = ("training", "validation", "gold", "pairs", "members", "responses")
-_TRAINED_ON = ("chosen", "rejected", "label", "weight", "margin")
-_PAIRS = ("split", "chosen", "rejected", "prompt_id", "subset", "label", "weight")
-_MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
 
 
 @dataclass(frozen=True)
@@ -65,32 +60,11 @@ class Material:
     def splits(self) -> dict[str, EvaluationSplit]:
         """Every split that is not trained on, by name."""
         pairs, members = (pl.read_ipc(self.tables[name]) for name in ("pairs", "members"))
-        return _splits(pairs, members, self.responses()["n_response"].to_numpy())
+        return splits_of(pairs, members, self.responses()["n_response"].to_numpy())
 
     def responses(self) -> pl.DataFrame:
         """Tokens (n_response) and log-probability (S) of every response."""
         return pl.read_ipc(self.tables["responses"])
-
-
-def select(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Training and validation pairs of `cache`, split by prompt, both sorted by pair id, a hash;
-    what training reads."""
-    tables = read_tables(cache, selection.scenarios)
-    trained_on = tables.pairs.lazy().filter(pl.col("split").is_in(selection.train))
-    pairs = trained_on.select("pair_id", "prompt_id", *_TRAINED_ON).sort("pair_id").collect()
-    held = pl.Series(holdout(pairs["prompt_id"], selection.validation, 0))
-    return pairs.filter(~held), pairs.filter(held)
-
-
-def with_gold(cache: Cache, selection: Selection) -> pl.DataFrame:
-    """Group members of the training splits but those of prompts that validate: response int64,
-    prompt_id and gold, by response."""
-    members = read_tables(cache, selection.scenarios).members
-    found = members.filter(pl.col("split").is_in(selection.train)).select(
-        pl.col("response").cast(pl.Int64), "prompt_id", "gold"
-    )
-    held = pl.Series(holdout(found["prompt_id"], selection.validation, 0), dtype=pl.Boolean)
-    return found.filter(~held).sort("response", maintain_order=True)
 
 
 def to_pairs(table: pl.DataFrame) -> Pairs:
@@ -105,39 +79,6 @@ def to_pairs(table: pl.DataFrame) -> Pairs:
         label=tensor("label", torch.float32),
         weight=tensor("weight", torch.float32),
         margin=None if table["margin"].null_count() else tensor("margin", torch.float32),
-    )
-
-
-def evaluation_splits(cache: Cache, selection: Selection) -> dict[str, EvaluationSplit]:
-    """Every split that is not trained on, prepared for evaluation."""
-    return _splits(*_evaluated(cache, selection), cache.n_response)
-
-
-def _evaluated(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Pairs and members that are not trained on."""
-    other = ~pl.col("split").is_in(selection.train)
-    tables = read_tables(cache, selection.scenarios)
-    return tables.pairs.filter(other).select(_PAIRS), tables.members.filter(other).select(_MEMBERS)
-
-
-def _splits(
-    pairs: pl.DataFrame, members: pl.DataFrame, n_response: NDArray[np.int32]
-) -> dict[str, EvaluationSplit]:
-    return {
-        split: EvaluationSplit.of(
-            pairs.filter(pl.col("split") == split),
-            members.filter(pl.col("split") == split),
-            n_response,
-        )
-        for split in sorted({*pairs["split"], *members["split"]})
-    }
-
-
-def prompt_table(splits: Mapping[str, EvaluationSplit]) -> pl.DataFrame:
-    """The prompts of all splits, with what no run changes: split, `accuracy.PROMPTS`."""
-    return pl.concat(
-        split.prompts.select(pl.lit(name).alias("split"), pl.all())
-        for name, split in splits.items()
     )
 
 
@@ -209,11 +150,11 @@ def _tables(
     cache = open_cache(cache.folder)
     training, validation = select(cache, selection)
     yield "training", with_rules(training, specs).drop("pair_id", "prompt_id")
-    yield "validation", validation.select(_TRAINED_ON)
+    yield "validation", validation.select(TRAINED_ON)
     del training, validation
     if any(spec.learner and spec.learner.reads_gold for spec in specs):
         yield "gold", with_gold(cache, selection)
-    pairs, members = _evaluated(cache, selection)
+    pairs, members = evaluated_tables(cache, selection)
     yield "pairs", pairs
     yield "members", members
     del pairs, members

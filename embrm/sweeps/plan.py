@@ -12,12 +12,12 @@ import torch
 from embrm.core.errors import UserError
 from embrm.core.specs import SpecSource
 from embrm.sweeps.execute import results_folder
-from embrm.sweeps.fused import Pack
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
-from embrm.sweeps.material import evaluation_splits
+from embrm.sweeps.pack import Pack
 from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
+from embrm.sweeps.selection import evaluation_splits
 from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.views import open_view
@@ -26,7 +26,7 @@ from embrm.training.bank import train
 from embrm.training.data import TrainingData
 from embrm.training.learner_specs import GradientBoosting, Learner
 from embrm.training.learners import Gold, fit
-from embrm.training.numerics import Numerics, device
+from embrm.training.numerics import Numerics, on_cpu
 from embrm.training.pairs import Pairs
 from embrm.training.states import States
 
@@ -58,7 +58,7 @@ def plan_sweep(
         todo,
         jobs=jobs,
         training_pairs=prepared.training_pairs,
-        gpu=device(mode).type != "cpu",
+        gpu=not on_cpu(mode),
     )
     return {
         "cache": str(prepared.cache.folder),

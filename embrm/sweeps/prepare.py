@@ -9,7 +9,7 @@ import polars as pl
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import SpecSource, spec_values
-from embrm.sweeps.material import select, with_gold
+from embrm.sweeps.selection import select, with_gold
 from embrm.sweeps.spec import (
     Configuration,
     Run,
@@ -23,8 +23,7 @@ from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, gold_as_trained, pinned, with_rules
 from embrm.sweeps.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.training.numerics import Numerics
-from embrm.training.regularizers import READS_S
-from embrm.training.tokens import WHOLE_VOCABULARY
+from embrm.training.regularizers import READS_S, WHOLE_VOCABULARY
 
 
 @dataclass(frozen=True)

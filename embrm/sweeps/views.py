@@ -1,14 +1,23 @@
 """The states that a run can be trained on: the cache's views, and features made of them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from embrm.cache.reader import Cache
-from embrm.cache.tensors import to_tensor, torch_dtype
 from embrm.core.errors import UserError, nearest
+from embrm.core.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+
+    from embrm.cache import tensors
+else:
+    torch, tensors = LazyModule("torch"), LazyModule("embrm.cache.tensors")
 
 TOKENS = "tokens"
 """Mean of the states of a response's sampled token rows. A linear head on it gives the mean reward
@@ -37,7 +46,7 @@ class View:
     @property
     def dtype(self) -> torch.dtype:
         """The cache's dtype, or float32 with S, which is too large for 16 bits."""
-        return torch.float32 if self._adds_s else torch_dtype(self.cache)
+        return torch.float32 if self._adds_s else tensors.torch_dtype(self.cache)
 
     @property
     def size(self) -> int:
@@ -50,7 +59,7 @@ class View:
         Raises: UserError where the cache is damaged, or a response has no token row to pool.
         """
         base = self.name.removesuffix(_WITH_S)
-        stored = map(to_tensor, self.cache.stored_shards(base))
+        stored = map(tensors.to_tensor, self.cache.stored_shards(base))
         parts = self._pooled() if base == TOKENS else stored
         if not self._adds_s:
             yield from parts
@@ -84,7 +93,7 @@ class View:
                     "no token row: take state = 'last' or 'mean'"
                 )
             total = torch.zeros(count, self.cache.width).index_add_(
-                0, owner, to_tensor(rows.states).float()
+                0, owner, tensors.to_tensor(rows.states).float()
             )
             first += count
             yield (total / held[:, None]).to(self.dtype)

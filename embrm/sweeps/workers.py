@@ -4,6 +4,8 @@ On the CPU a worker has one thread and fixed numerics, and a run's bits depend o
 neither the number of workers nor the runs it shared a pack with can be seen in the results.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,16 +18,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import Progress
 from embrm.core.threads import usable_cpus
-from embrm.sweeps.fused import Pack, Trainer
-from embrm.sweeps.material import Material
+from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run
 from embrm.training.extensions import import_modules, refuse_unimportable
-from embrm.training.numerics import Numerics, begin, device, environment, settings, why_unavailable
+from embrm.training.numerics import Numerics, begin, environment, on_cpu, settings, why_unavailable
+
+if TYPE_CHECKING:
+    from embrm.sweeps.fused import Trainer
+    from embrm.sweeps.material import Material
 
 
 def worker_count(jobs: int | None, mode: Numerics) -> int:
@@ -37,7 +43,7 @@ def worker_count(jobs: int | None, mode: Numerics) -> int:
     if lacking:
         raise UserError(f"numerics = {mode!r}: {lacking}: use native numerics")
     if jobs is None:
-        if device(mode).type != "cpu":
+        if not on_cpu(mode):
             return 1
         return usable_cpus()
     if jobs < 1:
@@ -184,6 +190,8 @@ _trainer: tuple[Material, Trainer] | None = None
 
 
 def _run(material: Material, mode: Numerics, pack: Pack) -> dict[str, bytes]:
+    from embrm.sweeps.fused import Trainer
+
     global _trainer
     if _trainer is None or _trainer[0] != material:
         _trainer = material, Trainer(material, mode)

@@ -83,14 +83,19 @@ def environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def on_cpu(numerics: Numerics) -> bool:
+    """Whether these numerics compute on the CPU."""
+    return numerics in ("native", "portable")
+
+
 def device(numerics: Numerics) -> torch.device:
     """Where these numerics compute."""
-    return torch.device("cpu" if numerics in ("native", "portable") else numerics.partition("-")[0])
+    return torch.device("cpu" if on_cpu(numerics) else numerics.partition("-")[0])
 
 
 def why_unavailable(numerics: Numerics) -> str | None:
     """What this machine lacks for these numerics, if anything."""
-    if device(numerics).type == "cuda" and not torch.cuda.is_available():
+    if numerics.startswith("cuda") and not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
     if numerics == "mps" and not torch.backends.mps.is_available():
         return "torch finds no Apple GPU here"

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 else:
     torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 
+WHOLE_VOCABULARY = 1 << 15
+"""Largest vocabulary for which top_k = "all" is allowed: all logits of a minibatch are held."""
+
 
 @dataclass(frozen=True)
 class RegularizerKind:

@@ -22,9 +22,6 @@ TopK = int | Literal["all"] | None
 """Candidate tokens of a position beside its target: this many of the largest logits, all that the
 cache holds (None), or the whole vocabulary ("all")."""
 
-WHOLE_VOCABULARY = 1 << 15
-"""Largest vocabulary for which "all" is allowed, because all logits of a minibatch are held."""
-
 _NO_TAIL = 1e-6
 """Tail probability below which float32 logits cannot distinguish it from zero."""
 

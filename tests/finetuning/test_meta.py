@@ -20,7 +20,8 @@ from embrm.finetuning.run import finetune
 from embrm.finetuning.spec import FinetuneSpec
 from embrm.finetuning.trainer import RewardTrainer
 from embrm.lm.loading import load_model
-from embrm.sweeps.material import select, to_pairs
+from embrm.sweeps.material import to_pairs
+from embrm.sweeps.selection import select
 
 ETA = 0.5
 STEPS = """

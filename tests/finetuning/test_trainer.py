@@ -17,7 +17,7 @@ from embrm.finetuning import trainer
 from embrm.finetuning.inputs import read_inputs
 from embrm.finetuning.run import finetune
 from embrm.results.ledger import open_results
-from embrm.sweeps.material import select
+from embrm.sweeps.selection import select
 from embrm.training.heads import initialise
 from embrm.training.order import Order
 from embrm.training.states import States

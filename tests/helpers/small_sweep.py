@@ -1,12 +1,15 @@
 """A made-up sweep for the report's tests: four configurations, three seeds, five splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from embrm.metrics.accuracy import OUTCOMES, PROMPTS
 from embrm.metrics.geometry import MEASURES
+from embrm.results.comparison import ComparedTables, Comparison, compare_runs
 
 SKILL = {"bt": 0.60, "bsr[lr=0.01]": 0.72, "hinge|$x_1$ [red]*": 0.60, "bad": 0.45}
 SPLITS = ("id", "ood/chat_hard", "ood/maths", "groups", "absent")
@@ -71,6 +74,21 @@ def small_sweep(seeds: int = 3) -> SmallSweep:
         _prompts(),
         pl.DataFrame(outcomes, schema={"run_id": pl.String(), "split": pl.String()} | lists),
     )
+
+
+def compare_tables(
+    title: str,
+    ledger: pl.DataFrame,
+    prompts: pl.DataFrame,
+    outcomes: pl.DataFrame,
+    splits: Sequence[str],
+    baseline: str | None,
+    rank_by: str | None = None,
+    **further: Any,
+) -> Comparison:
+    """`compare_runs` of tables that no folder holds."""
+    tables = ComparedTables(title, ledger, prompts, outcomes, splits, **further)
+    return compare_runs(tables, baseline, rank_by)
 
 
 def small_geometry(adapters: tuple[str, ...] = ("bsr[lr=0.01]",), seeds: int = 3) -> pl.DataFrame:

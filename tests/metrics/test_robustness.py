@@ -5,12 +5,12 @@ import json
 import numpy as np
 import polars as pl
 import pytest
-from small_sweep import SPLITS, SmallSweep, small_sweep
+from small_sweep import SPLITS, SmallSweep, compare_tables, small_sweep
 
 from embrm.core.drawing import drawn
 from embrm.core.table import markdown
 from embrm.metrics.robustness import noise_lines
-from embrm.results.comparison import MEAN, Comparison, compare_runs
+from embrm.results.comparison import MEAN, Comparison
 from embrm.studies.robustness.noise import noise_figure, noise_tables
 from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
 
@@ -37,7 +37,7 @@ def noisy(extra: dict[str, object] | None = None) -> SmallSweep:
 
 
 def compared(sweep: SmallSweep, baseline: str | None, *scenarios: str) -> Comparison:
-    return compare_runs(
+    return compare_tables(
         "small", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, baseline, scenarios=scenarios
     )
 

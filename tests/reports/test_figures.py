@@ -5,13 +5,13 @@ import re
 
 import polars as pl
 import pytest
-from small_sweep import SPLITS, small_sweep
+from small_sweep import SPLITS, compare_tables, small_sweep
 
 from embrm.reports.figures import figures
-from embrm.results.comparison import Comparison, compare_runs
+from embrm.results.comparison import Comparison
 
 SWEEP = small_sweep()
-COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+COMPARISON = compare_tables("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
 CURVES = SWEEP.curves.join(SWEEP.ledger.select("run_id", name="config"), on="run_id")
 NO_CURVES = CURVES.head(0)
 BLUE, ORANGE = b"#0072b2", b"#d55e00"
@@ -49,12 +49,12 @@ def test_names_are_not_read_as_mathematics(drawn: dict[str, bytes]) -> None:
 
 def test_names_no_font_can_draw_or_mathtext_parse_do_no_harm() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", "奖励 $\\frac{ \x1b"))
-    comparison = compare_runs("odd", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    comparison = compare_tables("odd", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     assert "ranked.png" in figures(comparison, NO_CURVES, 20)
 
 
 def test_scatter_falls_back_on_held_out_training_prompts() -> None:
-    ood = compare_runs(
+    ood = compare_tables(
         "ood", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("ood/maths", "ood/chat_hard"), "bt"
     )
     assert b"held-out training prompts" in figures(ood, NO_CURVES, 20)["id_vs_ood.svg"]
@@ -92,11 +92,13 @@ def test_longer_is_better_is_drawn_where_it_is_near(share: float, drawn: bool) -
 
 def test_the_axis_says_over_what() -> None:
     assert b"Mean accuracy over 3 splits (%)" in ranked(COMPARISON)
-    one = compare_runs(
+    one = compare_tables(
         "one", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", rank_by="id"
     )
     assert b"Accuracy, id (%)" in ranked(one)
-    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
+    groups = compare_tables(
+        "groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt"
+    )
     assert "Kendall τ-b, groups".encode() in ranked(groups)
 
 
@@ -105,10 +107,12 @@ def test_no_curves_no_figure() -> None:
 
 
 def test_groups_alone_draw_the_ranking() -> None:
-    groups = compare_runs("groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt")
+    groups = compare_tables(
+        "groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt"
+    )
     assert sorted(figures(groups, NO_CURVES, 20)) == ["ranked.png", "ranked.svg"]
 
 
 def test_without_a_baseline() -> None:
-    comparison = compare_runs("free", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, None)
+    comparison = compare_tables("free", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, None)
     assert len(figures(comparison, CURVES, 2)) == 6

@@ -6,14 +6,14 @@ import re
 import polars as pl
 import pytest
 from rich.console import Console
-from small_sweep import SKILL, SPLITS, small_geometry, small_sweep
+from small_sweep import SKILL, SPLITS, compare_tables, small_geometry, small_sweep
 
 from embrm.core.table import Table, escape, markdown, terminal
 from embrm.reports.tables import further_tables, main_tables
-from embrm.results.comparison import Comparison, compare_runs
+from embrm.results.comparison import Comparison
 
 SWEEP = small_sweep()
-COMPARISON = compare_runs("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+COMPARISON = compare_tables("small", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
 
 
 def shown(table: Table, width: int = 100) -> str:
@@ -57,7 +57,7 @@ def test_top_keeps_the_baseline() -> None:
 
 def test_one_seed_is_marked() -> None:
     sweep = small_sweep(seeds=1)
-    comparison = compare_runs("one", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, "bt")
+    comparison = compare_tables("one", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, "bt")
     ranking = main_tables(comparison, top=4)[0]
     assert ranking.rows[0][2] == "1*"
     assert "* one seed" in ranking.note
@@ -99,7 +99,7 @@ def test_headers_stand_on_their_numbers() -> None:
 
 def test_calibration_fits_eighty_columns() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", LONG))
-    comparison = compare_runs("long", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    comparison = compare_tables("long", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     table = main_tables(comparison, 9)[-1]
     text = shown(table, width=80)
     assert table.rows[-1][:2] == ("4", LONG)
@@ -119,7 +119,7 @@ def test_epoch_limits_are_marked_and_explained() -> None:
             best_epoch=reached.then(8).otherwise("best_epoch"),
         )
         return main_tables(
-            compare_runs("x", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt"), 9
+            compare_tables("x", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt"), 9
         )[0]
 
     some = ranking("bt", "bsr[lr=0.01]")
@@ -153,7 +153,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
         )
         for table in (SWEEP.prompts, SWEEP.outcomes)
     )
-    comparison = compare_runs("wide", SWEEP.ledger, prompts, outcomes, long[:8], "bt")
+    comparison = compare_tables("wide", SWEEP.ledger, prompts, outcomes, long[:8], "bt")
     tables = main_tables(comparison, 9)
     for table in tables:
         assert max(map(len, shown(table).splitlines())) <= 100
@@ -161,7 +161,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
     assert matrix.columns[1:] == tuple(long[:8])
     for row in matrix.rows:
         assert all(cell in shown(matrix) for cell in row[1:])  # no number is broken in two
-    more = compare_runs("wider", SWEEP.ledger, prompts, outcomes, long, "bt")
+    more = compare_tables("wider", SWEEP.ledger, prompts, outcomes, long, "bt")
     widths = [len(t.columns) for t in main_tables(more, 9) if t.title == "Accuracy % by split"]
     assert widths == [7, 6]
 
@@ -199,12 +199,12 @@ def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
 def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
     small = SWEEP.without(pl.col("split") == "ood/maths", pl.col("prompt_id") != "ood/maths 7")
     tables = small.ledger, small.prompts, small.outcomes
-    one = compare_runs("one", *tables, SPLITS, "bt")
+    one = compare_tables("one", *tables, SPLITS, "bt")
     ranking = main_tables(one, 9)[0]
     assert ranking.title.endswith("mean over id, ood/chat_hard")
     assert "Left out of the mean, fewer than 2 prompts: ood/maths." in ranking.note
     assert "95 % intervals" in ranking.note
-    alone = main_tables(compare_runs("alone", *tables, ["ood/maths"], "bt"), 9)[0]
+    alone = main_tables(compare_tables("alone", *tables, ["ood/maths"], "bt"), 9)[0]
     assert "No intervals: too few prompts" in alone.note
     assert "95 %" not in alone.note
     assert "Left out" not in alone.note
@@ -218,7 +218,7 @@ def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
     )
     undefined = pl.col("tau").list.eval(pl.element() * float("nan"))
     outcomes = outcomes.with_columns(pl.when(split="empty").then(undefined).otherwise("tau"))
-    comparison = compare_runs("empty", SWEEP.ledger, prompts, outcomes, (*SPLITS, "empty"), "bt")
+    comparison = compare_tables("empty", SWEEP.ledger, prompts, outcomes, (*SPLITS, "empty"), "bt")
     tables = {table.title: table for table in main_tables(comparison, 9)}
     assert tables["Evaluation splits"].rows[-1] == ("empty", "0", "0", "n/a", "0")
 
@@ -227,7 +227,7 @@ def calibration_without(temperature: pl.Expr) -> Table:
     """The calibration table when the runs selected have no temperature."""
     calibrated = pl.col("^.*_calibrated@.*$")
     ledger = SWEEP.ledger.with_columns(pl.when(~temperature).then(calibrated))
-    comparison = compare_runs("cold", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    comparison = compare_tables("cold", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     return next(t for t in main_tables(comparison, 9) if t.title.startswith("Calibration"))
 
 
@@ -255,7 +255,7 @@ def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
 
 def measured(geometry: pl.DataFrame, splits: tuple[str, ...] = SPLITS) -> Comparison:
     tables = SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes
-    return compare_runs("moved", *tables, splits, "bt", geometry=geometry)
+    return compare_tables("moved", *tables, splits, "bt", geometry=geometry)
 
 
 def of_geometry(tables: list[Table]) -> list[Table]:
@@ -307,7 +307,7 @@ def test_small_divergences_keep_their_digits_and_fit_eighty_columns() -> None:
 
 def test_leaks_are_counted() -> None:
     leaked = {"id": ["id 1", "id 2"]}
-    comparison = compare_runs(
+    comparison = compare_tables(
         "leaky", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", leaked=leaked
     )
     tables = {table.title: table for table in main_tables(comparison, 9)}
@@ -324,7 +324,7 @@ def test_disagreement_is_shown_of_what_has_several_heads() -> None:
         pl.when(several).then(0.75).alias("disagreement_auroc@id"),
         pl.when(several).then(0.5).alias("disagreement@ood/maths"),
     )
-    comparison = compare_runs("s", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
+    comparison = compare_tables("s", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     [table] = [t for t in further_tables(comparison, 9) if t.title.startswith("Disagreement")]
     assert table.columns == ("configuration", "id", "ood/maths")
     assert table.rows == (

@@ -4,11 +4,11 @@ import dataclasses
 
 import polars as pl
 import pytest
-from small_sweep import SKILL, SPLITS, SmallSweep, small_geometry, small_sweep
+from small_sweep import SKILL, SPLITS, SmallSweep, compare_tables, small_geometry, small_sweep
 
 from embrm.core.errors import UserError
 from embrm.metrics.geometry import MEASURES as GEOMETRY
-from embrm.results.comparison import MEASURES, Comparison, compare_runs
+from embrm.results.comparison import MEASURES, Comparison
 
 SWEEP = small_sweep()
 
@@ -22,7 +22,7 @@ def compared(**changes: object) -> Comparison:
         "splits": SPLITS,
         "baseline": "bt",
     }
-    return compare_runs(**(arguments | changes))
+    return compare_tables(**(arguments | changes))
 
 
 @pytest.fixture(scope="module")

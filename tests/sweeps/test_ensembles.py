@@ -22,8 +22,10 @@ from embrm.studies.best_of_n.measure import best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps import fused as pack_module
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.fused import Pack, Trainer
-from embrm.sweeps.material import laid_out, select
+from embrm.sweeps.fused import Trainer
+from embrm.sweeps.material import laid_out
+from embrm.sweeps.pack import Pack
+from embrm.sweeps.selection import select
 from embrm.sweeps.spec import Configuration, RunSpec, Selection, runs
 from embrm.sweeps.training import as_trained, resample, with_rules
 from embrm.sweeps.views import open_view

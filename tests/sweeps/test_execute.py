@@ -20,8 +20,8 @@ from embrm.results.rewards import scores
 from embrm.sweeps import workers
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.ledger import finished
-from embrm.sweeps.material import select
 from embrm.sweeps.plan import plan_sweep
+from embrm.sweeps.selection import select
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.sweeps.training import as_trained
 

@@ -19,9 +19,10 @@ from embrm.results.ledger import open_results
 from embrm.results.weights import load_run
 from embrm.sweeps import geometry as module
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.fused import Pack, Trainer
+from embrm.sweeps.fused import Trainer
 from embrm.sweeps.geometry import Geometry, Sample, reward_positions
 from embrm.sweeps.material import laid_out
+from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run, RunSpec, Selection, SweepSpec, configurations, runs
 from embrm.training.heads import UP, Parameters, Preprocess, adapted, initialise, score, stack
 from embrm.training.states import States

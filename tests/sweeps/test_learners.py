@@ -24,9 +24,10 @@ from embrm.results.weights import load_run
 from embrm.studies.best_of_n.measure import best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.material import laid_out, with_gold
+from embrm.sweeps.material import laid_out
 from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.prepare import prepare_sweep
+from embrm.sweeps.selection import with_gold
 from embrm.sweeps.spec import RunSpec, Selection, SweepSpec, configurations
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import gold_as_trained

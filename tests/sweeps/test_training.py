@@ -19,8 +19,8 @@ from embrm.results.rewards import scores
 from embrm.studies.annotation import annotation
 from embrm.studies.strength.measure import deciles, strengths
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.material import select
 from embrm.sweeps.prepare import prepare_sweep
+from embrm.sweeps.selection import select
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.sweeps.training import as_trained, with_rules
 

@@ -21,8 +21,8 @@ from embrm.core.errors import UserError
 from embrm.core.streams import stream
 from embrm.lm.head import LmHead
 from embrm.sweeps.mapped import in_memory
-from embrm.training.regularizers import divergence, log_probability_change, moved
-from embrm.training.tokens import WHOLE_VOCABULARY, TokenStore
+from embrm.training.regularizers import WHOLE_VOCABULARY, divergence, log_probability_change, moved
+from embrm.training.tokens import TokenStore
 
 DRIFTS = (0.01, 0.1)
 """Mean ‖δ‖/‖h‖ of the shifts that are tried; settings are recommended for the largest."""

@@ -8,9 +8,7 @@ import polars as pl
 
 from embrm.metrics.reliability import reliability as binned
 from embrm.results.ledger import Results, cache_of
-from embrm.results.rewards import rewarded
-from embrm.results.weights import load_run
-from embrm.sweeps.material import evaluation_splits
+from embrm.sweeps.selection import evaluation_splits
 
 
 def reliability(results: Results, names: Sequence[str], cache: Path | None = None) -> pl.DataFrame:
@@ -20,7 +18,7 @@ def reliability(results: Results, names: Sequence[str], cache: Path | None = Non
     cache: where it is now, if it has moved.
 
     Columns: split, name, at_temperature (whether margins are divided by the temperature of their
-    run; only where every seed has one) and those of `evaluate.reliability`.
+    run; only where every seed has one) and those of `metrics.reliability.reliability`.
     Raises: UserError when the cache is not there or another one, or runs have no heads to score
     with, as those of a fine-tune.
     """
@@ -28,6 +26,10 @@ def reliability(results: Results, names: Sequence[str], cache: Path | None = Non
         "config", "seed"
     )
     source = cache_of(results, cache)
+    # torch is loaded here, where heads score: not by a report whose cache is not there.
+    from embrm.results.rewards import rewarded
+    from embrm.results.weights import load_run
+
     every = evaluation_splits(source, results.spec.selection(results.cache_id))
     splits = {name: every[name] for name in results.evaluated if name in every}
     splits = {name: split for name, split in splits.items() if split.weight.any()}

@@ -15,7 +15,7 @@ from embrm.data.label_tables import LabelTable
 from embrm.data.splits import folds
 from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import SavedRun, load_run
-from embrm.sweeps.material import select
+from embrm.sweeps.selection import select
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.heads import score

@@ -5,10 +5,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 from small_stage import SPLITS, small_stage
+from small_sweep import compare_tables
 from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_results
 
 from embrm.core.errors import UserError
-from embrm.results.comparison import compare_runs
 from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation, Excluded, Match, compare_stages
 
@@ -56,7 +56,7 @@ def test_every_split_and_their_mean_by_accuracy_and_nll(confirmation: Confirmati
 
 def test_points_are_the_reports(confirmation: Confirmation, frozen: Results, full: Results) -> None:
     for stage, results, key in (("frozen", frozen, "name"), ("full", full, "full_name")):
-        scores = compare_runs(
+        scores = compare_tables(
             "x", results.ledger, results.prompts, results.outcomes, SPLITS, "bt"
         ).scores
         for row in confirmation.points.filter(split="ood/far", metric="accuracy").iter_rows(

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from small_sweep import compare_tables
 from toy_groups import toy_groups
 
 from embrm.core.errors import UserError
 from embrm.metrics.reliability import FEW
 from embrm.reports.run import report
-from embrm.results.comparison import compare_runs
 from embrm.results.ledger import open_results
 from embrm.studies.reliability.measure import reliability
 from embrm.studies.reliability.table import reliability_figure, reliability_tables
@@ -101,7 +101,7 @@ def test_the_report_shows_scenarios_noise_and_reliability(swept: Path, tmp_path:
 def test_the_figure_draws_the_bins(swept: Path) -> None:
     results = open_results(swept)
     name = "bt[label_noise=0]"
-    comparison = compare_runs(
+    comparison = compare_tables(
         "s", results.ledger, results.prompts, results.outcomes, ["prompt", "mutual"], name
     )
     found = reliability(results, [name]).filter(pl.col("split").is_in(comparison.splits))

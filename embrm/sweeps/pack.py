@@ -1,0 +1,18 @@
+"""A pack: runs that are trained together."""
+
+from dataclasses import dataclass
+
+from embrm.core.specs import content_id
+from embrm.sweeps.spec import Run
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs trained together: equal in state, pairs and `TrainSpec.pack_key`."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def pack_id(self) -> str:
+        """Name of its part folder."""
+        return content_id([run.run_id for run in self.runs])
