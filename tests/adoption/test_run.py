@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import polars as pl
 import pytest
 import safetensors.torch
 import torch
+from command_line import Outcome
 from small_cache import digests
 
 from embrm.adoption.arrays import open_states
@@ -359,18 +361,9 @@ REFUSED = {
 
 
 def test_an_adopted_cache_sweeps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embrm: Callable[..., Outcome]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-
-    def embrm(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["embrm", *words])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
 
     code, out, _ = embrm("cache", "adopt", *write_world(tmp_path), "--out", "cache")
     assert code == 0

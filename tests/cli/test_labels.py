@@ -1,14 +1,12 @@
 """The label commands end to end: members, strengths, remedies, and a sweep that uses them."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+from command_line import Outcome
 from toy_groups import toy_groups
 
-from embrm.cli import main
 from embrm.data.label_tables import read_table
 from embrm.sweeps.prepare import prepare_sweep
 
@@ -29,27 +27,8 @@ margin_scale = 1.0
 """
 
 
-@pytest.fixture
-def embrm(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in this process: exit code, what it printed, its errors."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["embrm", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 def test_from_members_to_a_sweep_with_remedied_labels(
-    embrm: Callable[..., tuple[int, str, str]], tmp_path: Path
+    embrm: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     cache, spec = toy_groups(tmp_path / "cache"), tmp_path / "s.toml"
     spec.write_text(SPEC)

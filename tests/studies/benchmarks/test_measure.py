@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from toy_cache import toy_cache
+from toy_sweep import MEAN_STATE, toy_sweep
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
@@ -17,20 +18,6 @@ from embrm.results.ledger import Results, finished_runs, open_results
 from embrm.results.rewards import scores
 from embrm.studies.benchmarks.measure import suite_scores, suite_splits
 from embrm.suites.formulas import SUITES, score_suite
-from embrm.sweeps.execute import sweep
-
-SPEC = """
-baseline = "bt"
-seeds = [0, 1]
-validation = 0.2
-[defaults]
-epochs = 2
-[[runs]]
-name = "bt"
-[[runs]]
-name = "mean state"
-state = "mean"
-"""
 
 
 def answered(members: pl.DataFrame) -> pl.DataFrame:
@@ -52,9 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Results:
-    path = tmp_path_factory.mktemp("sweeps") / "one.toml"
-    path.write_text(SPEC)
-    return open_results(sweep(path, cache, jobs=1))
+    return open_results(toy_sweep(tmp_path_factory.mktemp("sweeps"), cache, MEAN_STATE))
 
 
 def test_every_run_has_the_scores_of_its_own_file(swept: Results) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 from toy_cache import toy_cache
+from toy_sweep import toy_sweep
 
 from embrm.cli import main
 from embrm.core.errors import UserError
@@ -16,7 +17,6 @@ from embrm.core.table import markdown
 from embrm.metrics.intervals import Replicates
 from embrm.studies.benchmarks.measure import SuiteScores
 from embrm.studies.benchmarks.table import MEAN, suite_tables, suites, summarize
-from embrm.sweeps.execute import sweep
 
 NAMES = ("bt", "hinge|$x_1$ [red]*", "bad")
 NAN = float("nan")
@@ -153,14 +153,7 @@ def test_markdown_shows_names_as_they_are() -> None:
 
 # Files and the command.
 
-SPEC = """
-baseline = "bt"
-seeds = [0, 1]
-validation = 0.2
-[defaults]
-epochs = 2
-[[runs]]
-name = "bt"
+BAD_RUN = """
 [[runs]]
 name = "bad"
 lr = 1e-9
@@ -170,8 +163,7 @@ lr = 1e-9
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suites")
-    (folder / "one.toml").write_text(SPEC)
-    return sweep(folder / "one.toml", toy_cache(folder / "cache"), jobs=1)
+    return toy_sweep(folder, toy_cache(folder / "cache"), BAD_RUN)
 
 
 def test_files_say_the_same_and_are_the_same_again(swept: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 from toy_cache import toy_cache
+from toy_sweep import MEAN_STATE, toy_sweep
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
@@ -15,20 +16,6 @@ from embrm.metrics.best_of_n import Ranking, kl_estimate
 from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
 from embrm.studies.best_of_n.measure import Chosen, best_of_n
-from embrm.sweeps.execute import sweep
-
-SPEC = """
-baseline = "bt"
-seeds = [0, 1]
-validation = 0.2
-[defaults]
-epochs = 2
-[[runs]]
-name = "bt"
-[[runs]]
-name = "mean state"
-state = "mean"
-"""
 
 made = partial(toy_cache, prompts=100, per_prompt=8)
 
@@ -40,9 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    path = tmp_path_factory.mktemp("sweeps") / "one.toml"
-    path.write_text(SPEC)
-    return sweep(path, cache, jobs=1)
+    return toy_sweep(tmp_path_factory.mktemp("sweeps"), cache, MEAN_STATE)
 
 
 def runs_of(folder: Path) -> pl.DataFrame:

@@ -1,21 +1,20 @@
 """What is said of best of n: planted curves, intervals that hold, files and the command."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from command_line import Outcome
 from toy_cache import toy_cache
+from toy_sweep import toy_sweep
 
-from embrm.cli import main
 from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import kl_bound
 from embrm.studies.best_of_n.measure import Chosen
 from embrm.studies.best_of_n.table import best_of_n, best_of_n_figure, best_of_n_tables, summarize
-from embrm.sweeps.execute import sweep
 
 NS = (1, 2, 4, 8, 16, 32)
 D = np.sqrt(kl_bound(NS))
@@ -156,14 +155,7 @@ def test_the_same_numbers_draw_the_same_bytes() -> None:
 
 # From files to files
 
-SPEC = """
-baseline = "bt"
-seeds = [0, 1]
-validation = 0.2
-[defaults]
-epochs = 2
-[[runs]]
-name = "bt"
+OTHER_RUNS = """
 [[runs]]
 name = "noise|$x_1$ [red]*"
 label_noise = 0.3
@@ -176,27 +168,7 @@ lr = 1e30
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = toy_cache(tmp_path_factory.mktemp("cache") / "toy", prompts=100, per_prompt=8)
-    path = tmp_path_factory.mktemp("sweeps") / "one.toml"
-    path.write_text(SPEC)
-    return sweep(path, cache, jobs=1)
-
-
-@pytest.fixture
-def embrm(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in this process: exit code, output, errors."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["embrm", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+    return toy_sweep(tmp_path_factory.mktemp("sweeps"), cache, OTHER_RUNS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -221,7 +193,7 @@ def test_writes_beside_the_results_the_same_bytes_again(swept: Path, tmp_path: P
 
 
 def test_the_command_shows_what_it_wrote(
-    embrm: Callable[..., tuple[int, str, str]], swept: Path, tmp_path: Path
+    embrm: Callable[..., Outcome], swept: Path, tmp_path: Path
 ) -> None:
     code, out, _ = embrm("bon", swept, "--n", "2,8", "--out", tmp_path)
     assert code == 0
@@ -248,7 +220,7 @@ def test_the_command_shows_what_it_wrote(
     ],
 )
 def test_wrong_words_are_one_line(
-    embrm: Callable[..., tuple[int, str, str]],
+    embrm: Callable[..., Outcome],
     swept: Path,
     words: tuple[str, ...],
     parts: tuple[str, ...],
