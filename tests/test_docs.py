@@ -8,6 +8,7 @@ A fenced block's info string says what its commands need:
 `python tests/test_docs.py` (make docs) rewrites docs/commands.md and docs/specs.md.
 """
 
+import ast
 import contextlib
 import json
 import re
@@ -21,6 +22,7 @@ import pytest
 from small_demo import RECIPE, SMALL_SWEEP, WORLD
 from typer.testing import CliRunner
 
+import embrm
 from embrm.adoption.run import adopt
 from embrm.adoption.spec import AdoptSpec, ArraySource
 from embrm.cache.verify import verify
@@ -246,6 +248,14 @@ def test_adoption_specs_of_the_docs_run(
     [(page, text)] = _toml_blocks(" adopt")
     out = adopt(AdoptSpec.parse(tomllib.loads(text), page), Path("cache/adopted-by-spec"))
     assert verify(out) == []
+
+
+def test_python_of_the_docs_uses_the_public_api() -> None:
+    for page in PAGES:
+        for text in re.findall(r"```python.*\n(.*?)```", page.read_text(), re.DOTALL):
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "embrm":
+                    assert node.attr in embrm.__all__, f"{page.name}: embrm.{node.attr}"
 
 
 def test_links_of_the_docs_lead_somewhere() -> None:
