@@ -97,7 +97,7 @@ def test_training_gives_the_bits_of_the_release(golden: Path) -> None:
     other = [run.config for run in found.runs if not run.same_bits]
     assert not other, (
         f"training gives other bits than in 0.3.0: {', '.join(other)}. Undo the change, or, if it "
-        f"is meant, raise TRAINING_VERSION (now {TRAINING_VERSION}), so that runs of older releases "
+        f"is meant, raise TRAINING_VERSION (now {TRAINING_VERSION}), so that older runs "
         "are not taken for new ones"
     )
 
