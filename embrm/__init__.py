@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from embrm.core.errors import UserError
     from embrm.training.heads.kinds import register_head
     from embrm.training.objectives import register_loss
+    from embrm.training.regularizers import RegularizerKind, register_regularizer
 
 __version__ = "0.4.0"
 
@@ -57,11 +58,13 @@ _MODULES = {
     "core.errors": ("UserError",),
     "training.heads.kinds": ("register_head",),
     "training.objectives": ("register_loss",),
+    "training.regularizers": ("RegularizerKind", "register_regularizer"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Cache",
+    "RegularizerKind",
     "SweepResults",
     "TrainedHead",
     "UserError",
@@ -85,6 +88,7 @@ __all__ = [
     "read_labels",
     "register_head",
     "register_loss",
+    "register_regularizer",
     "remedy_labels",
     "replay",
     "report",

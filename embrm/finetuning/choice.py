@@ -16,7 +16,6 @@ from embrm.results.ledger import Results
 from embrm.studies.confirmation.measure import Excluded, Match
 from embrm.sweeps.spec import RunSpec
 from embrm.training.objectives import Objective
-from embrm.training.regularizers import GRM
 
 # Metrics of the ledger that can rank configurations, by which end is the better one.
 _HIGHER_IS_BETTER = ("accuracy", "tau")
@@ -234,7 +233,7 @@ def _why_not_tunable(spec: RunSpec) -> str | None:
         return f"members = {spec.members}: a fine-tune is of one model"
     if spec.learner:
         return f"learner {spec.learner.kind!r} is of frozen states"
-    if regularizer and regularizer.kind not in GRM:
+    if regularizer and not regularizer.is_grm:
         return f"regularizer {regularizer.kind!r} is of frozen states"
     return None
 

@@ -10,7 +10,6 @@ from embrm.data.sources import SourceSpec
 from embrm.finetuning.contrast import SimcseSpec
 from embrm.finetuning.meta import MetaSpec
 from embrm.sweeps.spec import RunSpec, SweepSpec
-from embrm.training.regularizers import GRM
 
 Tune = Literal["full", "lora", "frozen"]
 
@@ -156,7 +155,7 @@ def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
         ),
     ]
     if regularizer is not None:
-        kind, of_grm = f"regularizer {regularizer.kind!r}", regularizer.kind in GRM
+        kind, of_grm = f"regularizer {regularizer.kind!r}", regularizer.is_grm
         still = "acts on states that move: set tune = 'full' or 'lora', or sweep it with an adapter"
         wrong += [
             (not of_grm, kind, "is made for frozen states: embrm sweep trains it"),

@@ -23,7 +23,7 @@ from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, gold_as_trained, pinned, with_rules
 from embrm.sweeps.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.training.numerics import Numerics
-from embrm.training.regularizers import READS_S, WHOLE_VOCABULARY
+from embrm.training.regularizers import WHOLE_VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
                 "logits a token row: lower it, or extract with "
                 f"--top-k {regularizer.top_k or 32}"
             )
-        if regularizer.kind in READS_S and S_missing:
+        if regularizer.reads_S and S_missing:
             raise UserError(
                 f"{run}: {kind} reads S, the responses' log-probability, and {folder} lacks it for "
                 f"{S_missing} responses: take grm-dpo or preserve-kl, or extract them with embrm "

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from embrm.core.errors import nearest
+from embrm.core.errors import UserError, nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
+from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions
 from embrm.training.heads.adapter import adapter_inner, adapter_readouts
 from embrm.training.heads.products import product
 
@@ -89,22 +90,34 @@ def half_variance(tokens: TokenBatch, moved: Tensor) -> Tensor:
     return (p * (first_order - mean).square()).sum(1) / 2
 
 
-KINDS = {
-    "grm-sft": RegularizerKind(of_pair=_sft, one_sided=True, reads_S=True),
-    "grm-sft-unsquashed": RegularizerKind(of_pair=_sft_unsquashed, one_sided=True, reads_S=True),
-    "grm-dpo": RegularizerKind(of_pair=_dpo),
-    "grm-dpo-noref": RegularizerKind(of_pair=_dpo_noref, reads_S=True),
-    "preserve-kl": RegularizerKind(of_position=divergence),
-    "preserve-fisher": RegularizerKind(of_position=half_variance),
-    "fisher": RegularizerKind(),
-}
+KINDS = Extensions(
+    "regularizer",
+    {
+        "grm-sft": RegularizerKind(of_pair=_sft, one_sided=True, reads_S=True),
+        "grm-sft-unsquashed": RegularizerKind(
+            of_pair=_sft_unsquashed, one_sided=True, reads_S=True
+        ),
+        "grm-dpo": RegularizerKind(of_pair=_dpo),
+        "grm-dpo-noref": RegularizerKind(of_pair=_dpo_noref, reads_S=True),
+        "preserve-kl": RegularizerKind(of_position=divergence),
+        "preserve-fisher": RegularizerKind(of_position=half_variance),
+        "fisher": RegularizerKind(),
+    },
+)
 """Kinds of regularizers by their name in a spec."""
 
-GRM = tuple(name for name, kind in KINDS.items() if kind.of_pair)
-"""Kinds of arXiv 2406.10216, weighted (1 - α) and α."""
 
-READS_S = tuple(name for name, kind in KINDS.items() if kind.reads_S)
-"""Kinds that read the cached log-probability S itself; grm-dpo reads its change alone."""
+def register_regularizer(name: str, kind: RegularizerKind) -> None:
+    """Make a regularizer of your own available as `regularizer = { kind = name }` from Python.
+
+    The ledger records the module of its function and the SHA-256 of that module's source.
+
+    Raises: UserError for the name of a built-in kind, or where `kind` computes nothing.
+    """
+    function = kind.of_pair or kind.of_position
+    if function is None:
+        raise UserError(f"regularizer {name!r} computes nothing: give of_pair or of_position")
+    KINDS.register(name, kind, Extension.of(function, "regularizer", name))
 
 
 class Regularizer(Spec):
@@ -143,7 +156,7 @@ class Regularizer(Spec):
     @classmethod
     def _known(cls, kind: str) -> str:
         if kind not in KINDS:
-            raise ValueError(f"unknown kind of regularizer: {nearest(kind, KINDS)}")
+            raise ValueError(f"unknown kind of regularizer: {nearest(kind, KINDS)}{REGISTER_FIRST}")
         return kind
 
     @field_validator("token_rows", "top_k", mode="before")
@@ -158,15 +171,25 @@ class Regularizer(Spec):
         # model_fields_set does not help: a stored spec, which a replay reads, names every field.
         fields = type(self).model_fields
         given = {name for name in fields if getattr(self, name) != fields[name].default}
-        if self.kind in GRM and "weight" in given:
+        if self.is_grm and "weight" in given:
             raise ValueError(f"{self.kind} is weighted by alpha: remove weight")
-        if self.kind not in GRM:
+        if not self.is_grm:
             for field in ("alpha", "beta"):
                 if field in given:
                     raise ValueError(f"{field} is of grm-*: {self.kind} has a weight")
         if not self.moves_states and "token_rows" in given:
             raise ValueError("fisher is computed once, from all token rows: remove token_rows")
         return self
+
+    @property
+    def is_grm(self) -> bool:
+        """Whether it is one of arXiv 2406.10216, which are weighted (1 - α) and α."""
+        return KINDS[self.kind].of_pair is not None
+
+    @property
+    def reads_S(self) -> bool:  # noqa: N802
+        """Whether it reads the cached log-probability S itself; grm-dpo reads its change alone."""
+        return KINDS[self.kind].reads_S
 
     @property
     def moves_states(self) -> bool:
@@ -177,17 +200,17 @@ class Regularizer(Spec):
     @property
     def active(self) -> bool:
         """Whether its weight is not 0."""
-        return (self.alpha if self.kind in GRM else self.weight) > 0
+        return (self.alpha if self.is_grm else self.weight) > 0
 
     @property
     def loss_factor(self) -> float:
         """Factor of the pair loss and its penalties."""
-        return 1 - self.alpha if self.kind in GRM else 1.0
+        return 1 - self.alpha if self.is_grm else 1.0
 
     @property
     def value_factor(self) -> float:
         """Factor of R."""
-        return self.alpha if self.kind in GRM else self.weight
+        return self.alpha if self.is_grm else self.weight
 
     @property
     def sampling(self) -> tuple[bool, int | None, TopK]:

@@ -10,7 +10,7 @@ from embrm.training.heads.kinds import HEADS
 from embrm.training.heads.preprocess import PreprocessKind
 from embrm.training.heads.spec import HeadSpec
 from embrm.training.objectives import LOSSES, Objective
-from embrm.training.regularizers import Regularizer
+from embrm.training.regularizers import KINDS, Regularizer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -97,4 +97,7 @@ class TrainSpec(Objective):
             f"loss {self.loss}": LOSSES.source(self.loss),
             f"head {self.head.kind}": HEADS.source(self.head.kind),
         }
+        if self.regularizer is not None:
+            kind = self.regularizer.kind
+            found[f"regularizer {kind}"] = KINDS.source(kind)
         return {name: source for name, source in found.items() if source is not None}

@@ -25,7 +25,9 @@ from embrm.sweeps.material import Material, laid_out
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run, Selection, SweepSpec, configurations, runs
 from embrm.training.numerics import Numerics, in_use, why_unavailable
-from embrm.training.regularizers import GRM
+from embrm.training.regularizers import KINDS
+
+GRM = [name for name, kind in KINDS.items() if kind.of_pair]
 
 HEADS = (
     {"kind": "linear"},

@@ -37,7 +37,9 @@ from embrm.training.heads import (
 from embrm.training.objectives import ObjectiveBank
 from embrm.training.pairs import Pairs
 from embrm.training.regularizers import (
-    GRM,
+    KINDS as ALL_KINDS,
+)
+from embrm.training.regularizers import (
     Regularizer,
     direction_penalty,
     divergence,
@@ -51,6 +53,7 @@ from embrm.training.spec import TrainSpec
 from embrm.training.states import States
 from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
 
+GRM = tuple(name for name, kind in ALL_KINDS.items() if kind.of_pair)
 KINDS = (*GRM, "preserve-kl", "preserve-fisher")
 ADAPTERS = [AdapterSpec(kind="low-rank", width=3), AdapterSpec(kind="mlp", width=4)]
 LM_HEADS = [{}, {"softcap": 1.5, "scale": 0.8, "bias": True}]
