@@ -276,6 +276,6 @@ def suite_scores(suite: str, scores: AnyPath, *, split: str | None = None) -> pl
 
     scores: a file that `embrm scores` or `embrm score` wrote.
     """
-    from embrm.suites.formulas import read_scores, score_suite
+    from embrm.suites.scoring import read_scores, score_suite
 
     return score_suite(suite, read_scores(path(scores, "scores"), suite, split))

@@ -184,7 +184,7 @@ def suite(
     as_json: Json = False,
 ) -> None:
     """Score a published benchmark as its own tool does, with 95 % intervals over prompts."""
-    from embrm.suites.formulas import read_scores, score_suite
+    from embrm.suites.scoring import read_scores, score_suite
 
     rows = score_suite(name, read_scores(scores, name, split)).to_dicts()
     print(json.dumps(rows, indent=1)) if as_json else print_table(filled(rows, "n/a"))

@@ -15,7 +15,9 @@ from embrm.core.text import first_line, quoted
 from embrm.data.groups import PairRule
 from embrm.data.splits import Holdout
 from embrm.data.tables import READERS, Choose, Columns, read_file
-from embrm.suites.layouts import SUITES, Layout, arrange, layout_of
+from embrm.suites.layouts import arrange, layout_of
+from embrm.suites.registry import SUITES
+from embrm.suites.suite import Layout
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt",),

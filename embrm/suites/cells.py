@@ -50,7 +50,7 @@ def weighted(weights: Mapping[str, float]) -> Formula:
     return {cell: weight / total for cell, weight in weights.items()}
 
 
-def mean(parts: Sequence[Formula], weights: Sequence[float] | None = None) -> Formula:
+def mean_of(parts: Sequence[Formula], weights: Sequence[float] | None = None) -> Formula:
     """The weighted mean of scores; undefined where one of them is."""
     if not all(parts):
         return {}

@@ -15,8 +15,10 @@ from sklearn.metrics import roc_auc_score
 from embrm.core.errors import UserError
 from embrm.metrics import intervals
 from embrm.metrics.intervals import prompt_counts
-from embrm.suites.formulas import SUITES, score_suite
-from embrm.suites.ppe import METRICS, RANKS, best_of_k, ranks, ratings
+from embrm.suites.ppe_best_of_k import METRICS, best_of_k
+from embrm.suites.ppe_human import RANKS, ranks, ratings
+from embrm.suites.registry import SUITES
+from embrm.suites.scoring import score_suite
 
 NAN = float("nan")
 

@@ -15,7 +15,8 @@ from embrm.metrics.intervals import REPLICATES, Replicates
 from embrm.results.ledger import Results, cache_of
 from embrm.results.rewards import member_scores, pair_scores, rewarded
 from embrm.results.weights import load_run
-from embrm.suites.formulas import SUITES, by_length, replicate_suite
+from embrm.suites.registry import SUITES
+from embrm.suites.scoring import by_length, replicate_suite
 from embrm.sweeps.tables import read_tables
 
 Rewards = NDArray[np.float32]
@@ -115,14 +116,14 @@ def suite_scores(
 
 
 def _score(suite: str) -> Callable[[pl.DataFrame, pl.Series, Rewards], pl.DataFrame]:
-    return member_scores if SUITES[suite].of_groups else pair_scores
+    return member_scores if SUITES[suite].groups else pair_scores
 
 
 def _longer(suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]) -> dict[str, float]:
     kind = SUITES[suite]
     missing = [f"column {name!r}" for name in kind.needs if name not in table.columns]
     if table.is_empty():
-        missing = ["groups" if kind.of_groups else "pairs"]
+        missing = ["groups" if kind.groups else "pairs"]
     if missing:
         raise UserError(
             f'{suite} finds no {missing[0]} in the cache: extract its data with suite = "{suite}"'
@@ -134,7 +135,7 @@ def _longer(suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]) -> d
 
 def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFrame:
     tables = read_tables(source, results.spec.scenarios)
-    return (tables.members if SUITES[suite].of_groups else tables.pairs).filter(split=split)
+    return (tables.members if SUITES[suite].groups else tables.pairs).filter(split=split)
 
 
 def _ends(table: pl.DataFrame) -> list[str]:

@@ -17,7 +17,8 @@ from embrm.metrics.intervals import compare
 from embrm.results.ledger import Results, finished_runs, open_results
 from embrm.results.rewards import scores
 from embrm.studies.benchmarks.measure import suite_scores, suite_splits
-from embrm.suites.formulas import SUITES, score_suite
+from embrm.suites.registry import SUITES
+from embrm.suites.scoring import score_suite
 
 
 def answered(members: pl.DataFrame) -> pl.DataFrame:

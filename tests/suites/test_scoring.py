@@ -14,16 +14,12 @@ from typer.testing import CliRunner
 
 from embrm.cli import app
 from embrm.core.errors import UserError
-from embrm.suites.formulas import (
-    REWARD_BENCH,
-    RM_BENCH,
-    STYLES,
-    SUITES,
-    read_scores,
-    replicate_suite,
-    score_suite,
-)
-from embrm.suites.ppe import RANKS
+from embrm.suites.ppe_human import RANKS
+from embrm.suites.registry import SUITES
+from embrm.suites.reward_bench import SECTIONS as REWARD_BENCH
+from embrm.suites.rm_bench import SECTIONS as RM_BENCH
+from embrm.suites.rm_bench import STYLES
+from embrm.suites.scoring import read_scores, replicate_suite, score_suite
 
 Row = tuple[str, str, float, float]
 """subset, prompt, chosen reward, rejected reward"""

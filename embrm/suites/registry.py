@@ -1,0 +1,24 @@
+"""The published benchmarks that embrm reads and scores, by name."""
+
+from collections.abc import Mapping
+
+from embrm.suites import (
+    hhh,
+    judge_bench,
+    mt_bench,
+    ppe_best_of_k,
+    ppe_correctness,
+    ppe_human,
+    reward_bench,
+    reward_bench_2,
+    rm_bench,
+)
+from embrm.suites.suite import Suite
+
+MODULES = (
+    *(reward_bench, reward_bench_2, rm_bench, judge_bench, hhh, mt_bench),
+    *(ppe_human, ppe_correctness, ppe_best_of_k),
+)
+"""The module of each benchmark, which has its `SUITE`."""
+
+SUITES: Mapping[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}

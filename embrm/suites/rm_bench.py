@@ -1,0 +1,129 @@
+"""RM-Bench (arXiv 2410.16184)."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+
+from embrm.core.errors import UserError
+from embrm.core.text import quoted
+from embrm.suites.accuracies import (
+    ALL,
+    beside,
+    of_cells,
+    pair_terms,
+    refuse_other_subsets,
+)
+from embrm.suites.cells import Cells, Formula, mean_of, terms
+from embrm.suites.rows import (
+    MODELS,
+    TRIO,
+    list_of,
+    pair_row,
+)
+from embrm.suites.suite import Layout, Row, Suite
+
+STYLES = ("concise", "detailed", "markdown")
+"""Of RM-Bench, from plain to fancy: what `chosen_model` and `rejected_model` hold there; joined by
+"+" where a response has the same text in several."""
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "chat": ("chat",),
+    "code": ("code",),
+    "math": ("math",),
+    "safety": ("safety-refuse", "safety-response"),
+}
+"""Section → its domains, which count alike."""
+
+
+def _all_styles(row: Row) -> Iterator[Row]:
+    chosen, rejected = list_of(row, "chosen", 3), list_of(row, "rejected", 3)
+    for better, chosen_style in zip(chosen, STYLES, strict=True):
+        for worse, rejected_style in zip(rejected, STYLES, strict=True):
+            styles = chosen_style, rejected_style
+            yield pair_row(row["prompt"], (better, worse), row["domain"], styles)
+
+
+def _pair_of_styles(row: Row) -> Iterator[Row]:
+    styles = row["chosen_style"], row["rejected_style"]
+    numbers = [int(style) if str(style) in ("0", "1", "2") else None for style in styles]
+    if None in numbers:
+        raise ValueError(f"styles {quoted(styles)} are not 0, 1 or 2")
+    first, second = (STYLES[number or 0] for number in numbers)
+    yield pair_row(row["prompt"], (row["chosen"], row["rejected"]), row["domain"], (first, second))
+
+
+def _styles_joined(pairs: Sequence[Row]) -> Row:
+    """A response that has the same text in two styles is of both: "detailed+markdown"."""
+    joined = {
+        field: "+".join(style for style in STYLES if style in {pair[field] for pair in pairs})
+        for field in MODELS
+    }
+    return pairs[0] | joined
+
+
+def _cells(pairs: pl.DataFrame) -> Cells:
+    """Hard is where a plainer chosen response meets a fancier rejected one, Normal where styles are
+    alike, Easy the rest. The paper averages sections; the tool pools the items of a file."""
+    found = set(pairs["subset"])
+    refuse_other_subsets("rm-bench", found, [name for part in SECTIONS.values() for name in part])
+    several = pl.col("chosen_model", "rejected_model").cast(pl.String).str.split("+")
+    cells = pairs.with_columns(several).explode("chosen_model").explode("rejected_model")
+    styles = {*cells["chosen_model"], *cells["rejected_model"]} - set(STYLES)
+    if styles:
+        raise UserError(
+            f"rm-bench: a model column holds {str(styles.pop())[:60]!r}, no style of "
+            f'{", ".join(STYLES)}: read the data with suite = "rm-bench"'
+        )
+    matrix = pl.format("{} {}/{}", "subset", "chosen_model", "rejected_model")
+    pooled = pl.format(ALL + " {}/{}", "chosen_model", "rejected_model")
+    right = pl.col("right")
+    places = pl.concat([terms(cells, cell=cell, value=right) for cell in (matrix, pooled)])
+    there = set(places["cell"])
+
+    def level(domain: str, name: str) -> Formula:
+        order = {"hard": -1, "normal": 0, "easy": 1}[name]
+        corner = [
+            f"{domain} {chosen}/{rejected}"
+            for i, chosen in enumerate(STYLES)
+            for j, rejected in enumerate(STYLES)
+            if np.sign(i - j) == order
+        ]
+        return mean_of([{cell: 1.0} if cell in there else {} for cell in corner])
+
+    levels = ("hard", "normal", "easy")
+    by_level = {
+        name: {
+            section: mean_of([level(domain, name) for domain in domains])
+            for section, domains in SECTIONS.items()
+        }
+        for name in levels
+    }
+    of_level = {name: mean_of(list(part.values())) for name, part in by_level.items()}
+    scores = {
+        "mean of four sections": mean_of(list(of_level.values())),
+        **{f"{name}, mean of four": formula for name, formula in of_level.items()},
+        **{section: mean_of([by_level[name][section] for name in levels]) for section in SECTIONS},
+        **{f"{section} {name}": by_level[name][section] for section in SECTIONS for name in levels},
+        **{f"{name}, all items pooled": level(ALL, name) for name in levels},
+    }
+    return Cells(pl.concat([places, pair_terms(pairs)]), scores | beside())
+
+
+SUITE = Suite(
+    name="rm-bench",
+    hub="THU-KEG/RM-Bench",
+    hub_split="train",
+    layouts=(
+        Layout((*TRIO, "domain", "chosen_style", "rejected_style"), (), _pair_of_styles),
+        Layout((*TRIO, "domain"), (), _all_styles),
+    ),
+    scores=of_cells(_cells),
+    main=(
+        "mean of four sections",
+        *(f"{level}, mean of four" for level in ("easy", "normal", "hard")),
+        *(f"{level}, all items pooled" for level in ("easy", "normal", "hard")),
+    ),
+    merge=_styles_joined,
+    needs=("chosen_model", "rejected_model"),
+)
