@@ -13,6 +13,7 @@ from embrm.adoption.findings import Finding
 from embrm.adoption.ids import mixed
 from embrm.adoption.rows import Rows, excluded
 from embrm.core.errors import UserError
+from embrm.core.sampling import evenly_spaced
 
 _PERIODIC = 0.9
 """Share of gold scores that recur after a period, from which on the period is reported."""
@@ -204,10 +205,7 @@ def _distances(rows: Rows, array: StateArray) -> tuple[float, float]:
     """Mean squared distance of states between neighbouring responses of a prompt, and between
     neighbouring prompts of a response, on an even sample of the grid. NaN where there are none."""
     assert rows.grid is not None  # only a grid has neighbours
-    n, k = (
-        np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64))
-        for size, most in zip(rows.grid, _SAMPLE, strict=True)
-    )
+    n, k = (evenly_spaced(size, most) for size, most in zip(rows.grid, _SAMPLE, strict=True))
     prompts, responses = rows.grid
     by_prompt = rows.order == "prompts"
     places = n[:, None] * responses + k if by_prompt else n[:, None] + k * prompts

@@ -19,6 +19,7 @@ from torch import Tensor
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import progress
+from embrm.core.sampling import evenly_spaced
 from embrm.data.sources import parse_source
 from embrm.extraction.engine import Request
 from embrm.extraction.positions import predicting_positions
@@ -460,7 +461,7 @@ def _whole_prompts(prepared: PreparedTexts, responses: int) -> list[int]:
     prompts = prepared.dataset.responses["prompt_id"].to_list()
     distinct = list(dict.fromkeys(prompts))
     count = max(1, min(len(distinct), responses * len(distinct) // len(prompts)))
-    kept = {distinct[i] for i in np.linspace(0, len(distinct) - 1, count).astype(int)}
+    kept = {distinct[i] for i in evenly_spaced(len(distinct), count)}
     return [row for row, prompt in enumerate(prompts) if prompt in kept]
 
 

@@ -15,6 +15,7 @@ import torch
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import widened
 from embrm.core.errors import UserError, nearest
+from embrm.core.sampling import evenly_spaced
 from embrm.extraction.choice import load_engine_for, made_by, with_engine
 from embrm.extraction.engine import TOLERANCE
 from embrm.extraction.engines import engine_names
@@ -145,8 +146,8 @@ def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
     has no pairs.
     """
     ends = cache.pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
-    ends = ends[_evenly(len(ends), size // 2)]
-    rows = np.unique(ends) if len(ends) else _evenly(cache.manifest.n_responses, size)
+    ends = ends[evenly_spaced(len(ends), max(size // 2, 1))]
+    rows = np.unique(ends) if len(ends) else evenly_spaced(cache.manifest.n_responses, max(size, 1))
     return rows.tolist(), np.searchsorted(rows, ends)
 
 
@@ -155,10 +156,6 @@ def _states(cache: Cache, view: str, rows: list[int]) -> npt.NDArray[np.float64]
     shard, within = np.divmod(rows, cache.manifest.shard_rows)
     parts = [states[within[shard == i]] for i, states in enumerate(cache.stored_shards(view))]
     return widened(np.concatenate(parts)).astype(np.float64)
-
-
-def _evenly(count: int, size: int) -> npt.NDArray[np.int64]:
-    return np.unique(np.linspace(0, count - 1, min(count, max(size, 1))).astype(np.int64))
 
 
 def _deviation(

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
+from embrm.core.sampling import evenly_spaced
 from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import load_run
 from embrm.sweeps.material import laid_out
@@ -112,8 +112,7 @@ def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[
     if sample is not None:
         if sample < 1:
             raise UserError(f"sample = {sample}: replay at least one run")
-        places = np.linspace(0, ledger.height - 1, min(sample, ledger.height)).round()
-        ledger = ledger[places.astype(int).tolist()]
+        ledger = ledger[evenly_spaced(ledger.height, sample, nearest=True).tolist()]
     return ledger.to_dicts()
 
 

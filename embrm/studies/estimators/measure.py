@@ -18,6 +18,7 @@ from torch import Tensor
 from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import TokenTable
 from embrm.core.errors import UserError
+from embrm.core.sampling import evenly_spaced
 from embrm.core.streams import stream
 from embrm.lm.head import LmHead
 from embrm.sweeps.mapped import in_memory
@@ -161,8 +162,7 @@ def _usable(cache: Cache) -> Cache:
 
 def _sampled(cache: Cache, size: int) -> TokenStore:
     """The token rows of `size` responses."""
-    count = cache.manifest.n_responses
-    chosen = np.unique(np.linspace(0, count - 1, min(count, size)).astype(np.int64))
+    chosen = evenly_spaced(cache.manifest.n_responses, size)
     shards = [rows.take(np.isin(rows.response, chosen)) for rows in cache.token_shards()]
     data = in_memory(cache, TokenTable.joined(shards))
     return replace(
