@@ -1,7 +1,5 @@
 """The published benchmarks that embrm reads and scores, by name."""
 
-from collections.abc import Mapping
-
 from embrm.suites import (
     hhh,
     judge_bench,
@@ -21,4 +19,4 @@ MODULES = (
 )
 """The module of each benchmark, which has its `SUITE`."""
 
-SUITES: Mapping[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}
