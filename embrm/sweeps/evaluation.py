@@ -1,4 +1,4 @@
-"""From a run's rewards to what is kept of it: its ledger row, outcomes, curve and times."""
+"""What is kept of a trained run: its ledger row, outcomes by prompt, curve and times."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,10 +59,10 @@ _CURVES = pl.Schema(
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What runs are measured on, made ready once. Create it with `of`.
+    """The data that runs are evaluated on, prepared once for all of them. Create it with `of`.
 
-    rows: int64 [n], the distinct responses whose rewards are wanted, ascending; all else numbers
-        places among them.
+    rows: int64 [n], the distinct responses whose rewards are needed, ascending. All other indices
+        are places among these.
     """
 
     rows: NDArray[np.int64]
@@ -80,8 +80,11 @@ class Evaluation:
         splits: dict[str, EvaluationSplit],
         others: Sequence[NDArray[np.int64]] = (),
     ) -> Self:
-        """validation: pairs to fit the temperature on; others: more responses whose rewards are
-        wanted."""
+        """Prepare the splits.
+
+        validation: the pairs that the temperature is fitted to. others: further responses whose
+        rewards are needed.
+        """
         sides = [validation[side].to_numpy() for side in ("chosen", "rejected")]
         split_rows = [split.rows for split in splits.values()]
         rows = np.unique(np.concatenate([*sides, *split_rows, *others]).astype(np.int64))
@@ -99,8 +102,10 @@ class Evaluation:
     def measure(
         self, run_id: str, rewards: Rewards
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Of rewards float32 [n] of `rows`: the ledger's temperature and `metric@split` columns,
-        and the rows of the outcomes."""
+        """Evaluate rewards float32 [n] of the responses `rows`.
+
+        Returns the ledger's temperature and `metric@split` columns, and the rows of the outcomes.
+        """
         temperature = self._temperature(rewards)
         columns, outcomes = {"temperature": temperature}, []
         for name, split in self.splits.items():
@@ -110,9 +115,11 @@ class Evaluation:
         return columns, outcomes
 
     def disagreement(self, spread: NDArray[np.float64]) -> dict[str, float]:
-        """Of how far the members of an ensemble disagree on `rows`, float64 [n], the ledger's
-        columns: its mean over a split's responses, and the area under the ROC curve by which it
-        tells them from the validation pairs' responses: P(larger there) + ½·P(equal)."""
+        """The ledger's columns on the disagreement of an ensemble's members, float64 [n] on `rows`.
+
+        For every split: the mean over its responses, and the area under the ROC curve for telling
+        them from the validation pairs' responses by it, P(larger there) + ½·P(equal).
+        """
         known = np.sort(spread[np.union1d(self._chosen, self._rejected)])
         columns: dict[str, float] = {}
         for name, places in self._places.items():
@@ -124,7 +131,7 @@ class Evaluation:
         return columns
 
     def _temperature(self, rewards: Rewards) -> float:
-        """Fitted on the validation pairs; a soft label counts for both directions."""
+        """The temperature that fits the validation pairs; soft labels count in both directions."""
         margins = rewards[self._chosen].astype(np.float64) - rewards[self._rejected]
         label, weight = self._label, self._weight
         if (label == 1).all():
@@ -148,9 +155,10 @@ def ledger_row(
     bsr_effective: float,
     numerics: str,
 ) -> dict[str, Any]:
-    """The ledger's row of a run, without evaluation.
+    """A run's row of the ledger, without its evaluation.
 
-    finite: whether it has weights and finite rewards; diverged: the epoch in which it had not.
+    finite: whether the run has weights and finite rewards. diverged: the epoch in which a loss or
+    weight was not finite.
     """
     spec = run.spec
     best = curve[best_epoch - 1] if finite else {}
@@ -179,7 +187,7 @@ def ledger_row(
 
 
 def _extensions(spec: RunSpec) -> dict[str, str]:
-    """The column `extensions`, of runs with losses or heads of the user's own alone."""
+    """The column `extensions`, which only runs with user-defined parts have."""
     used = spec.extensions()
     return {"extensions": canonical_json({n: vars(p) for n, p in used.items()})} if used else {}
 
@@ -194,9 +202,10 @@ def part_tables(
     scored: float,
     end: float,
 ) -> dict[str, pl.DataFrame]:
-    """The tables of runs trained together, but geometry.
+    """All tables of runs that were trained together, except geometry.
 
-    start, trained, scored, end: when each of training, scoring and evaluation began or ended.
+    start, trained, scored, end: times in seconds at which training began, and training, scoring
+    and evaluation ended.
     """
     runs = len(ledger)
     return {

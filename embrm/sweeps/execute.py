@@ -1,4 +1,4 @@
-"""Running a sweep: packs of runs over worker processes, resumable at any moment."""
+"""Running a sweep: worker processes train packs of runs, resumable at any moment."""
 
 import json
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def sweep(
 
 
 def _environment(out: Path, mode: Numerics, *, trained: bool) -> dict[str, Any]:
-    """Where and with what the runs were trained: what is recorded, if nothing was trained now."""
+    """This process's environment, or the recorded one if nothing was trained now."""
     if not trained:
         with suppress(OSError, ValueError, KeyError, TypeError):
             stored: dict[str, Any] = json.loads((out / "sweep.json").read_bytes())["environment"]
@@ -82,7 +82,7 @@ def _environment(out: Path, mode: Numerics, *, trained: bool) -> dict[str, Any]:
 
 
 def results_folder(spec: SpecSource, out: Path | None) -> Path:
-    """Where the results go. Raises: UserError when that is not said."""
+    """The results folder. Raises: UserError when neither `out` nor the path of a spec names it."""
     if out is not None:
         return out
     if not isinstance(spec, Path):
@@ -98,7 +98,7 @@ def _train(
     jobs: int,
     memory: int | None,
 ) -> dict[str, str]:
-    """Train the runs `todo`; those that failed, with the reason."""
+    """Train the runs `todo`; returns the runs that failed, with the reason."""
     if not todo:
         return {}
     from embrm.sweeps.material import laid_out

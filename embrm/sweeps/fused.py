@@ -1,4 +1,4 @@
-"""One pack of work: train its runs, evaluate them, and hand back the files to keep."""
+"""Training and evaluating one pack: runs that are trained together, one slot of a bank each."""
 
 import time
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from embrm.training.states import States
 
 @dataclass(frozen=True)
 class _Scored:
-    """A run's rewards, float32 [n]; of an ensemble how far its members disagree, float64 [n]."""
+    """A run's rewards, float32 [n], and the disagreement of an ensemble's members, float64 [n]."""
 
     rewards: Rewards
     combination: Combination
@@ -40,7 +40,7 @@ class _Scored:
 
 
 class Trainer:
-    """Trains and evaluates packs on one material, in a process begun with `numerics`."""
+    """Trains and evaluates packs of one sweep, in a process that `numerics.begin` has set up."""
 
     def __init__(self, material: Material, mode: Numerics) -> None:
         self._material, self._mode = material, mode
@@ -51,7 +51,7 @@ class Trainer:
         splits = material.splits()
         found = samples(material.responses(), self._training, material.selection.train, splits)
         sampled = {name: own.rows.numpy() for name, own in found.items()}
-        # Rewards are wanted of these responses alone.
+        # Only these responses are scored.
         self._evaluation = Evaluation.of(self._validation, splits, [*sampled.values()])
         rows = self._evaluation.rows
         self._rows = torch.from_numpy(rows)
@@ -59,7 +59,7 @@ class Trainer:
         self._sampled = {name: np.searchsorted(rows, own) for name, own in sampled.items()}
 
     def run(self, pack: Pack) -> dict[str, bytes]:
-        """Train and evaluate `pack`: the files to write below the results folder, in order."""
+        """Train and evaluate `pack`; returns the files to write below the results folder."""
         start = time.time()
         asked = pack.runs[0].spec
         data = self._training_data(asked)
@@ -132,7 +132,7 @@ class Trainer:
         scored: Sequence[_Scored | None],
         data: TrainingData,
     ) -> pl.DataFrame:
-        """Geometry of the runs that did not diverge."""
+        """The geometry of the runs that did not diverge."""
         heads, rewarded = {}, {}
         for run, result, own in zip(pack.runs, trained, scored, strict=True):
             if own is not None:
@@ -159,11 +159,11 @@ class Trainer:
         return states if device.type == "cpu" else States(states.values.to(device))
 
     def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[TrainedRun]:
-        """Train the runs of a pack, ensembles one member after the other; runs that differ in how
-        members are combined alone, once.
+        """Train the runs of a pack; the members of ensembles one after another.
 
-        An ensemble's parameters are its members', [members, ...]; its curve and best epoch are the
-        first member's, and it has diverged where any member has.
+        Runs that differ only in how members are combined are trained once. An ensemble's parameters
+        are those of its members, [members, ...]. Its curve and best epoch are the first member's,
+        and it has diverged if any member has.
         """
         asked = [spec.member(0) for spec in specs]
         distinct = [*dict.fromkeys(asked)]
@@ -176,7 +176,7 @@ class Trainer:
         return [known[spec] for spec in asked]
 
     def _seen(self, member: RunSpec, data: TrainingData) -> TrainingData:
-        """What of the training pairs a member is trained on."""
+        """The training data of a member: all of it, or its bootstrap resample."""
         if not member.bootstrap:
             return data
         rows = resample(as_trained(self._training, member), member.seed)
@@ -185,7 +185,7 @@ class Trainer:
     def _scored(
         self, pack: Pack, trained: Sequence[TrainedRun], data: TrainingData
     ) -> list[_Scored | None]:
-        """The responses `_rows` under every run; None where not all rewards are finite."""
+        """The rewards of the responses `_rows` under every run; None where some are not finite."""
         found: list[_Scored | None] = [None] * len(trained)
         good = [index for index, result in enumerate(trained) if result.diverged is None]
         if not good:

@@ -1,4 +1,4 @@
-"""Which runs are trained together, and in which order. Results depend on neither."""
+"""Grouping runs into packs that are trained together. No result depends on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,28 +7,29 @@ from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run
 
 _LINEAR = 128
-"""Linear heads in a pack: so many that moving the states costs little beside multiplying them."""
+"""Most linear heads in a pack. With this many, reading the states takes little time beside the
+products."""
 
 _COLUMNS = 512
-"""Columns of the first product of a pack of MLPs or adapters, for the same reason."""
+"""Most columns of the first product of a pack of MLPs or adapters, for the same reason."""
 
 _FIRST = 8
-"""Runs of the first pack: small, so that something is finished soon."""
+"""Most runs in the first pack, which is small so that the first results come soon."""
 
 _MOVING = 64
-"""Columns of a product that cost as much as moving a minibatch's states."""
+"""Number of columns whose product takes as long as reading a minibatch's states."""
 
 _REGULARIZED = 6
-"""Times as much as its reward costs a run whose regularizer reads token rows, about."""
+"""Approximate cost of a run with a regularizer of token rows, in multiples of a run without."""
 
 _GPU = 8
-"""Times as wide are the packs of a GPU."""
+"""Factor by which packs are larger on a GPU."""
 
 
 def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> list[Pack]:
-    """Runs that can share a pack: in a long sweep a small one first, then the largest.
+    """Group runs into packs, the costliest first; in a long sweep a small pack comes before them.
 
-    No pack is so wide that a worker would be left without one.
+    No pack is so large that a worker would have nothing to do.
     """
     groups: dict[Any, list[Run]] = {}
     for run in todo:
@@ -36,7 +37,7 @@ def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> 
         groups.setdefault((spec.data_key(), spec.members, spec.pack_key()), []).append(run)
 
     def cost(pack: Pack, runs: int | None = None) -> float:
-        """Of its first `runs`, or of all, in columns, pairs and epochs."""
+        """Relative cost of a pack, or of its first `runs`: columns times pairs times epochs."""
         some = pack.runs[:runs]
         spec = some[0].spec
         if spec.learner:

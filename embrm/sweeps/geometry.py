@@ -1,6 +1,6 @@
-"""Geometry of the runs of a sweep: what `embrm.metrics.geometry` measures, on a worker's material.
+"""The geometry of a sweep's runs: what `embrm.metrics.geometry` defines, measured in the workers.
 
-The same responses are measured for every run; what no run changes about them is computed once.
+The same responses are measured for every run. What is the same for all runs is computed once.
 """
 
 import math
@@ -33,17 +33,17 @@ from embrm.training.states import States
 from embrm.training.tokens import TokenBatch, TokenStore, TopK, token_matrix
 
 REWARD_POSITION = "last"
-"""The view whose states are the LM's at one position: a mean of states predicts no next token."""
+"""The view whose states belong to one position; a mean of states predicts no next token."""
 
 _TOKEN_ROWS = 1
-"""Token rows measured of a response."""
+"""Most token rows of a response that are measured."""
 
 _TOP_K = 64
-"""Largest logits kept of a reward position."""
+"""Number of largest logits that are kept of a reward position."""
 
 _EXACT = 1 << 13
-"""Tokens of the largest vocabulary whose every logit is compared at the reward position, not just
-the largest: where the next token is near certain, many unlikely ones make up the divergence."""
+"""Largest vocabulary of which every logit is compared at the reward position. Where the next token
+is nearly certain, many unlikely tokens make up the divergence."""
 
 _WORDS = 4096
 """Tokens whose logits are computed at a time."""
@@ -51,7 +51,10 @@ _WORDS = 4096
 
 @dataclass(frozen=True)
 class Sample:
-    """Responses that are measured. rows: int64 [n], ascending; lengths, S: float64 [n]."""
+    """The responses of a split that are measured.
+
+    rows: int64 [n], ascending. lengths: float64 [n], tokens. S: float64 [n], log-probabilities.
+    """
 
     rows: Tensor
     lengths: NDArray[np.float64]
@@ -64,8 +67,10 @@ def samples(
     train: Sequence[str],
     splits: Mapping[str, EvaluationSplit],
 ) -> dict[str, Sample]:
-    """What is measured: of every split, and of the responses of the training pairs, whatever a
-    run's limit. responses: n_response and S of all; train: the splits trained on."""
+    """Choose the responses to measure, of every split and of all training pairs.
+
+    responses: n_response and S of every response. train: the splits that are trained on.
+    """
     trained_on = [training[side].to_numpy() for side in ("chosen", "rejected")]
     lengths, S = (responses[of].cast(pl.Float64).to_numpy() for of in ("n_response", "S"))
     every = {training_name(train): np.unique(np.concatenate(trained_on).astype(np.int64))}
@@ -83,8 +88,11 @@ def measured_row(
     found: Mapping[str, float],
     rewards: NDArray[np.float32],
 ) -> dict[str, Any]:
-    """Of `GEOMETRY_SCHEMA`: what was `found` of the states of `sample`, and how its rewards go
-    along with length and S; undefined numbers null."""
+    """A row of `GEOMETRY_SCHEMA`, with null for undefined numbers.
+
+    found: measures of the states of `sample`; correlations of its rewards with length and S are
+    added.
+    """
     r = rewards.astype(np.float64)
     of_rewards = {
         "corr_length": correlation(r, sample.lengths),
@@ -98,7 +106,10 @@ def measured_row(
 
 @dataclass(frozen=True)
 class Geometry:
-    """samples: by split. tokens: where the material has token rows."""
+    """Measures runs on the same samples.
+
+    samples: split → responses. tokens: the token rows, where the sweep reads some.
+    """
 
     samples: dict[str, Sample]
     tokens: TokenStore | None
@@ -114,11 +125,11 @@ class Geometry:
         heads: Mapping[str, Parameters],
         rewards: Mapping[str, Mapping[str, NDArray[np.float32]]],
     ) -> pl.DataFrame:
-        """Of runs of one pack, a row a run and split: `GEOMETRY_SCHEMA`, undefined numbers null.
+        """Measure the runs of a pack: `GEOMETRY_SCHEMA`, one row per run and split.
 
-        spec: of any of them. heads: by run id; adapters of several slots are an ensemble's, whose
-        numbers are the mean over them. rewards: by run id and split, of the sample. Heads are
-        measured one after the other, so that none's bits depend on the others.
+        spec: of any run of the pack. heads: run id → parameters; for an ensemble's adapters the
+        numbers are means over its members. rewards: run id → split → rewards of the sample. Heads
+        are measured one by one, so that their bits do not depend on each other.
         """
         rows: list[dict[str, Any]] = []
         for split, sample in self.samples.items():
@@ -142,8 +153,8 @@ class Geometry:
     def _shape(
         self, spec: RunSpec, split: str, states: States, preprocess: Preprocess
     ) -> dict[str, float]:
-        """Of the states themselves, once for all heads that read them so."""
-        # Preprocessing is fitted on the training pairs, which these cut.
+        """Measures of the states themselves, computed once for all heads that read them."""
+        # These fields choose the training pairs, which preprocessing is fitted to.
         cut = spec.pairs_limit, spec.fold, spec.labels
         key = spec.state, spec.preprocess, cut if preprocess.mean is not None else None
         known = self._shapes.setdefault(key, {})
@@ -159,8 +170,8 @@ class Geometry:
         moving: Mapping[str, Sequence[Parameters]],
         measured: dict[str, dict[str, float]],
     ) -> None:
-        """Enter the mean KL of every run at token rows and at the reward position, and the drift at
-        token rows."""
+        """Add to `found` the mean KL of every run at token rows and at the reward position, and the
+        drift at token rows."""
         assert self.tokens is not None
         rows = self.samples[split].rows
         exact = len(self.tokens.head.weight) <= _EXACT
@@ -181,7 +192,7 @@ class Geometry:
             data.release_pages()
 
     def _rewarded_at(self, split: str, states: States) -> TokenStore:
-        """The sample's reward positions, as if each were a response's one token row."""
+        """The sample's reward positions, as if each were the only token row of its response."""
         assert self.tokens is not None
         if not self._rewarded:
             every = [sample.rows for sample in self.samples.values()]
@@ -226,7 +237,7 @@ def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> Tensor:
 
 
 def _slots(parameters: Parameters) -> list[Parameters]:
-    """Banks of one slot each."""
+    """The slots of a bank as banks of one slot."""
     count = len(parameters[UP])
     return [
         {name: tensor[slot : slot + 1] for name, tensor in parameters.items()}

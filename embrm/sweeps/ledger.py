@@ -1,18 +1,18 @@
-"""Results of a sweep on disk: part files as packs finish, tables compacted from them at the end.
+"""The results of a sweep on disk: parts, one per finished pack, and tables compacted from them.
 
     sweep.json                   spec, cache, leaked prompts, environment
     parts/<id>/*.parquet         tables of one finished pack; ledger.parquet is written last, and
-                                 a folder without it counts for nothing
-    ledger.parquet               one row a run of the current spec, sorted by run_id
-    curves.parquet               one row a run and epoch
-    prompts.parquet              one row a split, subset and prompt: what no run changes, sums over
-                                 its pairs of weights and of "longer is better"
-    outcomes.parquet             one row a run and split: lists of wins, ties, nll, brier (sums over
-                                 a prompt's pairs) and tau, float32, in the order of the split's
+                                 a folder without it is ignored
+    ledger.parquet               one row per run of the current spec, sorted by run_id
+    curves.parquet               one row per run and epoch
+    prompts.parquet              one row per split, subset and prompt with what is the same for
+                                 every run: sums over its pairs of weights and of "longer is better"
+    outcomes.parquet             one row per run and split: lists of wins, ties, nll, brier (sums
+                                 over a prompt's pairs) and tau, float32, in the order of the split's
                                  rows of prompts.parquet; tau is NaN where it is undefined
-    geometry.parquet             one row a run and split, the training responses as one more split,
-                                 called `training_name`: responses measured, `geometry.MEASURES`;
-                                 no row of a run that an older embrm finished
+    geometry.parquet             one row per run and split: responses measured, `geometry.MEASURES`. The
+                                 training responses are one more split, called `training_name`. Runs
+                                 that an older embrm finished have no row
     timings.parquet              the only file that differs between two executions
     weights/<run_id>.safetensors
 
@@ -21,7 +21,7 @@ diverged_epoch, state, head, loss, spec (canonical JSON), bsr_effective (λ·B_r
 validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validation_accuracy,
 temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
 `accuracy@ood/hhh`, and of ensembles `disagreement@split` and `disagreement_auroc@split`. Undefined
-numbers are null there, never NaN: the temperature too, where none fits.
+numbers are null, never NaN; so is the temperature where none can be fitted.
 """
 
 import io
@@ -67,25 +67,25 @@ _SORT = {
     "ledger": ["run_id"],
 }
 _CELLS = 1 << 22
-"""Runs times prompts whose outcomes are compacted at once: 80 MiB."""
+"""Most outcomes (runs times prompts) that are compacted at once: 80 MiB."""
 
 
 def parquet(table: pl.DataFrame) -> bytes:
-    """`table` as Parquet; equal tables give equal bytes."""
+    """A table as Parquet bytes; equal tables give equal bytes."""
     stream = io.BytesIO()
     table.rechunk().write_parquet(stream, compression="zstd", row_group_size=1 << 18)
     return stream.getvalue()
 
 
 def training_name(splits: Sequence[str]) -> str:
-    """What geometry.parquet calls the responses that are trained on: no evaluated split's name."""
+    """The name of the training responses in geometry.parquet, which no evaluated split has."""
     return " + ".join(sorted(splits))
 
 
 def finished(folder: Path) -> dict[str, Path]:
-    """Every finished run, whatever spec it was made for: run_id → its part folder.
+    """Find every finished run below `folder`, of any spec: run_id → the folder of its part.
 
-    A run that ended well but whose weights are gone is not finished.
+    A run whose weights file is missing counts as finished only if it diverged.
     """
     stored = {path.stem for path in folder.glob("weights/*.safetensors")}
     return {
@@ -106,11 +106,11 @@ def write_results(
 ) -> None:
     """Compact the parts into the tables of the runs `found`, and write sweep.json.
 
-    prompts: split and the columns of `accuracy.PROMPTS`, those of a split in the order of
-        `accuracy.EvaluationSplit`, in which the parts hold outcomes.
-    Runs that are not finished are left out; so are finished runs the spec no longer has, whose
-    parts stay on disk, and splits that are not in `evaluate`. With no finished run nothing is
-    written. The bytes depend on the runs, not on the parts they came in.
+    prompts: split and the columns of `accuracy.PROMPTS`, with the prompts of a split in the order
+        of `accuracy.EvaluationSplit`, which is that of the parts' outcomes.
+    Left out are runs that are not finished, finished runs that the spec no longer has (their parts
+    stay on disk), and splits that are not in `evaluate`. Without a finished run nothing is written.
+    The bytes depend on the runs alone, not on the parts that they were trained in.
     """
     parts = finished(folder)
     done = {run.run_id: run.name for run in found if run.run_id in parts}
@@ -119,7 +119,7 @@ def write_results(
         return
     prompts = prompts.filter(pl.col("split").is_in(evaluate)).sort("split", maintain_order=True)
     write_bytes(folder / "prompts.parquet", parquet(prompts))
-    # Runs of a pack share their seed: so ordered, few parts are read for more than one row group.
+    # Runs of a pack share their seed, so in this order few parts are read more than once.
     part_of = {run_id: parts[run_id] for run_id in sorted(done, key=lambda run: (seeds[run], run))}
     runs_at_once = max(1, _CELLS // max(1, prompts.height))
     write_atomic(
@@ -143,12 +143,13 @@ def write_results(
 def _write_outcomes(
     stream: IO[bytes], part_of: Mapping[str, Path], evaluate: Sequence[str], runs_at_once: int
 ) -> None:
-    """Runs in the order of `part_of`, so many a row group: a sweep's do not fit in memory.
+    """Write outcomes in row groups of `runs_at_once` runs, since a sweep's do not fit in memory.
 
-    A part is read again for each row group that one of its runs is in.
+    Runs are in the order of `part_of`. A part is read again for every row group with one of its
+    runs.
     """
     lists = {name: f"{name}.list.element" for name in OUTCOMES}
-    few = ("wins", "ties")  # of few values, where pairs have no weights; all others are spread
+    few = ("wins", "ties")  # few distinct values, unless pairs have weights
     schema = pa.schema(
         {
             "run_id": pa.string(),
@@ -172,14 +173,15 @@ def _write_outcomes(
 
 
 def _gather(part_of: Mapping[str, Path], name: str) -> pl.DataFrame:
-    """The rows of runs in the parts' tables of one name."""
+    """The rows of these runs in the parts' tables called `name`."""
     by_part: dict[Path, list[str]] = {}
     for run_id, part in part_of.items():
         by_part.setdefault(part, []).append(run_id)
     tables = [
         read_table(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
         for part, own in by_part.items()
-        if name != "geometry" or (part / "geometry.parquet").exists()  # not so in older parts
+        if name != "geometry"
+        or (part / "geometry.parquet").exists()  # parts of older versions have none
     ]
     return pl.concat(tables, how="diagonal") if tables else GEOMETRY_SCHEMA.to_frame()
 

@@ -1,4 +1,4 @@
-"""What the workers of a sweep share: a file of states a view, the pairs, the evaluation splits."""
+"""The files that the workers of a sweep share: states of each view, token rows, and tables."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,22 +26,22 @@ from embrm.training.regularizers import FISHER_AT_ONCE
 from embrm.training.states import WINDOW_BYTES
 
 PROCESS_BYTES = 410_000_000
-"""What this process and each worker take before any state is kept: Python, libraries, buffers."""
+"""Memory that this process and each worker take besides states: Python, libraries, buffers."""
 
 LEAST_RESIDENT = WINDOW_BYTES
-"""Bytes of states that a worker must be able to keep."""
+"""Bytes of states that a worker must be able to keep in memory."""
 
 _TABLES = ("training", "validation", "gold", "pairs", "members", "responses")
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a worker reads: files, so that starting a worker hands over names alone.
+    """Everything that a worker reads, as files, so that only names are sent to workers.
 
-    states: by view. tokens: what regularizers read, if any run has one or an adapter. tables: Arrow
-    files of training and validation (chosen, rejected, label, weight, margin, by pair id), of the
-    gold that is learned from, if any run does, and of the pairs, members and responses (n_response,
-    S) to evaluate on.
+    states: view → file. tokens: the token rows, if a run has a regularizer or an adapter. tables:
+    Arrow files of training and validation pairs (chosen, rejected, label, weight, margin, by pair
+    id), of gold scores if a learner reads them, and of the pairs, members and responses
+    (n_response, S) that runs are evaluated on.
     """
 
     selection: Selection
@@ -50,11 +50,11 @@ class Material:
     tables: dict[str, Path]
 
     def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
-        """Pairs to train on, for `training.as_trained`, or to validate on."""
+        """Training pairs, from which `training.as_trained` selects, or validation pairs."""
         return pl.read_ipc(self.tables[side])
 
     def gold(self) -> pl.DataFrame:
-        """Gold to train on: see `with_gold`."""
+        """Gold scores to train on: see `with_gold`."""
         return pl.read_ipc(self.tables["gold"])
 
     def splits(self) -> dict[str, EvaluationSplit]:
@@ -68,7 +68,7 @@ class Material:
 
 
 def to_pairs(table: pl.DataFrame) -> Pairs:
-    """Pairs as tensors."""
+    """A table of pairs as tensors."""
 
     def tensor(column: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(table[column].to_numpy(), dtype=dtype)
@@ -92,10 +92,10 @@ def laid_out(
     memory: int | None = None,
     jobs: int = 1,
 ) -> Iterator[Material]:
-    """Prepare what `runs` need; it lies below `folder` until the block is left.
+    """Write the files that `runs` read below `folder`; they are deleted when the block ends.
 
-    memory: bytes that this process and `jobs` workers together may take, their libraries included;
-    where what they map does not fit, workers stream it. None: no limit of our own.
+    memory: bytes that this process and `jobs` workers together may use, libraries included; files
+    that do not fit are streamed. None: no limit.
 
     Raises: UserError when the disk is full, the cache is damaged or `memory` is too small.
     """
@@ -135,8 +135,11 @@ def laid_out(
 
 
 def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:
-    """Regularizers do, and an adapter's geometry where it can: a run's numbers must not depend on
-    which other runs are left to do."""
+    """Whether any run reads token rows: for a regularizer, or for the geometry of an adapter.
+
+    The geometry is measured wherever it can be, so that a run's numbers do not depend on which
+    other runs remain to be trained.
+    """
     if any(run.spec.active_regularizer for run in runs):
         return True
     adapters = any(run.spec.head.adapter for run in runs)
@@ -146,7 +149,7 @@ def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:
 def _tables(
     cache: Cache, selection: Selection, specs: Sequence[RunSpec]
 ) -> Iterator[tuple[str, pl.DataFrame]]:
-    """The tables of `_TABLES`; none of them is kept, nor what they are made from."""
+    """The tables of `_TABLES` one by one, none of which is kept in memory."""
     cache = open_cache(cache.folder)
     training, validation = select(cache, selection)
     yield "training", with_rules(training, specs).drop("pair_id", "prompt_id")
@@ -163,8 +166,11 @@ def _tables(
 
 
 def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
-    """At most, of what a minibatch reads of token rows: above all the vectors of its candidates
-    and tails, in float32, and a quarter of that for what is computed from them."""
+    """Upper bound of the memory that a minibatch's token rows need.
+
+    It is dominated by the float32 vectors of its candidates and tails; what is computed from them
+    needs about a quarter more.
+    """
     regularizer, layout = run.spec.active_regularizer, cache.layout
     if regularizer is None or layout.top_k is None:
         return 0
@@ -180,7 +186,7 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
 
 
 def _learner_bytes(cache: Cache, selection: Selection, specs: Sequence[RunSpec]) -> int:
-    """At most, of what scikit-learn and a fit take: it wants all rows in memory, in float64."""
+    """Upper bound of the memory of scikit-learn's fits, which hold all rows in float64."""
     learning = [spec for spec in specs if spec.learner]
     if not learning:
         return 0
@@ -201,9 +207,9 @@ def _learner_bytes(cache: Cache, selection: Selection, specs: Sequence[RunSpec])
 
 
 def _share(size: int, memory: int | None, jobs: int, needed: int) -> float | None:
-    """Part of the `size` bytes of mapped files that each worker may keep; None: all.
+    """The fraction of the `size` bytes of mapped files that each worker may keep; None: all.
 
-    needed: bytes that a worker takes beside them.
+    needed: bytes that a worker needs besides them.
     """
     if memory is None:
         return None

@@ -8,11 +8,11 @@ from embrm.sweeps.spec import Run
 
 @dataclass(frozen=True)
 class Pack:
-    """Runs trained together: equal in state, pairs and `TrainSpec.pack_key`."""
+    """Runs that are trained together, with equal state, pairs and `TrainSpec.pack_key`."""
 
     runs: tuple[Run, ...]
 
     @property
     def pack_id(self) -> str:
-        """Name of its part folder."""
+        """The name of the folder with its part of the results."""
         return content_id([run.run_id for run in self.runs])

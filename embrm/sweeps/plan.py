@@ -1,4 +1,4 @@
-"""What a sweep would do, and about how long it would take."""
+"""A dry run of a sweep: its runs, and an estimate of the time that they take."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from embrm.training.states import States
 _TIMED_STEPS = 8
 _TIMED_TREES = 4
 _START_SECONDS = 5.0
-"""What a worker needs to start: imports, and states to read."""
+"""Seconds that a worker needs to start, for imports and reading states."""
 
 
 def plan_sweep(
@@ -44,10 +44,10 @@ def plan_sweep(
     out: Path | None = None,
     numerics: Numerics | None = None,
 ) -> dict[str, Any]:
-    """What `sweep` would do, and about how long it would take. Writes nothing.
+    """Say what `sweep` would do and estimate how long it would take, without writing anything.
 
-    The estimate is for this CPU: it times a few minibatches of a pack of each kind, and one
-    evaluation.
+    The estimate is for this CPU: a few minibatches of each kind of pack and one evaluation are
+    timed.
     """
     prepared = prepare_sweep(spec, cache, numerics)
     mode = prepared.spec.numerics
@@ -76,7 +76,7 @@ def plan_sweep(
 
 
 def _estimate(prepared: PreparedSweep, found: Sequence[Pack], jobs: int) -> float:
-    """Seconds: a few timed minibatches of a pack of every kind, and one timed evaluation."""
+    """Estimated seconds, from a few timed minibatches of each kind of pack and one evaluation."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -102,7 +102,7 @@ def _estimate(prepared: PreparedSweep, found: Sequence[Pack], jobs: int) -> floa
 
 
 def _made_up(prepared: PreparedSweep, spec: RunSpec) -> TrainingData:
-    """A few minibatches of pairs of the cache's first shard."""
+    """Training data of a few minibatches, of random pairs of the cache's first shard."""
     cache = prepared.cache
     states = States(next(open_view(cache, spec.state).shards()))
     pairs = min(_TIMED_STEPS * spec.batch_pairs, prepared.training_pairs)
@@ -117,7 +117,7 @@ def _made_up(prepared: PreparedSweep, spec: RunSpec) -> TrainingData:
 
 
 def _fit_seconds(prepared: PreparedSweep, spec: RunSpec, learner: Learner) -> float:
-    """Of one fit, as if it took time in proportion to the pairs, and to the trees of a boosting."""
+    """Estimated seconds of one fit, assumed proportional to the pairs and the trees of boosting."""
     data = _made_up(prepared, spec)
     trees = 1.0
     if isinstance(learner, GradientBoosting):
@@ -125,14 +125,14 @@ def _fit_seconds(prepared: PreparedSweep, spec: RunSpec, learner: Learner) -> fl
         learner, trees = learner.model_copy(update={"iterations": few}), learner.iterations / few
     gold = Gold(data.train.chosen, torch.linspace(0, 1, len(data.train), dtype=torch.float64))
     start = time.perf_counter()
-    with suppress(UserError):  # made-up pairs may not converge where the sweep's own do
+    with suppress(UserError):  # random pairs may not converge where the sweep's own do
         fit(learner, spec.preprocess, 0, data, gold)
     share = (spec.pairs_limit or prepared.training_pairs) / len(data.train)
     return (time.perf_counter() - start) * share * trees
 
 
 def _step_seconds(prepared: PreparedSweep, pack: Pack) -> float:
-    """Of one minibatch of a pack."""
+    """Seconds of one minibatch of a pack."""
     first = pack.runs[0].spec
     data = _made_up(prepared, first)
     pairs = len(data.train)
@@ -144,7 +144,7 @@ def _step_seconds(prepared: PreparedSweep, pack: Pack) -> float:
 
 
 def _evaluation_seconds(prepared: PreparedSweep) -> float:
-    """Of one run on all evaluation splits."""
+    """Seconds to evaluate one run on all evaluation splits."""
     splits = evaluation_splits(prepared.cache, prepared.selection).values()
     random = np.random.default_rng(0)
     rewards = [random.standard_normal(len(split.rows), np.float32) for split in splits]

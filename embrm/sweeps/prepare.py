@@ -1,4 +1,4 @@
-"""A sweep checked against its cache, before anything is trained."""
+"""Checking a sweep against its cache before anything is trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +81,9 @@ def check_sweep(
     return PreparedSweep(
         training_pairs=training_pairs,
         spec=spec,
-        cache=open_cache(cache.folder),  # without the tables read so far: a sweep takes hours
+        cache=open_cache(
+            cache.folder
+        ),  # opened anew, so that the tables read so far are freed for the hours of a sweep
         selection=selection,
         runs=runs(found, spec.seeds, selection, spec.numerics),
         evaluate=evaluate,
@@ -89,7 +91,7 @@ def check_sweep(
 
 
 def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:
-    """The cache in `folder`, or else the spec's own. Raises: UserError when there is none."""
+    """Open the cache in `folder`, or the spec's own. Raises: UserError when neither is given."""
     folder = folder or (Path(spec.cache) if spec.cache else None)
     if folder is None:
         raise UserError(f"{where}: cache is missing: add cache = 'cache/NAME', or pass --cache")
@@ -99,7 +101,7 @@ def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:
 def check(
     spec: SweepSpec, found: Sequence[Configuration], cache: Cache, where: str
 ) -> tuple[Selection, int, list[str]]:
-    """Which pairs are trained on, how many they are, and the splits to evaluate on.
+    """Find which pairs are trained on, how many there are, and the splits to evaluate on.
 
     Raises: UserError where `cache` lacks splits, pairs or margins that the spec read from `where`
     asks for.
@@ -163,9 +165,9 @@ def check(
 
 
 def pin(found: Sequence[Configuration], where: str) -> list[Configuration]:
-    """`found` with the digests of their label tables, where they have one.
+    """Add the digest of its label table to every configuration that has one.
 
-    Raises: UserError when a table is missing, or two configurations differ in its path alone.
+    Raises: UserError when a table is missing, or two configurations differ only in its path.
     """
     known: dict[RunSpec, str] = {}
     out = []
@@ -188,7 +190,7 @@ def pin(found: Sequence[Configuration], where: str) -> list[Configuration]:
 
 
 def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str) -> None:
-    """Whether the cache has what the regularizers of `found` read."""
+    """Raise UserError unless the cache has what the regularizers of `found` read."""
     users = [
         (f"{where}: run {one.name!r}", regularizer)
         for one in found
@@ -233,7 +235,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
 def _check_gold(
     found: Sequence[Configuration], cache: Cache, selection: Selection, where: str
 ) -> None:
-    """Whether the training splits have the gold that some of `found` learn from."""
+    """Raise UserError unless the training splits have the gold that learners of `found` read."""
     asked = [one for one in found if one.spec.learner and one.spec.learner.reads_gold]
     table = with_gold(cache, selection) if asked else None
     for one in asked:
@@ -262,12 +264,12 @@ def _check_gold(
 def leaked(cache: Cache, spec: SweepSpec, evaluate: Sequence[str]) -> dict[str, list[str]]:
     """Evaluation split → ids of its prompts that also occur in the train splits.
 
-    The cache's report knows equal prompts of unequal spelling for splits named train; equal ids
-    are leaks whatever a split that is trained on is called.
+    The cache's own report also finds prompts that differ in spelling alone, but only for splits
+    called train; equal ids are found for any training split.
     """
     tables = read_tables(cache, spec.scenarios)
     trained = tables.pairs.filter(pl.col("split").is_in(spec.train))["prompt_id"].implode()
-    # Of the splits that scenarios divide the report cannot tell which part has an equal prompt.
+    # For a split that scenarios divide, the report does not say which part has the prompt.
     sources = spec.scenarios.splits if spec.scenarios else spec.train
     found: dict[str, list[str]] = {}
     for split in evaluate:

@@ -18,8 +18,10 @@ _MEMBERS = ("split", "response", "prompt_id", "subset", "gold")
 
 
 def select(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Training and validation pairs of `cache`, split by prompt, both sorted by pair id, a hash;
-    what training reads."""
+    """The training and the validation pairs of `cache`, divided by prompt, sorted by pair id.
+
+    Pair ids are hashes, so their order is random but fixed.
+    """
     tables = read_tables(cache, selection.scenarios)
     trained_on = tables.pairs.lazy().filter(pl.col("split").is_in(selection.train))
     pairs = trained_on.select("pair_id", "prompt_id", *TRAINED_ON).sort("pair_id").collect()
@@ -28,8 +30,7 @@ def select(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFra
 
 
 def with_gold(cache: Cache, selection: Selection) -> pl.DataFrame:
-    """Group members of the training splits but those of prompts that validate: response int64,
-    prompt_id and gold, by response."""
+    """Group members of the training prompts: response int64, prompt_id and gold, by response."""
     members = read_tables(cache, selection.scenarios).members
     found = members.filter(pl.col("split").is_in(selection.train)).select(
         pl.col("response").cast(pl.Int64), "prompt_id", "gold"
@@ -44,7 +45,7 @@ def evaluation_splits(cache: Cache, selection: Selection) -> dict[str, Evaluatio
 
 
 def evaluated_tables(cache: Cache, selection: Selection) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Pairs and members that are not trained on."""
+    """The pairs and the group members of all splits that are not trained on."""
     other = ~pl.col("split").is_in(selection.train)
     tables = read_tables(cache, selection.scenarios)
     return tables.pairs.filter(other).select(_PAIRS), tables.members.filter(other).select(_MEMBERS)
@@ -64,7 +65,7 @@ def splits_of(
 
 
 def prompt_table(splits: Mapping[str, EvaluationSplit]) -> pl.DataFrame:
-    """The prompts of all splits, with what no run changes: split, `accuracy.PROMPTS`."""
+    """The prompts of all splits: split and `accuracy.PROMPTS`, which are the same for every run."""
     return pl.concat(
         split.prompts.select(pl.lit(name).alias("split"), pl.all())
         for name, split in splits.items()

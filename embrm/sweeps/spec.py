@@ -1,4 +1,4 @@
-"""What a sweep asks for: a TOML spec, expanded into configurations and runs with content ids."""
+"""The spec of a sweep, and its expansion into configurations and runs with content ids."""
 
 import itertools
 import operator
@@ -26,38 +26,42 @@ tests/sweeps/test_golden.py fails when it is forgotten."""
 
 
 class RunSpec(TrainSpec):
-    """One run: what it reads of the cache, and how it is trained."""
+    """One run: which data it reads from the cache, and how it is trained."""
 
     state: str = "last"
-    """View of the cache: "last", "mean", "prenorm" or "layer:K"; "tokens": the mean of a response's
-    sampled token rows; any of them with "+S": and the response's log-probability."""
+    """View of the cache: "last", "mean", "prenorm" or "layer:K"; or "tokens", the mean of a response's
+    sampled token rows. With "+S" the response's log-probability is one more component."""
     pairs_limit: int | None = Field(default=None, gt=0)
-    """Train on this many pairs, the first by pair id (a hash); smaller limits nest in larger."""
+    """Train on this many pairs, the first ones by pair id (a hash), so that smaller limits are subsets
+    of larger ones."""
     label_noise: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the training pairs whose label is flipped, by a hash of the pair id: the same pairs
-    for every seed, and more of them nest fewer. Validation pairs keep theirs."""
-    # What came later is recorded only where it is set: other runs keep their ids.
+    """Share of the training pairs whose label is flipped. A hash of the pair id chooses them: the same
+    pairs for every seed, and a higher share includes those of a lower one. Validation pairs keep
+    their labels."""
+    # Fields that were added later are recorded only if set, so that other runs keep their ids.
     labels: str | None = Field(default=None, exclude_if=lambda path: path is None)
-    """A label table of embrm labels, whose label, weight and margin replace those of the training
-    pairs; pairs of weight 0 are left out. Its content is part of the run's identity."""
+    """A table made by embrm labels, whose labels, weights and margins replace those of the training
+    pairs; pairs of weight 0 are left out. The table's content is part of the run's identity."""
     fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
-    """i/k: of k folds of the training prompts, from 0, train on all but the i-th."""
+    """"i/k": divide the training prompts into k folds and train on all but fold i, counted from 0."""
     members: int = Field(default=1, gt=0)
-    """Heads of an ensemble: each trained with a seed of its own, their rewards combined."""
+    """Number of heads in an ensemble. Each is trained with its own seed, and their rewards are combined."""
     combine: Combine = Field(default="mean", exclude_if=lambda kind: kind == "mean")
-    """How members become one reward: their mean, or, standardised on the training responses, the
+    """How the rewards of the members are combined: mean; or, standardised on the training responses,
     min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
     penalty: float = Field(default=PENALTY, ge=0, le=100, exclude_if=lambda value: value == PENALTY)
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
-    """Train each member on a resample of the training prompts: as many, drawn with replacement."""
+    """Train each member on a bootstrap resample of the training prompts."""
     learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
-    """A table: see below. scikit-learn fits it in place of a head, and what it does not read must
-    keep its default."""
+    """A table: see below. scikit-learn fits this learner in place of a head; keys that it does not
+    read must keep their defaults."""
 
     def member(self, number: int) -> "RunSpec":
-        """One head of the ensemble; the first has the run's seed. How members are combined is
-        nothing to a member."""
+        """The spec of one head of the ensemble; the first has the run's seed.
+
+        How members are combined does not affect a member, so those fields have their defaults.
+        """
         alone = {"combine": "mean", "penalty": PENALTY}
         return self.model_copy(update={"seed": self.seed + number * 2**32, **alone})
 
@@ -98,7 +102,7 @@ class RunSpec(TrainSpec):
 
     @property
     def fold_of(self) -> tuple[int, int]:
-        """i and k of `fold`; (-1, 0) where it is none or cannot be read."""
+        """i and k of `fold`; (-1, 0) if there is none or it cannot be read."""
         found = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
         return (int(found[1]), int(found[2])) if found else (-1, 0)
 
@@ -108,14 +112,14 @@ class RunSpec(TrainSpec):
         return *key, self.bootstrap
 
     def pack_key(self) -> tuple[Any, ...]:
-        """As of every `TrainSpec`; a pack with a learner has one fit for all its runs."""
+        """See `TrainSpec`. The runs of a pack with a learner share one fit."""
         if self.learner is None:
             return super().pack_key()
         return self.learner, self.preprocess, self.seed if self.learner.seeded else None
 
 
 class SweepSpec(Spec):
-    """A sweep as its TOML file says it.
+    """A sweep, as its TOML file describes it.
 
     `defaults` and every entry of `runs` hold fields of `RunSpec` but the seed. An entry adds a
     `name` and may add `grid`, a table of field = list of values whose product is taken; a dotted
@@ -124,27 +128,27 @@ class SweepSpec(Spec):
     """
 
     cache: str | None = None
-    """Cache folder; the option --cache wins."""
+    """Cache folder; the option --cache takes precedence."""
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
-    """Splits trained on."""
+    """Splits that are trained on."""
     # Recorded only where it is set, so that older sweeps keep their bytes.
     scenarios: Scenarios | None = Field(default=None, exclude_if=lambda rule: rule is None)
-    """A table: divide groups into train, id, prompt, model and mutual, see below."""
+    """A table: divide groups into the splits train, id, prompt, model and mutual; see below."""
     evaluate: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Splits the ledger reports; None: all that are not trained on."""
+    """Splits that runs are evaluated on. None: all that are not trained on."""
     validation: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the training prompts kept out for early stopping and the temperature."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
-    """Every configuration is run with each."""
+    """Every configuration is trained once with each seed."""
     numerics: Numerics = "native"
-    """native: this CPU's widest instructions; portable: AVX2 alone, slower, the same bits on every
-    x86 machine; cuda, cuda-tf32, mps: a GPU, where runs repeat within a tolerance."""
+    """native: this CPU's widest instructions. portable: AVX2 only, which is slower and gives the same
+    bits on every x86 machine. cuda, cuda-tf32, mps: a GPU, where runs repeat within a tolerance."""
     baseline: str
-    """Configuration that the report compares all others with."""
+    """The configuration that the report compares all others with."""
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """Fields of every run, as below."""
+    """Keys that apply to every run; see below."""
     runs: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
-    """A name, fields as below, and a grid: field = list of values."""
+    """One table per entry: a name, keys as below, and optionally a grid of key = list of values."""
 
     @model_validator(mode="after")
     def _lists_name_things_once(self) -> Self:
@@ -159,13 +163,13 @@ class SweepSpec(Spec):
         return self
 
     def selection(self, cache_id: str) -> "Selection":
-        """What it reads of this cache."""
+        """The selection of pairs that this sweep makes in a cache."""
         return Selection(cache_id, self.train, self.validation, self.scenarios)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A named point of the sweep; with a seed it is a run."""
+    """A named configuration of a sweep; together with a seed it is a run."""
 
     name: str
     spec: RunSpec
@@ -173,7 +177,7 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which pairs of the cache are trained on and which validate. Part of every run's identity."""
+    """Which pairs of a cache are trained on and which validate; part of every run's identity."""
 
     cache_id: str
     train: tuple[str, ...]
@@ -194,7 +198,9 @@ class Run:
 def configurations(
     sweep: SweepSpec, where: str, kind: type[RunSpec] = RunSpec
 ) -> list[Configuration]:
-    """Every configuration of `sweep`, read from `where`, in its order; kind: what its runs are.
+    """Expand a sweep, read from `where`, into its configurations, in the order of the spec.
+
+    kind: the class of its runs.
 
     Raises: UserError for a wrong field (naming the entry), two configurations of one name or of
     one content, or a baseline that none of them is.
@@ -252,7 +258,7 @@ def identified(
         "validation": selection.validation,
         **settings,
     }
-    if selection.scenarios:  # named only where it is there: other runs keep their ids
+    if selection.scenarios:  # added only if present, so that other runs keep their ids
         read["scenarios"] = selection.scenarios.model_dump(mode="json")
     out = []
     for configuration in found:
@@ -284,7 +290,7 @@ def _check_patience(sweep: SweepSpec, spec: RunSpec, where: str) -> None:
 def _expand(
     entry: dict[str, Any], defaults: dict[str, Any], where: str
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The (name, fields) of an entry: one, or one for each point of its grid."""
+    """The (name, fields) of an entry, or of every point of its grid."""
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: name = {name!r}: a run needs a name, such as name = 'bt'")
@@ -298,7 +304,7 @@ def _expand(
                 "and quote a dotted field"
             )
     base = {**defaults, **{key: entry[key] for key in entry if key not in ("name", "grid")}}
-    # A dotted field is called by its last part where that is clear.
+    # A dotted field is named by its last part if that is unambiguous.
     last = [field.rpartition(".")[2] for field in grid]
     labels = [
         name if last.count(name) == 1 else field for field, name in zip(grid, last, strict=True)

@@ -1,4 +1,4 @@
-"""The pairs and members that a sweep reads: the cache's own, or groups divided by scenarios."""
+"""The pairs and group members that a sweep reads: the cache's, or those that scenarios make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from embrm.data.scenarios import SCENARIOS, Scenarios, divide
 
 @dataclass(frozen=True)
 class Tables:
-    """pairs and members with the columns of the cache's tables of these names."""
+    """Pairs and group members, with the columns of the cache's tables of the same names."""
 
     pairs: pl.DataFrame
     members: pl.DataFrame
@@ -24,8 +24,8 @@ class Tables:
         return sorted({*self.pairs["split"], *self.members["split"]})
 
     def sizes(self, train: Sequence[str]) -> dict[str, dict[str, int]]:
-        """Split → its pairs, prompts and responses, and how many of its prompts and responses the
-        splits `train` have too."""
+        """Split → numbers of pairs, prompts and responses, and how many of its prompts and responses
+        also occur in the splits `train`."""
         ends = pl.concat(
             [
                 self.pairs.select("split", "prompt_id", response="chosen"),
@@ -49,12 +49,12 @@ class Tables:
         }
 
 
-@lru_cache(maxsize=1)  # several ask in turn, and dividing takes seconds
+@lru_cache(maxsize=1)  # dividing takes seconds, and several callers ask in turn
 def read_tables(cache: Cache, scenarios: Scenarios | None) -> Tables:
-    """The tables of `cache`; with scenarios, their splits in place of those they divide.
+    """Read the tables of `cache`; with scenarios, their splits replace those that they divide.
 
-    Raises: UserError for what `divide` refuses, or when the cache has another split of one of the
-    names that scenarios give.
+    Raises: UserError for what `divide` refuses, or when the cache already has a split of a name
+    that scenarios give.
     """
     if scenarios is None:
         return Tables(cache.pairs, cache.members)

@@ -1,5 +1,6 @@
-"""What a run is trained on: its limit, its fold, its label table and its noise, in this order; and
-what a member of an ensemble sees of it."""
+"""The training pairs of a run: limit, fold, label table and label noise are applied in this order.
+
+A member of an ensemble may be trained on a bootstrap resample of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,9 @@ _PROMPT = "number of the prompt"
 
 
 def pinned(labels: str) -> str:
-    """PATH#DIGEST of a label table, from the PATH in a spec or from itself.
+    """PATH#DIGEST of a label table, from PATH or PATH#DIGEST.
 
-    Raises: UserError when there is none at PATH, or another than the digest says.
+    Raises: UserError when there is no table at PATH, or one with another digest.
     """
     return f"{labels.partition('#')[0]}#{_read(labels).digest}"
 
@@ -39,8 +40,9 @@ def _read(labels: str) -> LabelTable:
 
 
 def with_rules(training: pl.DataFrame, specs: Sequence[RunSpec]) -> pl.DataFrame:
-    """`training` (pair_id, prompt_id, label, weight, margin, ...) with the columns that
-    `as_trained` reads for these runs: hashes of ids, and rows of label tables.
+    """Add the columns that `as_trained` reads for these runs: hashes of ids, rows of label tables.
+
+    training: pair_id, prompt_id, label, weight, margin, ...
 
     Raises: UserError when a label table is missing, or lacks some of the pairs.
     """
@@ -59,8 +61,10 @@ def with_rules(training: pl.DataFrame, specs: Sequence[RunSpec]) -> pl.DataFrame
 
 
 def _relabelled(training: pl.DataFrame, spec: RunSpec) -> dict[str, pl.Series]:
-    """The columns of the run's label table in the order of `training`; where the table has none,
-    the data's."""
+    """The columns of the run's label table in the order of `training`.
+
+    Columns that the table lacks are those of `training`.
+    """
     assert spec.labels is not None
     rows = _read(spec.labels).rows
     missing = training.join(rows, on="pair_id", how="anti")
@@ -77,7 +81,7 @@ def _relabelled(training: pl.DataFrame, spec: RunSpec) -> dict[str, pl.Series]:
 
 
 def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
-    """The pairs of `with_rules` that a run is trained on, with its labels; order kept."""
+    """The pairs of `with_rules` that a run is trained on, in their order, with the run's labels."""
     table = table.head(spec.pairs_limit or table.height)
     if spec.fold:
         table = table.filter(pl.col(_fold(spec)) != spec.fold_of[0])
@@ -91,10 +95,10 @@ def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
 
 
 def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
-    """A bootstrap of the pairs of `as_trained`, by number, ascending: of k prompts k are drawn with
-    replacement, and each brings all its pairs along.
+    """A bootstrap resample over prompts of the pairs of `as_trained`, as ascending pair numbers.
 
-    Of one seed the same, whatever the run does with the pairs.
+    Of k prompts, k are drawn with replacement, each with all its pairs. The draw depends on the
+    seed and the prompts alone.
     """
     _, prompt = np.unique(table[_PROMPT].to_numpy(), return_inverse=True)
     prompts = int(prompt.max()) + 1
@@ -103,7 +107,7 @@ def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
 
 
 def gold_as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
-    """The group members of `material.with_gold` that a run is trained on; order kept."""
+    """The group members of `selection.with_gold` that a run is trained on, in their order."""
     if not spec.fold:
         return table
     return table.filter(folds(table["prompt_id"], spec.fold_of[1]) != spec.fold_of[0])

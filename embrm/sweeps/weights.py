@@ -12,13 +12,13 @@ from embrm.training.ensembles import Reference
 from embrm.training.heads import REWARDS, Parameters, Preprocess
 
 FORMAT = "embrm-head 1"
-"""Of a weights file that holds a head."""
+"""Format of a weights file that holds heads."""
 
 REWARDS_FORMAT = "embrm-rewards 1"
-"""Of one that holds rewards of the cache's responses, for want of weights."""
+"""Format of a file that holds rewards of the cache's responses, for runs without weights."""
 
 MODEL_FORMAT = "embrm-model 1"
-"""Of one that holds a fine-tuned model."""
+"""Format of a file that holds a fine-tuned model."""
 
 PREPROCESS = "preprocess."
 REFERENCE = "reference."
@@ -31,9 +31,9 @@ def weights_file(
     preprocess: Preprocess,
     reference: Reference | None = None,
 ) -> tuple[bytes, str]:
-    """The bytes of a run's safetensors file, and the digest of its tensors, header excluded.
+    """The bytes of a run's safetensors file, and the digest of its tensors without the header.
 
-    reference: of members that are not simply averaged.
+    reference: what the members of an ensemble are standardised on, if they are not averaged.
     """
     tensors = dict(parameters)
     if preprocess.mean is not None and preprocess.scale is not None:
@@ -44,13 +44,13 @@ def weights_file(
         tensors[REFERENCE + "sd"] = reference.sd
     kind = REWARDS_FORMAT if REWARDS in parameters else FORMAT
     header = {"format": kind, "cache_id": cache_id, "run": run.spec.model_dump(mode="json")}
-    # One key: the library writes metadata in no fixed order.
+    # One key only, because the library writes metadata in no fixed order.
     content = safetensors.torch.save(tensors, metadata={"embrm": canonical_json(header)})
     return content, tensors_digest(tensors)
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values in the order of names."""
+    """SHA-256 over the tensors' names, types, shapes and values, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         values = tensors[name].contiguous().numpy()

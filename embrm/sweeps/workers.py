@@ -1,7 +1,7 @@
-"""Worker processes that train packs: they compute and return bytes, their parent alone writes.
+"""Worker processes that train packs and return bytes; only their parent process writes files.
 
 On the CPU a worker has one thread and fixed numerics, and a run's bits depend on the run alone, so
-neither the number of workers nor the runs it shared a pack with can be seen in the results.
+results depend neither on the number of workers nor on which runs shared a pack.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 
 def worker_count(jobs: int | None, mode: Numerics) -> int:
-    """`jobs`, or one worker a usable core, or one for the GPU.
+    """The number of workers: `jobs`, or by default one per usable core, or one for a GPU.
 
-    Raises: UserError for less than one, or where this machine cannot compute so.
+    Raises: UserError for less than one, and for numerics that this machine lacks.
     """
     lacking = why_unavailable(mode)
     if lacking:
@@ -101,7 +101,7 @@ class Workers:
 
 
 def modules_of(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The modules that define losses and heads of these runs' users.
+    """The modules that register the user-defined parts of these runs.
 
     Raises: UserError for one that a worker process could not import.
     """
@@ -117,14 +117,14 @@ def workers(jobs: int, mode: Numerics, modules: tuple[str, ...] = ()) -> Iterato
     modules: what they import first, because it registers losses and heads of the user's own.
     """
     context = multiprocessing.get_context("spawn")
-    # The workers watch the other end: it closes when this process lets go of it or dies.
+    # Workers watch the other end, which closes when this process closes it or dies.
     watched, lifeline = context.Pipe(duplex=False)
     with (
         environment(settings(mode)),
         ProcessPoolExecutor(jobs, context, _start_worker, (watched, mode, modules)) as pool,
     ):
         try:
-            # Workers inherit the first: Ctrl-C is for this process.
+            # Workers inherit that they ignore interrupts: this process handles Ctrl-C.
             with _ignoring_interrupts(), _without_main():
                 for _ in range(jobs):
                     pool.submit(_nothing)
@@ -143,7 +143,7 @@ def _one_line(error: Exception) -> str:
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals, and may say what becomes of them
+        yield  # only the main thread may set signal handlers
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -182,11 +182,11 @@ def _start_worker(
 
 
 def _nothing() -> None:
-    """Work whose only use is to start a worker."""
+    """Do nothing; submitting this starts a worker."""
 
 
 _trainer: tuple[Material, Trainer] | None = None
-"""Of this worker process."""
+"""The trainer of this worker process, and the material that it was made for."""
 
 
 def _run(material: Material, mode: Numerics, pack: Pack) -> dict[str, bytes]:
