@@ -8,11 +8,11 @@
     prompts.parquet              one row per split, subset and prompt with what is the same for
                                  every run: sums over its pairs of weights and of "longer is better"
     outcomes.parquet             one row per run and split: lists of wins, ties, nll, brier (sums
-                                 over a prompt's pairs) and tau, float32, in the order of the split's
-                                 rows of prompts.parquet; tau is NaN where it is undefined
-    geometry.parquet             one row per run and split: responses measured, `geometry.MEASURES`. The
-                                 training responses are one more split, called `training_name`. Runs
-                                 that an older embrm finished have no row
+                                 over a prompt's pairs) and tau, float32, in the order of the
+                                 split's rows of prompts.parquet; tau is NaN where it is undefined
+    geometry.parquet             one row per run and split: responses measured and
+                                 `geometry.MEASURES`. The training responses are one more split,
+                                 called `training_name`. Runs of older versions have no row
     timings.parquet              the only file that differs between two executions
     weights/<run_id>.safetensors
 

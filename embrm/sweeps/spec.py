@@ -29,26 +29,29 @@ class RunSpec(TrainSpec):
     """One run: which data it reads from the cache, and how it is trained."""
 
     state: str = "last"
-    """View of the cache: "last", "mean", "prenorm" or "layer:K"; or "tokens", the mean of a response's
-    sampled token rows. With "+S" the response's log-probability is one more component."""
+    """View of the cache: "last", "mean", "prenorm" or "layer:K"; or "tokens", the mean of a
+    response's sampled token rows. With "+S" the response's log-probability is one more
+    component."""
     pairs_limit: int | None = Field(default=None, gt=0)
-    """Train on this many pairs, the first ones by pair id (a hash), so that smaller limits are subsets
-    of larger ones."""
+    """Train on this many pairs, the first ones by pair id (a hash), so that smaller limits are
+    subsets of larger ones."""
     label_noise: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the training pairs whose label is flipped. A hash of the pair id chooses them: the same
-    pairs for every seed, and a higher share includes those of a lower one. Validation pairs keep
-    their labels."""
+    """Share of the training pairs whose label is flipped. A hash of the pair id chooses them: the
+    same pairs for every seed, and a higher share includes those of a lower one. Validation pairs
+    keep their labels."""
     # Fields that were added later are recorded only if set, so that other runs keep their ids.
     labels: str | None = Field(default=None, exclude_if=lambda path: path is None)
     """A table made by embrm labels, whose labels, weights and margins replace those of the training
     pairs; pairs of weight 0 are left out. The table's content is part of the run's identity."""
     fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
-    """"i/k": divide the training prompts into k folds and train on all but fold i, counted from 0."""
+    """"i/k": divide the training prompts into k folds and train on all but fold i, counted from
+    0."""
     members: int = Field(default=1, gt=0)
-    """Number of heads in an ensemble. Each is trained with its own seed, and their rewards are combined."""
+    """Number of heads in an ensemble. Each is trained with its own seed, and their rewards are
+    combined."""
     combine: Combine = Field(default="mean", exclude_if=lambda kind: kind == "mean")
-    """How the rewards of the members are combined: mean; or, standardised on the training responses,
-    min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
+    """How the rewards of the members are combined: mean; or, standardised on the training
+    responses, min, uwo (mean - λ·variance) or lcb (mean - β·standard deviation)."""
     penalty: float = Field(default=PENALTY, ge=0, le=100, exclude_if=lambda value: value == PENALTY)
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
@@ -141,8 +144,9 @@ class SweepSpec(Spec):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Every configuration is trained once with each seed."""
     numerics: Numerics = "native"
-    """native: this CPU's widest instructions. portable: AVX2 only, which is slower and gives the same
-    bits on every x86 machine. cuda, cuda-tf32, mps: a GPU, where runs repeat within a tolerance."""
+    """native: this CPU's widest instructions. portable: AVX2 only, which is slower and gives the
+    same bits on every x86 machine. cuda, cuda-tf32, mps: a GPU, where runs repeat within a
+    tolerance."""
     baseline: str
     """The configuration that the report compares all others with."""
     defaults: dict[str, Any] = Field(default_factory=dict)

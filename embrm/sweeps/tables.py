@@ -24,8 +24,8 @@ class Tables:
         return sorted({*self.pairs["split"], *self.members["split"]})
 
     def sizes(self, train: Sequence[str]) -> dict[str, dict[str, int]]:
-        """Split → numbers of pairs, prompts and responses, and how many of its prompts and responses
-        also occur in the splits `train`."""
+        """Split → numbers of pairs, prompts and responses, and how many of its prompts and
+        responses also occur in the splits `train`."""
         ends = pl.concat(
             [
                 self.pairs.select("split", "prompt_id", response="chosen"),
