@@ -136,7 +136,7 @@ def _extraction(
         values["states"] = [view.strip() for view in values["states"].split(",")]
     parsed = ExtractSpec.parse(values, where)
     if out is None and named is None:
-        raise UserError("out is missing: name the cache folder to write, such as cache/NAME")
+        raise UserError("out (--out) is missing: name the cache folder to write, as cache/NAME")
     return parsed, path(out if out is not None else named or "", "out")
 
 

@@ -13,6 +13,7 @@ import typer
 from embrm.cli.caches import cache_show
 from embrm.cli.options import Json, Memory, MovedCache, SweepFolder, byte_size
 from embrm.cli.printing import print_report, show
+from embrm.cli.spec_options import with_spec_options
 from embrm.core.errors import UserError, nearest
 from embrm.extraction.engines import engine_help
 
@@ -20,6 +21,14 @@ app = typer.Typer()
 
 
 @app.command()
+@with_spec_options(
+    "embrm.extraction.spec",
+    "ExtractSpec",
+    {
+        "states": "Views to store: last, mean, prenorm, layer:K; with commas, or repeated",
+        "engine": f"What runs the model: {engine_help()}",
+    },
+)
 def extract(
     spec: Annotated[
         Path | None, typer.Argument(help="TOML spec; options given beside it take precedence.")
@@ -27,59 +36,11 @@ def extract(
     out: Annotated[
         Path | None, typer.Option(help="Cache folder to write, such as cache/NAME.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Causal LM: local folder or hub id.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             help="[SPLIT=]PATH_OR_HUB_ID of preference data; repeat for more. Replaces the spec's."
         ),
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="auto, chat or plain [default: auto].")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Most tokens a row [default: 2048, or all the model reads].")
-    ] = None,
-    truncation: Annotated[
-        str | None,
-        typer.Option(help="Over-long rows: drop, or cut the prompt's left [default: drop]."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16 [default: float32].")
-    ] = None,
-    states: Annotated[
-        list[str] | None,
-        typer.Option(help="last, mean, prenorm, layer:K; with commas or repeated [last]."),
-    ] = None,
-    token_rows: Annotated[
-        int | None, typer.Option(help="Sampled response positions a row [default: 0].")
-    ] = None,
-    token_positions: Annotated[
-        str | None, typer.Option(help="How they are sampled: random or spaced [default: random].")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Logits kept a token row [32].")] = None,
-    tail_mean: Annotated[
-        bool | None,
-        typer.Option("--tail-mean", help="Keep the mean gradient of all other logits too."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the position sampling [0].")] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(help="First N rows (groups: prompts) of a split, before exclusions."),
-    ] = None,
-    pad_token: Annotated[
-        str | None, typer.Option(help="Padding token, for a tokenizer without one.")
-    ] = None,
-    allow_pad_eos: Annotated[
-        bool | None, typer.Option("--allow-pad-eos", help="Accept pad == eos.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None, typer.Option("--trust-remote-code", help="Run code from the model's repo.")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help=f"{engine_help()} [default: auto]."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda, cuda:1 (one GPU of several) or mps.")
@@ -104,66 +65,39 @@ def extract(
         bool, typer.Option("--dry-run", help="Print rows, tokens, bytes and time; write nothing.")
     ] = False,
     as_json: Json = False,
+    *,
+    fields: dict[str, Any],
 ) -> None:
     """Cache a language model's final states and LM statistics over preference data."""
-    from embrm.core.specs import read_toml
-    from embrm.data.sources import parse_source
-    from embrm.extraction.dry_run import dry_run as run_dry
-    from embrm.extraction.parts import Share
-    from embrm.extraction.run import extract as run_extract
-    from embrm.extraction.spec import ExtractSpec
+    from embrm.api import caches
 
-    values: dict[str, Any] = read_toml(spec) if spec else {}
-    named = values.pop("out", None)
-    if not isinstance(named, str | None):
-        raise UserError(f"{spec}: out = {named!r}: name a folder, such as out = 'cache/NAME'")
-    folder = out or (Path(named) if named else None)
-    given = {
-        "model": model,
-        "revision": revision,
-        "data": [parse_source(entry) for entry in data] if data else None,
-        "template": template,
-        "max_length": max_length,
-        "truncation": truncation,
-        "dtype": dtype,
-        "states": [view.strip() for view in ",".join(states).split(",")] if states else None,
-        "token_rows": token_rows,
-        "token_positions": token_positions,
-        "top_k": top_k,
-        "tail_mean": tail_mean,
-        "seed": seed,
-        "limit": limit,
-        "pad_token": pad_token,
-        "allow_pad_eos": allow_pad_eos,
-        "trust_remote_code": trust_remote_code,
-        "engine": engine,
-    }
-    values |= {name: value for name, value in given.items() if value is not None}
-    parsed = ExtractSpec.parse(values, str(spec) if spec else "command line")
-    share = Share.parse(shard) if shard is not None else None
+    if "states" in fields:
+        fields["states"] = ",".join(fields["states"])
     here: dict[str, Any] = {
+        "data": data or None,
         "device": device,
         "tensor_parallel": tensor_parallel,
         "batch_tokens": batch_tokens,
         "compiled": compiled,
     }
     if dry_run:
-        if share:
+        if shard is not None:
             raise UserError("--dry-run is for all shards together: leave --shard out")
-        planned = dataclasses.asdict(run_dry(parsed, **here))
+        planned = dataclasses.asdict(caches.plan_extraction(spec, **here, **fields))
         planned["leaks"] = planned["leaks"].to_dicts()
         show(planned, as_json)
         return
-    if folder is None:
-        raise UserError("--out is missing: name the cache folder to write, such as cache/NAME")
-    made = run_extract(parsed, folder, share=share, **here)
-    cache_show(made, as_json=as_json)
-    if as_json:
-        return
-    if share:
-        print(f"next, with all parts: embrm cache merge {folder}.*-of-{share.count} --out {folder}")
+    if shard is None:
+        folder = caches.extract(spec, out, **here, **fields).folder
+        next_step = f"embrm sweep SPEC.toml --cache {folder}"
     else:
-        print(f"next: embrm sweep SPEC.toml --cache {folder}")
+        folder = caches.extract_shard(spec, out, shard=shard, **here, **fields)
+        whole, _, part = str(folder).rpartition(".")
+        count = part.rpartition("-")[2]
+        next_step = f"with all parts: embrm cache merge {whole}.*-of-{count} --out {whole}"
+    cache_show(folder, as_json=as_json)
+    if not as_json:
+        print(f"next{', ' if shard else ': '}{next_step}")
 
 
 @app.command()

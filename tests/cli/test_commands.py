@@ -432,11 +432,11 @@ def test_an_extra_that_is_not_installed(
     embrm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, spec: Path
 ) -> None:
     for package, extra in {"accelerate": "finetune", "transformers": "extract"}.items():
-        loaded = ("embrm.finetuning", f"{package}.")  # not yet, as in a fresh process
+        loaded = ("embrm.finetuning.", f"{package}.")  # not yet, as in a fresh process
         for name in [name for name in sys.modules if name.startswith(loaded)]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)
-        refused(embrm("finetune", spec), f"{package}, which is not", f"pip install '.[{extra}]'")
+        refused(embrm("finetune", spec), f"{package}, which is not", f"'.[{extra}]'")
         monkeypatch.undo()
 
 
