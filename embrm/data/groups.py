@@ -1,6 +1,5 @@
 """Pairs derived from a group: all responses of one prompt, each with a gold score."""
 
-import hashlib
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from embrm.core.specs import Spec
+from embrm.core.streams import blake2b_number, raw_words
 
 
 class PairRule(Spec):
@@ -112,9 +112,9 @@ def derive_pairs(
         rank = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
         candidates &= rank[:, None] + rank[None, :] == len(scores) - 1
     chosen, rejected = np.nonzero(candidates)
-    key = hashlib.blake2b(f"pairs:{rule.seed}:{prompt_id}".encode(), digest_size=16).digest()
-    # Raw Philox words are stable between numpy versions; Generator.permutation is not.
-    draws = np.random.Philox(key=int.from_bytes(key, "big")).random_raw(len(chosen))
+    # Raw words, because Generator.permutation may change with numpy's versions.
+    key = blake2b_number(f"pairs:{rule.seed}:{prompt_id}", 128)
+    draws = raw_words(key).random_raw(len(chosen))
     order = np.argsort(draws, kind="stable")
     if rule.length_balanced:
         surplus = sizes[chosen[order]] - sizes[rejected[order]]

@@ -1,6 +1,5 @@
 """Splits by prompt: a prompt's side depends on its id and the seed, on nothing else."""
 
-import hashlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,16 +7,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from embrm.core.specs import Spec
+from embrm.core.streams import blake2b_number
 
 
 class Holdout(Spec):
     """Move a fraction of a dataset's prompts, with all their rows, to another split."""
 
     fraction: float = Field(gt=0, lt=1)
-    """Of the prompts."""
+    """Share of the prompts that is moved."""
     split: str = Field(default="holdout", min_length=1)
-    """Where they go."""
+    """The split that they are moved to."""
     seed: int = 0
+    """Seed of the choice of prompts."""
 
 
 def holdout(
@@ -25,10 +26,9 @@ def holdout(
 ) -> NDArray[np.bool_]:
     """Which prompts are held out: bool [len(prompt_ids)], true for about `fraction` of the prompts.
 
-    Equal ids get equal answers, a larger fraction holds out a superset, and neither order nor
-    company matters. `purpose` separates the draws: without it, a validation split taken from what
-    a holdout of the same seed left over would be empty.
-    """
+    Equal ids get equal answers, a larger fraction holds out a superset, and the answer for a prompt
+    depends neither on the order nor on the other prompts. `purpose` separates the draws: without
+    it, a validation split taken from what a holdout of the same seed left over would be empty."""
     bound = int(fraction * 2**64)
     drawn = draws(prompt_ids, seed, purpose)
     return np.array([draw < bound for draw in drawn], dtype=np.bool_)
@@ -48,7 +48,6 @@ def draws(ids: Iterable[str], seed: int, purpose: str) -> list[int]:
     for one in ids:
         draw = known.get(one)
         if draw is None:
-            digest = hashlib.blake2b((salt + one).encode(), digest_size=8).digest()
-            draw = known[one] = int.from_bytes(digest, "big")
+            draw = known[one] = blake2b_number(salt + one, 64)
         answer.append(draw)
     return answer

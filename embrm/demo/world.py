@@ -36,9 +36,8 @@ from pathlib import Path
 from statistics import pstdev
 from typing import Any, TypeVar
 
-from numpy.random import Philox
-
 from embrm.core.files import write_bytes
+from embrm.core.streams import raw_words, sha256_key
 
 T = TypeVar("T")
 
@@ -47,8 +46,7 @@ class Stream:
     """Random draws that depend only on the names that the stream is made from."""
 
     def __init__(self, *names: str | int) -> None:
-        digest = hashlib.sha256(json.dumps(names).encode()).digest()
-        self._bits = Philox(key=int.from_bytes(digest[:16], "little"))
+        self._bits = raw_words(sha256_key(json.dumps(names), "little"))
 
     def uniform(self) -> float:
         """A uniform number in [0, 1) with 53 random bits."""

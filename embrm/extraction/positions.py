@@ -1,10 +1,11 @@
 """Positions of a sequence whose states predict response tokens, and how token rows sample them."""
 
-import hashlib
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from embrm.core.streams import raw_words, sha256_key
 
 PositionsRule = Literal["random", "spaced"]
 """How token rows are sampled: see `token_positions`."""
@@ -37,8 +38,7 @@ def token_positions(
     """
     candidates = predicting_positions(n_prompt, length)
     n = len(candidates)
-    digest = hashlib.sha256(f"{seed}:{response_id}".encode()).digest()
-    stream = np.random.Philox(key=int.from_bytes(digest[:16]))
+    stream = raw_words(sha256_key(f"{seed}:{response_id}", "big"))
     if rule == "spaced" and n > k > 0:
         # start + n·i runs through every number below n·k once over the n starts and k values of i,
         # and k of these numbers fall on each position: all positions are equally likely.

@@ -20,7 +20,6 @@ simulations. The values themselves are as observed: what noise of the seeds leav
 agreement is the ceiling, `halves`.
 """
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from embrm.core.streams import blake2b_number
 from embrm.metrics.intervals import Replicates, over_seeds
 
 Floats = NDArray[np.float64]
@@ -296,5 +296,4 @@ def _ratio(above: Floats, below: Floats) -> Floats:
 
 
 def _stream(*words: str) -> int:
-    content = "\0".join(words).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8, person=b"embrm-seeds").digest())
+    return blake2b_number("\0".join(words), 64, person=b"embrm-seeds")

@@ -20,7 +20,6 @@ Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps; Chamandy 
 Poisson bootstrap; Holm 1979 on the adjusted p.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +30,7 @@ import polars.selectors as cs
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from embrm.core.streams import blake2b_number, generator
 from embrm.metrics.outcomes import Outcomes
 
 Floats = NDArray[np.float64]
@@ -77,11 +77,8 @@ def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> ND
     """Poisson(1) counts, uint8 [replicates, prompts]; a column depends on its prompt id alone."""
     counts = np.empty((replicates, len(prompt_ids)), dtype=np.uint8)
     for column, prompt_id in enumerate(prompt_ids):
-        key = hashlib.blake2b(
-            prompt_id.encode(), digest_size=16, person=b"embrm-bootstrap"
-        ).digest()
-        stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        counts[:, column] = stream.poisson(1.0, replicates)
+        key = blake2b_number(prompt_id, 128, "little", b"embrm-bootstrap")
+        counts[:, column] = generator(key).poisson(1.0, replicates)
     return counts
 
 
@@ -253,7 +250,7 @@ def over_seeds(estimates: Floats, draws: Floats, stream: int = 0) -> Floats:
 
 def _seed_draws(k: int, replicates: int, stream: int) -> Floats:
     """Share of each of k seeds among k draws with replacement, float64 [replicates, k]."""
-    random = np.random.Generator(np.random.Philox(key=k + (stream << 64)))
+    random = generator(k + (stream << 64))
     return random.multinomial(k, np.full(k, 1 / k), replicates) / k
 
 
