@@ -98,7 +98,7 @@ class StateArray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of a `StateArray` tells; arrays have one entry a row."""
+    """What one reading of a `StateArray` tells; arrays have one entry per row."""
 
     sha256: str
     """Hex digest of the values as the file stores them, in order: the same in every kind of

@@ -145,7 +145,7 @@ def _open(source: ArraySource) -> tuple[StateArray, Rows]:
         if source.rows is None:
             raise UserError(
                 f"{array.file.name} has shape {array.file.shape}, (rows, width): name a table "
-                "with a row a state by rows, or reshape it to (prompts, responses, width)"
+                "with one row per state by rows, or reshape it to (prompts, responses, width)"
             )
         return array, from_table(array, Path(source.rows), source.columns, gold, split=source.split)
     if gold is None or source.rows is not None:

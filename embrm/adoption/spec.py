@@ -27,8 +27,8 @@ class ArraySource(Spec):
     gold_key: str | None = None
     """Their name in a file of several arrays."""
     rows: str | None = None
-    """For states of two axes: a .parquet, .csv, .jsonl or .json file with a row a state, columns
-    prompt or prompt_id, and gold, model, split, subset where there are any."""
+    """For states of two axes: a .parquet, .csv, .jsonl or .json file with one row per state,
+    columns prompt or prompt_id, and gold, model, split, subset where there are any."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Field -> column of that table, where they differ; "" leaves the field out."""
     split: str | None = Field(default=None, min_length=1)

@@ -155,7 +155,7 @@ def plan_sweep(
 def open_results(folder: AnyPath) -> SweepResults:
     """Open the results of a sweep or a fine-tune.
 
-    Its `ledger` has one row a run and every hyper-parameter as a column of its own;
+    Its `ledger` has one row per run and every hyper-parameter as a column of its own;
     `scores(run)`, `best(split)`, `compare(other)` and `figures()` go on from there.
 
     Raises: UserError where there are no results, or damaged ones.

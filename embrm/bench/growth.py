@@ -30,7 +30,7 @@ def measure_growth(
     widths: Sequence[int] = (256, 512, 1024, 2048, 4096),
     middle: tuple[int, int, int] = (64, 45_000, 2048),
 ) -> list[dict[str, Any]]:
-    """One row a size: one pack trained on one thread, in a process set up as a worker is.
+    """One row per size: one pack trained on one thread, in a process set up as a worker is.
 
     middle: runs, pairs and width that are held while another one grows. Seconds are of one epoch.
     """

@@ -14,7 +14,7 @@ _ROUNDS = 3
 @dataclass(frozen=True)
 class Limits:
     """product: GFLOP/s, copy: GB/s read and written into an existing buffer; each on one thread
-    and on all cores, there by one process a core or by threads, whichever is faster."""
+    and on all cores, there by one process per core or by threads, whichever is faster."""
 
     product: float
     product_all: float

@@ -37,7 +37,7 @@ def cache_adopt(
     ] = None,
     rows: Annotated[
         list[str] | None,
-        typer.Option(help="[SPLIT=]PATH of a table with a row a state, for (rows, width)."),
+        typer.Option(help="[SPLIT=]PATH of a table with one row per state, for (rows, width)."),
     ] = None,
     order: Annotated[
         str | None,

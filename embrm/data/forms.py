@@ -139,7 +139,7 @@ def _remedy(fields: Iterable[str]) -> str:
 
 
 def _completion_columns(table: Table, shape: str) -> list[list[Any]]:
-    """Columns of completions, one entry a row; of losers, the first."""
+    """Columns of completions, one entry per row; of losers, the first."""
     columns = table.columns
     if shape == "pairs":
         return [columns["chosen"], columns["rejected"]]

@@ -1,6 +1,6 @@
 """Label tables: what is said of pairs beside the data, in files that say how they were made.
 
-A Parquet file with one row a pair, keyed by pair_id, and its provenance in the file's metadata
+A Parquet file with one row per pair, keyed by pair_id, and its provenance in the file's metadata
 (key "embrm", canonical JSON). Two kinds:
 
     labels      any of label (probability that chosen is better), weight (0: leave the pair out) and

@@ -23,7 +23,7 @@ def is_train(split: str) -> bool:
 
 
 def leaks(dataset: Dataset) -> pl.DataFrame:
-    """Overlaps of training and evaluation prompts: one row a pair of splits that has any.
+    """Overlaps of training and evaluation prompts: one row per pair of splits that has any.
 
     Columns: train_split, eval_split, prompts_shared (evaluation prompts that occur in training),
     eval_prompts (of how many), pairs_touched (evaluation pairs over the shared prompts),

@@ -62,7 +62,7 @@ def divide(
     """The pairs and members of `SCENARIOS` from the groups of the splits `rule.splits`.
 
     members: with the columns of `collector.MEMBERS`, of any splits. responses: response_id and
-    n_response, a row a response number. The tables returned have the columns of
+    n_response, one row per response number. The tables returned have the columns of
     `collector.PAIRS` and those of `members`; pairs derived from groups have label and weight 1, the
     gold difference as margin, and the source and row of their chosen response.
 

@@ -96,7 +96,7 @@ def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not JSON ({first_line(error)}): "
-            "if it holds one object a line, name it .jsonl"
+            "if it holds one object per line, name it .jsonl"
         ) from None
     if isinstance(content, list):
         return _columns_of(path, content, choose), list(range(len(content)))

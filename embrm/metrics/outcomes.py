@@ -24,8 +24,8 @@ class Outcomes:
 
     @classmethod
     def of(cls, prompts: pl.DataFrame, outcomes: pl.DataFrame, run_ids: Sequence[str]) -> Self:
-        """From stored tables, reduced to one split: prompts; and outcomes, a row a run with lists
-        in their order. Runs follow `run_ids`.
+        """From stored tables, reduced to one split: prompts; and outcomes, one row per run with
+        lists in their order. Runs follow `run_ids`.
 
         Raises: UserError when a run has no outcomes, or not one for each prompt.
         """

@@ -23,9 +23,8 @@ def scenario_falls(
 ) -> pl.DataFrame:
     """The last of the `scenarios` minus the first: metric and the columns of `intervals.compare`.
 
-    resampled: of (split, metric), a column a run. runs: name and seed. Empty where not both of them
-    have a metric.
-    """
+    resampled: of (split, metric), one column per run. runs: name and seed. Empty where not both of
+    them have a metric."""
     found = []
     for metric in ("accuracy", "tau"):
         having = [split for split in scenarios if (split, metric) in resampled]
@@ -75,7 +74,7 @@ def noise_falls(
     `intervals.compare`, name being the line; differences are to the baseline's line.
 
     Only of lines that have both the highest and the lowest of all rates, so that falls compare.
-    lines: as of `noise_lines`. result: a column a run. runs: name and seed.
+    lines: as of `noise_lines`. result: one column per run. runs: name and seed.
     """
     places = {key: place for place, key in enumerate(runs.select("name", "seed").iter_rows())}
     rate = pl.col(_NOISE)

@@ -1,4 +1,4 @@
-"""A finished sweep as numbers: who ranks where, by how much, how surely."""
+"""Comparing the configurations of a finished sweep: ranks, differences, and their intervals."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,42 +25,36 @@ MEAN = "mean"
 """The `rank_by` that averages over the evaluation splits."""
 
 _DETAILED = 4
-"""Configurations, besides the baseline, whose accuracy is broken down by subset."""
+"""Number of configurations, besides the baseline, whose accuracy is shown by subset."""
 
 
 _MANY = 8
-"""Splits beyond which label noise is looked at in their mean alone."""
+"""With more splits than this, only the mean over splits is shown under label noise."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything the report says about a sweep. Shares and rewards are plain floats.
+    """Everything that the report says about a sweep. Shares lie between 0 and 1.
 
-    ranked_by: a split, or "mean"; ranked_splits: the splits it covers; unranked_splits: those it
-    would cover if they had two prompts; metric: accuracy, or tau where only groups exist.
-    ranking: rank, the columns of `intervals.compare` and run_ids in the order of their seeds, best
-    first.
-    at_epoch_limit: configurations, in the order of the ranking, of which a run with early stopping
-    ran all its epochs and had not stopped by then.
-    scores: split, metric, prompts and the columns of `intervals.compare`.
-    measures: split, name and `MEASURES`, means over seeds, null unless every seed has a value.
-    subsets: split, subset, prompts and the columns of `intervals.compare`, top configurations.
-    lengths: split, pairs, prompts, and accuracy of "longer is better" (estimate, low, high).
-    leak_free: split, removed, prompts and the columns of `intervals.compare`, without the prompts
-    that occur in training.
-    validation: name and accuracy on the training prompts held out for validation, mean over seeds.
-    geometry: split, name and `geometry.MEASURES`, means over seeds as in measures; trained_on is
-    one of its splits. Empty where no run was measured.
-    trained_on: what the training responses are called there.
-    scenarios: of the splits, those that the sweep made of groups, the nearest to training first.
-    scenario_falls: metric and the columns of `intervals.compare`, of the last scenario minus the
-    first.
-    noise: split (or "mean", over the ranked splits), line, label_noise, name, estimate, low and
-    high, of configurations that differ in that alone. Empty where there are none.
-    noise_falls: split and the columns of `intervals.compare`, name being the line, of the highest
-    rate of label noise minus the lowest.
-    unfinished: name, status and runs, of the runs that have no result.
-    """
+    ranked_by: a split, or "mean". ranked_splits: the splits that it averages over; unranked_splits:
+    those left out because they have fewer than two prompts. metric: accuracy, or tau where only
+    groups exist. ranking: rank, the columns of `intervals.compare` and run_ids in the order of
+    their seeds, best first. at_epoch_limit: configurations, in the order of the ranking, with a run
+    that reached its last epoch before early stopping ended it. scores: split, metric, prompts and
+    the columns of `intervals.compare`. measures: split, name and `MEASURES`, means over seeds, null
+    unless every seed has a value. subsets: split, subset, prompts and the columns of
+    `intervals.compare`, top configurations. lengths: split, pairs, prompts, and the accuracy of
+    preferring the longer response (estimate, low, high). leak_free: split, removed, prompts and the
+    columns of `intervals.compare`, without the prompts that occur in training. validation: name and
+    accuracy on the training prompts held out for validation, mean over seeds. geometry: split, name
+    and `geometry.MEASURES`, means over seeds as in measures; empty where no run was measured.
+    trained_on: the name of the training responses among its splits. scenarios: the splits that the
+    sweep made of groups, from the nearest to training to the farthest. scenario_falls: metric and
+    the columns of `intervals.compare`, for the last scenario minus the first. noise: split (or
+    "mean", over the ranked splits), line, label_noise, name, estimate, low and high, of
+    configurations that differ in label noise only; empty where there are none. noise_falls: split
+    and the columns of `intervals.compare`, with the line as name, for the highest rate of label
+    noise minus the lowest. unfinished: name, status and number of the runs without a result."""
 
     title: str
     baseline: str | None
@@ -92,7 +86,10 @@ class Comparison:
         return names if baseline is None or baseline in names else [*names, baseline]
 
     def longer_is_better(self) -> float | None:
-        """Accuracy of that rule, mean over the ranked splits; None where groups rank."""
+        """Accuracy of preferring the longer response, averaged over the ranked splits.
+
+        None where groups rank the configurations.
+        """
         if self.metric != "accuracy":
             return None
         ranked = self.lengths.filter(pl.col("split").is_in(self.ranked_splits))
@@ -236,7 +233,7 @@ def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None
 
 
 def _outcomes(tables: ComparedTables, run_ids: list[str]) -> dict[str, Outcomes]:
-    """Split → what the runs did on it."""
+    """Split → outcomes of the runs, prompt by prompt."""
     return {
         split: Outcomes.of(
             tables.prompts.filter(pl.col("split") == split),
@@ -328,7 +325,7 @@ def _subsets(
 
 
 def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
-    """Configurations with a run that early stopping would have let go on."""
+    """Configurations with a run that reached its last epoch before early stopping ended it."""
     limits = pl.Struct({"epochs": pl.Int64, "patience": pl.Int64})
     spec = pl.col("spec").str.json_decode(limits)
     reached = ledger.filter(
@@ -339,7 +336,7 @@ def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
 
 
 def metrics(part: Outcomes) -> list[str]:
-    """What a split can show: accuracy where it has pairs, tau where it has groups."""
+    """The metrics of a split: accuracy if it has pairs, tau if it has groups."""
     return [
         metric
         for metric, present in (
@@ -353,9 +350,9 @@ def metrics(part: Outcomes) -> list[str]:
 def _ranked(
     rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
 ) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """The splits that the ranking averages over, those too small for it, and their metric.
+    """The splits that the ranking averages over, the splits too small for that, and the metric.
 
-    A split with one prompt has no interval, and the mean would have none either.
+    A split with one prompt has no interval, and a mean with it would have none either.
     """
     wanted = splits
     if rank_by is not None:
@@ -377,7 +374,7 @@ def _ranked(
 def _panels(
     splits: Sequence[str], metric: str, resampled: Mapping[tuple[str, str], Replicates]
 ) -> list[tuple[str, Replicates]]:
-    """The ranked splits, after their mean where there are several; it alone where many."""
+    """The ranked splits, preceded by their mean if there are several; only the mean if many."""
     alone = [(split, resampled[split, metric]) for split in splits]
     if len(alone) == 1:
         return alone
@@ -387,7 +384,7 @@ def _panels(
 def _tagged(
     result: Replicates, runs: pl.DataFrame, baseline: str | None, **tags: str | None
 ) -> pl.DataFrame:
-    """The comparison of one result, with what it is of in front."""
+    """The comparison of one result, with `tags` and the number of prompts as first columns."""
     return compare(result, runs, baseline).select(
         *(pl.lit(value, dtype=pl.String).alias(tag) for tag, value in tags.items()),
         pl.lit(result.prompts).alias("prompts"),
@@ -404,7 +401,7 @@ def _by_subset(part: Outcomes) -> list[tuple[str | None, Outcomes]]:
 
 
 def _length(split: str, part: Outcomes) -> pl.DataFrame:
-    """ "Longer is better" on one split: the same for every run."""
+    """Accuracy of preferring the longer response on one split, the same for every run."""
     if "accuracy" not in metrics(part):
         return pl.DataFrame()
     alone = pl.DataFrame({"name": ["length"], "seed": [0]})

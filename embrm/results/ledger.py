@@ -17,15 +17,15 @@ from embrm.sweeps.spec import SweepSpec
 
 @dataclass(frozen=True)
 class Results:
-    """What a sweep has found. Tables as this module's documentation says."""
+    """The results of a sweep or a fine-tune. `embrm.sweeps.ledger` documents the tables."""
 
     folder: Path
     spec: SweepSpec
     cache_id: str
     cache: str
-    """Where the cache was when the sweep ran."""
+    """Path of the cache when the sweep ran."""
     finetuned: bool
-    """Whether its weights are whole models, of embrm finetune."""
+    """Whether these are results of embrm finetune, whose weights are whole models."""
     leaked: dict[str, list[str]]
     """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
@@ -38,40 +38,41 @@ class Results:
 
     @property
     def scenarios(self) -> list[str]:
-        """Those of them that groups were divided into, the nearest to training first."""
+        """The evaluation splits that scenarios made of groups, the nearest to training first."""
         evaluated = self.evaluated if self.spec.scenarios else []
         return [name for name in SCENARIOS if name in evaluated]
 
-    # Read when asked for: outcomes grow with runs times prompts, and few callers want them.
+    # Read on first use: outcomes grow with runs times prompts, and few callers need them.
 
     @cached_property
     def curves(self) -> pl.DataFrame:
-        """One row a run and epoch."""
+        """One row per run and epoch."""
         return read_table(self.folder / "curves.parquet")
 
     @cached_property
     def prompts(self) -> pl.DataFrame:
-        """One row a split, subset and prompt of the evaluation splits."""
+        """One row per split, subset and prompt of the evaluation splits."""
         return read_table(self.folder / "prompts.parquet")
 
     @cached_property
     def outcomes(self) -> pl.DataFrame:
-        """One row a run and evaluation split, with lists in the order of `prompts`."""
+        """One row per run and evaluation split, with lists in the order of `prompts`."""
         return read_table(self.folder / "outcomes.parquet")
 
     @cached_property
     def geometry(self) -> pl.DataFrame:
-        """One row a run and split, the training responses among them; none of an older sweep."""
+        """One row per run and split, the training responses among the splits; empty for sweeps
+        of old versions."""
         path = self.folder / "geometry.parquet"
         return read_table(path) if path.exists() else GEOMETRY_SCHEMA.to_frame()
 
     @cached_property
     def timings(self) -> pl.DataFrame:
-        """Seconds of every run."""
+        """Training, scoring and evaluation time of every run in seconds."""
         return read_table(self.folder / "timings.parquet")
 
     def find(self, run: str) -> dict[str, Any]:
-        """The ledger row of a run: by its id, the beginning of one, or CONFIGURATION@SEED.
+        """Find a run's ledger row by its id, the beginning of its id, or CONFIGURATION@SEED.
 
         Raises: UserError when this sweep has no such run, or several.
         """
@@ -91,8 +92,10 @@ class Results:
 
 
 def open_results(folder: Path) -> Results:
-    """Read a sweep's results. Raises: UserError when there are none, or a file is damaged; the
-    tables beside the ledger when they are first asked for."""
+    """Open the results in `folder`. Tables other than the ledger are read when first used.
+
+    Raises: UserError when there are no results, or a file is damaged.
+    """
     try:
         header = json.loads((folder / "sweep.json").read_bytes())
         spec = SweepSpec.parse(header["spec"], str(folder / "sweep.json"))
@@ -115,9 +118,9 @@ def open_results(folder: Path) -> Results:
 
 
 def cache_of(results: Results, moved: Path | None) -> Cache:
-    """The cache a sweep was made on: where it was then, or at `moved`.
+    """Open the cache that a sweep was trained on, at its recorded path or at `moved`.
 
-    Raises: UserError when it is not there, or is another one.
+    Raises: UserError when there is none, or a cache with another id.
     """
     if moved is None and not Path(results.cache).is_dir():
         raise UserError(
@@ -134,8 +137,10 @@ def cache_of(results: Results, moved: Path | None) -> Cache:
 
 
 def finished_runs(results: Results, baseline: str | None) -> tuple[pl.DataFrame, str, list[str]]:
-    """run_id, name (the configuration) and seed of the runs that have weights, sorted by the two;
-    the baseline, the spec's unless given; and a note on the runs that have none.
+    """The runs that have weights: run_id, name (the configuration) and seed, sorted by name and
+    seed.
+
+    Also returns the name of the baseline (the spec's unless given), and notes on runs left out.
 
     Raises: UserError when no run finished, or none of the baseline.
     """

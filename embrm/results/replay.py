@@ -23,28 +23,29 @@ from embrm.training.extensions import check_recorded
 from embrm.training.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
-"""Where bits differ, what a report shows may differ by this much: see `REPORTED`."""
+"""Largest acceptable difference of the metrics in `REPORTED` where bits differ."""
 
 REPORTED = ("accuracy", "nll", "nll_calibrated", "brier", "tau")
-"""Metrics the tolerance is about. Weights and mean rewards are no yardstick: other arithmetic
-leads an MLP to other weights of the same quality, and only differences of rewards mean anything."""
+"""Metrics that the tolerance applies to. Weights and mean rewards are not among them: other
+arithmetic leads an MLP to other weights of the same quality, and only differences of rewards are
+meaningful."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One run, trained again."""
+    """The comparison of one run with its repetition."""
 
     run_id: str
     config: str
     seed: int
     same_bits: bool
-    """The weights and every number of the ledger's row are equal to the last bit."""
+    """Whether the weights and every number of the ledger's row are equal to the last bit."""
     weights: float
     """‖new - stored‖ / ‖stored‖ over all weights; 0 where no weights are stored (diverged)."""
     metric: str
-    """The reported metric, `name@split`, that differs most, or ""."""
+    """The reported metric `name@split` that differs most, or "" if none differs."""
     difference: float
-    """By how much, absolutely; infinite where one of the two runs has no value."""
+    """Its absolute difference; infinite where only one of the two runs has a value."""
 
     @property
     def within_tolerance(self) -> bool:
@@ -54,7 +55,10 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay found. environment: what differs from the sweep's: name → (then, now)."""
+    """The result of a replay.
+
+    environment: what differs from the environment of the sweep: name → (then, now).
+    """
 
     runs: tuple[Replayed, ...]
     environment: dict[str, tuple[Any, Any]]
@@ -124,13 +128,13 @@ def _run(row: dict[str, Any]) -> Run:
 
 
 def _again(out: Path, pack: Pack) -> dict[str, Any]:
-    """The ledger's row of the pack's one run, as it came out now."""
+    """The new ledger row of the pack's only run."""
     table = pl.read_parquet(out / "parts" / pack.pack_id / "ledger.parquet")
     return table.row(0, named=True)
 
 
 def _compared(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, Any]) -> Replayed:
-    # `numerics` explains a difference, it is none. A run that diverged alone has no metrics.
+    # `numerics` may explain a difference but is not one. A run that diverged now has no metrics.
     same = all(now.get(key) == value for key, value in stored.items() if key != "numerics")
     apart = {
         key: _apart(value, now.get(key))

@@ -1,4 +1,4 @@
-"""Rewards under stored runs, computed again."""
+"""Rewards of a cache's responses under stored runs, computed again from the weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,19 +23,19 @@ _PAIR = (
     *("pair_id", "split", "used", "subset", "prompt_id", "source", "row"),
     *("chosen_model", "rejected_model", "label", "weight"),
 )
-"""What a pair's rewards come with, where it is known."""
+"""Columns of a pair that are given beside its rewards, if the cache has them."""
 
 
 def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
-    """Every pair that a sweep reads, under a run of the results in `folder`.
+    """Score every pair that a sweep reads by one of its runs.
 
     run: a run id, the beginning of one, or CONFIGURATION@SEED.
 
-    Columns: pair_id, split, used ("train", "validation" or "evaluation"), subset, prompt_id,
-    source and row (where the pair stands in the data), chosen_model, rejected_model, label, weight,
+    Columns: pair_id, split, used ("train", "validation" or "evaluation"), subset, prompt_id, source
+    and row (where the pair stands in the data), chosen_model, rejected_model, label, weight,
     tokens_chosen, tokens_rejected (of the responses), scores_chosen, scores_rejected (float32, the
-    field names of reward-bench), in the cache's order. Recomputed from the stored weights: the bits
-    of the ledger's metrics on the same machine with one thread.
+    field names of reward-bench), in the cache's order. On the same machine with one thread they
+    have the bits that the ledger's metrics were computed from.
 
     cache: where the cache is now, if it has moved.
     Raises: UserError for an unknown run, one without weights, or a cache the run was not made on.
@@ -54,7 +54,7 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
         .when(pair.is_in(validation["pair_id"].implode()))
         .then(pl.lit("validation"))
         .when(pl.col("split").is_in(selection.train))
-        .then(None)  # beyond the run's limit, in its fold, or of no weight
+        .then(None)  # beyond the run's limit, in its left-out fold, or with weight 0
         .otherwise(pl.lit("evaluation"))
     )
     pairs = read_tables(source, selection.scenarios).pairs.with_columns(used.alias("used"))
@@ -64,9 +64,9 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
 def pair_scores(
     pairs: pl.DataFrame, tokens: pl.Series, rewards: NDArray[np.float32]
 ) -> pl.DataFrame:
-    """Pairs with what their ends have: columns as of `scores`, those of them that there are.
+    """Pairs with the tokens and the scores of both responses; columns as of `scores`.
 
-    tokens, rewards: of the responses, by the numbers that pairs have for them.
+    tokens, rewards: of all responses, which the pairs' chosen and rejected index.
     """
     ends = {name: pairs[name].to_numpy() for name in ("chosen", "rejected")}
     return pairs.select(
@@ -79,7 +79,7 @@ def pair_scores(
 def member_scores(
     members: pl.DataFrame, tokens: pl.Series, rewards: NDArray[np.float32]
 ) -> pl.DataFrame:
-    """Members of groups with the tokens and the score of their responses; as `pair_scores`."""
+    """Group members with the tokens and the score of their responses; see `pair_scores`."""
     rows = members["response"].to_numpy()
     return members.with_columns(
         tokens=tokens.gather(rows), score=pl.Series(rewards[rows], dtype=pl.Float32)
@@ -103,8 +103,10 @@ def reward_of(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32]:
 def rewarded(
     cache: Cache, runs: Sequence[SavedRun], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Rewards float32 [runs, rows] of the cache's responses `rows`, ascending; a view is read once
-    for all its runs."""
+    """Rewards float32 [runs, n] of the cache's responses `rows` int64 [n], which are ascending.
+
+    Every view is read once, for all runs that use it.
+    """
     rewards = np.empty((len(runs), len(rows)), np.float32)
     for name in sorted({run.spec.state for run in runs}):
         parts, first = [], 0
@@ -115,7 +117,7 @@ def rewarded(
         states, every = States(torch.cat(parts)), torch.arange(len(rows))
         for place, run in enumerate(runs):
             if run.spec.state == name:
-                # What has no weights has rewards of all the cache's responses.
+                # Runs without weights store rewards of all responses of the cache.
                 at = torch.from_numpy(rows) if REWARDS in run.parameters else every
                 heads = score(run.parameters, run.preprocess, states, at)
                 rewards[place] = run.combination(heads).numpy()

@@ -14,7 +14,7 @@ _SIDES = ("this", "other")
 def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
     """Paired differences of the configurations of the same name, on the splits that both evaluate.
 
-    Returns one row a split, metric (accuracy, or tau of groups) and configuration: estimate and
+    Returns one row per split, metric (accuracy, or tau of groups) and configuration: estimate and
     other_estimate (means over seeds), difference (this minus other) with its 95 % interval over
     prompts and the seeds that both have, p, and p_holm adjusted over the whole table.
 

@@ -19,8 +19,10 @@ from embrm.training.heads import Parameters, Preprocess
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A stored head, or several, or the rewards of what has no weights: score states with
-    `embrm.training.heads.score`, and make one reward of theirs with `combination`."""
+    """A stored run: one head, several, or the rewards of a run without weights.
+
+    `embrm.training.heads.score` gives the rewards of its heads, `combination` makes one of them.
+    """
 
     run_id: str
     spec: RunSpec

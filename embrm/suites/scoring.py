@@ -18,12 +18,13 @@ from embrm.suites.registry import SUITES
 def score_suite(suite: str, table: pl.DataFrame, replicates: int = REPLICATES) -> pl.DataFrame:
     """Every score of a suite under one run.
 
-    table: a row a pair: subset, prompt_id, scores_chosen, scores_rejected; label and weight where
+    table: one row per pair: subset, prompt_id, scores_chosen, scores_rejected; label and weight
+    where
         votes were counted; source, row and the models where the suite's formula needs them (see
         `SUITES`); tokens_chosen and tokens_rejected for the length baseline. Of a suite of groups,
-        a row a member: subset, prompt_id, source, row, gold, score; tokens for the baseline.
+        one row per member: subset, prompt_id, source, row, gold, score; tokens for the baseline.
 
-    Returns a row a score: score; estimate, low, high (95 %, bootstrap over prompts; null with
+    Returns one row per score: score; estimate, low, high (95 %, bootstrap over prompts; null with
     fewer than two); prompts, how many it is of; longer, the estimate of "the longer response is
     better" by the same formula, null without lengths. Estimates are null where a subset that the
     formula needs is not there.

@@ -291,7 +291,7 @@ def test_sources_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
             adopted(tmp_path, good | {"split": "train"}, other | {"split": "train"})
     flat = saved(tmp_path, "flat", states.reshape(-1, D))
     for extra, message in (
-        ({}, r"\(rows, width\): name a table with a row a state by rows"),
+        ({}, r"\(rows, width\): name a table with one row per state by rows"),
         ({"order": "prompts"}, "has two axes: leave order out"),
     ):
         with pytest.raises(UserError, match=message):

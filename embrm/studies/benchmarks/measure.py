@@ -1,4 +1,4 @@
-"""Suites under every run of a sweep: the scores of the evaluation splits that hold a benchmark."""
+"""Published benchmarks under every run of a sweep, on the evaluation splits that hold one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ Rewards = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class SuiteScores:
-    """What runs have on one split.
+    """The scores of runs on one split.
 
-    scores: name of a score → its replicates, a column a run; the suite's main ones, the overall
+    scores: name of a score → its replicates, one column per run; the suite's main ones, the overall
     score first. longer: the same scores of "the longer response is better". leaked: prompts that
     also occur in training.
     """
@@ -67,14 +67,13 @@ def suite_scores(
     cache: Path | None = None,
     replicates: int = REPLICATES,
 ) -> tuple[list[SuiteScores], list[str]]:
-    """Suites under `runs` (run_id, …, of runs with weights) of a sweep.
+    """Score the benchmarks of a sweep under `runs` (run_id, ..., of runs with weights).
 
-    named: split → suite, of those that `suite_splits` does not know by their names. cache: where it
-    is now, if it has moved.
+    named: split → suite, for splits that are not called after their suite. cache: its path, if it
+    has moved.
 
-    Returns what was found on each split, and for each other one why it was left out.
-    Raises: UserError where one of `named`, or no split at all, can be scored, and what
-    `suite_splits` refuses.
+    Returns the scores on every split, and for every split that was left out the reason.
+    Raises: UserError when one of `named` cannot be scored, or no split can, and as `suite_splits`.
     """
     source = cache_of(results, cache)
     splits = suite_splits(results, named or {})
@@ -83,7 +82,7 @@ def suite_scores(
     skipped = []
     for split, suite in splits.items():
         table = _table(results, source, split, suite)
-        try:  # by length first: what does not fit its suite needs no rewards
+        try:  # by length first, because a split that does not fit its suite then fails early
             longer[split] = _longer(suite, table, source.n_response)
             tables[split] = table
         except UserError as error:
@@ -100,7 +99,7 @@ def suite_scores(
     with progress("suites", len(tables) * len(rewards), "scores") as bar:
         for split, table in tables.items():
             suite, main = splits[split], SUITES[splits[split]].main
-            # Ends by their place among the rows whose rewards there are.
+            # Responses by their place among the rows that are scored.
             table = table.with_columns(
                 pl.Series(end, np.searchsorted(rows, table[end])) for end in _ends(table)
             )
@@ -139,7 +138,7 @@ def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFr
 
 
 def _ends(table: pl.DataFrame) -> list[str]:
-    """Columns that number responses."""
+    """Columns whose values are rows of responses."""
     return [name for name in ("chosen", "rejected", "response") if name in table.columns]
 
 

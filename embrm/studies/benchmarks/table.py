@@ -1,4 +1,4 @@
-"""Suites under the heads of a sweep: the official scores of every run, in tables."""
+"""Published benchmarks under the heads of a sweep: the official scores of every run, in tables."""
 
 import json
 from collections import Counter
@@ -21,10 +21,10 @@ from embrm.studies.benchmarks.measure import SuiteScores, suite_scores
 from embrm.sweeps.ledger import parquet
 
 MEAN = "mean"
-"""What the mean of the overall scores is called where a split stands."""
+"""The name of the mean over benchmarks, in place of a split."""
 
 _ACROSS = 7
-"""Scores side by side: what fits 100 terminal columns beside the names."""
+"""Most scores side by side, which fit 100 terminal columns beside the names."""
 
 _CELLS = (
     "In percent, ± half of the 95 % interval over prompts and seeds. ★ best of its column; ▲▼ the "
@@ -34,9 +34,11 @@ _CELLS = (
 
 @dataclass(frozen=True)
 class Suites:
-    """What was found and where it was written. `tables` are those the terminal shows.
+    """The scores of a sweep on its benchmarks, and the files that were written.
 
-    scores: one row a split, score and configuration, the overall score of a suite first: split,
+    tables: those that the terminal shows.
+
+    scores: one row per split, score and configuration, the overall score of a suite first: split,
         suite, score, overall, name, seeds, estimate, low, high; difference to the baseline with
         difference_low, difference_high, p and p_holm, null for the baseline itself; best (of the
         configurations); prompts; longer, the same score of "the longer response is better".
@@ -68,9 +70,9 @@ def suites(
 ) -> Suites:
     """Write suites.parquet, suites.csv, suites.json and suites.md of the sweep in `folder`.
 
-    named, cache: as for `sweep.suites`. baseline: the configuration that all others are compared
-    with; the spec's unless given. top: configurations in a table. out: where to write; the sweep
-    folder unless given. The same rewards give the same bytes.
+    named, cache: see `measure.suite_scores`. baseline: the configuration that all others are
+    compared with; the spec's unless given. top: configurations in a table. out: where to write; the
+    sweep folder unless given. The same rewards give the same bytes.
 
     Raises: UserError where the sweep evaluates no suite, a name is wrong, or no run has weights.
     """
@@ -118,7 +120,7 @@ def summarize(found: Sequence[SuiteScores], runs: pl.DataFrame, baseline: str) -
         for place, (score, replicates) in enumerate(one.scores.items())
     ]
     overall = [(next(iter(one.scores)), one) for one in found]
-    # A suite that lacks a part has no overall score.
+    # A suite with a missing part has no overall score.
     whole = [(score, one) for score, one in overall if not np.isnan(one.scores[score].estimates[0])]
     if len(whole) > 1:
         longer = [one.longer[score] for score, one in whole if score in one.longer]
@@ -139,7 +141,7 @@ def _compared(
     replicates: Replicates, runs: pl.DataFrame, baseline: str, longer: float | None
 ) -> pl.DataFrame:
     table = compare(replicates, runs, baseline)
-    estimate = pl.col("estimate").round_sig_figs(12)  # equal ones may differ in the last bits
+    estimate = pl.col("estimate").round_sig_figs(12)  # equal scores may differ in the last bits
     return table.select(
         *("name", "seeds", "estimate", "low", "high"),
         *("difference", "difference_low", "difference_high", "p", "p_holm"),

@@ -1,4 +1,4 @@
-"""Best of n under every head of a sweep, on the evaluation splits whose groups have gold."""
+"""Best of n under every head of a sweep, on the evaluation splits whose groups have gold scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _COMMON = 0.1
-"""Share of a split's groups that may be too small for the largest n, where none is asked for."""
+"""Share of a split's groups that may be smaller than the largest n, if n is not given."""
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What runs choose on one split. Arrays follow its prompts, the runs and `ns`.
+    """The responses that runs choose on one split. Array axes are its prompts, the runs and `ns`.
 
-    Gold and rewards are in units of their standard deviation within a prompt (the root of the
-    variances' mean over prompts). Gold counts from the pool's mean; rewards, which only compare
-    responses of one prompt, from their mean over each prompt: they are 0 at n = 1, and NaN where a
-    run ties all responses of all prompts.
+    Gold and rewards are in units of their standard deviation within a prompt (the root of the mean
+    of the variances over prompts). Gold is relative to the mean of the pool. Rewards only compare
+    responses of one prompt, so they are relative to their mean over each prompt: they are 0 at
+    n = 1, and NaN where a run gives all responses of every prompt the same reward.
     """
 
     split: str
@@ -38,24 +38,24 @@ class Chosen:
     gold: Floats
     """Expected gold of the best of n, [prompts, runs, n]."""
     proxy: Floats
-    """Its expected reward, [prompts, runs, n]."""
+    """Expected reward of the best of n, [prompts, runs, n]."""
     kl: Floats
-    """Mean over prompts of the expected `kl_estimate` at it, nats, [runs, n]; NaN where a response
-    has no log-probability."""
+    """Mean over prompts of its expected `kl_estimate` in nats, [runs, n]; NaN where a response has
+    no log-probability."""
     gold_mean: float
-    """Of the pool, in the data's units."""
+    """Mean gold score of the pool, in the data's units."""
     gold_sd: float
-    """Within a prompt, in the data's units."""
+    """Standard deviation of gold within a prompt, in the data's units."""
     sizes: tuple[int, int]
-    """Of the smallest and the largest group."""
+    """Sizes of the smallest and the largest group."""
     tied: Indices
-    """Prompts all of whose responses a run rewards alike, [runs]."""
+    """Number of prompts whose responses all have the same reward, [runs]."""
     constant: int
-    """Prompts all of whose responses have the same gold."""
+    """Number of prompts whose responses all have the same gold score."""
     leaked: int
-    """Prompts that also occur in training."""
+    """Number of prompts that also occur in training."""
     excluded: dict[str, int]
-    """Groups left out, by reason."""
+    """Number of groups left out, by reason."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def best_of_n(
     ns: Sequence[int] | None = None,
     cache: Path | None = None,
 ) -> tuple[list[Chosen], list[str]]:
-    """Best of n under `runs` (run_id, name, …, of runs with weights) of a sweep.
+    """Choose the best of n responses under `runs` (run_id, name, ..., of runs with weights).
 
-    split: one of those evaluated; all that have groups with gold unless given. ns: 1 is always
-    among them; unless given, the powers of two that nine in ten groups of the split are large
-    enough for. A group smaller than the largest n is left out, whatever n is looked at, so that a
-    curve is of the same prompts throughout. cache: where it is now, if it has moved.
+    split: an evaluated split; by default all that have groups with gold scores. ns: values of n, to
+    which 1 is added; by default the powers of two for which nine in ten groups are large enough. A
+    group smaller than the largest n is left out at every n, so that a curve has the same prompts
+    throughout. cache: its path, if it has moved.
 
-    Returns what was chosen on each split, and for each other one with groups why it was left out.
+    Returns the choices on every split, and for every other split with groups why it was left out.
     Raises: UserError where no split has such groups, or the one asked for cannot be used.
     """
     source = cache_of(results, cache)

@@ -48,22 +48,25 @@ _OPTIMIZED = (
 
 @dataclass(frozen=True)
 class BestOfN:
-    """What was found and where it was written. `tables` are those the terminal shows.
+    """Curves and summaries of best of n, and the files that were written.
 
-    Standard deviations (sd) are within a prompt, as `sweep.best_of_n.Chosen` says; intervals
+    tables: those that the terminal shows.
+
+    Standard deviations (sd) are within a prompt, see `measure.Chosen`; intervals
     (…_low, …_high) are of 95 %, over prompts and seeds; differences are to the baseline, null for
     the baseline itself.
 
-    curves: one row a split, configuration and n: split, n, kl (`kl_bound`), kl_estimate (null
+    curves: one row per split, configuration and n: split, n, kl (`kl_bound`), kl_estimate (null
         without log-probabilities), name; gold and its gold_difference in the data's units, gain of
         gold over n = 1 in sd, proxy (the reward's gain) in sd, all with intervals.
-    summary: one row a split and configuration, most gold at the largest n first: split, rank, name,
+    summary: one row per split and configuration, most gold at the largest n first: split, rank,
+    name,
         seeds, n (the largest); there gold with gold_difference, p and p_holm in the data's units,
         and gap, the proxy's gain minus gold's, in sd; drop of gold from its peak to there in sd;
         gap_difference, drop_difference; all with intervals; peak_n; alpha, beta, fit_peak (a √KL,
         null beyond the largest n) and fit_drop of Gao's curve; tied (prompts whose responses all
         have one reward, mean over seeds).
-    splits: one row a split: split, prompts, least, most (responses of a prompt), gold_at_1,
+    splits: one row per split: split, prompts, least, most (responses of a prompt), gold_at_1,
         gold_sd, constant (prompts of one gold), leaked (prompts seen in training), excluded.
     notes: what was left out, and why.
     """
@@ -96,7 +99,7 @@ def best_of_n(
 ) -> BestOfN:
     """Write bon.parquet (the curves), bon.json, bon.md and figures/bon.* of the sweep in `folder`.
 
-    split, ns, cache: as for `sweep.best_of_n`. baseline: the configuration that all others are
+    split, ns, cache: see `measure.best_of_n`. baseline: the configuration that all others are
     compared with; the spec's unless given. top: configurations in a table. out: where to write; the
     sweep folder unless given. The same rewards give the same bytes.
 
@@ -143,7 +146,7 @@ def summarize(
         _drops(chosen, seeds_of.values()),
     ]
     found = resample(chosen.prompt_ids, np.concatenate(of_prompts, axis=1), np.ones((prompts, 1)))
-    # The estimate goes in front of its replicates: what follows is the same arithmetic for both.
+    # The estimate precedes its replicates, so that both go through the same arithmetic.
     every = np.concatenate([found.estimates[None], found.draws])
     gold, proxy, drop = np.split(every, [columns, 2 * columns], axis=1)
     gold, proxy = (part.reshape(-1, runs.height, len(ns)) for part in (gold, proxy))
@@ -209,7 +212,7 @@ def _drops(chosen: Chosen, configurations: Iterable[NDArray[np.int64]]) -> Float
 
 
 def _in_units(comparison: pl.DataFrame, chosen: Chosen) -> pl.DataFrame:
-    """Of gold in sd from the pool's mean: in the data's units."""
+    """Convert gold from standard deviations around the pool's mean to the data's units."""
     values, differences = pl.col("estimate", "low", "high"), cs.starts_with("difference")
     return comparison.with_columns(
         values * chosen.gold_sd + chosen.gold_mean, differences * chosen.gold_sd
@@ -217,7 +220,7 @@ def _in_units(comparison: pl.DataFrame, chosen: Chosen) -> pl.DataFrame:
 
 
 def _named(measure: str) -> list[pl.Expr]:
-    """Columns of `compare`, called by what they are of."""
+    """The columns of `compare`, renamed after their measure."""
     ends = {"estimate": "", "low": "_low", "high": "_high"}
     ends |= {f"difference{end}": f"_difference{end}" for end in ("", "_low", "_high")}
     return [pl.col(column).alias(measure + end) for column, end in ends.items()]
@@ -345,7 +348,7 @@ def _split_table(summary: pl.DataFrame, baseline: str, top: int) -> Table:
 def best_of_n_figure(
     curves: pl.DataFrame, summary: pl.DataFrame, baseline: str
 ) -> dict[str, bytes]:
-    """File name to content, "bon": a row of panels a split, gold and reward against √KL.
+    """File name to content, "bon": one row of panels per split, gold and reward against √KL.
 
     curves, summary: as of `best_of_n.BestOfN`. Shown are the baseline and the configurations with
     the most gold at the largest n of the first split.

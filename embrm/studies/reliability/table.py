@@ -32,7 +32,7 @@ def reliable_names(comparison: Comparison) -> list[str]:
 
 
 def reliability_tables(found: pl.DataFrame) -> list[Table]:
-    """A table a split, a row a configuration and bin.
+    """One table per split, one row per configuration and bin.
 
     found: as of `sweep.reliability`.
     """
@@ -77,7 +77,7 @@ def _table(split: str, found: pl.DataFrame) -> Table:
 
 
 def reliability_figure(found: pl.DataFrame, comparison: Comparison) -> Callable[[], Figure] | None:
-    """A panel a split, of the bins of `FEW` prompts and more; None where there are none."""
+    """One panel per split, of the bins of `FEW` prompts and more; None where there are none."""
     bins = found if found.is_empty() else found.filter(pl.col("prompts") >= FEW)
     return None if bins.is_empty() else lambda: _draw(bins, comparison)
 

@@ -101,8 +101,8 @@ def _rate(rate: float) -> str:
 
 
 def noise_figure(comparison: Comparison) -> Callable[[], Figure] | None:
-    """The metric against the rate of wrong labels, a line a configuration and a panel a split;
-    None without such a grid."""
+    """The metric against the rate of wrong labels, one line per configuration and one panel per
+    split; None without such a grid."""
     return (lambda: _draw(comparison)) if _panels(comparison) else None
 
 
