@@ -119,23 +119,20 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
-    from embrm.results.ledger import open_results
-    from embrm.sweeps.execute import sweep as run_sweep
-    from embrm.sweeps.plan import plan_sweep
+    from embrm.api import sweeps
     from embrm.training.numerics import Numerics
 
     if numerics is not None and numerics not in get_args(Numerics):
         raise UserError(f"--numerics {numerics!r}: {nearest(numerics, get_args(Numerics))}")
     mode = cast("Numerics | None", numerics)
     if dry_run:
-        show(plan_sweep(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
+        show(sweeps.plan_sweep(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
         return
     # From here on an interrupt is an exception, so that what has finished becomes readable tables.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = run_sweep(
-        spec, cache, jobs=jobs, out=out, numerics=mode, memory=byte_size("--memory", memory)
-    )
-    runs = open_results(folder).ledger
+    size = byte_size("--memory", memory)
+    results = sweeps.sweep(spec, cache, out=out, jobs=jobs, numerics=mode, memory=size)
+    folder, runs = results.folder, results.stored.ledger
     diverged = runs.filter(runs["status"] == "diverged").height
     if diverged == runs.height:
         raise UserError(

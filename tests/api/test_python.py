@@ -169,7 +169,7 @@ print(len(same), all(same))
 """
 
 
-@pytest.mark.parametrize("how", ["script", "-c"])
+@pytest.mark.parametrize("how", [pytest.param("script", marks=pytest.mark.slow), "-c"])
 def test_a_plain_script_sweeps_and_trains_to_the_same_bits(tmp_path: Path, how: str) -> None:
     """Without a guard of __main__; workers must not run the script again."""
     toy_cache(tmp_path / "cache")
@@ -271,7 +271,7 @@ def test_importing_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_reading_a_cache_and_results_needs_no_torch(
+def test_reading_and_a_sweep_with_nothing_to_do_need_no_torch(
     cache: embrm.Cache, results: embrm.SweepResults
 ) -> None:
     code = (
@@ -280,6 +280,7 @@ def test_reading_a_cache_and_results_needs_no_torch(
         "cache.states('last'), cache.pairs, cache.groups\n"
         f"results = embrm.open_results({str(results.folder)!r})\n"
         "results.ledger, results.best('id'), results.compare(results)\n"
+        f"embrm.sweep({SPEC!r}, cache, out={str(results.folder)!r})\n"  # nothing to do
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

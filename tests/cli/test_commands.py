@@ -515,3 +515,18 @@ def test_ctrl_c_is_one_line_and_the_same_command_finishes(
     if stage == "sweep":
         spec.write_text(SWEEP)
     assert embrm(*words).code == 0
+
+
+def test_listing_caches_needs_no_torch(cache: Path) -> None:
+    code = """
+import sys
+from embrm.cli import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+    for words in (["cache", "ls", str(cache.parent)], ["cache", "show", str(cache)]):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "False", words

@@ -182,6 +182,7 @@ for folder, trust in zip(sys.argv[1:], (False, True)):
 """
 
 
+@pytest.mark.slow
 def test_folders_load_where_embrm_is_not_installed(swept: Path, tmp_path: Path) -> None:
     for run, custom in (("bt", False), ("mlp", True)):
         made = export(swept, f"{run}@0", tmp_path / run, custom=custom, device="cpu")

@@ -110,6 +110,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard_rows=st.integers(1, 9),
 )
 @settings(max_examples=12, deadline=None)
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_bytes_of_one(
     model: Path,
     tmp_path_factory: pytest.TempPathFactory,

@@ -133,6 +133,7 @@ def _contents(folder: Path) -> dict[str, str]:
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(entries=_configurations, order=st.permutations(range(7)))
+@pytest.mark.slow
 def test_a_sweep_has_the_same_bytes_in_any_order_over_any_workers_streamed_or_not(
     tmp_path_factory: pytest.TempPathFactory,
     entries: list[dict[str, Any]],

@@ -255,6 +255,7 @@ def test_a_sweep_stores_a_row_a_run_and_split(swept: Path) -> None:
     assert kl["kept"] < 0.5 * kl["adapted"]
 
 
+@pytest.mark.slow
 def test_a_run_left_to_do_alone_is_measured_as_among_the_others(
     swept: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -305,6 +306,7 @@ def test_splits_that_are_not_evaluated_are_left_out(
     assert few.equals(every.filter(pl.col("split") != "ood/far"))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_an_older_embrm_has_none_and_resumes(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "old.toml"
     path.write_text(SPEC)

@@ -304,6 +304,7 @@ def test_what_needs_no_s_runs_without_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert ledger["status"].to_list() == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_every_kind_and_its_replay(tmp_path: Path) -> None:
     cache = toy_cache(tmp_path / "toy", token_rows=3)
     kinds = ["grm-sft", "grm-sft-unsquashed", "grm-dpo", "grm-dpo-noref", "preserve-kl",
