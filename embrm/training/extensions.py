@@ -84,6 +84,26 @@ class Extensions(Mapping[str, T], Generic[T]):
         return self._sources.get(name)
 
 
+def check_function(function: Any, arguments: int, what: str, name: str) -> None:
+    """Check that a user's part is a function, with a source of its own, of so many arguments.
+
+    Raises: UserError otherwise: the digest of a partial or a library's function is not the
+    digest of what it computes.
+    """
+    if not inspect.isfunction(function):
+        raise UserError(
+            f"{what} {name!r} is a {type(function).__name__}: write it with def, so that the "
+            "digest of its source is recorded"
+        )
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        raise UserError(
+            f"{what} {name!r} has the arguments {inspect.signature(function)}: it is called with "
+            f"{arguments}"
+        ) from None
+
+
 def import_modules(names: tuple[str, ...]) -> None:
     """Import the modules that register user-defined parts, in a worker process."""
     for name in names:

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from embrm.core.errors import nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
-from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions
+from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions, check_function
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,10 @@ def register_loss(
     The ledger records the module and the SHA-256 of its source. Define the function in a module
     that can be imported: a sweep's worker processes import it too.
 
-    Raises: UserError for the name of a built-in loss, and where the source cannot be found.
+    Raises: UserError for the name of a built-in loss, for anything but a function of two arguments,
+    and where the source cannot be found.
     """
+    check_function(function, 2, "loss", name)
     LOSSES.register(name, PairLoss(function, default_margin), Extension.of(function, "loss", name))
 
 

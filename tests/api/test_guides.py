@@ -1,6 +1,7 @@
 """docs/python.md, docs/first-steps.ipynb and docs/extending.md, run as a reader would run them."""
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from extract_world import write_pairs
 from nbclient import NotebookClient
 from small_demo import RECIPE, SMALL_SWEEP, WORLD
@@ -17,6 +20,7 @@ from toy_cache import toy_cache
 import embrm
 from embrm.extraction import engines
 from embrm.suites.registry import SUITES
+from embrm.training.heads import HEADS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -165,6 +169,54 @@ def test_what_workers_could_not_import_is_refused_by_a_sweep(tmp_path: Path) -> 
 
 def test_built_in_names_cannot_be_taken() -> None:
     with pytest.raises(embrm.UserError, match="loss 'bt' is built in"):
-        embrm.register_loss("bt", test_built_in_names_cannot_be_taken)
+        embrm.register_loss("bt", lambda chosen, rejected: rejected - chosen)
     with pytest.raises(embrm.UserError, match="use letters, digits"):
-        embrm.register_loss("a b", test_built_in_names_cannot_be_taken)
+        embrm.register_loss("a b", lambda chosen, rejected: rejected - chosen)
+
+
+def test_a_loss_is_a_function_of_two_arguments() -> None:
+    def one(chosen: Any) -> Any:
+        return chosen
+
+    def two(chosen: Any, rejected: Any) -> Any:
+        return rejected - chosen
+
+    with pytest.raises(embrm.UserError, match=r"arguments \(chosen.*called with 2"):
+        embrm.register_loss("one-argument", one)
+    with pytest.raises(embrm.UserError, match="is a partial: write it with def"):
+        embrm.register_loss("a-partial", functools.partial(two))
+    with pytest.raises(embrm.UserError, match="'empty' lacks check, .*EXPORTED"):  # noqa: RUF043
+        embrm.register_head("empty", functools)  # type: ignore[arg-type]
+
+
+class _Doubled:
+    """A head of one's own that names its parameter as the linear head does."""
+
+    EXPORTED = False
+
+    def check(self, spec: Any) -> None: ...
+
+    def describe(self, spec: Any) -> str:  # noqa: ARG002
+        return "doubled"
+
+    def owns(self, parameters: Any) -> bool:
+        return set(parameters) == {"output.weight"}
+
+    def initialise(self, spec: Any, width: int, random: np.random.Generator) -> Any:  # noqa: ARG002
+        return {"output.weight": torch.zeros(1, width)}
+
+    def rewards(self, parameters: Any, X: Any, kept: Any, shift: Any) -> Any:  # noqa: ARG002
+        return 2 * (X @ parameters["output.weight"].T).T
+
+    def fold(self, parameters: Any) -> None: ...
+
+
+def test_a_head_with_the_parameters_of_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HEADS, "_parts", dict(HEADS))
+    monkeypatch.setattr(HEADS, "_sources", {})
+    embrm.register_head("doubled", _Doubled())
+    cache = toy_cache(tmp_path / "cache")
+    with pytest.raises(embrm.UserError, match="owned by linear and doubled"):
+        embrm.train(cache, {"head": {"kind": "doubled"}, "epochs": 1})

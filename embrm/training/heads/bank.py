@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from embrm.core.errors import UserError
 from embrm.core.lazy import LazyModule
 from embrm.core.streams import stream
 from embrm.training.heads import adapter, linear
@@ -45,9 +46,15 @@ def initialise(head: HeadSpec, width: int, seed: int) -> Parameters:
     width: components of a state. A head begins with the same weights with and without an adapter.
     """
     random = stream(seed, "init")
-    parameters = HEADS[head.kind].initialise(head, width, random)
+    kind = HEADS[head.kind]
+    parameters = kind.initialise(head, width, random)
     if head.adapter:
         parameters |= adapter.initialise(head.adapter, width, random)
+    if kind_of(parameters) is not kind:
+        raise UserError(
+            f"head {head.kind!r}: its owns() does not accept the parameters of its initialise(), "
+            f"{', '.join(parameters)}"
+        )
     return parameters
 
 

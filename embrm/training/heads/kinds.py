@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from embrm.core.errors import UserError
 from embrm.training.extensions import Extension, Extensions
 from embrm.training.heads import linear, mlp
 
@@ -50,6 +51,9 @@ class HeadKind(Protocol):
         """The weights [P, d] of the linear map that the head is, float64; None if it is none."""
 
 
+_FUNCTIONS = ("check", "describe", "owns", "initialise", "rewards", "fold")
+"""What `register_head` asks of a kind."""
+
 HEADS: Extensions[HeadKind] = Extensions("head", {"linear": linear, "mlp": mlp})
 """Kinds of heads by their name in a spec."""
 
@@ -60,12 +64,31 @@ def register_head(name: str, kind: HeadKind) -> None:
     kind: a module, or an object, with the names of `HeadKind`. The ledger records the module and
     the SHA-256 of its source; a sweep's worker processes import it, so it must be importable.
 
-    Raises: UserError for the name of a built-in head, and where the source cannot be found.
+    Raises: UserError for the name of a built-in head, where a name of `HeadKind` is missing, and
+    where the source cannot be found.
     """
+    missing = [part for part in _FUNCTIONS if not callable(getattr(kind, part, None))]
+    if not isinstance(getattr(kind, "EXPORTED", None), bool):
+        missing.append("EXPORTED (True or False)")
+    if missing:
+        raise UserError(
+            f"head {name!r} lacks {', '.join(missing)}: see embrm.training.heads.HeadKind"
+        )
     source = kind if isinstance(kind, type(linear)) else type(kind)
     HEADS.register(name, kind, Extension.of(source, "head", name))
 
 
 def kind_of(parameters: Parameters) -> HeadKind:
-    """The kind of head that has these parameters."""
-    return next(kind for kind in HEADS.values() if kind.owns(parameters))
+    """The kind of head that has these parameters.
+
+    Raises: UserError where not exactly one kind owns them, since rewards would then be computed by
+    another head than the one that was trained.
+    """
+    names = [name for name, kind in HEADS.items() if kind.owns(parameters)]
+    if len(names) != 1:
+        raise UserError(
+            f"head parameters {', '.join(parameters)} are owned by {' and '.join(names) or 'no'} "
+            "kind of head: name a head's parameters as no other head does, and let its owns() "
+            "accept those names alone"
+        )
+    return HEADS[names[0]]

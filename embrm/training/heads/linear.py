@@ -43,7 +43,7 @@ def describe(spec: HeadSpec) -> str:  # noqa: ARG001
 
 def owns(parameters: Parameters) -> bool:
     """Whether these are a linear head's parameters."""
-    return WEIGHT in parameters and "hidden.0.weight" not in parameters
+    return {name for name in parameters if not name.startswith("adapter.")} == {WEIGHT}
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:  # noqa: ARG001

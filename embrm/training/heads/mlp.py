@@ -39,7 +39,9 @@ def describe(spec: HeadSpec) -> str:
 
 def owns(parameters: Parameters) -> bool:
     """Whether these are an MLP's parameters."""
-    return "hidden.0.weight" in parameters
+    names = {name for name in parameters if not name.startswith("adapter.")}
+    own = {name for name in names if name.startswith("hidden.")} | {"output.weight"}
+    return "hidden.0.weight" in names and names == own
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
