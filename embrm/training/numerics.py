@@ -131,7 +131,8 @@ def begin_here(numerics: Numerics) -> Iterator[None]:
 
     One thread is used, and MKL is asked for its strict mode, which it accepts until it is first
     used. Where it was used before, results are right but may differ from a sweep's in the last
-    bits; a warning says so.
+    bits; a warning says so. Where MKL accepts, this process stays in strict mode and MKL_CBWR stays
+    set, so that its child processes compute as it does.
 
     Raises: UserError for portable numerics, which must be set before torch is loaded.
     """
@@ -146,8 +147,11 @@ def begin_here(numerics: Numerics) -> Iterator[None]:
             "numerics = 'portable' must be set before torch is loaded: use embrm.sweep, whose "
             "workers do so"
         )
+    asked = "MKL_CBWR" not in os.environ
     os.environ.setdefault("MKL_CBWR", wanted["MKL_CBWR"])
     if _strict() is False:
+        if asked:  # neither the ledger nor later child processes are told what does not hold here
+            del os.environ["MKL_CBWR"]
         warnings.warn(
             "torch has multiplied matrices before embrm could ask for reproducible bits: results "
             "may differ from a sweep's in the last bits. Call embrm.train first, or set "
