@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -128,8 +127,6 @@ def sweep(
     if dry_run:
         show(sweeps.plan_sweep(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
         return
-    # From here on an interrupt is an exception, so that what has finished becomes readable tables.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     size = byte_size("--memory", memory)
     results = sweeps.sweep(spec, cache, out=out, jobs=jobs, numerics=mode, memory=size)
     folder, runs = results.folder, results.stored.ledger

@@ -8,6 +8,7 @@ from typing import Any
 
 from embrm.core.errors import UserError
 from embrm.core.files import exclusive, remove_temporaries
+from embrm.core.interrupts import raised_interrupts
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.core.specs import SpecSource
@@ -46,6 +47,7 @@ def sweep(
         remove_temporaries(out)
         done = finished(out)
         todo = [run for run in prepared.runs if run.run_id not in done]
+        environment = _environment(out, mode, trained=bool(todo))
         failures: dict[str, str] = {}
         interrupted = False
         try:
@@ -56,7 +58,7 @@ def sweep(
             "cache": str(prepared.cache.folder),
             "cache_id": prepared.cache.cache_id,
             "leaked": leaked(prepared.cache, prepared.spec, prepared.evaluate),
-            "environment": _environment(out, mode, trained=bool(todo)),
+            "environment": environment,
         }
         prompts = prompt_table(evaluation_splits(prepared.cache, prepared.selection))
         write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header, prompts)
@@ -106,6 +108,7 @@ def _train(
     mode = prepared.spec.numerics
     found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
     with (
+        raised_interrupts(),  # what has finished then becomes readable tables
         workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
         laid_out(
             prepared.cache, prepared.selection, todo, out, memory=memory, jobs=jobs
