@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from embrm.core.errors import UserError
 from embrm.training.extensions import Extension, Extensions
 from embrm.training.heads import linear, mlp
+from embrm.training.heads.adapter import DOWN, DOWN_BIAS, UP
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,10 @@ class HeadKind(Protocol):
         """The head in words, for the ledger's column `head`."""
 
     def owns(self, parameters: Parameters) -> bool:
-        """Whether a head of this kind has these parameters."""
+        """Whether a head of this kind has exactly these parameters, an adapter's left out.
+
+        No two kinds may own the same parameters, so their names differ between kinds.
+        """
 
     def initialise(self, spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
         """Initial parameters of one slot, [1, ...], of a head on states of this width."""
@@ -84,7 +88,8 @@ def kind_of(parameters: Parameters) -> HeadKind:
     Raises: UserError where not exactly one kind owns them, since rewards would then be computed by
     another head than the one that was trained.
     """
-    names = [name for name, kind in HEADS.items() if kind.owns(parameters)]
+    own = {name: value for name, value in parameters.items() if name not in (DOWN, DOWN_BIAS, UP)}
+    names = [name for name, kind in HEADS.items() if kind.owns(own)]
     if len(names) != 1:
         raise UserError(
             f"head parameters {', '.join(parameters)} are owned by {' and '.join(names) or 'no'} "

@@ -43,7 +43,7 @@ def describe(spec: HeadSpec) -> str:  # noqa: ARG001
 
 def owns(parameters: Parameters) -> bool:
     """Whether these are a linear head's parameters."""
-    return {name for name in parameters if not name.startswith("adapter.")} == {WEIGHT}
+    return set(parameters) == {WEIGHT}
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:  # noqa: ARG001

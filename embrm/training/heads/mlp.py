@@ -39,9 +39,8 @@ def describe(spec: HeadSpec) -> str:
 
 def owns(parameters: Parameters) -> bool:
     """Whether these are an MLP's parameters."""
-    names = {name for name in parameters if not name.startswith("adapter.")}
-    own = {name for name in names if name.startswith("hidden.")} | {"output.weight"}
-    return "hidden.0.weight" in names and names == own
+    hidden = {name for name in parameters if name.startswith("hidden.")}
+    return bool(hidden) and set(parameters) - hidden == {"output.weight"}
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
