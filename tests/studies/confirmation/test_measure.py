@@ -6,32 +6,11 @@ import polars as pl
 import pytest
 from small_stage import SPLITS, small_stage
 from small_sweep import compare_tables
-from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_results
+from two_stages import FROZEN, FULL, MATCHES, statistic
 
 from embrm.core.errors import UserError
 from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation, Excluded, Match, compare_stages
-
-
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return frozen_results(tmp_path_factory.mktemp("frozen"))
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return full_results(tmp_path_factory.mktemp("full"))
-
-
-@pytest.fixture(scope="module")
-def confirmation(frozen: Results, full: Results) -> Confirmation:
-    return compare_stages(frozen, full, MATCHES, EXCLUDED, "bt", SPLITS)
-
-
-def statistic(confirmation: Confirmation, name: str, split: str, metric: str) -> float | None:
-    return confirmation.agreement.filter(
-        pl.col("statistic") == name, pl.col("split") == split, pl.col("metric") == metric
-    )["value"][0]
 
 
 def test_every_split_and_their_mean_by_accuracy_and_nll(confirmation: Confirmation) -> None:
@@ -41,7 +20,7 @@ def test_every_split_and_their_mean_by_accuracy_and_nll(confirmation: Confirmati
     )
     for split in (*SPLITS, "mean"):
         # frozen: a, a-lr, hinge, bt, low; full: a = a-lr, bt, hinge, low. ρ by hand: ranks
-        # 5 4 3 2 1 and 4.5 4.5 2 3 1, so 3 + 1.5 + 0 + 0 + 4; 8 of 9 twos alike
+        # 5 4 3 2 1 and 4.5 4.5 2 3 1, so 3 + 1.5 + 0 + 0 + 4; 8 of 9 pairs alike
         assert statistic(confirmation, "spearman", split, "accuracy") == pytest.approx(
             8.5 / (10 * 9.5) ** 0.5
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from small_stage import SPLITS, small_stage
-from two_stages import EXCLUDED, FROZEN, FULL, MATCHES, frozen_results, full_results
+from two_stages import FROZEN, FULL, MATCHES, statistic
 
 from embrm.core.drawing import drawn
 from embrm.core.table import markdown
@@ -14,27 +14,6 @@ from embrm.reports.run import confirmation_report
 from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation, compare_stages
 from embrm.studies.confirmation.table import confirmation_figure, confirmation_tables
-
-
-@pytest.fixture(scope="module")
-def frozen(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return frozen_results(tmp_path_factory.mktemp("frozen"))
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return full_results(tmp_path_factory.mktemp("full"))
-
-
-@pytest.fixture(scope="module")
-def confirmation(frozen: Results, full: Results) -> Confirmation:
-    return compare_stages(frozen, full, MATCHES, EXCLUDED, "bt", SPLITS)
-
-
-def statistic(confirmation: Confirmation, name: str, split: str, metric: str) -> float | None:
-    return confirmation.agreement.filter(
-        pl.col("statistic") == name, pl.col("split") == split, pl.col("metric") == metric
-    )["value"][0]
 
 
 def test_without_the_baselines_fine_tune_there_are_no_gains(
