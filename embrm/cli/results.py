@@ -266,7 +266,10 @@ def export(
     )
     for how, difference in made.parity.differences.items():
         share = made.parity.reordered[how]
-        print(f"{how}: rewards differ by at most {difference:.1g}, {share:.2%} of twos reordered")
+        print(
+            f"{how}: rewards differ by at most {difference:.1g}, "
+            f"{share:.2%} of pairs of responses reordered"
+        )
     if made.parity.position_ids:
         print("padded on the left, this architecture needs position_ids: see the folder's README")
     if made.offset:

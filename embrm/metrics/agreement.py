@@ -143,7 +143,7 @@ def kendall(x: Floats, y: Floats) -> Floats:
 
 
 def ordered(x: Floats, y: Floats) -> Floats:
-    """Share, over the last axis, of the twos that both sides order, ordered alike; NaN for none."""
+    """Share of the pairs along the last axis that both sides order, ordered alike; NaN for none."""
     alike = _signs(x) * _signs(y)
     return _ratio((alike > 0).sum(axis=-1), (alike != 0).sum(axis=-1))
 
@@ -195,7 +195,7 @@ def agreement(frozen: Stage, full: Stage, baseline: int | None) -> pl.DataFrame:
     frozen, full: the same configurations in the same order, at least two; some may be one and the
     same in full. baseline: the column that gains are measured from, if it is there.
 
-    spearman, kendall, ordered: of the two rankings, `ordered` the share of twos ordered alike.
+    spearman, kendall, ordered: of the two rankings, `ordered` the share of pairs ordered alike.
     regret: the best full value minus that of the configuration the frozen stage ranks first.
     slope, intercept: of the line of full on frozen gains over the baseline; a cheap stage that
     tells gains exactly has 1 and 0. bias: mean frozen minus mean full gain.
@@ -284,7 +284,7 @@ def _gains(values: Floats, baseline: int) -> Floats:
 
 
 def _signs(values: Floats) -> NDArray[np.int8]:
-    """Which of every two is larger, int8 [..., twos]."""
+    """Which of every two entries of the last axis is larger, int8 [..., pairs]."""
     first, second = np.triu_indices(values.shape[-1], k=1)
     one, other = values[..., first], values[..., second]
     return np.subtract(one > other, one < other, dtype=np.int8)

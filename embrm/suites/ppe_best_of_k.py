@@ -126,8 +126,8 @@ def _curves(pool: pl.DataFrame, largest: int) -> Floats:
 def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
     """Area under the ROC curve, observed and in every replicate: [1 + replicates].
 
-    It is the share of twos of a correct and a wrong sample, of whatever questions, that rewards
-    order right, and half of those they tie: a sum over twos of questions, which a replicate weighs
+    It is the share of pairs of a correct and a wrong sample, of whatever questions, that rewards
+    order right, and half of those they tie: a sum over pairs of questions, which a replicate weighs
     by the counts of both, Σ c_p·c_q·right[p, q].
     """
     scores, gold, owner = [], [], []

@@ -167,7 +167,7 @@ def _pearson(x: Floats, y: Floats) -> Floats:
 
 
 def _kendall(x: Floats, y: Floats) -> Floats:
-    """τ-b over the last axis, of the twos that both have."""
+    """Kendall's τ-b over the last axis, of the entries that both rankings have."""
     first, second = np.triu_indices(x.shape[-1], k=1)
     x, y = (np.nan_to_num(np.sign(side[..., first] - side[..., second])) for side in (x, y))
     return (x * y).sum(axis=-1) / np.sqrt(np.abs(x).sum(axis=-1) * np.abs(y).sum(axis=-1))

@@ -297,7 +297,7 @@ def test_a_model_that_a_replicate_does_not_draw_is_not_in_it() -> None:
     for name in RANKS[:3]:
         draws = with_last[name].draws[absent], without[name].draws[absent]
         np.testing.assert_allclose(*draws, atol=1e-9)
-    # Rewards tell it alone from the four others: 4 of 10 twos.
+    # Rewards tell it alone from the four others: 4 of 10 pairs.
     undecided = pl.concat([table.with_columns(scores_chosen=pl.lit(0.5)), last])
     assert ranks(undecided, 300)["separability"].estimates[0] == pytest.approx(4 / 10)
 
