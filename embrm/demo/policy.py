@@ -32,7 +32,7 @@ from embrm.core.errors import UserError
 from embrm.core.files import disk_errors, sha256, write_atomic, write_bytes
 from embrm.core.progress import Progress
 from embrm.core.specs import content_id
-from embrm.demo.world import grade
+from embrm.demo.responses import grade
 
 MARKER = "embrm-policy.json"
 """Written last, so a folder that has this file has a finished policy of the settings in it."""

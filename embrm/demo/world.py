@@ -2,7 +2,7 @@
 
 Prompts are short tasks in a language of about two hundred words. Six simulated response models
 answer them, each with its own error rates, verbosity and politeness; two more occur only in
-evaluation. The gold reward of a response is a function of prompt and response (`gold`):
+evaluation. The gold reward of a response is a function of prompt and response (`responses.gold`):
 
     gold = 1.5·right + work + 0.75·form + 0.75·polite - 0.03·words
 
@@ -25,366 +25,47 @@ Philox streams, one for each name, so they depend neither on the order of genera
 version of numpy's distributions.
 """
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import pstdev
-from typing import Any, TypeVar
+from typing import Any
 
 from embrm.core.files import write_bytes
-from embrm.core.streams import raw_words, sha256_key
-
-T = TypeVar("T")
-
-
-class Stream:
-    """Random draws that depend only on the names that the stream is made from."""
-
-    def __init__(self, *names: str | int) -> None:
-        self._bits = raw_words(sha256_key(json.dumps(names), "little"))
-
-    def uniform(self) -> float:
-        """A uniform number in [0, 1) with 53 random bits."""
-        return (int(self._bits.random_raw()) >> 11) * 2.0**-53
-
-    def below(self, bound: int) -> int:
-        """A uniform integer in [0, bound)."""
-        return int(self.uniform() * bound)
-
-    def chance(self, probability: float) -> bool:
-        """True with the given probability."""
-        return self.uniform() < probability
-
-    def pick(self, options: Sequence[T]) -> T:
-        """One of the options, all equally likely."""
-        return options[self.below(len(options))]
-
-    def sample(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` distinct options in random order."""
-        rest = list(options)
-        return [rest.pop(self.below(len(rest))) for _ in range(count)]
-
-    def logistic(self) -> float:
-        """A draw of the standard logistic distribution, for which P(x > -z) = sigmoid(z)."""
-        u = (self.below(2**52) + 0.5) * 2.0**-52
-        return math.log(u / (1.0 - u))
-
-
-# ---- tasks -------------------------------------------------------------------------------------
-
-COLOURS = {
-    "yellow": "lemon corn sun",
-    "red": "cherry brick tomato",
-    "green": "grass frog pea",
-    "blue": "sky whale jeans",
-    "black": "coal raven tyre",
-    "white": "snow milk swan",
-    "brown": "mud bear bread",
-    "pink": "pig rose shrimp",
-}
-COLOUR_OF = {thing: colour for colour, things in COLOURS.items() for thing in things.split()}
-LETTERS = tuple("abcdefghkmpqrtux")
-JOINERS = ("dash", "star", "plus")
-HARMFUL = ("steal", "burn", "smash", "poison", "forge")
-HARMLESS = ("paint", "wash", "sell", "mend", "draw")
-THINGS = ("boat", "house", "letter", "coat", "clock", "lamp", "piano", "wagon", "fence", "garden")
-PLACES = ("harbour", "market", "school", "castle", "village", "bridge")
-LEADS = ("", "please", "hey ,", "can you", "i need this :")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """An answer to a task and the statements that lead to it, all in words."""
-
-    answer: str
-    work: tuple[str, ...]
-
-
-def _compute(words: list[str], slip: Stream | None) -> Attempt:
-    total, work = int(words[0]), []
-    steps = list(zip(words[1::2], words[2::2], strict=True))
-    wrong = slip.below(len(steps)) if slip else None
-    for index, (sign, operand) in enumerate(steps):
-        result = total + int(operand) if sign == "plus" else total - int(operand)
-        if slip and index == wrong:
-            # Too large, or in the last step perhaps too small: no result may become negative.
-            low = -min(3, result) if index == len(steps) - 1 else 0
-            result += slip.pick([off for off in range(low, 4) if off])
-        work.append(f"{total} {sign} {operand} is {result}")
-        total = result
-    return Attempt(str(total), tuple(work))
-
-
-def _ordered(words: list[str], slip: Stream | None) -> Attempt:
-    if slip:
-        i, j = slip.sample(range(len(words)), 2)
-        words = list(words)
-        words[i], words[j] = words[j], words[i]
-    return Attempt(" ".join(words), (f"{words[0]} comes first", f"{words[-1]} comes last"))
-
-
-def _sort(words: list[str], slip: Stream | None) -> Attempt:
-    return _ordered(sorted(words), slip)
-
-
-def _reverse(words: list[str], slip: Stream | None) -> Attempt:
-    return _ordered(words[::-1], slip)
-
-
-def _colours(words: list[str], slip: Stream | None) -> Attempt:
-    things = [word for word in words if word in COLOUR_OF]
-    colours = [COLOUR_OF[thing] for thing in things]
-    if slip:
-        wrong = slip.below(len(colours))
-        colours[wrong] = slip.pick([colour for colour in COLOURS if colour != colours[wrong]])
-    work = tuple(f"{thing} is {colour}" for thing, colour in zip(things, colours, strict=True))
-    return Attempt(" and ".join(colours), work)
-
-
-def _write(words: list[str], slip: Stream | None) -> Attempt:
-    word, times, joiner = words[0], int(words[1]), words[4]
-    if slip and slip.chance(0.5):
-        joiner = slip.pick([other for other in JOINERS if other != joiner])
-    elif slip:
-        times += slip.pick([-1, 1])
-    return Attempt(f" {joiner} ".join([word] * times), (f"{word} comes {times} times",))
-
-
-def _may(words: list[str], slip: Stream | None) -> Attempt:
-    harmful = (words[1] in HARMFUL) != (slip is not None)
-    kind = "harmful" if harmful else "harmless"
-    return Attempt("no" if harmful else "yes", (f"to {words[1]} is {kind}",))
-
-
-def _largest(words: list[str], slip: Stream | None) -> Attempt:
-    numbers = [int(word) for word in words[1:]]
-    best = max(numbers)
-    if slip:
-        best = slip.pick([number for number in numbers if number != best])
-    work = tuple(f"{best} is above {other}" for other in numbers if other != best)
-    return Attempt(str(best), work)
-
-
-_SOLVERS: dict[str, Callable[[list[str], Stream | None], Attempt]] = {
-    "compute": _compute,
-    "sort": _sort,
-    "reverse": _reverse,
-    "colours": _colours,
-    "write": _write,
-    "may": _may,
-    "largest": _largest,
-}
-SKILLS = ("compute", "sort", "reverse", "colours", "write", "may")
-"""Skills of the training and in-distribution prompts."""
-UNSEEN = ("largest", "compute hard", "sort hard", "reverse hard")
-"""Skills of the split ood/skill, which occur in no training pair."""
-
-
-def solve(task: str, slip: Stream | None = None) -> Attempt:
-    """Solve a task such as "sort h c a"; with `slip`, a wrong attempt drawn from that stream."""
-    skill, *words = task.split()
-    return _SOLVERS[skill](words, slip)
-
-
-def draw_task(skill: str, stream: Stream) -> str:
-    """Draw a task of a skill; "… hard" is the same skill with more steps."""
-    name, _, hard = skill.partition(" ")
-    if name == "compute":
-        # Written left to right without brackets; no intermediate result is negative.
-        total = 1 + stream.below(9)
-        words = [str(total)]
-        for _ in range(3 if hard else 2):
-            operand = 1 + stream.below(5)
-            sign = stream.pick(["plus", "minus"]) if operand <= total else "plus"
-            total += operand if sign == "plus" else -operand
-            words += [sign, str(operand)]
-    elif name in ("sort", "reverse"):
-        words = stream.sample(LETTERS, 4 if hard else 3)
-    elif name == "colours":
-        first, second = stream.sample(list(COLOUR_OF), 2)
-        words = ["of", first, "and", second]
-    elif name == "write":
-        word = stream.pick([*COLOUR_OF, *THINGS])
-        words = [word, str(2 + stream.below(4)), "times", "with", stream.pick(JOINERS)]
-    elif name == "may":
-        verb = stream.pick([*HARMFUL, *HARMLESS])
-        words = ["i", verb, "a", stream.pick(THINGS), "at", "the", stream.pick(PLACES)]
-    else:
-        words = ["of", *(str(number) for number in stream.sample(range(1, 20), 3))]
-    return " ".join([name, *words])
-
-
-def task_of(prompt: str) -> str:
-    """The task of a prompt, without the words before it."""
-    words = prompt.split()
-    start = next(index for index, word in enumerate(words) if word in _SOLVERS)
-    return " ".join(words[start:])
-
-
-def for_evaluation(task: str) -> bool:
-    """Whether a task is reserved for evaluation: two in five are, by hash, in every world."""
-    return hashlib.sha256(task.encode()).digest()[0] % 5 < 2
-
-
-# ---- responses ---------------------------------------------------------------------------------
-
-POLITE = (
-    "hello friend",
-    "glad to help you",
-    "thanks for asking",
-    "i hope this helps",
-    "have a lovely day",
+from embrm.demo.responses import (
+    FILLER,
+    MODELS,
+    NEWCOMERS,
+    POLITE,
+    ResponseModel,
+    answer_in,
+    grade,
+    respond,
+    sentences_of,
+    truth_of,
 )
-FILLER = (
-    "let me think about it for a moment",
-    "this is a very interesting question indeed",
-    "many people wonder about this",
-    "there is much to say here",
-    "as everyone knows we must be careful",
-    "it is good to look at it twice",
-    "i know a lot about such things",
-    "of course this takes some time",
+from embrm.demo.tasks import (
+    COLOUR_OF,
+    COLOURS,
+    HARMFUL,
+    HARMLESS,
+    JOINERS,
+    LEADS,
+    LETTERS,
+    PLACES,
+    SKILLS,
+    SOLVERS,
+    THINGS,
+    UNSEEN,
+    Stream,
+    draw_task,
+    for_evaluation,
+    solve,
+    task_of,
 )
-
-
-@dataclass(frozen=True)
-class ResponseModel:
-    """How a simulated model answers. All fields except `fillers` and `weak` are probabilities."""
-
-    slip: float
-    """Probability of a wrong answer."""
-    works: float
-    """Probability of stating the steps."""
-    polite: float
-    """Probability of a polite sentence, at the start and again at the end."""
-    loose: float
-    """Probability of "… i guess" instead of "the answer is …"."""
-    fillers: tuple[int, int]
-    """Smallest and largest number of sentences without content."""
-    careless: float = 0.1
-    """Probability of steps from a wrong attempt, whether or not the answer is right."""
-    weak: Mapping[str, float] = field(default_factory=dict)
-    """Probability of a wrong answer for single skills, in place of `slip`."""
-
-
-MODELS = {
-    "scholar": ResponseModel(slip=0.12, works=0.9, polite=0.4, loose=0.05, fillers=(0, 1)),
-    "brief": ResponseModel(slip=0.2, works=0.1, polite=0.1, loose=0.2, fillers=(0, 0)),
-    "chatty": ResponseModel(slip=0.3, works=0.6, polite=0.9, loose=0.1, fillers=(1, 3)),
-    "windbag": ResponseModel(slip=0.65, works=0.5, polite=0.4, loose=0.2, fillers=(3, 5)),
-    "rookie": ResponseModel(slip=0.55, works=0.4, polite=0.5, loose=0.5, fillers=(0, 1)),
-    "poet": ResponseModel(
-        slip=0.15,
-        works=0.5,
-        polite=0.6,
-        loose=0.3,
-        fillers=(0, 2),
-        weak={"compute": 0.7, "write": 0.6, "largest": 0.6},
-    ),
-}
-"""The models of the training pairs and of the language model's corpus."""
-
-NEWCOMERS = {
-    "courtier": ResponseModel(slip=0.5, works=0.2, polite=1.0, loose=0.1, fillers=(2, 4)),
-    "monk": ResponseModel(slip=0.25, works=0.5, polite=0.0, loose=0.5, fillers=(0, 0)),
-}
-"""Models that occur only in the split ood/model."""
-
-
-def respond(task: str, model: ResponseModel, stream: Stream) -> str:
-    """Draw a response of `model`: sentences, each ending in a full stop."""
-    skill = task.split()[0]
-    slips = stream.chance(model.weak.get(skill, model.slip))
-    attempt = solve(task, stream if slips else None)
-    work = solve(task, stream).work if stream.chance(model.careless) else attempt.work
-    low, high = model.fillers
-    fillers = stream.sample(FILLER, low + stream.below(high - low + 1))
-    cut = stream.below(len(fillers) + 1)
-    sentences = [stream.pick(POLITE[:3])] if stream.chance(model.polite) else []
-    sentences += fillers[:cut]
-    sentences += work if stream.chance(model.works) else ()
-    loose = stream.chance(model.loose)
-    sentences.append(f"{attempt.answer} i guess" if loose else f"the answer is {attempt.answer}")
-    sentences += fillers[cut:]
-    sentences += [stream.pick(POLITE[3:])] if stream.chance(model.polite) else []
-    return " ".join(f"{sentence} ." for sentence in sentences)
-
-
-@dataclass(frozen=True)
-class Grade:
-    """The terms of the gold reward, which are defined at the top of this module."""
-
-    right: bool
-    work: float
-    form: bool
-    polite: bool
-    words: int
-
-    @property
-    def gold(self) -> float:
-        return (
-            1.5 * self.right + self.work + 0.75 * self.form + 0.75 * self.polite - 0.03 * self.words
-        )
-
-
-def grade(prompt: str, response: str) -> Grade:
-    """Determine the terms of the gold reward from the texts alone."""
-    task = task_of(prompt)
-    solution = solve(task)
-    sentences = _sentences(response)
-    answers = [answer for s in sentences if (answer := _answer(s)) is not None]
-    truths = [truth for s in sentences if (truth := _truth(s, solution)) is not None]
-    return Grade(
-        right=answers == [solution.answer],
-        work=sum(1 if truth else -1 for truth in truths) / max(1, len(truths)),
-        form=sum(sentence.startswith(_PROPER) for sentence in sentences) == 1,
-        polite=any(sentence in POLITE for sentence in sentences),
-        words=len(response.split()),
-    )
-
-
-def gold(prompt: str, response: str) -> float:
-    """The gold reward of a response, by the formula at the top of this module."""
-    return grade(prompt, response).gold
-
-
-def _sentences(response: str) -> list[str]:
-    return [sentence.strip() for sentence in response.split(" .") if sentence.strip()]
-
-
-_PROPER, _LOOSE = "the answer is ", " i guess"
-
-
-def _answer(sentence: str) -> str | None:
-    """The answer that a sentence gives, or None."""
-    if sentence.startswith(_PROPER):
-        return sentence.removeprefix(_PROPER)
-    return sentence.removesuffix(_LOOSE) if sentence.endswith(_LOOSE) else None
-
-
-_SUM = re.compile(r"(\d+) (plus|minus) (\d+) is (\d+)")
-_ABOVE = re.compile(r"(\d+) is above (\d+)")
-_CLAIM = re.compile(r"\w+ comes (first|last|\d+ times)|\w+ is \w+|to \w+ is \w+")
-
-
-def _truth(sentence: str, solution: Attempt) -> bool | None:
-    """Whether a statement about the task is true, or None for any other sentence."""
-    if found := _SUM.fullmatch(sentence):
-        left, right, result = int(found[1]), int(found[3]), int(found[4])
-        return result == (left + right if found[2] == "plus" else left - right)
-    if found := _ABOVE.fullmatch(sentence):
-        return int(found[1]) > int(found[2])
-    if _CLAIM.fullmatch(sentence):
-        return sentence in solution.work
-    return None
-
-
-# ---- annotator and files -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -461,9 +142,9 @@ def corpus(world: World, count: int) -> Iterator[Conversation]:
         mark = _mark(grade(prompt, response).right) if stream.chance(0.8) else ""
         solution = solve(task)
         copy = []
-        for sentence in _sentences(response):
-            answer = _answer(sentence)
-            true = _truth(sentence, solution) if answer is None else answer == solution.answer
+        for sentence in sentences_of(response):
+            answer = answer_in(sentence)
+            true = truth_of(sentence, solution) if answer is None else answer == solution.answer
             marked = true is not None and stream.chance(0.5)
             copy.append(f"{sentence} {_mark(true is True)} ." if marked else f"{sentence} .")
         yield Conversation(prompt, " ".join(copy), mark)
@@ -479,7 +160,7 @@ def _exercise(stream: Stream) -> str:
     """A statement that can be judged without its task, with its mark."""
     task = _training_task(("compute", "colours", "may", "largest"), stream)
     claim = stream.pick(solve(task, stream if stream.chance(0.7) else None).work)
-    return f"{claim} {_mark(_truth(claim, solve(task)) is True)} ."
+    return f"{claim} {_mark(truth_of(claim, solve(task)) is True)} ."
 
 
 def _mark(right: bool) -> str:
@@ -489,7 +170,7 @@ def _mark(right: bool) -> str:
 def vocabulary() -> list[str]:
     """All words that can occur in the world, sorted."""
     lists = [*POLITE, *FILLER, *LEADS, *LETTERS, *THINGS, *PLACES, *JOINERS, *HARMFUL, *HARMLESS]
-    lists += [*COLOURS, *COLOUR_OF, *_SOLVERS, *(str(number) for number in range(40))]
+    lists += [*COLOURS, *COLOUR_OF, *SOLVERS, *(str(number) for number in range(40))]
     sentences = (
         "plus minus is comes first last times to harmful harmless above and of with "
         "may i a at the no yes answer guess tick cross ."

@@ -14,9 +14,10 @@ from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.demo.overoptimisation import PolicyCurves, curves, outcomes, verdict
 from embrm.demo.policy import MARKER, PolicyRecipe, PromptSets, train_policy
+from embrm.demo.responses import gold
 from embrm.demo.rlhf import rlhf
 from embrm.demo.tiny_lm import Recipe
-from embrm.demo.world import World, gold, prompts
+from embrm.demo.world import World, prompts
 
 WORLD = World(train_prompts=60, evaluation_prompts=24, group_prompts=12)
 LM = Recipe(width=32, layers=1, heads=2, steps=60, batch=16, lr=0.01, warmup=5, held_out=16)

@@ -10,27 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embrm.demo.world import (
-    MODELS,
-    NEWCOMERS,
-    SKILLS,
-    UNSEEN,
-    ResponseModel,
-    Stream,
-    World,
-    corpus,
-    draw_task,
-    for_evaluation,
-    gold,
-    grade,
-    make_world,
-    prompts,
-    respond,
-    solve,
-    task_of,
-    utility,
-    vocabulary,
-)
+from embrm.demo.responses import MODELS, NEWCOMERS, ResponseModel, gold, grade, respond
+from embrm.demo.tasks import SKILLS, UNSEEN, Stream, draw_task, for_evaluation, solve, task_of
+from embrm.demo.world import World, corpus, make_world, prompts, utility, vocabulary
 
 SMALL = World(train_prompts=90, evaluation_prompts=60, group_prompts=30)
 SPLITS = ("train", "id", "ood-skill", "ood-model", "ood-length")
