@@ -100,10 +100,11 @@ def test_the_description_leads_nowhere_that_does_not_exist(built: tuple[Path, Pa
 
 def test_the_wheel_runs_the_demo_and_a_sweep(built: tuple[Path, Path], tmp_path: Path) -> None:
     venv = tmp_path / "venv"
-    _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
+    _run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps")
-    _run(*pip, built[1], cwd=tmp_path)
+    # The new environment's own pip: the pip of the tests' environment would take the embrm that
+    # is installed beside it for the one asked for, and install nothing.
+    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", built[1], cwd=tmp_path)
     # A folder named in a .pth file is searched, but its own .pth files, such as that of an
     # editable embrm, are not read.
     [packages] = (venv / "lib").glob("python*/site-packages")
