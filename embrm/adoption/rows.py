@@ -18,7 +18,7 @@ from embrm.core.text import listed
 from embrm.data.collector import EXCLUSIONS, Schema
 from embrm.data.forms import RowError
 from embrm.data.labels import number
-from embrm.data.sources import SourceSpec, Table, read_rows
+from embrm.data.sources import SourceSpec, SourceTable, read_rows
 
 Order = Literal["prompts", "responses"]
 """The first axis of an array of three: (prompts, responses, width) or (responses, prompts, width).
@@ -182,7 +182,7 @@ def from_table(
     return Rows(table, exclusions, [*numbers], None, None, digest.hexdigest(), _counted(exclusions))
 
 
-def _read(path: Path, columns: dict[str, str]) -> Table:
+def _read(path: Path, columns: dict[str, str]) -> SourceTable:
     spec = SourceSpec.parse({"path": str(path), "columns": columns}, "rows")
     found = read_rows(spec)
     if "prompt" not in found.columns and "prompt_id" in found.found:
@@ -196,7 +196,7 @@ def _read(path: Path, columns: dict[str, str]) -> Table:
     return found
 
 
-def _cell(table: Table, field: str, row: int) -> Any:
+def _cell(table: SourceTable, field: str, row: int) -> Any:
     column = table.columns.get(field)
     return None if column is None else column[row]
 

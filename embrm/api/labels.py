@@ -25,11 +25,11 @@ def annotate_labels(
     Twin of `embrm labels annotate`. P(win) = sigmoid(quality · gold difference / sd of gold).
     """
     from embrm.api.arguments import spec_source
-    from embrm.data.label_tables import write_table
+    from embrm.data.label_tables import write_label_table
     from embrm.studies.annotation import annotation
 
     made = annotation(spec_source(spec), cache_folder(cache), quality=quality, seed=seed).labels
-    write_table(path(out, "out"), made)
+    write_label_table(path(out, "out"), made)
     return made
 
 
@@ -47,7 +47,7 @@ def measure_strengths(
     Twin of `embrm labels strength`. out_of_fold: judge each pair by heads that did not see its
     prompt.
     """
-    from embrm.data.label_tables import write_table
+    from embrm.data.label_tables import write_label_table
     from embrm.studies.strength.measure import strengths
 
     found = strengths(
@@ -56,7 +56,7 @@ def measure_strengths(
         optional_path(cache, "cache"),
         out_of_fold=out_of_fold,
     )
-    write_table(path(out, "out"), found)
+    write_label_table(path(out, "out"), found)
     return found
 
 
@@ -67,18 +67,18 @@ def remedy_labels(strengths: AnyPath, out: AnyPath, **remedies: Any) -> LabelTab
     strengths: a table of `measure_strengths`. remedies: flip, smooth, soft, margin, drop or keep,
     each a pair (low, high) of shares of the pairs, the weakest first; epsilon, of smooth.
     """
-    from embrm.data.label_tables import read_table, write_table
+    from embrm.data.label_tables import read_label_table, write_label_table
     from embrm.data.remedies import Remedy, remedied
 
     remedy = Remedy.parse(remedies, "remedies")
-    made = remedied(remedy, read_table(path(strengths, "strengths"), "strengths"))
-    write_table(path(out, "out"), made)
+    made = remedied(remedy, read_label_table(path(strengths, "strengths"), "strengths"))
+    write_label_table(path(out, "out"), made)
     return made
 
 
 @public
 def read_labels(table: AnyPath) -> LabelTable:
     """Read a table of labels or strengths, with how it was made; twin of `embrm labels show`."""
-    from embrm.data.label_tables import open_table
+    from embrm.data.label_tables import open_label_table
 
-    return open_table(path(table, "table"))
+    return open_label_table(path(table, "table"))

@@ -24,7 +24,7 @@ _COLUMNS = {
 _COUNTS = ("pairs", "prompts", "responses")
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe_cache(folder: Path) -> dict[str, Any]:
     """Describe the cache at `folder`, finished or not, by what its manifest says.
 
     Raises: UserError when there is no cache, or its manifest is damaged.
@@ -68,7 +68,7 @@ def list_caches(root: Path) -> pl.DataFrame:
     rows = []
     for path in sorted(root.glob(f"*/{NAME}")):
         try:
-            described = describe(path.parent)
+            described = describe_cache(path.parent)
             described["views"] = ", ".join(described["views"])
             described["tokens"] = _tokens(described)
         except UserError as error:

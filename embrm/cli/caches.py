@@ -104,9 +104,9 @@ def cache_show(
     as_json: Json = False,
 ) -> None:
     """Show a cache's splits, exclusions, leaks and size."""
-    from embrm.cache.listing import describe, splits
+    from embrm.cache.listing import describe_cache, splits
 
-    described = describe(folder)
+    described = describe_cache(folder)
     if as_json or everything:
         show(described, as_json)
         return

@@ -27,11 +27,11 @@ def labels_annotate(
     cache: Annotated[Path | None, typer.Option(help="Cache, instead of the spec's.")] = None,
 ) -> None:
     """Label training pairs by an annotator that errs where gold scores are close."""
-    from embrm.data.label_tables import write_table
+    from embrm.data.label_tables import write_label_table
     from embrm.studies.annotation import annotation
 
     made = annotation(spec, cache, quality=quality, seed=seed)
-    write_table(out, made.labels)
+    write_label_table(out, made.labels)
     print(
         f"wrote {out}: {made.labels.rows.height} pairs, {made.error:.1%} of the labels wrong "
         f"({made.expected:.1%} expected)"
@@ -56,10 +56,10 @@ def labels_strength(
     cache: MovedCache = None,
 ) -> None:
     """Measure how strongly heads prefer the chosen response of each training pair."""
-    from embrm.data.label_tables import write_table
+    from embrm.data.label_tables import write_label_table
     from embrm.studies.strength.measure import strengths
 
-    write_table(out, strengths(folder, configuration, cache, out_of_fold=out_of_fold))
+    write_label_table(out, strengths(folder, configuration, cache, out_of_fold=out_of_fold))
     labels_show(out)
 
 
@@ -80,7 +80,7 @@ def labels_remedy(
     keep: Annotated[str | None, typer.Option(help="Leave all others out.")] = None,
 ) -> None:
     """Change labels by percentile of strength: LOW:HIGH shares of the pairs, weakest first."""
-    from embrm.data.label_tables import read_table, write_table
+    from embrm.data.label_tables import read_label_table, write_label_table
     from embrm.data.remedies import Remedy, remedied
 
     given = {"flip": flip, "smooth": smooth, "soft": soft, "margin": margin}
@@ -89,7 +89,7 @@ def labels_remedy(
         name: percentiles(f"--{name}", text) for name, text in given.items() if text is not None
     }
     remedy = Remedy.parse({**values, "epsilon": epsilon}, "command line")
-    write_table(out, remedied(remedy, read_table(strengths, "strengths")))
+    write_label_table(out, remedied(remedy, read_label_table(strengths, "strengths")))
     labels_show(out)
 
 
@@ -103,10 +103,10 @@ def labels_show(
     as_json: Json = False,
 ) -> None:
     """Show how a table was made, and what it says: of strengths, by tenths of the pairs."""
-    from embrm.data.label_tables import open_table, read_table
+    from embrm.data.label_tables import open_label_table, read_label_table
     from embrm.studies.strength.measure import deciles
 
-    table = open_table(path) if out is None else read_table(path, "strengths")
+    table = open_label_table(path) if out is None else read_label_table(path, "strengths")
     shown: dict[str, Any] = {"kind": table.kind, "digest": table.digest, **table.provenance}
     if out is not None:
         from embrm.studies.strength.table import strength_report

@@ -16,7 +16,7 @@ from typing import Any
 
 from embrm.core.errors import UserError
 from embrm.core.text import listed, quoted
-from embrm.data.sources import Table
+from embrm.data.sources import SourceTable
 from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
 
 Messages = tuple[Message, ...]
@@ -66,7 +66,7 @@ class Record:
         )
 
 
-def detect(table: Table) -> Form:
+def detect(table: SourceTable) -> Form:
     """The form of a source. Raises: UserError when its columns fit none, with the remedy."""
     shape = _shape(table)
     columns = table.columns
@@ -111,7 +111,7 @@ def canonical(form: Form, prompt: object, completions: Sequence[object]) -> Reco
     return record
 
 
-def _shape(table: Table) -> str:
+def _shape(table: SourceTable) -> str:
     fields = table.columns
     for shape, needed in (
         ("pairs", ("chosen", "rejected")),
@@ -138,7 +138,7 @@ def _remedy(fields: Iterable[str]) -> str:
     return "columns = { " + ", ".join(f'{field} = "..."' for field in fields) + " }"
 
 
-def _completion_columns(table: Table, shape: str) -> list[list[Any]]:
+def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:
     """Columns of completions, one entry per row; of losers, the first."""
     columns = table.columns
     if shape == "pairs":

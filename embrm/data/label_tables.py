@@ -63,7 +63,7 @@ class LabelTable:
         return {"pairs": rows.height} | {k: rows.filter(v).height for k, v in conditions.items()}
 
 
-def write_table(path: Path, table: LabelTable) -> None:
+def write_label_table(path: Path, table: LabelTable) -> None:
     """Write atomically; equal tables give equal bytes. Raises: UserError for another suffix."""
     if path.suffix != ".parquet":
         raise UserError(f"--out {path}: a label table is a .parquet file: name it so")
@@ -74,9 +74,9 @@ def write_table(path: Path, table: LabelTable) -> None:
     write_bytes(path, stream.getvalue())
 
 
-def read_table(path: Path, kind: Kind) -> LabelTable:
-    """The table at `path`. Raises: UserError for what `open_table` does, or another kind."""
-    table = open_table(path)
+def read_label_table(path: Path, kind: Kind) -> LabelTable:
+    """The table at `path`. Raises: UserError for what `open_label_table` does, or another kind."""
+    table = open_label_table(path)
     if table.kind != kind:
         maker = {"labels": "annotate or remedy", "strengths": "strength"}[kind]
         raise UserError(
@@ -85,7 +85,7 @@ def read_table(path: Path, kind: Kind) -> LabelTable:
     return table
 
 
-def open_table(path: Path) -> LabelTable:
+def open_label_table(path: Path) -> LabelTable:
     """The table at `path`, of either kind.
 
     Raises: UserError when it is missing, damaged, no label table, or holds a value out of range.

@@ -12,7 +12,7 @@ from embrm.data.collector import Collector, Place
 from embrm.data.forms import Form, Record, RowError, canonical, detect
 from embrm.data.groups import Member, pair_members
 from embrm.data.labels import number, pair_numbers
-from embrm.data.sources import SourceSpec, Table, read_rows
+from embrm.data.sources import SourceSpec, SourceTable, read_rows
 from embrm.data.splits import holdout
 
 
@@ -51,7 +51,7 @@ class _Source:
 
     collector: Collector
     spec: SourceSpec
-    table: Table
+    table: SourceTable
     form: Form
     groups: dict[tuple[str, str], list[Member]] = field(default_factory=dict)
     """(split, prompt_id) -> members, when the shape is groups."""
@@ -160,7 +160,7 @@ class _Source:
                 )
 
 
-def _splits(table: Table, spec: SourceSpec) -> list[str | None]:
+def _splits(table: SourceTable, spec: SourceSpec) -> list[str | None]:
     """The split of each row, before holdout. Raises: UserError when the spec and file disagree."""
     cells = [_name(cell) or None for cell in table.columns.get("split") or []]
     if spec.split is not None:
@@ -179,7 +179,7 @@ def _splits(table: Table, spec: SourceSpec) -> list[str | None]:
 
 
 def _limited(
-    table: Table, form: Form, splits: list[str | None], limit: int | None
+    table: SourceTable, form: Form, splits: list[str | None], limit: int | None
 ) -> Iterable[int]:
     """Positions of the rows to use."""
     if limit is None:

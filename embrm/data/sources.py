@@ -119,7 +119,7 @@ class SourceSpec(Spec):
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """Rows of one source, before their form is known."""
 
     name: str
@@ -154,7 +154,7 @@ def parse_source(text: str) -> SourceSpec:
     return SourceSpec.parse({"hub" if is_hub else "path": place, **values}, "command line")
 
 
-def read_rows(spec: SourceSpec) -> Table:
+def read_rows(spec: SourceSpec) -> SourceTable:
     """Read a source, apply its column mapping and `where`.
 
     Raises: UserError for a missing or unreadable file, a missing column, no rows.
@@ -201,7 +201,7 @@ def read_rows(spec: SourceSpec) -> Table:
         columns, rows, undecided = arrange(
             spec.suite, spec.name, layouts[0], columns, rows, spec.config or _benchmark(spec)
         )
-    return Table(
+    return SourceTable(
         name=spec.name,
         found=tuple(found),
         columns=columns,

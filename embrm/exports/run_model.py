@@ -22,7 +22,7 @@ from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import load_run, load_saved_model
 from embrm.sweeps.views import TOKENS
 from embrm.training.ensembles import Combination
-from embrm.training.heads import REWARDS, Parameters, Preprocess, score
+from embrm.training.heads import REWARDS, Parameters, Preprocess, score_states
 from embrm.training.states import States
 
 _WITH_S = "+S"
@@ -142,7 +142,9 @@ class RunModel:
 
     def _score(self, states: Tensor) -> Tensor:
         rows = torch.arange(len(states))
-        return self.combination(score(self.parameters, self.preprocess, States(states), rows))
+        return self.combination(
+            score_states(self.parameters, self.preprocess, States(states), rows)
+        )
 
 
 def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunModel:

@@ -22,8 +22,8 @@ from embrm.core.errors import UserError
 from embrm.extraction import packing
 from embrm.extraction.engine import Batch, EngineSettings, Request
 from embrm.extraction.vllm_worker import (
-    Extension,
     RowSelection,
+    WorkerExtension,
     deserialize,
     load_head,
     wanted_rows,
@@ -204,7 +204,7 @@ def _arguments(platform: Any, head: LmHead, max_length: int) -> dict[str, Any]:
         "runner": "pooling",
         "convert": "embed",
         "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
-        "worker_extension_cls": f"{Extension.__module__}.{Extension.__name__}",
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__name__}",
         "max_num_batched_tokens": max(_STEP_TOKENS, max_length),
         "enable_prefix_caching": True,
     }

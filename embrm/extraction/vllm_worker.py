@@ -185,7 +185,7 @@ class SelectingHead(torch.nn.Module):
         return [by_index.get(index) for index in range(len(pooled_data))]
 
 
-class Extension:
+class WorkerExtension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`)."""
 
     model_runner: Any

@@ -24,7 +24,7 @@ from embrm.finetuning.sharding import check_sharding
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, check_fits
 from embrm.lm.loading import load_model
 from embrm.lm.tokens import reason_of
-from embrm.sweeps.prepare import cache_for, check, pin
+from embrm.sweeps.prepare import cache_for, check_data, pin
 from embrm.sweeps.spec import Configuration, Run, Selection, configurations, identified
 from embrm.sweeps.tables import read_tables
 
@@ -78,7 +78,7 @@ def read_inputs(spec_path: Path, cache_folder: Path | None) -> FinetuneInputs:
     _check_trackers(spec, where)
     check_sharding({one.name: run_spec(one) for one in found}, spec.tune, where)
     cache = cache_for(spec, cache_folder, where)
-    selection, _, evaluate = check(spec, found, cache, where)
+    selection, _, evaluate = check_data(spec, found, cache, where)
     for configuration in found:
         try:
             _unlabelled_groups(cache, selection, run_spec(configuration))

@@ -24,7 +24,7 @@ from embrm.studies.confirmation.table import (
     confirmation_tables,
     further_confirmation_tables,
 )
-from embrm.studies.reliability.measure import reliability
+from embrm.studies.reliability.measure import measure_reliability
 from embrm.studies.reliability.table import CAPTION as RELIABILITY
 from embrm.studies.reliability.table import reliability_figure, reliability_tables, reliable_names
 from embrm.studies.robustness.noise import CAPTION as NOISE
@@ -137,7 +137,7 @@ def _reliability(
     if results.finetuned:
         return pl.DataFrame(), ()
     try:
-        return reliability(results, reliable_names(comparison), cache), ()
+        return measure_reliability(results, reliable_names(comparison), cache), ()
     except UserError as error:
         if cache is not None:
             raise

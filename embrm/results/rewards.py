@@ -16,7 +16,7 @@ from embrm.sweeps.selection import select
 from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view
-from embrm.training.heads import REWARDS, score
+from embrm.training.heads import REWARDS, score_states
 from embrm.training.states import States
 
 _PAIR = (
@@ -96,7 +96,7 @@ def reward_of(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32]:
             f"run {run.run_id} keeps the rewards of its cache's responses and has no weights: it "
             "cannot score other states, take a run with a head"
         )
-    heads = score(run.parameters, run.preprocess, States(states), torch.arange(len(states)))
+    heads = score_states(run.parameters, run.preprocess, States(states), torch.arange(len(states)))
     return run.combination(heads).numpy()
 
 
@@ -119,6 +119,6 @@ def rewarded(
             if run.spec.state == name:
                 # Runs without weights store rewards of all responses of the cache.
                 at = torch.from_numpy(rows) if REWARDS in run.parameters else every
-                heads = score(run.parameters, run.preprocess, states, at)
+                heads = score_states(run.parameters, run.preprocess, states, at)
                 rewards[place] = run.combination(heads).numpy()
     return rewards

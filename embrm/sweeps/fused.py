@@ -16,14 +16,14 @@ from embrm.sweeps.ledger import TABLES, parquet
 from embrm.sweeps.material import Material, to_pairs
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import RunSpec
-from embrm.sweeps.training import as_trained, gold_as_trained, resample
+from embrm.sweeps.training import as_trained, bootstrap_rows, gold_as_trained
 from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
 from embrm.training.bank import train
 from embrm.training.curve import TrainedRun
 from embrm.training.data import TrainingData
 from embrm.training.ensembles import Combination, Reference
-from embrm.training.heads import score, stack
+from embrm.training.heads import score_states, stack
 from embrm.training.learner_specs import Learner
 from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics
@@ -179,7 +179,7 @@ class Trainer:
         """The training data of a member: all of it, or its bootstrap resample."""
         if not member.bootstrap:
             return data
-        rows = resample(as_trained(self._training, member), member.seed)
+        rows = bootstrap_rows(as_trained(self._training, member), member.seed)
         return data.resampled(torch.from_numpy(rows))
 
     def _scored(
@@ -193,7 +193,7 @@ class Trainer:
         bank = stack([trained[index].parameters for index in good])
 
         def by_run(rows: torch.Tensor) -> torch.Tensor:
-            scored = score(bank, trained[0].preprocess, data.states, rows)
+            scored = score_states(bank, trained[0].preprocess, data.states, rows)
             return scored.unflatten(0, (len(good), -1))
 
         several = pack.runs[0].spec.members > 1

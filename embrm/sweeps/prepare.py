@@ -63,7 +63,7 @@ def check_sweep(
 
     Raises: UserError for what the cache lacks.
     """
-    selection, training_pairs, evaluate = check(spec, found, cache, where)
+    selection, training_pairs, evaluate = check_data(spec, found, cache, where)
     _check_regularizers(found, cache, where)
     _check_gold(found, cache, selection, where)
     for configuration in found:
@@ -98,7 +98,7 @@ def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:
     return open_cache(folder)
 
 
-def check(
+def check_data(
     spec: SweepSpec, found: Sequence[Configuration], cache: Cache, where: str
 ) -> tuple[Selection, int, list[str]]:
     """Find which pairs are trained on, how many there are, and the splits to evaluate on.

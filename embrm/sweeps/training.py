@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from embrm.core.errors import UserError
 from embrm.core.streams import stream
-from embrm.data.label_tables import LabelTable, read_table
+from embrm.data.label_tables import LabelTable, read_label_table
 from embrm.data.splits import folds, holdout
 from embrm.sweeps.spec import RunSpec
 
@@ -30,7 +30,7 @@ def pinned(labels: str) -> str:
 
 def _read(labels: str) -> LabelTable:
     path, _, digest = labels.partition("#")
-    table = read_table(Path(path), "labels")
+    table = read_label_table(Path(path), "labels")
     if digest not in ("", table.digest):
         raise UserError(
             f"labels = {path!r} has become another table ({table.digest}, not {digest}): restore "
@@ -94,7 +94,7 @@ def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
     return table
 
 
-def resample(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
+def bootstrap_rows(table: pl.DataFrame, seed: int) -> NDArray[np.int64]:
     """A bootstrap resample over prompts of the pairs of `as_trained`, as ascending pair numbers.
 
     Of k prompts, k are drawn with replacement, each with all its pairs. The draw depends on the

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from embrm.training.data import TrainingData
-from embrm.training.heads.bank import Parameters, score
+from embrm.training.heads.bank import Parameters, score_states
 from embrm.training.heads.preprocess import Preprocess
 from embrm.training.pairs import Pairs
 from embrm.training.spec import TrainSpec
@@ -94,7 +94,7 @@ class ValidationMonitor:
         if not len(self._pairs):
             absent = [None] * len(norm)
             return dict.fromkeys(VALIDATION, absent) | {"weight_norm": norm.tolist()}
-        r = score(parameters, self._preprocess, self._states, self._rows)
+        r = score_states(parameters, self._preprocess, self._states, self._rows)
         parts = [
             validation_metrics(some, self._pairs, self._chosen, self._rejected)
             for some in r.split(_MEASURED_SLOTS)

@@ -63,7 +63,7 @@ def fit(
             w, loss = ridge(learner.alpha, X, gold.score.numpy())
             steps = 1
         else:
-            w, loss, steps = logistic(learner.C, *_better_minus_worse(data, fitted))
+            w, loss, steps = fit_logistic(learner.C, *_better_minus_worse(data, fitted))
         parameters = {"output.weight": torch.from_numpy(w).float()[None]}
     if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
         raise UserError(f"learner {learner.kind!r}: its rewards are not finite: regularize it more")
@@ -75,7 +75,7 @@ def fit(
     return TrainedRun(parameters, fitted, [row], 1, None)
 
 
-def logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, int]:
+def fit_logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, int]:
     """The w [d] that minimises ½‖w‖² - C·Σ weight·logsigmoid(X·w), its value over C·Σ weight, and
     the iterations.
 
@@ -206,7 +206,7 @@ def ends(pairs: Pairs) -> tuple[Tensor, Floats, Floats]:
 
 
 def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Floats, Floats]:
-    """Rows [n, d] and weights [n] for `logistic`: a pair of label p counts with p in its own
+    """Rows [n, d] and weights [n] for `fit_logistic`: a pair of label p counts with p in its own
     direction and with 1 - p in the other."""
     pairs, states = data.train, data.states
     label, weight = pairs.label.double(), pairs.weight.double()

@@ -6,7 +6,7 @@ import torch
 from scipy.special import expit
 
 from embrm.training.data import TrainingData
-from embrm.training.heads.bank import Parameters, score
+from embrm.training.heads.bank import Parameters, score_states
 from embrm.training.heads.preprocess import Preprocess
 from embrm.training.spec import TrainSpec
 
@@ -28,7 +28,7 @@ class MovingLabels:
     @torch.no_grad()
     def follow(self, parameters: Parameters) -> None:
         """Move the labels towards the heads' present probabilities."""
-        r = score(parameters, self._preprocess, self._states, self._rows)
+        r = score_states(parameters, self._preprocess, self._states, self._rows)
         delta = r.index_select(1, self._chosen) - r.index_select(1, self._rejected)
         # torch's sigmoid is not used: its bits depend on where in a vector register a number lies.
         predicted = torch.from_numpy(expit(delta.numpy())).to(self.labels.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_cache import ENVIRONMENT, IDENTITY, opened, shard, write_cache
 
-from embrm.cache.listing import describe, list_caches
+from embrm.cache.listing import describe_cache, list_caches
 from embrm.cache.manifest import NAME
 from embrm.core.errors import UserError
 from embrm.core.specs import content_id
@@ -14,7 +14,7 @@ from embrm.core.specs import content_id
 def test_a_complete_cache(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     write_cache(folder, "bfloat16")
-    shown = describe(folder)
+    shown = describe_cache(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*.*") if path.name != NAME)
     expected = {
         "name": "small",

@@ -106,7 +106,7 @@ folder = Path(sys.argv[1])
 cache = open_cache(folder)
 print([cache.states(view).shape for view in cache.views], cache.tokens.shape, cache.vocabulary)
 print(cache.responses.height, cache.pairs.height, cache.members.height, cache.exclusions.height)
-print(verify.verify(folder), listing.describe(folder)["state"])
+print(verify.verify(folder), listing.describe_cache(folder)["state"])
 heavy = {"torch", "transformers", "datasets", "matplotlib", "scipy", "sklearn"}
 print([name for name in heavy if sys.modules.get(name)])
 """

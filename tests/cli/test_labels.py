@@ -7,7 +7,7 @@ from pathlib import Path
 from command_line import Outcome
 from toy_groups import toy_groups
 
-from embrm.data.label_tables import read_table
+from embrm.data.label_tables import read_label_table
 from embrm.sweeps.prepare import prepare_sweep
 
 SPEC = """
@@ -52,7 +52,10 @@ def test_from_members_to_a_sweep_with_remedied_labels(
     assert code == 0
     assert "flip: 0.0, 0.2" in said
     # The better response is always chosen: a label of 1 is right.
-    before, after = read_table(strength, "strengths").rows, read_table(remedy, "labels").rows
+    before, after = (
+        read_label_table(strength, "strengths").rows,
+        read_label_table(remedy, "labels").rows,
+    )
     assert (after["label"] == 1).sum() > (before["label"] == 1).sum()
     spec.write_text(SPEC + REMEDIED + f'labels = "{remedy}"')
     assert len(prepare_sweep(spec, cache, None).runs) == 4

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from embrm.core.errors import UserError
 from embrm.data.forms import Form, Record, RowError, canonical, detect
-from embrm.data.sources import Table
+from embrm.data.sources import SourceTable
 
 
-def _table(columns: dict[str, list[Any]]) -> Table:
+def _table(columns: dict[str, list[Any]]) -> SourceTable:
     rows = len(next(iter(columns.values())))
-    return Table("mine", tuple(columns), columns, list(range(rows)), "mine")
+    return SourceTable("mine", tuple(columns), columns, list(range(rows)), "mine")
 
 
 def _user(text: str) -> dict[str, str]:

@@ -7,7 +7,12 @@ import polars as pl
 import pytest
 
 from embrm.core.errors import UserError
-from embrm.data.label_tables import LabelTable, open_table, read_table, write_table
+from embrm.data.label_tables import (
+    LabelTable,
+    open_label_table,
+    read_label_table,
+    write_label_table,
+)
 
 ROWS = pl.DataFrame({"pair_id": ["b", "a"], "label": [1.0, 0.25], "weight": [0.0, 2.0]})
 MADE = {"rule": "test", "parameters": {"q": 1.5}, "cache_id": "c", "embrm": "0"}
@@ -15,8 +20,8 @@ MADE = {"rule": "test", "parameters": {"q": 1.5}, "cache_id": "c", "embrm": "0"}
 
 def test_a_table_comes_back_with_its_provenance(tmp_path: Path) -> None:
     table = LabelTable("labels", ROWS, MADE)
-    write_table(tmp_path / "labels" / "one.parquet", table)
-    found = read_table(tmp_path / "labels" / "one.parquet", "labels")
+    write_label_table(tmp_path / "labels" / "one.parquet", table)
+    found = read_label_table(tmp_path / "labels" / "one.parquet", "labels")
     assert found.provenance == MADE
     assert found.rows.equals(ROWS.sort("pair_id"))
     assert found.digest == table.digest
@@ -33,8 +38,8 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
                                   .otherwise(name).alias(name))  # fmt: skip
         assert LabelTable("labels", other, MADE).digest != table.digest
     paths = [tmp_path / "one.parquet", tmp_path / "two.parquet"]
-    write_table(paths[0], table)
-    write_table(paths[1], LabelTable("labels", ROWS.reverse(), MADE))
+    write_label_table(paths[0], table)
+    write_label_table(paths[1], LabelTable("labels", ROWS.reverse(), MADE))
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -56,7 +61,7 @@ def test_wrong_values_are_refused(columns: dict[str, Any], line: str, tmp_path: 
     path = tmp_path / "wrong.parquet"
     _written(path, rows)
     with pytest.raises(UserError, match=line) as caught:
-        open_table(path)
+        open_label_table(path)
     assert "\n" not in str(caught.value)
 
 
@@ -67,21 +72,21 @@ def _written(path: Path, rows: pl.DataFrame) -> None:
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.parquet"
     with pytest.raises(UserError, match=r"no label table at .*one\.parquet: make it with embrm"):
-        open_table(path)
+        open_label_table(path)
     path.write_text("pair_id,label")
     with pytest.raises(UserError, match="is not a whole Parquet file"):
-        open_table(path)
+        open_label_table(path)
     ROWS.write_parquet(path)
     with pytest.raises(UserError, match="is no label table"):
-        open_table(path)
+        open_label_table(path)
     ROWS.write_parquet(path, metadata={"embrm": "[1]"})
     with pytest.raises(UserError, match="is no label table"):
-        open_table(path)
+        open_label_table(path)
     _written(path, ROWS)
     with pytest.raises(UserError, match="is not as it was written"):
-        open_table(path)
-    write_table(path, LabelTable("labels", ROWS, MADE))
+        open_label_table(path)
+    write_label_table(path, LabelTable("labels", ROWS, MADE))
     with pytest.raises(UserError, match="holds labels, not strengths: make them with embrm labels"):
-        read_table(path, "strengths")
+        read_label_table(path, "strengths")
     with pytest.raises(UserError, match=r"a label table is a \.parquet file"):
-        write_table(tmp_path / "one.csv", LabelTable("labels", ROWS, MADE))
+        write_label_table(tmp_path / "one.csv", LabelTable("labels", ROWS, MADE))

@@ -13,7 +13,7 @@ from embrm.training.heads import (
     Parameters,
     Preprocess,
     initialise,
-    score,
+    score_states,
     stack,
 )
 from embrm.training.states import States
@@ -34,7 +34,7 @@ def preprocessing(seed: int) -> Preprocess:
 
 
 def rewards(parameters: Parameters, preprocess: Preprocess, states: torch.Tensor) -> torch.Tensor:
-    return score(parameters, preprocess, States(states), torch.arange(len(states))).mean(0)
+    return score_states(parameters, preprocess, States(states), torch.arange(len(states))).mean(0)
 
 
 @given(

@@ -27,7 +27,7 @@ from embrm.extraction.probe import probe
 from embrm.extraction.run import extract
 from embrm.extraction.transformers_engine import load_engine
 from embrm.extraction.vllm_engine import VllmEngine, load_vllm
-from embrm.extraction.vllm_worker import Extension, deserialize, load_head, serialize
+from embrm.extraction.vllm_worker import WorkerExtension, deserialize, load_head, serialize
 from embrm.lm.head import LmHead
 
 BLOCK = 8
@@ -69,7 +69,7 @@ class StandIn:
         ).eval()
         self.pooler, self.seen = Pooler(), set()
         self.calls: list[tuple[int, int]] = []
-        worker = Extension()
+        worker = WorkerExtension()
         worker.model_runner = SimpleNamespace(get_model=lambda: self.worker_model())
         self.worker = worker
 

@@ -13,7 +13,7 @@ from toy_cache import toy_cache
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
-from embrm.data.label_tables import LabelTable, write_table
+from embrm.data.label_tables import LabelTable, write_label_table
 from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
@@ -27,9 +27,9 @@ from embrm.sweeps.material import laid_out
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.selection import select
 from embrm.sweeps.spec import Configuration, RunSpec, Selection, runs
-from embrm.sweeps.training import as_trained, resample, with_rules
+from embrm.sweeps.training import as_trained, bootstrap_rows, with_rules
 from embrm.sweeps.views import open_view
-from embrm.training.heads import score
+from embrm.training.heads import score_states
 from embrm.training.states import States
 
 HEAD = """
@@ -98,7 +98,7 @@ def heads(cache: Path, run: SavedRun) -> np.ndarray:
     """Rewards of every response of the cache under each member, float64 [members, n]."""
     states = States(open_view(open_cache(cache), run.spec.state).read())
     rows = torch.arange(len(states.values))
-    return score(run.parameters, run.preprocess, states, rows).double().numpy()
+    return score_states(run.parameters, run.preprocess, states, rows).double().numpy()
 
 
 def trained_on(training: pl.DataFrame) -> np.ndarray:
@@ -220,7 +220,7 @@ def test_a_resample_draws_whole_prompts_with_replacement(training: pl.DataFrame)
     table = as_trained(with_rules(training, [spec]), spec)
     count, unique = table["prompt_id"].n_unique(), []
     for seed in range(200):
-        rows = resample(table, seed)
+        rows = bootstrap_rows(table, seed)
         assert (np.diff(rows) >= 0).all()
         times = np.bincount(rows, minlength=len(table))
         of_prompt = (
@@ -230,16 +230,19 @@ def test_a_resample_draws_whole_prompts_with_replacement(training: pl.DataFrame)
         assert of_prompt["times"].explode().sum() == count
         unique.append((of_prompt["times"].explode() > 0).mean())
     assert np.mean(unique) == pytest.approx(1 - (1 - 1 / count) ** count, abs=0.01)
-    assert np.array_equal(resample(table, 5), resample(table, 5))
-    assert not np.array_equal(resample(table, 5), resample(table, spec.member(1).seed + 5))
+    assert np.array_equal(bootstrap_rows(table, 5), bootstrap_rows(table, 5))
+    assert not np.array_equal(
+        bootstrap_rows(table, 5), bootstrap_rows(table, spec.member(1).seed + 5)
+    )
     other = spec.model_copy(update={"label_noise": 0.3})
     assert np.array_equal(
-        resample(as_trained(with_rules(training, [other]), other), 5), resample(table, 5)
+        bootstrap_rows(as_trained(with_rules(training, [other]), other), 5),
+        bootstrap_rows(table, 5),
     )
     # A fold's prompts are resampled among themselves.
     fold = spec.model_copy(update={"fold": "0/2"})
     some = as_trained(with_rules(training, [fold]), fold)
-    assert resample(some, 5).max() < len(some)
+    assert bootstrap_rows(some, 5).max() < len(some)
 
 
 def test_a_member_is_trained_as_on_pairs_weighted_by_how_often_they_were_drawn(
@@ -253,10 +256,10 @@ def test_a_member_is_trained_as_on_pairs_weighted_by_how_often_they_were_drawn(
     text += '[[runs]]\nname = "bagged"\nmembers = 2\nbootstrap = true\n'
     made = {"rule": "test", "parameters": {}, "cache_id": "c", "embrm": "0"}
     for number, seed in enumerate(seeds):
-        times = np.bincount(resample(table, seed), minlength=len(table)).astype(float)
+        times = np.bincount(bootstrap_rows(table, seed), minlength=len(table)).astype(float)
         rows = table.select("pair_id", weight=pl.Series(times))
         path = tmp_path / f"{number}.parquet"
-        write_table(path, LabelTable("labels", rows, made))
+        write_label_table(path, LabelTable("labels", rows, made))
         text += f'[[runs]]\nname = "{number}"\nlabels = "{path}"\n'
     spec = tmp_path / "s.toml"
     spec.write_text(text)

@@ -24,7 +24,15 @@ from embrm.sweeps.geometry import Geometry, Sample, reward_positions
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run, RunSpec, Selection, SweepSpec, configurations, runs
-from embrm.training.heads import UP, Parameters, Preprocess, adapted, initialise, score, stack
+from embrm.training.heads import (
+    UP,
+    Parameters,
+    Preprocess,
+    adapted,
+    initialise,
+    score_states,
+    stack,
+)
 from embrm.training.states import States
 
 NONE = Preprocess(None, None)
@@ -68,7 +76,8 @@ class Setting:
         states = States(self.X)
         every = torch.arange(N)
         rewards = {
-            run_id: score(own, NONE, states, every).mean(0).numpy() for run_id, own in heads.items()
+            run_id: score_states(own, NONE, states, every).mean(0).numpy()
+            for run_id, own in heads.items()
         }
         table = geometry.measure(
             spec(**fields),
@@ -289,7 +298,9 @@ def test_the_training_responses_are_sampled_as_a_split(swept: Path, cache: Path)
     rows = sample(np.unique(trained_on.select("chosen", "rejected").to_numpy().astype(np.int64)))
     states = States(to_tensor(source.stored_states("last")))
     saved = load_run(swept, row["run_id"])
-    reward = score(saved.parameters, saved.preprocess, states, torch.from_numpy(rows))[0].numpy()
+    reward = score_states(saved.parameters, saved.preprocess, states, torch.from_numpy(rows))[
+        0
+    ].numpy()
     S = source.responses["S"].to_numpy()[rows]
     found = results.geometry.filter(run_id=row["run_id"], split="train").row(0, named=True)
     assert found["responses"] == 256

@@ -11,7 +11,7 @@ from toy_groups import toy_groups
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
-from embrm.data.label_tables import LabelTable, read_table, write_table
+from embrm.data.label_tables import LabelTable, read_label_table, write_label_table
 from embrm.data.splits import folds, holdout
 from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
@@ -36,7 +36,7 @@ name = "bt"
 
 
 def _table(path: Path, rows: pl.DataFrame) -> Path:
-    write_table(path, LabelTable("labels", rows, MADE))
+    write_label_table(path, LabelTable("labels", rows, MADE))
     return path
 
 
@@ -267,9 +267,10 @@ def test_annotations_follow_gold_and_report_their_error(tmp_path: Path, cache: P
     assert set(good.labels.rows["label"]) == {1.0}
     assert poor.error == pytest.approx(poor.expected, abs=0.06)
     assert poor.error == pytest.approx((poor.labels.rows["label"] == 0).mean())
-    write_table(tmp_path / "poor.parquet", poor.labels)
+    write_label_table(tmp_path / "poor.parquet", poor.labels)
     assert (
-        read_table(tmp_path / "poor.parquet", "labels").provenance["parameters"]["quality"] == 0.5
+        read_label_table(tmp_path / "poor.parquet", "labels").provenance["parameters"]["quality"]
+        == 0.5
     )
     spec.write_text(
         spec.read_text().replace(

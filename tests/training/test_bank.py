@@ -21,7 +21,7 @@ from embrm.training.adamw import AdamW, rate
 from embrm.training.bank import train
 from embrm.training.curve import TrainedRun
 from embrm.training.data import TrainingData
-from embrm.training.heads import HeadSpec, score
+from embrm.training.heads import HeadSpec, score_states
 from embrm.training.pairs import Pairs
 from embrm.training.spec import TrainSpec
 from embrm.training.states import States
@@ -59,7 +59,7 @@ def _data(
 
 def _rewards(result: TrainedRun, data: TrainingData) -> torch.Tensor:
     rows = torch.arange(len(data.states.values))
-    return score(result.parameters, result.preprocess, data.states, rows)[0]
+    return score_states(result.parameters, result.preprocess, data.states, rows)[0]
 
 
 def _bits(result: TrainedRun) -> Any:

@@ -24,7 +24,7 @@ from embrm.training.heads import (
     initialise,
     pair_rewards,
     rewards,
-    score,
+    score_states,
     stack,
 )
 from embrm.training.states import States
@@ -262,7 +262,7 @@ def test_scoring_takes_any_number_of_rows() -> None:
     states = torch.randn(5000, 3).bfloat16()
     bank = _bank(HeadSpec(), 3, 2)
     rows = torch.arange(5000).flip(0)
-    whole = score(bank, Preprocess(None, None), States(states), rows)
+    whole = score_states(bank, Preprocess(None, None), States(states), rows)
     assert whole.shape == (2, 5000)
     torch.testing.assert_close(whole.flip(1), bank["output.weight"] @ states.float().T)
-    assert score(bank, Preprocess(None, None), States(states), rows[:0]).shape == (2, 0)
+    assert score_states(bank, Preprocess(None, None), States(states), rows[:0]).shape == (2, 0)

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter
 from embrm.core.errors import UserError
 from embrm.training.bank import train
 from embrm.training.data import TrainingData
-from embrm.training.heads import REWARDS, score
+from embrm.training.heads import REWARDS, score_states
 from embrm.training.learner_specs import GradientBoosting, Learner, Logistic, Ridge
-from embrm.training.learners import Gold, boosting, ends, fit, logistic, ridge
+from embrm.training.learners import Gold, boosting, ends, fit, fit_logistic, ridge
 from embrm.training.pairs import Pairs
 from embrm.training.spec import TrainSpec
 from embrm.training.states import States
@@ -93,11 +93,11 @@ def test_logistic_has_no_slope_left_whatever_the_scale() -> None:
     random = np.random.default_rng(3)
     X = random.standard_normal((200, 5)) * [1e-3, 1, 30, 1, 1]
     weight, C = random.random(200), 10.0
-    w, _, _ = logistic(C, X.copy(), weight)
+    w, _, _ = fit_logistic(C, X.copy(), weight)
     slope = w - C * X.T @ (weight / (1 + np.exp(X @ w)))
     assert np.abs(slope).max() < 1e-4 * C * np.abs(X.T @ weight).max()
     with pytest.raises(UserError, match="one training pair"):
-        logistic(1.0, X[:1], weight[:1])
+        fit_logistic(1.0, X[:1], weight[:1])
 
 
 @pytest.mark.parametrize("width", [5, 300])  # fewer components than rows, and more
@@ -122,7 +122,7 @@ def test_ridge_reads_gold_alone_and_its_head_orders_by_it() -> None:
     ]
     assert torch.equal(one.parameters["output.weight"], two.parameters["output.weight"])
     assert two.curve[0]["validation_nll"] is None
-    rewards = score(one.parameters, one.preprocess, data.states, torch.arange(700))[0]
+    rewards = score_states(one.parameters, one.preprocess, data.states, torch.arange(700))[0]
     expected = data.states.values[:, 1] * 5
     torch.testing.assert_close(rewards - rewards[0], expected - expected[0], rtol=1e-4, atol=1e-4)
 
@@ -157,7 +157,7 @@ def test_boosting_is_sklearns_on_the_ends_and_rewards_every_response() -> None:
     nll = -np.log(np.concatenate([chance[pairs.chosen, 1], chance[pairs.rejected, 0]])).mean()
     assert result.curve[0]["train_loss"] == pytest.approx(nll, rel=1e-5)
     some = torch.tensor([3, 600, 3])
-    assert torch.equal(score(result.parameters, result.preprocess, data.states, some)[0],
+    assert torch.equal(score_states(result.parameters, result.preprocess, data.states, some)[0],
                        rewards[0, some])  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_a_fit_takes_no_more_room_than_it_says() -> None:
         try:
             own = X.copy()
             if isinstance(learner, Logistic):
-                logistic(learner.C, own, ones)
+                fit_logistic(learner.C, own, ones)
             elif isinstance(learner, Ridge):
                 ridge(learner.alpha, own, gold)
             else:
@@ -196,7 +196,7 @@ def test_a_fit_takes_no_more_room_than_it_says() -> None:
             tracemalloc.stop()
 
     vectors = 16 * 8 * rows  # of labels, weights, gradients and the like
-    logistic(1.0, X[:9].copy(), ones[:9])  # libraries set themselves up on first use
+    fit_logistic(1.0, X[:9].copy(), ones[:9])  # libraries set themselves up on first use
     boosting(GradientBoosting(**SMALL), 0, X[:99], gold[:99] > 0, ones[:99])
     for learner in (Logistic(kind="logistic"), Ridge(kind="ridge"), GradientBoosting(**SMALL)):
         assert taken(learner) < learner.room(rows, width) + vectors, learner

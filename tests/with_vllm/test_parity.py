@@ -174,7 +174,7 @@ def test_tensor_parallel_parity(
 def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(vllm_worker.Extension, "embrm_select", lambda *_: False)
+    monkeypatch.setattr(vllm_worker.WorkerExtension, "embrm_select", lambda *_: False)
     calls: list[tuple[int, int]] = []
     with vllm_engine(folders["llama"]) as engine:
         count_rows(engine, calls)

@@ -11,7 +11,9 @@ from embrm.results.ledger import Results, cache_of
 from embrm.sweeps.selection import evaluation_splits
 
 
-def reliability(results: Results, names: Sequence[str], cache: Path | None = None) -> pl.DataFrame:
+def measure_reliability(
+    results: Results, names: Sequence[str], cache: Path | None = None
+) -> pl.DataFrame:
     """Of the configurations `names`, all their finished seeds together, on every evaluation split
     with pairs.
 

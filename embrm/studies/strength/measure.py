@@ -18,7 +18,7 @@ from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.selection import select
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view
-from embrm.training.heads import score
+from embrm.training.heads import score_states
 from embrm.training.states import States
 
 DECILES = 10
@@ -120,7 +120,7 @@ def _judgements(
     chosen, rejected = places[: len(pairs)], places[len(pairs) :]
     differences, fold = [], []
     for member in members:
-        rewards = score(member.parameters, member.preprocess, states, rows).double()
+        rewards = score_states(member.parameters, member.preprocess, states, rows).double()
         differences.append((rewards[:, chosen] - rewards[:, rejected]).numpy())
         fold += [member.spec.fold_of[0]] * len(rewards)
     return np.concatenate(differences), np.array(fold, dtype=np.int64)

@@ -18,7 +18,7 @@ from embrm.training.heads.bank import (
     initialise,
     pair_rewards,
     rewards,
-    score,
+    score_states,
     slots_of,
     stack,
 )
@@ -50,7 +50,7 @@ __all__ = [
     "product",
     "register_head",
     "rewards",
-    "score",
+    "score_states",
     "slots_of",
     "stack",
 ]

@@ -94,7 +94,9 @@ def pair_rewards(
     return PairRewards(won - lost, total[totals], total[means].mean(1))
 
 
-def score(parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor) -> Tensor:
+def score_states(
+    parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor
+) -> Tensor:
     """Rewards float32 [P, n] of the states in `rows` int64 [n], without dropout, on the CPU.
 
     Rows in ascending order are read fastest. Where the parameters are `REWARDS`, `rows` are

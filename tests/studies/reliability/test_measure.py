@@ -13,7 +13,7 @@ from embrm.core.errors import UserError
 from embrm.metrics.reliability import FEW
 from embrm.reports.run import report
 from embrm.results.ledger import open_results
-from embrm.studies.reliability.measure import reliability
+from embrm.studies.reliability.measure import measure_reliability
 from embrm.studies.reliability.table import reliability_figure, reliability_tables
 from embrm.sweeps.execute import sweep
 
@@ -45,7 +45,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_bins_sum_to_the_errors_of_the_ledger(swept: Path) -> None:
     names = ["hinge[label_noise=0]", "bt[label_noise=0]"]
     results = open_results(swept)
-    found = reliability(results, names)
+    found = measure_reliability(results, names)
     assert set(found["split"]) == {*SCENARIOS}
     assert found["name"].unique(maintain_order=True).to_list() == names
     for name in names:
@@ -64,7 +64,7 @@ def test_no_temperature_no_second_curve(swept: Path) -> None:
     results = open_results(swept)
     ledger = results.ledger.with_columns(temperature=pl.lit(None, dtype=pl.Float64))
     unfitted = type(results)(**{**vars(results), "ledger": ledger})
-    assert not reliability(unfitted, ["bt[label_noise=0]"])["at_temperature"].any()
+    assert not measure_reliability(unfitted, ["bt[label_noise=0]"])["at_temperature"].any()
 
 
 def test_the_report_shows_scenarios_noise_and_reliability(swept: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_report_shows_scenarios_noise_and_reliability(swept: Path, tmp_path:
     assert content["scenarios"] == list(SCENARIOS)
     with pytest.raises(UserError, match="nowhere"):
         report(swept, cache=tmp_path / "nowhere", out=tmp_path)
-    again = reliability(open_results(swept), [best, "bt[label_noise=0]"])
+    again = measure_reliability(open_results(swept), [best, "bt[label_noise=0]"])
     if best != "bt[label_noise=0]":
         assert again.equals(found.reliability)
 
@@ -104,7 +104,7 @@ def test_the_figure_draws_the_bins(swept: Path) -> None:
     comparison = compare_tables(
         "s", results.ledger, results.prompts, results.outcomes, ["prompt", "mutual"], name
     )
-    found = reliability(results, [name]).filter(pl.col("split").is_in(comparison.splits))
+    found = measure_reliability(results, [name]).filter(pl.col("split").is_in(comparison.splits))
     found = found.with_columns(prompts=pl.lit(FEW))  # so few prompts have no bin with an interval
     draw = reliability_figure(found, comparison)
     assert draw is not None
