@@ -14,7 +14,7 @@ from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.table import Table, escape, markdown
 from embrm.reports.figures import figures
-from embrm.reports.tables import further_tables, main_tables
+from embrm.reports.tables import markdown_tables, terminal_tables
 from embrm.results.comparison import Comparison, compare_results
 from embrm.results.ledger import Results, open_results
 from embrm.studies.confirmation.measure import Confirmation
@@ -28,9 +28,9 @@ from embrm.studies.reliability.measure import measure_reliability
 from embrm.studies.reliability.table import CAPTION as RELIABILITY
 from embrm.studies.reliability.table import reliability_figure, reliability_tables, reliable_names
 from embrm.studies.robustness.noise import CAPTION as NOISE
-from embrm.studies.robustness.noise import noise_figure, noise_tables
+from embrm.studies.robustness.noise import noise_figure
 from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
-from embrm.studies.robustness.scenarios import scenario_figure, scenario_tables
+from embrm.studies.robustness.scenarios import scenario_figure
 
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
@@ -86,13 +86,8 @@ def report(
     comparison = compare_results(results, rank_by=rank_by, baseline=baseline)
     reliable, notes = _reliability(results, comparison, cache)
     images = _images(results, comparison, reliable, top)
-    shown = main_tables(comparison, top)
-    further = [
-        *scenario_tables(comparison, top),
-        *noise_tables(comparison, top),
-        *further_tables(comparison, top),
-        *reliability_tables(reliable),
-    ]
+    shown = terminal_tables(comparison, top)
+    further = [*markdown_tables(comparison, top), *reliability_tables(reliable)]
     out = out or folder
     contents = {
         "report.md": _markdown(comparison, [*shown, *further], images, notes),

@@ -9,7 +9,7 @@ from rich.console import Console
 from small_sweep import SKILL, SPLITS, compare_tables, small_geometry, small_sweep
 
 from embrm.core.table import Table, escape, markdown, terminal
-from embrm.reports.tables import further_tables, main_tables
+from embrm.reports.tables import markdown_tables, terminal_tables
 from embrm.results.comparison import Comparison
 
 SWEEP = small_sweep()
@@ -28,7 +28,7 @@ def cells(text: str) -> list[str]:
 
 
 def test_ranking_rows() -> None:
-    ranking = main_tables(COMPARISON, top=10)[0]
+    ranking = terminal_tables(COMPARISON, top=10)[0]
     assert [row[1] for row in ranking.rows] == [
         *COMPARISON.ranking["name"],
         "(longer is better)",
@@ -49,23 +49,25 @@ def test_ranking_rows() -> None:
 
 
 def test_top_keeps_the_baseline() -> None:
-    for table in main_tables(COMPARISON, top=1):
+    for table in terminal_tables(COMPARISON, top=1):
         if table.columns[0] == "configuration" and "minus" not in table.title:
             assert [row[0] for row in table.rows][:2] == ["bsr[lr=0.01]", "bt"]
-    assert "2 more configurations" in main_tables(COMPARISON, top=1)[0].note
+    assert "2 more configurations" in terminal_tables(COMPARISON, top=1)[0].note
 
 
 def test_one_seed_is_marked() -> None:
     sweep = small_sweep(seeds=1)
     comparison = compare_tables("one", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, "bt")
-    ranking = main_tables(comparison, top=4)[0]
+    ranking = terminal_tables(comparison, top=4)[0]
     assert ranking.rows[0][2] == "1*"
     assert "* one seed" in ranking.note
-    assert "* one seed" not in main_tables(COMPARISON, top=4)[0].note
+    assert "* one seed" not in terminal_tables(COMPARISON, top=4)[0].note
 
 
 def test_differences_agree_with_the_comparison() -> None:
-    table = next(t for t in main_tables(COMPARISON, 9) if t.title == "Accuracy % minus bt by split")
+    table = next(
+        t for t in terminal_tables(COMPARISON, 9) if t.title == "Accuracy % minus bt by split"
+    )
     row = next(row for row in table.rows if row[0] == "bad")
     for split, cell in zip(table.columns[1:], row[1:], strict=True):
         score = COMPARISON.scores.filter(split=split, name="bad", metric="accuracy")
@@ -100,7 +102,7 @@ def test_headers_stand_on_their_numbers() -> None:
 def test_calibration_fits_eighty_columns() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", LONG))
     comparison = compare_tables("long", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
-    table = main_tables(comparison, 9)[-1]
+    table = terminal_tables(comparison, 9)[-1]
     text = shown(table, width=80)
     assert table.rows[-1][:2] == ("4", LONG)
     assert "4 weight-decay[state=mean," in text
@@ -110,7 +112,7 @@ def test_calibration_fits_eighty_columns() -> None:
 
 
 def test_epoch_limits_are_marked_and_explained() -> None:
-    assert "epoch limit" not in main_tables(COMPARISON, 9)[0].note
+    assert "epoch limit" not in terminal_tables(COMPARISON, 9)[0].note
 
     def ranking(*names: str) -> Table:
         reached = pl.when(pl.col("config").is_in(names))
@@ -118,7 +120,7 @@ def test_epoch_limits_are_marked_and_explained() -> None:
             epochs=reached.then(9).otherwise("epochs"),
             best_epoch=reached.then(8).otherwise("best_epoch"),
         )
-        return main_tables(
+        return terminal_tables(
             compare_tables("x", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt"), 9
         )[0]
 
@@ -131,12 +133,14 @@ def test_epoch_limits_are_marked_and_explained() -> None:
 
 
 def test_the_ranking_ends_with_the_way_to_scores() -> None:
-    note = main_tables(COMPARISON, 9)[0].note
+    note = terminal_tables(COMPARISON, 9)[0].note
     command = "embrm scores FOLDER bsr[lr=0.01]-0 --out scores.parquet"
     assert note.endswith(f"Scores of its pairs: {command}")
 
 
-@pytest.mark.parametrize("table", main_tables(COMPARISON, 9), ids=lambda table: table.title[:30])
+@pytest.mark.parametrize(
+    "table", terminal_tables(COMPARISON, 9), ids=lambda table: table.title[:30]
+)
 def test_terminal_shows_every_cell_without_reading_markup(table: Table) -> None:
     text = shown(table, width=200)
     for row in table.rows:
@@ -154,7 +158,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
         for table in (SWEEP.prompts, SWEEP.outcomes)
     )
     comparison = compare_tables("wide", SWEEP.ledger, prompts, outcomes, long[:8], "bt")
-    tables = main_tables(comparison, 9)
+    tables = terminal_tables(comparison, 9)
     for table in tables:
         assert max(map(len, shown(table).splitlines())) <= 100
     matrix = next(table for table in tables if table.title == "Accuracy % by split")
@@ -162,13 +166,13 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
     for row in matrix.rows:
         assert all(cell in shown(matrix) for cell in row[1:])  # no number is broken in two
     more = compare_tables("wider", SWEEP.ledger, prompts, outcomes, long, "bt")
-    widths = [len(t.columns) for t in main_tables(more, 9) if t.title == "Accuracy % by split"]
+    widths = [len(t.columns) for t in terminal_tables(more, 9) if t.title == "Accuracy % by split"]
     assert widths == [7, 6]
 
 
 @pytest.mark.parametrize(
     "table",
-    [*main_tables(COMPARISON, 9), *further_tables(COMPARISON, 9)],
+    [*terminal_tables(COMPARISON, 9), *markdown_tables(COMPARISON, 9)],
     ids=lambda table: table.title[:30],
 )
 def test_markdown_is_a_rectangle_of_escaped_cells(table: Table) -> None:
@@ -188,10 +192,10 @@ def test_escaping() -> None:
 
 
 def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
-    titles = [table.title for table in further_tables(COMPARISON, 9)]
+    titles = [table.title for table in markdown_tables(COMPARISON, 9)]
     assert titles[0] == "Accuracy % by subset"
     assert "Calibration: ood/maths" in titles
-    subsets = further_tables(COMPARISON, 9)[0]
+    subsets = markdown_tables(COMPARISON, 9)[0]
     assert {row[1] for row in subsets.rows} == {"easy", "hard|er\x1b[31m"}
     assert "\x1b" not in markdown(subsets) + shown(subsets)
 
@@ -200,15 +204,15 @@ def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
     small = SWEEP.without(pl.col("split") == "ood/maths", pl.col("prompt_id") != "ood/maths 7")
     tables = small.ledger, small.prompts, small.outcomes
     one = compare_tables("one", *tables, SPLITS, "bt")
-    ranking = main_tables(one, 9)[0]
+    ranking = terminal_tables(one, 9)[0]
     assert ranking.title.endswith("mean over id, ood/chat_hard")
     assert "Left out of the mean, fewer than 2 prompts: ood/maths." in ranking.note
     assert "95 % intervals" in ranking.note
-    alone = main_tables(compare_tables("alone", *tables, ["ood/maths"], "bt"), 9)[0]
+    alone = terminal_tables(compare_tables("alone", *tables, ["ood/maths"], "bt"), 9)[0]
     assert "No intervals: too few prompts" in alone.note
     assert "95 %" not in alone.note
     assert "Left out" not in alone.note
-    assert "Left out" not in main_tables(COMPARISON, 9)[0].note
+    assert "Left out" not in terminal_tables(COMPARISON, 9)[0].note
 
 
 def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
@@ -219,7 +223,7 @@ def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
     undefined = pl.col("tau").list.eval(pl.element() * float("nan"))
     outcomes = outcomes.with_columns(pl.when(split="empty").then(undefined).otherwise("tau"))
     comparison = compare_tables("empty", SWEEP.ledger, prompts, outcomes, (*SPLITS, "empty"), "bt")
-    tables = {table.title: table for table in main_tables(comparison, 9)}
+    tables = {table.title: table for table in terminal_tables(comparison, 9)}
     assert tables["Evaluation splits"].rows[-1] == ("empty", "0", "0", "n/a", "0")
 
 
@@ -228,7 +232,7 @@ def calibration_without(temperature: pl.Expr) -> Table:
     calibrated = pl.col("^.*_calibrated@.*$")
     ledger = SWEEP.ledger.with_columns(pl.when(~temperature).then(calibrated))
     comparison = compare_tables("cold", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
-    return next(t for t in main_tables(comparison, 9) if t.title.startswith("Calibration"))
+    return next(t for t in terminal_tables(comparison, 9) if t.title.startswith("Calibration"))
 
 
 def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
@@ -264,8 +268,8 @@ def of_geometry(tables: list[Table]) -> list[Table]:
 
 def test_geometry_of_adapters_is_shown_on_train_and_out_of_distribution() -> None:
     comparison = measured(small_geometry())
-    trained, outside = of_geometry(main_tables(comparison, 9))
-    assert not of_geometry(further_tables(comparison, 9))
+    trained, outside = of_geometry(terminal_tables(comparison, 9))
+    assert not of_geometry(markdown_tables(comparison, 9))
     assert trained.title == "Geometry: train"
     assert outside.title == "Geometry: mean over ood/chat_hard, ood/maths"
     columns = ("norm", "CV", "effective rank", "drift", "drift token rows", "KL token rows")
@@ -278,26 +282,26 @@ def test_geometry_of_adapters_is_shown_on_train_and_out_of_distribution() -> Non
     assert by_name["bt"] == (*moved[:3], *["n/a"] * 4, *moved[7:])
     assert "an adapter may move it and leave token rows alone" in trained.note
     assert outside.note.startswith("n/a: drift is of adapters and fine-tunes")
-    everywhere = of_geometry(main_tables(measured(small_geometry(tuple(SKILL))), 9))
+    everywhere = of_geometry(terminal_tables(measured(small_geometry(tuple(SKILL))), 9))
     assert "n/a" not in "".join(table.note for table in everywhere)
-    few = of_geometry(main_tables(comparison, 1))
+    few = of_geometry(terminal_tables(comparison, 1))
     assert [row[1] for row in few[0].rows] == ["bsr[lr=0.01]", "bt"]
 
 
 def test_geometry_without_adapters_is_in_the_long_form_without_empty_columns() -> None:
     comparison = measured(small_geometry(adapters=()), splits=("id",))
-    assert not of_geometry(main_tables(comparison, 9))
-    found = of_geometry(further_tables(comparison, 9))
+    assert not of_geometry(terminal_tables(comparison, 9))
+    found = of_geometry(markdown_tables(comparison, 9))
     assert [table.title for table in found] == ["Geometry: train", "Geometry: id"]
     columns = ("#", "configuration", "norm", "CV", "effective rank", "corr length", "corr S")
     assert {table.columns for table in found} == {columns}
     assert "adapter" not in found[0].note + found[1].note
-    assert not of_geometry(further_tables(COMPARISON, 9))
+    assert not of_geometry(markdown_tables(COMPARISON, 9))
 
 
 def test_small_divergences_keep_their_digits_and_fit_eighty_columns() -> None:
     geometry = small_geometry(tuple(SKILL)).with_columns(kl_reward=pl.lit(3.21e-7))
-    table = of_geometry(main_tables(measured(geometry), 9))[0]
+    table = of_geometry(terminal_tables(measured(geometry), 9))[0]
     text = shown(table, width=80)
     assert "3.2e-07" in text
     assert all(cell in text for row in table.rows for cell in row[3:-1])
@@ -310,14 +314,14 @@ def test_leaks_are_counted() -> None:
     comparison = compare_tables(
         "leaky", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", leaked=leaked
     )
-    tables = {table.title: table for table in main_tables(comparison, 9)}
+    tables = {table.title: table for table in terminal_tables(comparison, 9)}
     without = tables["Accuracy % without prompts seen in training"]
     assert without.note == "Prompts: id: 2 removed, 58 left."
     assert tables["Evaluation splits"].rows[0][-1] == "2"
 
 
 def test_disagreement_is_shown_of_what_has_several_heads() -> None:
-    assert not any("Disagreement" in table.title for table in further_tables(COMPARISON, 9))
+    assert not any("Disagreement" in table.title for table in markdown_tables(COMPARISON, 9))
     several = pl.col("config").is_in(["bsr[lr=0.01]", "bad"]) & (pl.col("status") == "ok")
     ledger = SWEEP.ledger.with_columns(
         pl.when(several).then(0.1 * pl.col("seed")).alias("disagreement@id"),
@@ -325,10 +329,10 @@ def test_disagreement_is_shown_of_what_has_several_heads() -> None:
         pl.when(several).then(0.5).alias("disagreement@ood/maths"),
     )
     comparison = compare_tables("s", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
-    [table] = [t for t in further_tables(comparison, 9) if t.title.startswith("Disagreement")]
+    [table] = [t for t in markdown_tables(comparison, 9) if t.title.startswith("Disagreement")]
     assert table.columns == ("configuration", "id", "ood/maths")
     assert table.rows == (
         ("bsr[lr=0.01]", "0.100 / 0.750", "0.500 / n/a"),
         ("bad", "0.050 / 0.750", "0.500 / n/a"),  # its last seed diverged
     )
-    assert not any("Disagreement" in table.title for table in main_tables(comparison, 9))
+    assert not any("Disagreement" in table.title for table in terminal_tables(comparison, 9))

@@ -1,0 +1,105 @@
+"""Geometry of the hidden states that the reward reads, and how far adapters moved them."""
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from embrm.core.formatting import MISSING, number_text, small_text
+from embrm.core.table import Table
+from embrm.metrics.geometry import SAMPLE
+from embrm.reports.sections.layout import mean_over_splits, splits_label
+from embrm.results.comparison import Comparison
+
+_COLUMNS = {
+    "norm": "norm",
+    "CV": "norm_cv",
+    "effective rank": "effective_rank",
+    "drift": "drift",
+    "drift token rows": "drift_tokens",
+    "KL token rows": "kl_tokens",
+    "KL reward position": "kl_reward",
+    "corr length": "corr_length",
+    "corr S": "corr_S",
+}
+"""Column of the table → measure of `embrm.metrics.geometry`."""
+
+_OF_ANY_SIZE = ("norm_cv", "kl_tokens", "kl_reward")
+"""Measures that may be tiny: shown with two significant digits, not three decimals."""
+
+_MOVED = (
+    "Compare drift with drift at token rows: regularizers act there, before the last token, and "
+    "the reward reads the last, so an adapter may move it and leave token rows alone. KL, in nats, "
+    "is near 0 wherever the next token is certain, as it often is at the reward position."
+)
+_NOT_MOVED = (
+    "n/a: drift is of adapters and fine-tunes, KL of adapters; token rows must be in the cache; KL "
+    "at the reward position is of state = last."
+)
+_SAMPLED = (
+    f"On at most {SAMPLE} responses a split, whose number bounds the effective rank; what does not "
+    "say token rows is of the states that the reward reads."
+)
+
+
+def moved_geometry_tables(comparison: Comparison, top: int) -> list[Table]:
+    """The tables of a sweep in which an adapter or a fine-tune moved the states."""
+    return _tables(comparison, comparison.best(top)) if _states_moved(comparison) else []
+
+
+def unmoved_geometry_tables(comparison: Comparison, top: int) -> list[Table]:
+    """The tables of a sweep in which all states are as they were extracted."""
+    return [] if _states_moved(comparison) else _tables(comparison, comparison.best(top))
+
+
+def _states_moved(comparison: Comparison) -> bool:
+    geometry = comparison.geometry
+    return not geometry.is_empty() and geometry["drift"].null_count() < geometry.height
+
+
+def _tables(comparison: Comparison, shown: list[str]) -> list[Table]:
+    """One of the training responses, one of the splits named ood... (else the ranked splits)."""
+    if comparison.geometry.is_empty():
+        return []
+    outside = tuple(split for split in comparison.splits if split.startswith("ood"))
+    trained = _table(comparison, shown, (comparison.trained_on,))
+    evaluated = _table(comparison, shown, outside or comparison.ranked_splits)
+    return [trained, evaluated]
+
+
+def _table(comparison: Comparison, shown: list[str], splits: Sequence[str]) -> Table:
+    ranks = dict(comparison.ranking.select("name", "rank").iter_rows())
+    measures = comparison.geometry.filter(
+        pl.col("split").is_in(splits), pl.col("name").is_in(shown)
+    )
+    columns = {
+        label: name
+        for label, name in _COLUMNS.items()
+        if measures[name].null_count() < measures.height
+    }
+    rows = []
+    for name in shown:
+        own = measures.filter(pl.col("name") == name)
+        values = {column: mean_over_splits(own[column]) for column in columns.values()}
+        rows.append(
+            (
+                str(ranks[name] or ""),
+                name,
+                *(
+                    small_text(value) if column in _OF_ANY_SIZE else number_text(value)
+                    for column, value in values.items()
+                ),
+            )
+        )
+    if splits == (comparison.trained_on,):
+        notes = [_MOVED] if "drift token rows" in columns else []
+    else:
+        notes = [_NOT_MOVED] if any(MISSING in row for row in rows) else []
+        notes.append(_SAMPLED)
+    return Table(
+        f"Geometry: {splits_label(splits)}",
+        ("#", "configuration", *columns),
+        tuple(rows),
+        " ".join(notes),
+        left=2,
+        wide=("norm", "corr S"),
+    )
