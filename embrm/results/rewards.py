@@ -1,6 +1,6 @@
 """Rewards of a cache's responses under stored runs, computed again from the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +105,22 @@ def rewarded(
 ) -> NDArray[np.float32]:
     """Rewards float32 [runs, n] of the cache's responses `rows` int64 [n], which are ascending.
 
-    Every view is read once, for all runs that use it.
+    The heads of a run are combined as its spec says.
     """
     rewards = np.empty((len(runs), len(rows)), np.float32)
+    for place, heads in head_rewards(cache, runs, rows):
+        rewards[place] = runs[place].combination(heads).numpy()
+    return rewards
+
+
+def head_rewards(
+    cache: Cache, runs: Sequence[SavedRun], rows: NDArray[np.int64]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the index of each run and the rewards of its heads, float32 [heads, n].
+
+    rows: int64 [n], ascending rows of the cache's responses. Runs come grouped by their view of the
+    states, because every view is read only once.
+    """
     for name in sorted({run.spec.state for run in runs}):
         parts, first = [], 0
         for shard in open_view(cache, name).shards():
@@ -119,6 +132,4 @@ def rewarded(
             if run.spec.state == name:
                 # Runs without weights store rewards of all responses of the cache.
                 at = torch.from_numpy(rows) if REWARDS in run.parameters else every
-                heads = score_states(run.parameters, run.preprocess, states, at)
-                rewards[place] = run.combination(heads).numpy()
-    return rewards
+                yield place, score_states(run.parameters, run.preprocess, states, at)

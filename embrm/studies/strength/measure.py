@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 
 from embrm import __version__
@@ -14,12 +13,10 @@ from embrm.core.errors import UserError, nearest
 from embrm.data.label_tables import LabelTable
 from embrm.data.splits import folds
 from embrm.results.ledger import Results, cache_of, open_results
+from embrm.results.rewards import head_rewards
 from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.selection import select
 from embrm.sweeps.training import as_trained, with_rules
-from embrm.sweeps.views import open_view
-from embrm.training.heads import score_states
-from embrm.training.states import States
 
 DECILES = 10
 
@@ -46,7 +43,7 @@ def strengths(
     training, _ = select(source, results.spec.selection(results.cache_id))
     training = training.with_columns(gold="margin")  # a label table may have other margins
     pairs = as_trained(with_rules(training, [spec]), spec)
-    differences, fold = _judgements(source, members, pairs)
+    differences, fold = _differences(source, members, pairs)
     judged = np.ones(differences.shape, np.bool_)
     if out_of_fold:
         judged = fold[:, None] == folds(pairs["prompt_id"], members[0].spec.fold_of[1])
@@ -107,22 +104,19 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
     return members
 
 
-def _judgements(
-    cache: Cache, members: Sequence[SavedRun], pairs: pl.DataFrame
+def _differences(
+    cache: Cache, runs: Sequence[SavedRun], pairs: pl.DataFrame
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Reward differences chosen minus rejected of every head, float64 [heads, pairs], and the fold
-    that each head has not seen, int64 [heads]."""
-    states = States(open_view(cache, members[0].spec.state).read())
-    ends = [
-        torch.from_numpy(pairs[side].to_numpy().astype(np.int64)) for side in ("chosen", "rejected")
-    ]
-    rows, places = torch.cat(ends).unique(return_inverse=True)
-    chosen, rejected = places[: len(pairs)], places[len(pairs) :]
+    """The reward difference Δ = r(chosen) - r(rejected) of every head on every pair, float64
+    [heads, pairs], and the fold that each head was not trained on, int64 [heads]."""
+    ends = pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
+    rows, places = np.unique(ends, return_inverse=True)
+    chosen, rejected = places.reshape(ends.shape).T
     differences, fold = [], []
-    for member in members:
-        rewards = score_states(member.parameters, member.preprocess, states, rows).double()
-        differences.append((rewards[:, chosen] - rewards[:, rejected]).numpy())
-        fold += [member.spec.fold_of[0]] * len(rewards)
+    for place, rewards in head_rewards(cache, runs, rows):
+        wide = rewards.double().numpy()
+        differences.append(wide[:, chosen] - wide[:, rejected])
+        fold += [runs[place].spec.fold_of[0]] * len(rewards)
     return np.concatenate(differences), np.array(fold, dtype=np.int64)
 
 
