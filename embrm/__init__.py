@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         open_cache,
         plan_extraction,
         probe,
+        probe_regularizers,
         verify,
     )
     from embrm.api.labels import annotate_labels, measure_strengths, read_labels, remedy_labels
@@ -44,7 +45,7 @@ __version__ = "0.4.0"
 _MODULES = {
     "api.caches": (
         *("adopt", "extract", "extract_shard", "list_caches", "merge", "open_cache"),
-        *("plan_extraction", "probe", "verify"),
+        *("plan_extraction", "probe", "probe_regularizers", "verify"),
     ),
     "api.labels": ("annotate_labels", "measure_strengths", "read_labels", "remedy_labels"),
     "api.models": ("confirm", "export", "finetune", "score"),
@@ -85,6 +86,7 @@ __all__ = [
     "plan_extraction",
     "plan_sweep",
     "probe",
+    "probe_regularizers",
     "read_labels",
     "register_head",
     "register_loss",

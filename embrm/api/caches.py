@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from embrm.extraction.dry_run import DryRun
     from embrm.extraction.probe import ProbeResult
     from embrm.extraction.spec import ExtractSpec
+    from embrm.studies.estimators.measure import EstimatorErrors
 
 
 @public
@@ -227,3 +228,17 @@ def probe(
     from embrm.extraction.probe import probe as run
 
     return run(path(folder, "folder"), sample=sample, device=device, engine=engine)
+
+
+@public
+def probe_regularizers(
+    folder: AnyPath, *, sample: int = 64, target: float = 0.05
+) -> EstimatorErrors:
+    """Compare the regularizers' estimators with exact values over the whole vocabulary.
+
+    Twin of `embrm cache probe --regularizer`. target: relative error for which settings are
+    recommended.
+    """
+    from embrm.studies.estimators.measure import measure_estimators
+
+    return measure_estimators(path(folder, "folder"), sample=sample, target=target)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from embrm.cli.options import CacheFolder, Json
-from embrm.cli.printing import filled, print_lines, print_table, show
+from embrm.cli.printing import filled, print_lines, print_report, print_table, show
 from embrm.core.errors import UserError
 
 app = typer.Typer(
@@ -217,54 +217,12 @@ def cache_probe(
 
 
 def _probe_estimators(folder: Path, sample: int, target: float, as_json: bool) -> None:
-    from embrm.studies.estimators.measure import advice, measure_estimators
+    from embrm.studies.estimators.measure import measure_estimators
 
     result = measure_estimators(folder, sample=sample, target=target)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=1))
         return
+    from embrm.studies.estimators.table import estimator_tables, recommendations
 
-    def short(value: float | None) -> str:
-        return "n/a" if value is None else f"{value:.2g}"
-
-    print("top_k: probability of the tail, and relative errors of ℓ̃ - ℓ, of KL and of gradients")
-    print_table(
-        [
-            {
-                "drift": entry.drift,
-                "top_k": entry.top_k,
-                "tail mean": "yes" if entry.tail_mean else "no",
-                "tail": short(entry.tail),
-                "95 %": short(entry.tail_95),
-                "largest": short(entry.tail_max),
-                "ℓ̃ - ℓ": short(entry.change),
-                "gradient": short(entry.change_gradient),
-                "KL": short(entry.kl),
-                "its gradient": short(entry.kl_gradient),
-            }
-            for entry in result.truncation
-        ]
-    )
-    print("\ntoken_rows: standard error of a response's S̃ - S in one minibatch")
-    print_table(
-        [
-            {
-                "drift": entry.drift,
-                "token_rows": entry.token_rows,
-                "nats": short(entry.nats),
-                "relative": short(entry.relative),
-            }
-            for entry in result.sampling
-        ]
-    )
-    print(
-        f"\n{result.responses} responses, {result.rows:,} token rows, {result.vocabulary:,} "
-        f"tokens. For a relative error of {target:g} at drift {result.truncation[-1].drift:g}:"
-    )
-    grm = result.grm_top_k or f"none cached: {advice(result, 'grm')}"
-    preserve = result.preserve_top_k or f"none cached: {advice(result, 'preserve')}"
-    error = result.token_rows_error
-    known = "" if error is not None and error <= target else f", all cached: error {short(error)}"
-    print(f"grm-*: top_k = {grm}")
-    print(f"grm-*: token_rows = {result.token_rows}{known}")
-    print(f"preserve-*: top_k = {preserve}")
+    print_report(estimator_tables(result), (), recommendations(result))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from embrm.cli.options import (
     whole_numbers,
 )
 from embrm.cli.printing import cell_text, filled, print_report, print_table
-from embrm.core.errors import UserError, nearest
+from embrm.core.errors import UserError
 
 app = typer.Typer()
 
@@ -45,8 +44,6 @@ def replay(
 
     if (run is not None) + (sample is not None) + every != 1:
         raise UserError("replay needs one of --run ID, --sample N and --all")
-    # As an exception, so that the temporary copy of the states goes too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     result = run_replay(
         folder,
         run=run,
@@ -144,21 +141,16 @@ def scores(
     cache: MovedCache = None,
 ) -> None:
     """Write every pair's rewards under one run, in reward-bench's field names."""
-    import io
-
-    from embrm.core.files import write_bytes
     from embrm.results.rewards import scores as run_scores
+    from embrm.results.table_files import check_table_name, write_table
 
-    writers = {".parquet": "write_parquet", ".jsonl": "write_ndjson", ".csv": "write_csv"}
-    if out and out.suffix not in writers:
-        raise UserError(f"--out {out}: its name must end in {', '.join(writers)}")
+    if out:
+        check_table_name(out)
     table = run_scores(folder, run, cache)
-    content = io.BytesIO()
-    getattr(table, writers[out.suffix] if out else "write_ndjson")(content)
     if out is None:
-        sys.stdout.write(content.getvalue().decode())
+        sys.stdout.write(table.write_ndjson())
         return
-    write_bytes(out, content.getvalue())
+    write_table(out, table)
     print(f"wrote {out}: {table.height} pairs")
 
 
@@ -293,7 +285,10 @@ def score(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="A .parquet file of the pairs' rewards; groups go to NAME.members."),
+        typer.Option(
+            help="A .parquet, .jsonl or .csv file of the pairs' rewards; the members of groups go "
+            "to NAME.members beside it."
+        ),
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="A run's cache, if it has moved.")] = None,
     batch_tokens: Annotated[
@@ -307,16 +302,12 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score preference or group data with a reward model or a run."""
-    from embrm.core.files import write_bytes
     from embrm.data.sources import parse_source
     from embrm.exports.scoring import score as run_score
-    from embrm.sweeps.ledger import parquet
+    from embrm.results.table_files import check_table_name, write_table
 
-    if out and out.suffix != ".parquet":
-        raise UserError(f"--out {out}: its name must end in .parquet")
-    dtypes = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in dtypes:
-        raise UserError(f"--dtype {dtype!r}: {nearest(dtype, dtypes)}")
+    if out:
+        check_table_name(out)
     found = run_score(
         model,
         [parse_source(entry) for entry in data],
@@ -334,8 +325,8 @@ def score(
             print(f"left out: {count} {reason}")
     if out is None:
         return
-    tables = {out: found.pairs, out.with_suffix(".members.parquet"): found.members}
+    tables = {out: found.pairs, out.with_suffix(f".members{out.suffix}"): found.members}
     for path, table in tables.items():
         if table.height:
-            write_bytes(path, parquet(table))
+            write_table(path, table)
             print(f"wrote {path}: {table.height} rows", file=sys.stderr if as_json else sys.stdout)

@@ -1,7 +1,7 @@
 """Random numbers that depend on what they are for, and on nothing else.
 
 The random numbers behind a cache, a sweep and its intervals come from a counter-based Philox
-generator whose key is a digest of a name: the seed, the stage, and the id of what is drawn for. So
+generator whose key is made from a name: the seed, the stage, and the id of what is drawn for. So
 no result depends on the order in which runs, stages or prompts are processed, and equal names give
 equal numbers, which makes differences between runs of one seed less noisy (common random numbers).
 Two things draw from torch's own generator, seeded with the run's seed: the LoRA matrices of a

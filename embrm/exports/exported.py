@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from embrm.core.errors import UserError
+from embrm.core.errors import UserError, nearest
 from embrm.exports.model import has_linear_score, quiet
 from embrm.exports.modeling_embrm import EmbrmRewardModel
 from embrm.lm.loading import attention, find_device, longest
 from embrm.lm.tokens import Encoded, TokenPolicy, load_tokenizer, reason_of, token_policy
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 _CLASSIFIERS = ("ForSequenceClassification", EmbrmRewardModel.__name__)
 
@@ -89,6 +91,8 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
 
     Raises: UserError when it is not a reward model, is damaged, or has no pad token.
     """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype!r}: {nearest(dtype, _DTYPES)}")
     chosen = find_device(device)
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:

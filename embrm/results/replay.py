@@ -10,6 +10,7 @@ import polars as pl
 import torch
 
 from embrm.core.errors import UserError
+from embrm.core.interrupts import raised_interrupts
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.core.sampling import evenly_spaced
@@ -92,6 +93,7 @@ def replay(
     mode = "native" if why_unavailable(wanted) else wanted
     jobs = worker_count(jobs, mode)
     with (
+        raised_interrupts(),  # the temporary copy of the states is then removed
         workers(min(jobs, len(packs)), mode, modules_of(runs)) as running,
         tempfile.TemporaryDirectory() as name,
         laid_out(source, selection, runs, Path(name), memory=memory, jobs=jobs) as material,

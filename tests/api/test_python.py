@@ -224,6 +224,7 @@ def test_bad_input_is_one_line(
     refused(lambda: results.compare(gone), "no sweep results")
     refused(lambda: embrm.replay(results.folder, run="no@0"), "no@0")
     refused(lambda: embrm.suite_scores("rm-bench", gone), "must end in .parquet")
+    refused(lambda: embrm.probe_regularizers(gone), str(gone))
     refused(lambda: embrm.extract(out=gone), "model")
     refused(lambda: embrm.extract(model="m", data="x.jsonl"), "out (--out) is missing")
     refused(lambda: embrm.extract(model="m", data="x", out=gone, top_kk=3), "top_kk")

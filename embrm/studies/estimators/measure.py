@@ -9,7 +9,6 @@ float64 from cached states and the LM head, so that the language model is not ne
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from embrm.core.sampling import evenly_spaced
 from embrm.core.streams import stream
 from embrm.lm.head import LmHead
 from embrm.sweeps.mapped import in_memory
-from embrm.training.regularizers import WHOLE_VOCABULARY, divergence, log_probability_change, moved
+from embrm.training.regularizers import divergence, log_probability_change, moved
 from embrm.training.tokens import TokenStore
 
 DRIFTS = (0.01, 0.1)
@@ -134,19 +133,6 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
         token_rows_error=taken.relative,
         tail_mean=tail_mean,
     )
-
-
-def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:
-    """What to do for a regularizer for which no cached top_k is within the target, as a clause.
-
-    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact at δ = 0. They do not help ∂KL/∂δ, which vanishes at δ = 0 and
-    whose first order in δ depends on the covariance of the tail.
-    """
-    mean_helps = regularizer == "grm" and not errors.tail_mean
-    text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
-    if errors.vocabulary <= WHOLE_VOCABULARY:
-        text += f", or take 'all' {errors.vocabulary:,} tokens"
-    return text
 
 
 def _usable(cache: Cache) -> Cache:
