@@ -1,4 +1,4 @@
-"""Annotating a sweep's training pairs by their gold scores, with errors."""
+"""Label a sweep's training pairs by a simulated annotator that reads their gold scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,27 +17,30 @@ from embrm.sweeps.tables import read_tables
 
 @dataclass(frozen=True)
 class Annotation:
-    """error: share of the pairs with different gold scores whose label is wrong; expected: its
-    expectation over annotators."""
+    """The labels of one simulated annotator, and how often they are wrong."""
 
     labels: LabelTable
     error: float
+    """Share of wrong labels, among the pairs whose two gold scores differ."""
     expected: float
+    """Expectation of `error` over all annotators of the same quality."""
 
 
 def annotation(
     spec: SpecSource, cache: Path | None, *, quality: float, seed: int = 0
 ) -> Annotation:
-    """Labels of the training pairs of a sweep by a Boltzmann annotator of this quality.
+    """Label the training pairs of a sweep by a Boltzmann annotator, `annotators.win_probability`.
 
-    Gold differences are the pairs' margins, which pairs derived from groups have; the standard
-    deviation of gold is that of the train splits' members.
+    The gold difference of a pair is its margin, which pairs derived from groups have. It is divided
+    by the standard deviation of gold scores over the responses of the groups in the train splits.
 
-    Raises: UserError for what `prepare` refuses, no groups among the train splits, pairs without a
-    margin, constant gold, or a quality below 0.
+    Raises: UserError when `prepare_sweep` refuses the spec, the train splits have no groups, a pair
+    has no margin, all gold scores are equal, or quality is negative.
     """
     if not quality >= 0:
-        raise UserError(f"quality = {quality:g}: it is at least 0, where labels are coin flips")
+        raise UserError(
+            f"quality = {quality:g}: give a number of at least 0; labels are coin flips at 0"
+        )
     prepared = prepare_sweep(spec, cache, None)
     pairs, _ = select(prepared.cache, prepared.selection)
     members = read_tables(prepared.cache, prepared.spec.scenarios).members
@@ -46,13 +49,17 @@ def annotation(
     place = spec if isinstance(spec, Path) else "spec"
     if trained.is_empty() or pairs["margin"].null_count():
         raise UserError(
-            f"{place}: an annotator reads gold scores, and {where} has pairs without them: "
+            f"{place}: an annotator reads gold scores, but {where} has pairs without them: "
             "extract groups, with the columns prompt, response and gold"
         )
     gold = trained.unique("response", keep="first", maintain_order=True)["gold"]
     gold_sd = float(gold.to_numpy().std())
     if not gold_sd:
-        raise UserError(f"{place}: every gold score of {where} is {gold[0]:g}: annotate others")
+        raise UserError(
+            f"{place}: every gold score of {where} is {gold[0]:g}, so no response is better than "
+            "another: train on groups whose gold scores differ"
+        )
+
     labels = annotate(pairs, gold_sd, quality, seed)
     margin, label = pairs["margin"].to_numpy(), labels["label"].to_numpy()
     decided = margin != 0

@@ -232,7 +232,7 @@ def test_strength_refusals(swept: Results) -> None:
     for name, out_of_fold, line in (
         ("b", False, "no 'b' in .*: "),
         ("bt", True, "no folds of 'bt' in .*: add grid = { fold"),
-        ("folds[fold=0/3]", False, "left out a fold of its pairs: pass --out-of-fold"),
+        ("folds[fold=0/3]", False, "was trained without fold 0/3: pass --out-of-fold with the"),
     ):
         with pytest.raises(UserError, match=line.replace("[", r"\[").replace("{", r"\{")):
             strengths(swept.folder, name, out_of_fold=out_of_fold)
@@ -280,7 +280,7 @@ def test_annotations_follow_gold_and_report_their_error(tmp_path: Path, cache: P
     [first, _] = prepare_sweep(spec, groups, None).runs
     assert first.spec.labels.endswith(poor.labels.digest)
     spec.write_text(HEAD)
-    with pytest.raises(UserError, match="an annotator reads gold scores, and train has pairs"):
+    with pytest.raises(UserError, match="an annotator reads gold scores, but train has pairs"):
         annotation(spec, cache, quality=1)
-    with pytest.raises(UserError, match="quality = -1: it is at least 0"):
+    with pytest.raises(UserError, match="quality = -1: give a number of at least 0"):
         annotation(spec, cache, quality=-1)

@@ -1,4 +1,7 @@
-"""Strength of preference: what heads trained on the pairs say of each pair (arXiv 2401.06080)."""
+"""Measure the preference strength of training pairs with an ensemble of heads (arXiv 2401.06080).
+
+Weak and negative strengths point to wrong labels; `embrm.data.remedies` corrects labels by them.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,49 +22,57 @@ from embrm.sweeps.selection import select
 from embrm.sweeps.training import as_trained, with_rules
 
 DECILES = 10
+"""Number of groups of equal size that `with_decile` divides the pairs into."""
 
 
 def strengths(
     folder: Path, name: str, cache: Path | None = None, *, out_of_fold: bool = False
 ) -> LabelTable:
-    """Mean and population standard deviation of the members' reward differences, for every
-    training pair, in the direction of the label that they were trained on.
+    """Measure the preference strength of every training pair of the sweep in `folder`.
 
-    The members are the heads of all seeds of a configuration of the sweep in `folder`.
-    name: the configuration; out of fold, the entry whose grid is `fold`: there each pair is judged
-    by the heads that did not see its prompt. In sample, as in the paper, every head judges what
-    it was trained on.
-    cache: where the cache is now, if it has moved.
+    The ensemble is the heads of all seeds of the configuration `name`. The strength of a pair is
+    the mean over the heads of the reward difference Δ = r(chosen) - r(rejected), with the opposite
+    sign where the heads were trained to prefer the rejected response (label < 0.5). Its spread is
+    the population standard deviation of Δ over the heads.
 
-    Raises: UserError when there is no such configuration, one of its runs has no weights, a fold is
-    missing, or a pair has fewer than two members.
+    out_of_fold: evaluate each pair only by the heads that were not trained on its prompt. `name` is
+    then the entry of the spec whose grid lists every fold. Otherwise all heads evaluate all pairs,
+    those they were trained on included, as in the paper.
+    cache: the cache's current path, if it has moved.
+
+    Returns a label table of the kind "strengths" (see `embrm.data.label_tables`).
+    Raises: UserError when there is no such configuration, one of its runs has no weights, all seeds
+    share one fit, or fewer than two heads evaluate a pair, as when a fold is missing.
     """
     results = open_results(folder)
     members = _members(results, name, out_of_fold=out_of_fold)
     source = cache_of(results, cache)
     spec = members[0].spec.model_copy(update={"fold": None})
     training, _ = select(source, results.spec.selection(results.cache_id))
-    training = training.with_columns(gold="margin")  # a label table may have other margins
+    # Copied before the run's label table is applied, which may replace the margins.
+    training = training.with_columns(gold="margin")
     pairs = as_trained(with_rules(training, [spec]), spec)
     differences, fold = _differences(source, members, pairs)
-    judged = np.ones(differences.shape, np.bool_)
+    used = np.ones(differences.shape, np.bool_)
     if out_of_fold:
-        judged = fold[:, None] == folds(pairs["prompt_id"], members[0].spec.fold_of[1])
-    if judged.sum(0).min() < 2:
+        used = fold[:, None] == folds(pairs["prompt_id"], members[0].spec.fold_of[1])
+    fewest = used.sum(0).min()
+    if fewest < 2:
         raise UserError(
-            f"{name!r} in {folder}: some pairs are judged by {judged.sum(0).min()} heads: strength "
-            "and its spread need at least two, add seeds (and every fold)"
+            f"{name!r} in {folder}: some pairs are evaluated by {fewest} heads, but a strength "
+            "and its spread need at least 2: sweep it with more seeds"
+            f"{' and with every fold' if out_of_fold else ''}"
         )
-    mean = differences.mean(0, where=judged)
-    spread = np.sqrt(((differences - mean) ** 2).mean(0, where=judged))
-    side = np.where(pairs["label"].to_numpy() >= 0.5, 1.0, -1.0)
+    mean = differences.mean(0, where=used)
+    spread = np.sqrt(((differences - mean) ** 2).mean(0, where=used))
+    sign = np.where(pairs["label"].to_numpy() >= 0.5, 1.0, -1.0)
     rows = pairs.select(
         "pair_id",
         "prompt_id",
         "label",
-        strength=pl.Series(side * mean),
+        strength=pl.Series(sign * mean),
         spread=pl.Series(spread),
-        gold=pl.col("gold") * pl.Series(side),
+        gold=pl.col("gold") * pl.Series(sign),
     )
     provenance = {
         "rule": f"strength {'out of fold' if out_of_fold else 'in sample'}",
@@ -93,13 +104,15 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
     for member in members:
         if not out_of_fold and member.spec.fold:
             raise UserError(
-                f"{name!r} left out a fold of its pairs: pass --out-of-fold with the entry's name"
+                f"{name!r} was trained without fold {member.spec.fold}: pass --out-of-fold with "
+                "the name of its entry in the spec"
             )
         learner = member.spec.learner
         if learner and not learner.seeded:
             raise UserError(
                 f"{name!r} is a fit that all seeds share (learner {learner.kind!r}), so its heads "
-                "agree by nature: take a trained head, or trees with features below 1"
+                "are identical and have no spread: take a configuration without learner, or "
+                "gradient boosting with features below 1"
             )
     return members
 
@@ -107,8 +120,8 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
 def _differences(
     cache: Cache, runs: Sequence[SavedRun], pairs: pl.DataFrame
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The reward difference Δ = r(chosen) - r(rejected) of every head on every pair, float64
-    [heads, pairs], and the fold that each head was not trained on, int64 [heads]."""
+    """Reward differences Δ of every head on every pair, float64 [heads, pairs], and the fold that
+    each head was not trained on, int64 [heads], -1 where there is none."""
     ends = pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
     rows, places = np.unique(ends, return_inverse=True)
     chosen, rejected = places.reshape(ends.shape).T
@@ -121,11 +134,13 @@ def _differences(
 
 
 def deciles(strengths: pl.DataFrame) -> pl.DataFrame:
-    """What the pairs are like, by tenths of their strength, weakest first.
+    """Summarize the rows of a "strengths" label table by decile of strength, weakest first.
 
-    Columns: decile (from 1), pairs, strength (mean), lowest, highest, spread (mean), negative
-    (share whose strength is below 0), right (share whose label agrees with gold, of the pairs
-    whose gold is known and not 0; null where there are none), gold (mean).
+    Columns: decile (from 1), pairs (number), strength (mean), lowest and highest (strength), spread
+    (mean), negative (share of strengths below 0), right (share of the labels that agree with gold,
+    among pairs whose gold difference is known and not 0; null if there are none), gold (mean gold
+    difference in the direction of the label).
+
     """
     known = pl.col("gold").filter(pl.col("gold") != 0)
     return (
@@ -145,7 +160,8 @@ def deciles(strengths: pl.DataFrame) -> pl.DataFrame:
 
 
 def with_decile(strengths: pl.DataFrame) -> pl.DataFrame:
-    """The pairs, weakest first, and as decile the tenth that each is in, from 1."""
+    """Sort pairs by strength, weakest first, and add the column decile, int64 from 1."""
+
     ordered = strengths.sort("strength", "pair_id").with_row_index("place")
     decile = (pl.col("place") * DECILES // len(ordered) + 1).cast(pl.Int64)
     return ordered.with_columns(decile=decile).drop("place")

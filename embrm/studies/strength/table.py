@@ -1,4 +1,4 @@
-"""Strength of preference, by tenths of the pairs: a table and a figure of a table of strengths."""
+"""Report preference strengths by decile, as a page with a table and a figure."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,30 +16,30 @@ from embrm.metrics.intervals import resample
 from embrm.studies.strength.measure import deciles, with_decile
 
 _CAPTION = (
-    "Labels that agree with gold, with 95 % intervals over prompts, and strength from the lowest "
-    "to the highest, by tenths of the pairs"
+    "By decile of preference strength: labels that agree with gold, with 95 % intervals over "
+    "prompts (left), and mean strength with its range in the decile (right)"
 )
 
 
 def strength_report(
     title: str, strengths: pl.DataFrame, made: Mapping[str, Any], out: Path
 ) -> tuple[Path, ...]:
-    """Write strength.md and figures/strength.png, *.svg to `out`; the paths.
+    """Write strength.md, figures/strength.png and figures/strength.svg to `out`; returns the paths.
 
-    strengths: the rows of a label table of that kind. made: its digest and provenance. Equal tables
-    give the same bytes.
+    strengths: the rows of a "strengths" label table. made: its digest and provenance. Equal tables
+    give equal bytes.
     """
-    tenths = with_agreement(strengths)
-    images = drawn({"strength": strength_figure(tenths)})
+    summary = deciles_with_intervals(strengths)
+    images = drawn({"strength": strength_figure(summary)})
     parameters = made["parameters"]
     text = "\n".join(
         [
             f"# {escape(title)}\n",
-            f"{escape(made['rule'])}: {strengths.height:,} pairs judged by "
-            f"{len(parameters['run_ids'])} runs of cache {made['cache_id']}; "
-            f"digest {made['digest']}.\n",
+            f"{escape(made['rule'])}: {strengths.height:,} pairs, evaluated by the heads of "
+            f"{len(parameters['run_ids'])} runs on cache {made['cache_id']}; digest of the label "
+            f"table: {made['digest']}.\n",
             f"![{_CAPTION}](figures/strength.png)\n",
-            markdown(strength_table(tenths)),
+            markdown(strength_table(summary)),
         ]
     )
     written = {
@@ -51,9 +51,13 @@ def strength_report(
     return tuple(written)
 
 
-def with_agreement(strengths: pl.DataFrame) -> pl.DataFrame:
-    """As `deciles`, and right_low, right_high: the interval of right, over prompts; null of fewer
-    than two, or where all labels agree or none does."""
+def deciles_with_intervals(strengths: pl.DataFrame) -> pl.DataFrame:
+    """Summarize strengths as `deciles` does, with the 95 % interval of `right`, bootstrapped over
+    prompts.
+
+    Adds the columns right_low and right_high. They are null with fewer than two prompts, and where
+    all labels agree with gold or none does.
+    """
     known = with_decile(strengths).filter(pl.col("gold") != 0)
     rows = []
     for (decile,), own in known.group_by("decile", maintain_order=True):
@@ -65,15 +69,16 @@ def with_agreement(strengths: pl.DataFrame) -> pl.DataFrame:
         rows.append({"decile": decile, "right_low": low, "right_high": high})
     schema = {"decile": pl.Int64, "right_low": pl.Float64, "right_high": pl.Float64}
     intervals = pl.DataFrame(rows, schema=schema)
-    told = pl.col("right_low") < pl.col("right_high")  # else the bootstrap says nothing
-    intervals = intervals.with_columns(pl.when(told).then(pl.col("right_low", "right_high")))
+    # Where all labels agree or none does, every bootstrap draw is the same: that is no interval.
+    varies = pl.col("right_low") < pl.col("right_high")
+    intervals = intervals.with_columns(pl.when(varies).then(pl.col("right_low", "right_high")))
     return deciles(strengths).join(intervals, on="decile", how="left", maintain_order="left")
 
 
-def strength_table(tenths: pl.DataFrame) -> Table:
-    """tenths: as of `with_agreement`."""
+def strength_table(summary: pl.DataFrame) -> Table:
+    """Make the table of a summary by `deciles_with_intervals`, one row per decile."""
     rows = []
-    for row in tenths.iter_rows(named=True):
+    for row in summary.iter_rows(named=True):
         right = value_text(row["right"], "accuracy")
         interval = range_text(row["right_low"], row["right_high"], "accuracy")
         rows.append(
@@ -89,25 +94,28 @@ def strength_table(tenths: pl.DataFrame) -> Table:
             )
         )
     return Table(
-        "Tenths of the pairs, weakest first",
-        ("tenth", "pairs", "strength", "range", "spread", "below 0 %", "right %", "gold"),
+        "Deciles of the pairs by preference strength, weakest first",
+        ("decile", "pairs", "strength", "range", "spread", "below 0 %", "right %", "gold"),
         tuple(rows),
-        "strength: mean reward difference in the direction of the label, over the members; spread: "
-        "its standard deviation over them. right: labels that agree with gold, of the pairs whose "
-        "gold is known and not 0. gold: its mean difference in the direction of the label.",
+        "strength: reward difference in the direction of the label, averaged over the heads. "
+        "range: the lowest and the highest strength in the decile. spread: mean standard deviation "
+        "of a pair's reward difference over the heads. below 0: pairs with negative strength. "
+        "right: labels that agree with the gold scores, among pairs whose gold difference is known "
+        "and not 0; square brackets: 95 % interval, bootstrap over prompts. gold: mean gold "
+        "difference in the direction of the label.",
     )
 
 
-def strength_figure(tenths: pl.DataFrame) -> Callable[[], Figure]:
-    """Agreement with gold, where it is known, and strength; a point a tenth.
+def strength_figure(summary: pl.DataFrame) -> Callable[[], Figure]:
+    """Return a function that draws agreement with gold, if it is known, and strength by decile.
 
-    tenths: as of `with_agreement`.
+    summary: made by `deciles_with_intervals`.
     """
-    return lambda: _draw(tenths)
+    return lambda: _draw(summary)
 
 
-def _draw(tenths: pl.DataFrame) -> Figure:
-    percent = tenths.with_columns(pl.col("right", "right_low", "right_high") * 100)
+def _draw(summary: pl.DataFrame) -> Figure:
+    percent = summary.with_columns(pl.col("right", "right_low", "right_high") * 100)
     panels = {
         "Labels that agree with gold (%)": ("right", "right_low", "right_high"),
         "Strength (reward difference)": ("strength", "lowest", "highest"),
@@ -126,7 +134,8 @@ def _draw(tenths: pl.DataFrame) -> Figure:
         axis.vlines(percent["decile"].to_numpy(), low, high, color=BLUE, linewidth=1.4, alpha=0.6)
         axis.plot(percent["decile"].to_numpy(), value, "o-", color=BLUE, markersize=4, linewidth=1)
         axis.set_xticks(percent["decile"].to_list())
-        axis.set_xlabel("Tenth of the pairs, weakest first")
+        axis.set_xlabel("Decile of the pairs, weakest first")
+
         axis.set_title(title)
         axis.grid(axis="y")
         axis.set_axisbelow(True)
