@@ -1,4 +1,4 @@
-"""Arrays in other programs' files: mapped, no object unpickled, read once before they are used."""
+"""Arrays: memory-maps .npy, .pt and .safetensors files of other programs without unpickling."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from embrm.core.progress import progress
 from embrm.core.text import first_line, listed, quoted
 
 BLOCK_BYTES = 64 << 20
-"""Of an array, read at once."""
+"""Bytes of an array that are read at a time."""
 
 _STORED = {
     torch.float16: torch.float16,
@@ -25,70 +25,72 @@ _STORED = {
     torch.float32: torch.float32,
     torch.float64: torch.float32,
 }
-"""Types that states may have → the type they are stored in."""
+"""Allowed dtypes of states, and the dtype that a cache stores each in."""
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """An array in a file, not read yet. Make it with `open_array`."""
+    """A memory-mappable array in a file; `open_array` makes one."""
 
     path: Path
     key: str | None
-    """Its name, in a file that holds several."""
+    """Name of the array in a file of several."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def name(self) -> str:
-        """How errors and exclusions call it: the file with its folder."""
+        """Name in errors and exclusions: the file with its parent folder."""
         return "/".join(self.path.parts[-2:])
 
     def map(self) -> Tensor:
-        """The array, its pages read where they are touched.
+        """Memory-map the array.
 
-        Mapped anew each time: when the tensor goes, its pages go from this process's memory.
+        Each call makes a new mapping, so that deleting the tensor releases its pages from memory.
         """
         return _READERS[self.path.suffix](self.path, self.key)
 
 
 @dataclass(frozen=True)
 class StateArray:
-    """States in a file, seen as [rows, width]: whatever axes come before the last are flattened."""
+    """States in a file, viewed as [rows, width]: all axes but the last are flattened."""
 
     file: ArrayFile
 
     @property
     def width(self) -> int:
-        """Values in a state."""
+        """Length of a state vector."""
         return self.file.shape[-1]
 
     @property
     def rows(self) -> int:
-        """States, the axes before the last flattened."""
+        """Number of states."""
         return int(np.prod(self.file.shape[:-1]))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type the states are stored in: the file's, or float32 for float64."""
+        """The dtype that a cache stores them in: that of the file, but float32 for float64."""
         return _STORED[self.file.dtype]
 
     @property
     def block(self) -> int:
-        """Rows to read at once."""
+        """Rows to read at a time."""
         return max(1, BLOCK_BYTES // (self.width * self.file.dtype.itemsize))
 
     def take(self, rows: NDArray[np.int64]) -> Tensor:
-        """These rows, of which there is one at least, [len(rows), width] of `dtype`: mapped where
-        they follow one another in the file and need no cast, else copied."""
+        """The states of the given rows (at least one): [len(rows), width] of `dtype`.
+
+        A view of the mapping if the rows are consecutive and need no cast, else a copy.
+        """
         states = self.file.map().view(-1, self.width)
         if (np.diff(rows) == 1).all():
             return states[rows[0] : rows[-1] + 1].to(self.dtype)
-        # As bytes, for numpy knows no bfloat16; by numpy, whose large arrays are of huge pages.
+        # As bytes, because numpy has no bfloat16; with numpy, because it allocates huge pages.
         taken = torch.from_numpy(states.view(torch.uint8).numpy()[rows])
         return taken.view(self.file.dtype).to(self.dtype)
 
-    def same(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether row left[i] equals row right[i], bool [len(left)]."""
+    def equal_rows(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether row left[i] equals row right[i]: bool [len(left)]."""
         found = np.zeros(len(left), np.bool_)
         for first in range(0, len(left), self.block):
             part = slice(first, first + self.block)
@@ -98,31 +100,29 @@ class StateArray:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of a `StateArray` tells; arrays have one entry per row."""
+    """Digest and row statistics of a `StateArray`, from one pass; the arrays are [rows]."""
 
     sha256: str
-    """Hex digest of the values as the file stores them, in order: the same in every kind of
-    file."""
+    """Hex digest of the values in order, in the file's dtype; equal for every file type."""
     norms: NDArray[np.float32]
-    """Euclidean norms, in float32; not finite where a value is NaN or infinite, or where the norm
-    is beyond float32."""
+    """Euclidean norms; not finite if a value is NaN or infinite, or if the norm overflows."""
     marks: NDArray[np.float32]
-    """The middle value: rows of one norm and mark are almost surely equal."""
+    """The middle value of each row: rows with equal norm and mark are very likely equal."""
     constant: NDArray[np.bool_]
-    """All values are one number."""
+    """Whether all values of the row are the same number."""
 
 
 def open_array(path: Path, key: str | None = None) -> ArrayFile:
-    """The array in a .npy, .pt or .safetensors file, under `key` where it holds several.
+    """Open the array in a .npy, .pt or .safetensors file; `key` names it in a file of several.
 
-    Raises: UserError for a file that is missing, damaged, or holds anything but numbers: nothing
-    is ever unpickled.
+    No Python object is ever unpickled. Raises: UserError for a file that is missing or damaged, or
+    that contains anything but numbers.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise UserError(
-            f"{path}: unknown kind of array {quoted(path.suffix)}: "
-            f"one of {', '.join(_READERS)} can be read"
+            f"{path}: unknown file type {quoted(path.suffix)}: "
+            f"convert it to one of {', '.join(_READERS)}"
         )
     if not path.is_file():
         raise UserError(f"no array at {path}: check the path")
@@ -131,25 +131,26 @@ def open_array(path: Path, key: str | None = None) -> ArrayFile:
     except UserError:
         raise
     except PermissionError:
-        raise UserError(f"{path} may not be read: check its permissions") from None
-    except Exception as error:  # numpy, torch and safetensors raise what they like
-        # What torch says about pickles is advice to load them all the same.
+        raise UserError(f"no permission to read {path}: change its permissions") from None
+    except Exception as error:  # numpy, torch and safetensors raise various types
+        # torch's own message about pickles advises to load them anyway.
         pickled = type(error).__name__ == "UnpicklingError"
         why = "it holds Python objects" if pickled else first_line(error)
         raise UserError(
-            f"{path} is not a whole array of numbers ({why}): write it again, as one array "
+            f"{path} is not a complete array of numbers ({why}): write it again, as one array "
             "without Python objects"
         ) from None
     if not tensor.is_contiguous():
-        raise UserError(
-            f"{path}: its values are not in the order of its axes (C order): save a contiguous copy"
-        )
+        raise UserError(f"{path} is not contiguous in C order: save a contiguous copy")
     return ArrayFile(path, key, (*tensor.shape,), tensor.dtype)
 
 
 def open_states(path: Path, key: str | None = None) -> StateArray:
-    """States in a file, of two or three axes. Raises: UserError as `open_array`, and for an array
-    that holds no states."""
+    """Open an array of states, with two or three axes.
+
+    Raises: UserError as `open_array`, and for another number of axes, an empty one, or a dtype that
+    states cannot have.
+    """
     file = open_array(path, key)
     if len(file.shape) not in (2, 3) or 0 in file.shape:
         raise UserError(
@@ -158,19 +159,21 @@ def open_states(path: Path, key: str | None = None) -> StateArray:
         )
     if file.dtype not in _STORED:
         known = ", ".join(_name(dtype) for dtype in _STORED)
-        raise UserError(f"{path} holds {_name(file.dtype)}: states are {known}: convert it")
+        raise UserError(f"{path} has dtype {_name(file.dtype)}: convert it to one of {known}")
     return StateArray(file)
 
 
 def read_numbers(path: Path, key: str | None) -> tuple[NDArray[np.float64], str]:
-    """A whole small array as float64, and the SHA-256 of its values as stored. Raises: UserError
-    as `open_array`."""
+    """Read a whole (small) array as float64; returns it and the SHA-256 of its stored values.
+
+    Raises: UserError as `open_array`.
+    """
     tensor = open_array(path, key).map()
     return tensor.double().numpy().copy(), hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
 def scan(array: StateArray) -> Scan:
-    """Read all of `array`, a block at a time."""
+    """Compute the `Scan` of an array, reading one block at a time."""
     digest = hashlib.sha256()
     norms, marks = np.empty(array.rows, np.float32), np.empty(array.rows, np.float32)
     constant = np.zeros(array.rows, np.bool_)
@@ -191,7 +194,7 @@ def scan(array: StateArray) -> Scan:
 
 
 def _blocks(array: StateArray) -> Iterator[tuple[int, Tensor]]:
-    """(first row, mapped rows) of one block after another."""
+    """Yield (number of the first row, mapped rows) for each block."""
     for first in range(0, array.rows, array.block):
         yield first, array.file.map().view(-1, array.width)[first : first + array.block]
 
@@ -199,7 +202,7 @@ def _blocks(array: StateArray) -> Iterator[tuple[int, Tensor]]:
 def _constant(values: Tensor) -> NDArray[np.bool_]:
     if values.shape[1] == 1:
         return (values[:, 0] == 0).numpy()
-    found = (values[:, 0] == values[:, -1]).numpy()  # seldom, and much less to read
+    found = (values[:, 0] == values[:, -1]).numpy()  # a cheap test that few rows pass
     for row in np.flatnonzero(found):
         found[row] = bool((values[row] == values[row, 0]).all())
     return found
@@ -215,18 +218,18 @@ def _name(dtype: torch.dtype) -> str:
 
 def _read_npy(path: Path, key: str | None) -> Tensor:
     _refuse_key(path, key)
-    # Pages are mapped copy-on-write: torch wants to be able to write, and nothing does.
+    # Copy-on-write, because torch warns about read-only arrays; nothing writes to it.
     array = np.load(path, mmap_mode="c", allow_pickle=False)
     if array.dtype.isnative and array.dtype.kind in "biuf":
         return torch.from_numpy(array)
     raise UserError(
-        f"{path} holds {array.dtype.str}: numbers of this machine's byte order can be read: "
-        "convert it, or write bfloat16 as .safetensors"
+        f"{path} has dtype {array.dtype.str}: convert it to numbers in this machine's byte order, "
+        "or write bfloat16 as .safetensors"
     )
 
 
 def _read_pt(path: Path, key: str | None) -> Tensor:
-    # weights_only: tensors and plain containers alone, no code runs.
+    # weights_only loads only tensors and plain containers, and runs no code from the file.
     content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     if isinstance(content, Tensor):
         _refuse_key(path, key)
@@ -245,18 +248,18 @@ def _read_safetensors(path: Path, key: str | None) -> Tensor:
 
 def _refuse_key(path: Path, key: str | None) -> None:
     if key is not None:
-        raise UserError(f"{path} holds one array: leave its name {quoted(key)} out")
+        raise UserError(f"{path} contains a single array: leave its name {quoted(key)} out")
 
 
 def _chosen(path: Path, key: str | None, names: Mapping[str, object]) -> str:
     if not names:
-        raise UserError(f"{path} holds no array: write one into it")
+        raise UserError(f"{path} contains no array: write one into it")
     if key is None and len(names) == 1:
         return next(iter(names))
     if key is None:
-        raise UserError(f"{path} holds {listed([*names])}: name one of them by key or gold_key")
+        raise UserError(f"{path} contains {listed([*names])}: choose one with key or gold_key")
     if key not in names:
-        raise UserError(f"{path} holds no array {quoted(key)}: {nearest(key, names)}")
+        raise UserError(f"{path} contains no array {quoted(key)}: {nearest(key, names)}")
     return key
 
 

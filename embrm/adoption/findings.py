@@ -1,4 +1,4 @@
-"""Findings: what is odd about adopted arrays, and what was done about it."""
+"""Findings: problems that were noticed in adopted arrays, and what was done about each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,16 +6,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One oddity of one source's split, as it is printed and recorded."""
+    """A problem in one split of one source. It is printed, and recorded in the cache's manifest."""
 
     source: str
     split: str
-    """ "" where it is about all of them."""
+    """ "" if the finding is about the whole source."""
     check: str
-    """What was looked for, in a word or two."""
+    """Short name of the check."""
     done: Literal["fixed", "excluded", "reported"]
-    """fixed: the cache differs from the files in it; excluded: the rows are left out and listed;
-    reported: nothing was changed."""
+    """fixed: the cache differs from the files in this respect; excluded: the rows are left out, and
+    listed in the exclusions; reported: nothing was changed."""
     count: int | None
-    """Of the rows or prompts that the detail speaks of; None where it is about all of them."""
+    """Number of affected rows or prompts, as `detail` says; None if all are."""
     detail: str

@@ -1,4 +1,4 @@
-"""Lint: what published arrays of states are known to get wrong, looked for and dealt with."""
+"""Lint: checks adopted arrays for faults that published arrays of states are known to have."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,22 +10,22 @@ from numpy.typing import NDArray
 
 from embrm.adoption.arrays import Scan, StateArray
 from embrm.adoption.findings import Finding
-from embrm.adoption.ids import mixed
+from embrm.adoption.ids import combined_ids
 from embrm.adoption.rows import Rows, excluded
 from embrm.core.errors import UserError
 from embrm.core.sampling import evenly_spaced
 
 _PERIODIC = 0.9
-"""Share of gold scores that recur after a period, from which on the period is reported."""
+"""A period is reported when more than this share of gold scores equal those one period earlier."""
 
 _PERIOD_SAMPLE = 1 << 16
-"""Gold scores that periods are looked for in."""
+"""Number of gold scores that are searched for a period."""
 
 _EVERYWHERE = 3
-"""Prompts that have the very same vector, from which on it is reported."""
+"""A vector is reported when at least this many prompts have it."""
 
 _SAMPLE = (64, 8)
-"""Prompts and responses, at most, whose distances tell the order of the axes."""
+"""Maximum numbers of prompts and responses whose distances are compared to check axis order."""
 
 Bools = NDArray[np.bool_]
 Indices = NDArray[np.int64]
@@ -33,8 +33,12 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Linted:
-    """rows: `embrm.adoption.rows.ROWS` that are kept, prompt after prompt of a split, in the order
-    of the cache. exclusions: those left out."""
+    """The result of `lint`.
+
+    rows: the rows to adopt, in the order of the cache, with the columns `embrm.adoption.rows.ROWS`
+        and group, a number for each prompt of a split; the rows of a group are adjacent.
+    exclusions: the rows that are left out, with reasons.
+    """
 
     rows: pl.DataFrame
     exclusions: pl.DataFrame
@@ -44,10 +48,11 @@ class Linted:
 def lint(rows: Rows, array: StateArray, scan: Scan) -> Linted:
     """Check one array and its gold scores.
 
-    Left out: vectors that are not finite, zero or constant, and all but the first of equal vectors
-    of one prompt. Shuffled: responses sorted by gold. The rest is only reported.
+    Excludes vectors that are zero, constant or not finite, and all but the first of a prompt's
+    equal vectors. Shuffles each prompt's responses in splits where they are sorted by gold. Other
+    problems are only reported.
 
-    Raises: UserError when no prompt has two responses of different gold left.
+    Raises: UserError when no prompt is left that has two responses with different gold scores.
     """
     name, table = array.file.name, rows.table
     findings: list[Finding] = [*rows.findings]
@@ -79,7 +84,10 @@ def lint(rows: Rows, array: StateArray, scan: Scan) -> Linted:
 
 
 def _broken(table: pl.DataFrame, scan: Scan) -> Iterator[tuple[str, str, Bools, str]]:
-    """(reason, check, which rows, detail): asked for one at a time, as rows are left out."""
+    """Yield (reason, check, which of the remaining rows, detail) for each kind of unusable vector.
+
+    The caller removes the rows before it asks for the next kind.
+    """
     row = table["row"].to_numpy()
     finite = np.isfinite(scan.norms)
     kinds = [
@@ -96,7 +104,7 @@ def _broken(table: pl.DataFrame, scan: Scan) -> Iterator[tuple[str, str, Bools, 
 
 
 def _grouped(table: pl.DataFrame) -> pl.DataFrame:
-    """Rows of a split's prompt one after another, in the order in which prompts come first."""
+    """Make the rows of each (split, prompt) adjacent, in order of first appearance."""
     first = pl.col("place").min().over("split", "prompt")
     placed = table.with_row_index("place").with_columns(group=first.cast(pl.Int64))
     return placed.sort("group", maintain_order=True).drop("place")
@@ -105,7 +113,7 @@ def _grouped(table: pl.DataFrame) -> pl.DataFrame:
 def _without_duplicates(
     table: pl.DataFrame, array: StateArray, scan: Scan
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[Finding]]:
-    """Of equal vectors of one prompt, the first alone."""
+    """Keep only the first of equal vectors of a prompt."""
     row, gold = table["row"].to_numpy(), table["gold"].to_numpy()
     first = _first_alike(table["group"].to_numpy(), row, array, scan)
     extra = first != np.arange(len(row))
@@ -124,24 +132,24 @@ def _without_duplicates(
 
 
 def _first_alike(group: Indices, row: Indices, array: StateArray, scan: Scan) -> Indices:
-    """The place of the first row of the same group with an equal vector, its own without one."""
+    """For each place, that of the first row in the same group with an equal vector (or itself)."""
     norm, mark = scan.norms[row], scan.marks[row]
     order = np.lexsort((mark, norm, group))  # stable
     alike = np.ones(len(row), np.bool_)
     for values in (group, norm, mark):
         alike[1:] &= values[order][1:] == values[order][:-1]
     alike[:1] = False
-    # The first of every stretch of rows that may be equal, and what they are compared with.
+    # Rows of equal group, norm and mark are adjacent now; compare each with the first of its run.
     start = np.maximum.accumulate(np.where(alike, 0, np.arange(len(row))))
     first = np.arange(len(row))
     candidates, heads = order[alike], order[start[alike]]
-    equal = array.same(row[candidates], row[heads])
+    equal = array.equal_rows(row[candidates], row[heads])
     first[candidates[equal]] = heads[equal]
     return first
 
 
 def _repeated(table: pl.DataFrame, split: str, array: StateArray, scan: Scan) -> Iterator[Finding]:
-    """A vector that many prompts of a split have."""
+    """Report vectors that occur in several prompts of a split."""
     row = table["row"].to_numpy()
     first = _first_alike(np.zeros(len(row), np.int64), row, array, scan)
     places, prompts = np.unique(first, return_counts=True)
@@ -158,8 +166,8 @@ def _repeated(table: pl.DataFrame, split: str, array: StateArray, scan: Scan) ->
 
 
 def _axes(rows: Rows, array: StateArray) -> Iterator[Finding]:
-    """What a wrong order of the axes looks like: a width below the responses, gold scores with a
-    period, states of one prompt farther apart than those of different prompts."""
+    """Report signs of a wrong axis order: a width smaller than the number of responses, periodic
+    gold scores, or states of one prompt that are farther apart than those of different prompts."""
     assert rows.grid is not None  # only a grid has axes
     (prompts, responses), table = rows.grid, rows.table
     name = array.file.name
@@ -186,7 +194,7 @@ def _axes(rows: Rows, array: StateArray) -> Iterator[Finding]:
 
 
 def _position(rows: Rows) -> Indices:
-    """The number of each response among its prompt's, in a grid."""
+    """The position of each row among its prompt's responses, in a grid."""
     assert rows.grid is not None  # only a grid has positions
     prompts, responses = rows.grid
     row = rows.table["row"].to_numpy()
@@ -194,7 +202,7 @@ def _position(rows: Rows) -> Indices:
 
 
 def _period(gold: NDArray[np.float64], most: int) -> int | None:
-    """The smallest period, at most `most`; None where there is none, or gold is a constant."""
+    """The smallest period up to `most`; None without one, or for constant gold."""
     for period in range(1, min(most, len(gold) // 2) + 1):
         if (gold[period:] == gold[:-period]).mean() > _PERIODIC:
             return period if period > 1 else None
@@ -202,8 +210,11 @@ def _period(gold: NDArray[np.float64], most: int) -> int | None:
 
 
 def _distances(rows: Rows, array: StateArray) -> tuple[float, float]:
-    """Mean squared distance of states between neighbouring responses of a prompt, and between
-    neighbouring prompts of a response, on an even sample of the grid. NaN where there are none."""
+    """Mean squared distances between neighbouring responses to the same prompt, and between
+    neighbouring prompts at the same response position, on an evenly spaced sample of the grid.
+
+    NaN for an axis of length 1.
+    """
     assert rows.grid is not None  # only a grid has neighbours
     n, k = (evenly_spaced(size, most) for size, most in zip(rows.grid, _SAMPLE, strict=True))
     prompts, responses = rows.grid
@@ -217,13 +228,13 @@ def _distances(rows: Rows, array: StateArray) -> tuple[float, float]:
 
 
 def _shuffled(table: pl.DataFrame, name: str) -> tuple[pl.DataFrame, list[Finding]]:
-    """Responses of a split whose prompts have them sorted by gold, in the order of a hash."""
+    """Put the responses of each prompt in hash order, in splits where they are sorted by gold."""
     findings = []
     parts = []
     for (split,), own in table.group_by("split", maintain_order=True):
         direction, count, prompts = _sorted_by_gold(own)
         if direction:
-            hashes = mixed(own["group"].to_numpy().astype(np.uint64), own["row"].to_numpy())
+            hashes = combined_ids(own["group"].to_numpy().astype(np.uint64), own["row"].to_numpy())
             order = np.lexsort((hashes, own["group"].to_numpy()))
             own = own[order]
             detail = (
@@ -236,8 +247,11 @@ def _shuffled(table: pl.DataFrame, name: str) -> tuple[pl.DataFrame, list[Findin
 
 
 def _sorted_by_gold(table: pl.DataFrame) -> tuple[str | None, int, int]:
-    """(direction, prompts that have it, prompts that could) if more prompts are sorted one way
-    than half of what chance, 1/responses!, leaves."""
+    """Detect responses that are sorted by gold: (direction, sorted prompts, prompts with a rank).
+
+    With c, the chance 1/responses! that random order is sorted (mean over prompts), a direction is
+    reported when more than (1 + c) / 2 of the prompts are sorted in it. Otherwise (None, 0, 0).
+    """
     group, gold = table["group"].to_numpy(), table["gold"].to_numpy()
     sizes = np.diff(np.flatnonzero(np.diff(group, prepend=-1)), append=len(group))
     same = group[1:] == group[:-1]
@@ -255,7 +269,7 @@ def _sorted_by_gold(table: pl.DataFrame) -> tuple[str | None, int, int]:
 
 
 def _groups(table: pl.DataFrame, name: str) -> Iterator[Finding]:
-    """Prompts that cannot rank anything."""
+    """Report prompts with a single response or constant gold, and splits with a single prompt."""
     for (split,), own in table.group_by("split", maintain_order=True):
         sizes = own.group_by("group").agg(pl.len(), pl.col("gold").n_unique().alias("levels"))
         single, constant = sizes["len"] == 1, (sizes["len"] > 1) & (sizes["levels"] == 1)

@@ -1,4 +1,4 @@
-"""Rows: what each state of an array is: its split, prompt, model and gold score."""
+"""Rows: determines the split, prompt, response model and gold score of each state in an array."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from embrm.core.specs import canonical_json
 from embrm.core.text import listed
 from embrm.data.collector import EXCLUSIONS, Schema
 from embrm.data.forms import RowError
-from embrm.data.labels import number
+from embrm.data.labels import finite_number
 from embrm.data.sources import SourceSpec, SourceTable, read_rows
 
 Order = Literal["prompts", "responses"]
-"""The first axis of an array of three: (prompts, responses, width) or (responses, prompts, width).
+"""First axis of an array of three axes: (prompts, responses, width) or (responses, prompts, width).
 """
 
 ROWS: Schema = {
@@ -38,12 +38,15 @@ ROWS: Schema = {
 class Rows:
     """The states of one array that have a gold score.
 
-    table: `ROWS`, prompt after prompt in a grid and else in the order of the file; row is that of
-        the array with its axes before the last flattened, prompt a number.
-    exclusions: what has no gold score, as `embrm.data.collector.EXCLUSIONS`.
-    prompts: the texts or names of the prompts; None in a grid, which has none.
-    grid: (prompts, responses), and order its first axis; None where a table lists the rows.
-    sha256: digest of gold scores, models and table, for the cache's identity.
+    An array of three axes is called a grid; for an array of two axes, a table describes each row.
+
+    table: columns `ROWS`, sorted by prompt for a grid, else in the order of the file. `row` is the
+        row in the array, with all axes but the last flattened; `prompt` numbers the prompts.
+    exclusions: the rows without a valid gold score; columns `embrm.data.collector.EXCLUSIONS`.
+    prompts: the texts or names of the prompts by number; None for a grid, which has none.
+    grid: (number of prompts, number of responses); None without a grid.
+    order: the first axis of the grid; None without a grid.
+    sha256: digest of gold scores, models and table; part of the cache's identity.
     """
 
     table: pl.DataFrame
@@ -64,26 +67,28 @@ def from_grid(
     order: Order | None,
     models: Sequence[str] | None,
 ) -> Rows:
-    """Rows of (prompts, responses, width) or (responses, prompts, width), with a gold score each.
+    """Rows of an array of shape (prompts, responses, width) or (responses, prompts, width).
 
-    gold: of the first two axes, in either order, and maybe a last axis of 1; sha256: its digest.
-    order: None where the shapes tell it: the longer axis is the prompts'. models: of the responses
-    of every prompt.
-    Raises: UserError when the shapes do not fit or do not tell the order.
+    gold: shaped like the first two axes, in either order, optionally with a last axis of length 1.
+    sha256: digest of gold. order: None takes the longer axis for the prompts. models: the response
+    model at each position of the responses axis, the same for every prompt.
+
+    Raises: UserError when the shapes do not match, or both axes are equally long and `order` is
+    None.
     """
     name, (first, second) = states.file.name, states.file.shape[:2]
     gold = gold[..., 0] if gold.ndim == 3 and gold.shape[2] == 1 else gold
     if gold.shape not in ((first, second), (second, first)):
         raise UserError(
-            f"{name} has shape {states.file.shape}, its gold scores {gold.shape}: they must be "
-            f"({first}, {second}) or ({second}, {first})"
+            f"{name} has shape {states.file.shape}, its gold scores {gold.shape}: the scores must "
+            f"have shape ({first}, {second}) or ({second}, {first})"
         )
     findings = []
     if order is None:
         if first == second:
             raise UserError(
-                f"{name} has shape {states.file.shape}, which does not tell prompts from "
-                "responses: say order = prompts or order = responses for its first axis"
+                f"{name} has shape {states.file.shape}, where prompts and responses cannot be told "
+                "apart: set order = prompts or order = responses, the first axis"
             )
         order = "prompts" if first > second else "responses"
         detail = f"the longer axis, {max(first, second):,}, is taken for the prompts"
@@ -98,8 +103,8 @@ def from_grid(
     prompts, responses = gold.shape
     if models is not None and len(models) != responses:
         raise UserError(
-            f"{name} has {responses} responses a prompt, models names {len(models)}: "
-            "name each of them once"
+            f"{name} has {responses} responses per prompt, but models has {len(models)} lines: "
+            "write one model per response"
         )
     count = gold.size
     table = pl.DataFrame(
@@ -127,18 +132,20 @@ def from_table(
     *,
     split: str | None,
 ) -> Rows:
-    """Rows of (rows, width), each described by a row of the table at `path`.
+    """Rows of an array of shape (rows, width), described by a table with one row per state.
 
-    The table has a column prompt or prompt_id, and gold unless `gold` gives it (its numbers and
-    their digest); it may have model, split and subset. columns: field → the table's name for it.
-    Raises: UserError for what `read_rows` refuses, and when the lengths differ.
+    The table at `path` needs a column prompt or prompt_id, and gold unless `gold` gives the scores
+    (and their digest). It may have model, split and subset. columns: maps these fields to columns
+    of the table whose names differ.
+
+    Raises: UserError as `read_rows`, for a missing column, and when the lengths differ.
     """
     found = _read(path, columns)
     count = len(found.rows)
     if count != states.rows:
         raise UserError(
-            f"{states.file.name} has {states.rows:,} rows, {found.name} has {count:,}: "
-            "every state needs a row, in the same order"
+            f"{states.file.name} has {states.rows:,} rows, but {found.name} has {count:,}: "
+            "write one row per state, in the same order"
         )
     if gold is None and "gold" not in found.columns:
         raise UserError(
@@ -148,12 +155,12 @@ def from_table(
     if gold is not None and gold[0].size != count:
         raise UserError(
             f"{states.file.name} has {count:,} rows, its gold scores have shape {gold[0].shape}: "
-            f"they must be ({count},)"
+            f"the scores must have shape ({count},)"
         )
     if split is not None and "split" in found.columns:
         raise UserError(
-            f"{found.name} has a column split, and split {split!r} was given: leave one out, the "
-            'column by columns = { split = "" }'
+            f"{found.name} has a column split, but split {split!r} was given: leave one of them "
+            'out, the column with columns = { split = "" }'
         )
     numbers: dict[str, int] = {}
     values: dict[str, list[Any]] = {name: [] for name in ROWS}
@@ -165,7 +172,7 @@ def from_table(
             if prompt is None:
                 raise RowError("missing_value", "prompt is null")
             cell = _cell(found, "gold", row) if gold is None else gold[0].flat[row]
-            score = number(cell, "gold", "nan_gold")
+            score = finite_number(cell, "gold", "nan_gold")
             if score is None:
                 raise RowError("missing_value", "gold is null")
         except RowError as error:
@@ -202,7 +209,7 @@ def _cell(table: SourceTable, field: str, row: int) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """A cell as text that can be stored; messages as JSON; None for an empty one."""
+    """A cell as valid Unicode text, messages as JSON; None for an empty cell."""
     if value is None or value == "":
         return None
     text = value if isinstance(value, str | int) else canonical_json(value)
@@ -224,7 +231,7 @@ def _finite_gold(
 
 
 def excluded(table: pl.DataFrame, name: str, reason: str, details: Sequence[str]) -> pl.DataFrame:
-    """Exclusions of these `ROWS` of the source `name`."""
+    """Exclusions for all rows of `table`, which has the columns `ROWS`, from the source `name`."""
     return table.select(
         pl.lit(name).alias("source"),
         "row",
@@ -235,7 +242,7 @@ def excluded(table: pl.DataFrame, name: str, reason: str, details: Sequence[str]
 
 
 def _counted(exclusions: pl.DataFrame) -> tuple[Finding, ...]:
-    """A finding for every reason and split."""
+    """One finding for each split and reason of the exclusions."""
     grouped = exclusions.group_by("source", "split", "reason", maintain_order=True)
     return tuple(
         Finding(source, split, "gold scores", "excluded", count, f"{reason}: {first}")

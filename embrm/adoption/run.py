@@ -1,4 +1,4 @@
-"""Adoption: states that another program computed become a cache, checked and resumable."""
+"""Adoption: checks arrays of states that another program computed and writes them as a cache."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from embrm.adoption.arrays import Scan, StateArray, open_states, read_numbers, scan
-from embrm.adoption.ids import Ids, hexadecimal, mixed, named
+from embrm.adoption.ids import Ids, combined_ids, hex_ids, text_ids
 from embrm.adoption.lint import Linted, lint
 from embrm.adoption.rows import Rows, from_grid, from_table
 from embrm.adoption.spec import AdoptSpec, ArraySource
@@ -31,28 +31,28 @@ from embrm.data.leaks import leaks
 from embrm.data.splits import holdout
 
 SHARD_BYTES = 64 << 20
-"""Of states, about: what is in memory at once is a few times this, however large the arrays."""
+"""Approximate bytes of states per shard. Peak memory is a few times this, whatever the arrays."""
 
 _WRITERS = 2
-"""Shards in flight, each in memory once: while one waits for the disk, another is digested."""
+"""Threads that write shards: while one waits for the disk, the other computes its digest."""
 
 VIEW = "last"
-"""The view that adopted states are stored as: the one that a run reads unless told otherwise."""
+"""The view (kind of state) that adopted states are stored as: the default `state` of a run."""
 
 _RULES = 1
-"""Counts changes of what is left out or shuffled: part of a cache's identity."""
+"""Version of the rules for excluding and shuffling rows; part of the cache's identity."""
 
 
 @dataclass(frozen=True)
 class _Adopted:
-    """One array, read once. Arrays have one entry a kept row, in the order of the cache."""
+    """One scanned and checked array; fields of array type have one entry per kept row, in order."""
 
     array: StateArray
     rows: Rows
     scan: Scan
     linted: Linted
     split: NDArray[np.object_]
-    """After holdout."""
+    """The split of each row, after holdout."""
     prompt: Ids
     response: Ids
 
@@ -63,8 +63,11 @@ class _Adopted:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: its reductions run at memory speed on one, and more of them would spin
-    beside the threads that digest and write."""
+    """Run torch on one thread.
+
+    Its reductions are bound by memory bandwidth, and further threads would compete with those that
+    compute digests and write shards.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,13 +78,13 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def adopt(spec: AdoptSpec, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Make a cache of the arrays of `spec` at `out`, or finish it; returns `out`.
+    """Write a cache of the arrays of `spec` at `out`, or complete a partial one; returns `out`.
 
-    The arrays are read twice, a block at a time: once for their digests and the checks of
-    `embrm.adoption.lint`, once to be written. Stopped at any moment and run again, it keeps the
-    finished shards and ends with the same bytes.
+    The arrays are read twice, one block at a time: once for their digests and the checks of
+    `embrm.adoption.lint`, and once for writing. An interrupted run can be started again: it keeps
+    the finished shards, and the cache ends up with the same bytes.
 
-    Raises: UserError for anything the user can put right.
+    Raises: UserError for invalid input, and for a cache of other content at `out`.
     """
     opened = [_open(source) for source in spec.arrays]
     _refuse_unlike([array for array, _ in opened])
@@ -126,7 +129,8 @@ def adopt(spec: AdoptSpec, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Path
                 writer.write_shard(index, _shard(adopted, dataset.responses, rows), None)
                 return len(rows)
 
-            # Leaving the loop, however it ends, drops what is not begun and waits for the rest.
+            # When the loop ends, even by an error, the executor drops pending shards and waits for
+            # those being written.
             left = [index for index in range(writer.n_shards) if index not in writer.done]
             for count in threads.map(write, left):
                 bar.advance(count)
@@ -135,13 +139,13 @@ def adopt(spec: AdoptSpec, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Path
 
 
 def _open(source: ArraySource) -> tuple[StateArray, Rows]:
-    """The array and what its rows are; nothing but gold scores and table is read."""
+    """Open an array and determine its rows. Reads gold scores and table, but not yet the states."""
     array = open_states(Path(source.states), source.key)
     gold = read_numbers(Path(source.gold), source.gold_key) if source.gold else None
     if len(array.file.shape) == 2:
         for field in ("models", "order"):
             if getattr(source, field) is not None:
-                raise UserError(f"{array.file.name} has two axes: leave {field} out")
+                raise UserError(f"{array.file.name} has two axes: leave {field} out, or reshape it")
         if source.rows is None:
             raise UserError(
                 f"{array.file.name} has shape {array.file.shape}, (rows, width): name a table "
@@ -150,7 +154,7 @@ def _open(source: ArraySource) -> tuple[StateArray, Rows]:
         return array, from_table(array, Path(source.rows), source.columns, gold, split=source.split)
     if gold is None or source.rows is not None:
         raise UserError(
-            f"{array.file.name} has three axes: give gold (an array of the first two), and no rows"
+            f"{array.file.name} has three axes: give gold, shaped like the first two, and no rows"
         )
     return array, from_grid(
         array,
@@ -167,7 +171,7 @@ def _names(path: Path) -> list[str]:
     except FileNotFoundError:
         raise UserError(f"no file of models at {path}: check the path") from None
     except UnicodeDecodeError:
-        raise UserError(f"models {path} is not UTF-8 text: write a name a line") from None
+        raise UserError(f"models {path} is not UTF-8 text: write one name per line") from None
 
 
 def _refuse_unlike(arrays: Sequence[StateArray]) -> None:
@@ -177,8 +181,8 @@ def _refuse_unlike(arrays: Sequence[StateArray]) -> None:
             ours, theirs = getattr(first, field), getattr(other, field)
             if ours != theirs:
                 raise UserError(
-                    f"{other.file.name} has {field} {theirs}, {first.file.name} has {ours}: a "
-                    "cache has one"
+                    f"{other.file.name} has {field} {theirs}, {first.file.name} has {ours}: adopt "
+                    "them into separate caches"
                 )
 
 
@@ -189,38 +193,38 @@ def _refuse_repeated(adopted: Sequence[_Adopted]) -> None:
             content = split, one.scan.sha256
             if content in seen:
                 raise UserError(
-                    f"{one.name} and {seen[content]} hold the same states, both for split "
+                    f"{one.name} and {seen[content]} contain the same states, both for split "
                     f"{split!r}: leave one out"
                 )
             seen[content] = one.name
 
 
 def _read(source: ArraySource, array: StateArray, rows: Rows) -> _Adopted:
-    """Scan and check the array, and name its prompts and responses."""
+    """Scan and check an array, and compute the ids of its prompts and responses."""
     scanned = scan(array)
     linted = lint(rows, array, scanned)
     table = linted.rows
     if rows.prompts is None:
         assert rows.grid is not None  # rows without prompts are a grid's
-        # Prompts nobody has named are named by what their states are, not by a file's name.
+        # Unnamed prompts get ids from the digest of the states, so that file names do not matter.
         seed = np.full(rows.grid[0], int(scanned.sha256[:16], 16), np.uint64)
-        prompts = mixed(seed, np.arange(rows.grid[0]))
+        prompts = combined_ids(seed, np.arange(rows.grid[0]))
     else:
-        prompts = named(rows.prompts)
+        prompts = text_ids(rows.prompts)
     prompt = prompts[table["prompt"].to_numpy()]
     splits = table["split"].unique(maintain_order=True)
-    own = table["split"].replace_strict(splits, named(splits), return_dtype=pl.UInt64)
-    response = mixed(mixed(prompt, own.to_numpy()), table["row"].to_numpy())
+    own = table["split"].replace_strict(splits, text_ids(splits), return_dtype=pl.UInt64)
+    response = combined_ids(combined_ids(prompt, own.to_numpy()), table["row"].to_numpy())
     split = table["split"].to_numpy()
     if source.holdout:
         rule = source.holdout
-        out = holdout(hexadecimal(prompt), rule.fraction, rule.seed, "holdout")
-        split = np.where(out, rule.split, split)
+        held_out = holdout(hex_ids(prompt), rule.fraction, rule.seed, "holdout")
+        split = np.where(held_out, rule.split, split)
     return _Adopted(array, rows, scanned, linted, split, prompt, response)
 
 
 def _dataset(spec: AdoptSpec, adopted: Sequence[_Adopted]) -> Dataset:
-    """The canonical dataset; a response's text is unknown, and a prompt's in a grid."""
+    """The canonical dataset. Unknown texts are "" for responses, and ids for prompts of a grid."""
     responses, pairs, members = [], [], []
     first = 0
     for source, one in zip(spec.arrays, adopted, strict=True):
@@ -250,19 +254,19 @@ def _dataset(spec: AdoptSpec, adopted: Sequence[_Adopted]) -> Dataset:
 
 
 def _named(one: _Adopted) -> pl.DataFrame:
-    """The kept rows with their ids and source."""
+    """The kept rows, with columns for their ids and source."""
     return one.linted.rows.with_columns(
-        hexadecimal(one.response).alias("response_id"),
-        hexadecimal(one.prompt).alias("prompt_id"),
+        hex_ids(one.response).alias("response_id"),
+        hex_ids(one.prompt).alias("prompt_id"),
         pl.Series("split", one.split.tolist(), dtype=pl.String),
         pl.lit(one.name).alias("source"),
     )
 
 
 def _pairs(table: pl.DataFrame, one: _Adopted, rule: PairRule, first: int) -> pl.DataFrame:
-    """Pairs of every prompt by `rule`, as rows of the cache, whose first of this table is `first`.
+    """Derive the pairs of every prompt; `first` is the row of the cache where `table` begins.
 
-    Raises: UserError when the rule leaves none, unless it asks for none.
+    Raises: UserError when the rule leaves no pair, unless it has per_prompt = 0.
     """
     gold, group = table["gold"].to_numpy(), table["group"].to_numpy()
     if rule == PairRule(gap=rule.gap, seed=rule.seed):
@@ -275,18 +279,18 @@ def _pairs(table: pl.DataFrame, one: _Adopted, rule: PairRule, first: int) -> pl
             starts, [*starts[1:], len(group)], prompt_ids, strict=True
         ):
             lengths = [0] * (end - start)  # unknown
-            ends = derive_pairs(gold[start:end].tolist(), lengths, rule, prompt_id)
-            found.append(np.stack(ends) + start)
+            positions = derive_pairs(gold[start:end].tolist(), lengths, rule, prompt_id)
+            found.append(np.stack(positions) + start)
         chosen, rejected = np.concatenate(found, axis=1)
     if not len(chosen) and rule.per_prompt != 0:
         raise UserError(
-            f"{one.name}: gap = {rule.gap:g}: no two responses of a prompt differ by more in "
-            "gold: lower it"
+            f"{one.name}: gap = {rule.gap:g}, but no two responses of a prompt differ by more in "
+            "gold: lower gap"
         )
     better, worse = table[chosen], table[rejected]
     return pl.DataFrame(
         {
-            "pair_id": hexadecimal(mixed(one.response[chosen], one.response[rejected])),
+            "pair_id": hex_ids(combined_ids(one.response[chosen], one.response[rejected])),
             "split": better["split"],
             "subset": better["subset"],
             "prompt_id": better["prompt_id"],
@@ -318,7 +322,7 @@ def _rules(source: ArraySource, one: _Adopted) -> dict[str, Any]:
 
 
 def _identity(spec: AdoptSpec, adopted: Sequence[_Adopted]) -> dict[str, Any]:
-    """Everything that defines the content of the cache, and no path."""
+    """Everything that determines the content of the cache; no file paths."""
     arrays = []
     for source, one in zip(spec.arrays, adopted, strict=True):
         rules = _rules(source, one)
@@ -330,7 +334,7 @@ def _identity(spec: AdoptSpec, adopted: Sequence[_Adopted]) -> dict[str, Any]:
 
 
 def _shard(adopted: Sequence[_Adopted], responses: pl.DataFrame, rows: range) -> ShardRows:
-    """The responses `rows` of the cache, read from their arrays."""
+    """Read the given rows of the cache from the arrays; unknown token counts are stored as 0."""
     states, norms = [], []
     first = 0
     for one in adopted:

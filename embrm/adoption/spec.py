@@ -1,4 +1,4 @@
-"""What is adopted: arrays of states, gold scores, and how one is read with the other."""
+"""Specs of adoption: which arrays of states become a cache, with which gold scores."""
 
 import tomllib
 from collections.abc import Sequence
@@ -16,39 +16,42 @@ from embrm.data.splits import Holdout
 
 class ArraySource(Spec):
     """One array of states: (prompts, responses, width) or (responses, prompts, width) with gold
-    scores of the same two axes, or (rows, width) with a table of rows."""
+    scores of the first two axes, or (rows, width) with a table that describes each row."""
 
     states: str
-    """A .npy, .pt or .safetensors file."""
+    """A .npy, .pt or .safetensors file with the states."""
     key: str | None = None
-    """Name of the states in a file of several arrays."""
+    """Name of the states, in a file of several arrays."""
     gold: str | None = None
-    """Gold scores, an array in such a file; may be left out when the table has a column gold."""
+    """A file of such a type with the gold scores; not needed when the table has a column gold."""
     gold_key: str | None = None
-    """Their name in a file of several arrays."""
+    """Name of the gold scores, in a file of several arrays."""
     rows: str | None = None
-    """For states of two axes: a .parquet, .csv, .jsonl or .json file with one row per state,
-    columns prompt or prompt_id, and gold, model, split, subset where there are any."""
+    """For states of two axes: a .parquet, .csv, .jsonl or .json file with one row per state. A
+    column prompt or prompt_id is required; gold, model, split and subset are optional."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Field -> column of that table, where they differ; "" leaves the field out."""
+    """Maps these fields to columns of the table, where names differ; "" leaves the field out."""
     split: str | None = Field(default=None, min_length=1)
-    """The split its rows go to; else the table's split column, else the file's stem."""
+    """The split that the states go to. Default: the table's split column, or else the name of the
+    states file without its suffix."""
     order: Order | None = None
-    """The first axis of three; needed when it is as long as the second: the longer is taken for the
-    prompts."""
+    """For states of three axes: what the first axis is. Default: the longer of the first two axes
+    is the prompts; required when they are equally long."""
     models: str | None = None
-    """A text file: the model of each of a prompt's responses, one a line; for states of three axes.
-    """
+    """For states of three axes: a text file with one response model per line, in the order of the
+    responses axis."""
     pairs: PairRule = PairRule()
-    """How pairs are derived; `pairs = { per_prompt = 0 }` for none."""
+    """How pairs are derived; `pairs = { per_prompt = 0 }` derives none."""
     holdout: Holdout | None = None
-    """Whole prompts moved to another split."""
+    """Moves a share of the prompts, with all their states, to another split."""
 
     @field_validator("pairs")
     @classmethod
     def _no_lengths(cls, pairs: PairRule) -> PairRule:
         if pairs.length_balanced:
-            raise ValueError("the lengths of adopted responses are unknown: leave it out")
+            raise ValueError(
+                "the lengths of adopted responses are unknown: leave length_balanced out"
+            )
         return pairs
 
     @model_validator(mode="after")
@@ -65,7 +68,7 @@ class AdoptSpec(Spec):
     """Arrays that become one cache."""
 
     arrays: tuple[ArraySource, ...] = Field(min_length=1)
-    """A `[[arrays]]` table each."""
+    """One `[[arrays]]` table per array."""
 
 
 def parse_arrays(
@@ -77,10 +80,12 @@ def parse_arrays(
     models: str | None,
     pairs: str | None,
 ) -> AdoptSpec:
-    """The spec of a command line: files as `[SPLIT=]PATH`, joined by their splits.
+    """Build the spec from command-line options: files as `[SPLIT=]PATH`, matched by their splits.
 
-    pairs: keys of `PairRule`, such as "per_prompt = 4, gap = 0.5".
-    Raises: UserError for what is given twice, or for a split without states.
+    order, models and pairs apply to all arrays; pairs has keys of `PairRule` in TOML, such as
+    "per_prompt = 4, gap = 0.5".
+
+    Raises: UserError for a split given twice, or for gold or rows of a split without states.
     """
     found = _by_split("--states", states)
     parts = {"gold": _by_split("--gold", gold), "rows": _by_split("--rows", rows)}
@@ -89,7 +94,7 @@ def parse_arrays(
             if split not in found:
                 written = path if split is None else f"{split}={path}"
                 raise UserError(
-                    f"--{option} {quoted(written)}: no --states of that split: write both as "
+                    f"--{option} {quoted(written)}: no --states has that split: write both as "
                     "SPLIT=PATH"
                 )
     shared = {"order": order, "models": models, "pairs": _rule(pairs)}

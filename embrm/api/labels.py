@@ -68,10 +68,10 @@ def remedy_labels(strengths: AnyPath, out: AnyPath, **remedies: Any) -> LabelTab
     each a pair (low, high) of shares of the pairs, the weakest first; epsilon, of smooth.
     """
     from embrm.data.label_tables import read_label_table, write_label_table
-    from embrm.data.remedies import Remedy, remedied
+    from embrm.data.remedies import Remedy, apply_remedy
 
     remedy = Remedy.parse(remedies, "remedies")
-    made = remedied(remedy, read_label_table(path(strengths, "strengths"), "strengths"))
+    made = apply_remedy(remedy, read_label_table(path(strengths, "strengths"), "strengths"))
     write_label_table(path(out, "out"), made)
     return made
 

@@ -81,7 +81,7 @@ def labels_remedy(
 ) -> None:
     """Change labels by percentile of strength: LOW:HIGH shares of the pairs, weakest first."""
     from embrm.data.label_tables import read_label_table, write_label_table
-    from embrm.data.remedies import Remedy, remedied
+    from embrm.data.remedies import Remedy, apply_remedy
 
     given = {"flip": flip, "smooth": smooth, "soft": soft, "margin": margin}
     given |= {"drop": drop, "keep": keep}
@@ -89,7 +89,7 @@ def labels_remedy(
         name: percentiles(f"--{name}", text) for name, text in given.items() if text is not None
     }
     remedy = Remedy.parse({**values, "epsilon": epsilon}, "command line")
-    write_label_table(out, remedied(remedy, read_label_table(strengths, "strengths")))
+    write_label_table(out, apply_remedy(remedy, read_label_table(strengths, "strengths")))
     labels_show(out)
 
 

@@ -1,1 +1,1 @@
-"""Preference data: from files and hub datasets to canonical responses, pairs and groups."""
+"""Preference data: reads files and hub datasets into one schema of responses, pairs and groups."""

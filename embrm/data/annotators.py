@@ -1,4 +1,4 @@
-"""Annotators that err: labels drawn from known gold scores."""
+"""Simulated annotators: draw noisy preference labels for pairs whose gold scores are known."""
 
 import numpy as np
 import polars as pl
@@ -11,17 +11,21 @@ Floats = NDArray[np.float64]
 
 
 def win_probability(difference: Floats, gold_sd: float, quality: float) -> Floats:
-    """sigmoid(q·Δgold / std(gold)): so often a Boltzmann annotator of quality q prefers the first
-    of two responses (arXiv 2502.04357). gold_sd: standard deviation of gold scores over responses.
+    """Probability that a Boltzmann annotator prefers the first of two responses.
+
+    sigmoid(quality · difference / gold_sd), as in arXiv 2502.04357. difference: gold score of the
+    first response minus that of the second; gold_sd: standard deviation of gold over responses.
     """
     return np.asarray(expit(quality * difference / gold_sd))
 
 
 def annotate(pairs: pl.DataFrame, gold_sd: float, quality: float, seed: int) -> pl.DataFrame:
-    """pair_id and label of every pair: 1 where the annotator prefers chosen, else 0.
+    """Label every pair with one simulated annotator's choice: 1.0 for chosen, 0.0 for rejected.
 
-    pairs: pair_id, margin (gold score of chosen minus that of rejected). One draw a pair serves
-    every quality: a better annotator makes a subset of a worse one's errors where chosen is better.
+    pairs: columns pair_id and margin (gold score of chosen minus that of rejected). Returns the
+    columns pair_id and label. The uniform number compared with `win_probability` depends on pair_id
+    and seed only, not on quality: with chosen the better response, every pair that an annotator
+    gets wrong is also wrong for any annotator of lower quality under the same seed.
     """
     wins = win_probability(pairs["margin"].to_numpy(), gold_sd, quality)
     uniform = np.array(draws(pairs["pair_id"], seed, "annotator"), dtype=np.float64) / 2**64

@@ -1,4 +1,4 @@
-"""The collector: tables of responses, pairs, members and exclusions while they grow."""
+"""The collector: accumulates the tables of a dataset, row by row, while its sources are read."""
 
 import hashlib
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ EXCLUSIONS: Schema = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row came from and where it goes."""
+    """The file and row that an entry was read from, and the split and subset it goes to."""
 
     source: str
     row: int
@@ -63,7 +63,7 @@ class Place:
 
 
 class Collector:
-    """The tables while they grow, column by column."""
+    """Tables of responses, pairs, group members and exclusions, as growing lists per column."""
 
     def __init__(self) -> None:
         self.responses: dict[str, list[Any]] = {name: [] for name in RESPONSES}
@@ -75,14 +75,14 @@ class Collector:
         self._seen: set[object] = set()
 
     def prompt_id(self, record: Record) -> str:
-        """Content hash of (kind, prompt)."""
+        """The id of a record's prompt: a hash of its kind and text."""
         key = (record.kind, record.prompt)
         if key not in self._prompt_ids:
             self._prompt_ids[key] = _hash(record.kind, record.prompt)
         return self._prompt_ids[key]
 
     def response(self, record: Record, position: int) -> int:
-        """The row number of a response, stored on first sight."""
+        """Return the row number of a response in `responses`; a new response is added first."""
         prompt_id, text = self.prompt_id(record), record.responses[position]
         response_id = _hash(prompt_id, text)
         if response_id not in self._numbers:
@@ -95,24 +95,28 @@ class Collector:
         self,
         place: Place,
         prompt_id: str,
-        ends: tuple[int, int],
-        numbers: tuple[float | None, float, float],
+        chosen_rejected: tuple[int, int],
+        margin_label_weight: tuple[float | None, float, float],
         models: tuple[str | None, str | None],
     ) -> None:
-        """Store a pair of response row numbers `ends` with its (margin, label, weight)."""
+        """Add a pair, given as row numbers in `responses`.
+
+        A pair that its split already has is listed as a duplicate instead.
+        """
         ids = self.responses["response_id"]
-        pair_id = pair_id_of(place.split, ids[ends[0]], ids[ends[1]])
+        chosen, rejected = chosen_rejected
+        pair_id = pair_id_of(place.split, ids[chosen], ids[rejected])
         if pair_id in self._seen:
             self.exclude(place, "duplicate", f"pair {pair_id} is in this split already")
             return
         self._seen.add(pair_id)
-        values = (pair_id, place.split, place.subset, prompt_id, *ends, *numbers, *models)
-        _append(self.pairs, (*values, place.source, place.row))
+        values = (pair_id, place.split, place.subset, prompt_id, chosen, rejected)
+        _append(self.pairs, (*values, *margin_label_weight, *models, place.source, place.row))
 
     def member(
         self, place: Place, prompt_id: str, response: int, model: str | None, gold: float
     ) -> bool:
-        """Store a group's member; false when it is there already."""
+        """Add a member of a group. Returns False, and lists a duplicate, if it exists already."""
         key = (place.split, response, model, gold)
         if key in self._seen:
             self.exclude(place, "duplicate", "same response, model and gold score")
@@ -123,11 +127,11 @@ class Collector:
         return True
 
     def exclude(self, place: Place, reason: str, detail: str) -> None:
-        """List a row, pair or member that is left out."""
+        """Record why a row, pair or member is left out of the dataset."""
         _append(self.exclusions, (place.source, place.row, place.split, reason, detail))
 
     def tables(self) -> dict[str, pl.DataFrame]:
-        """responses, pairs, members and exclusions as they are now."""
+        """The tables collected so far, by name: the fields of `Dataset` that are tables."""
         return {
             "responses": pl.DataFrame(self.responses, schema=RESPONSES),
             "pairs": pl.DataFrame(self.pairs, schema=PAIRS),
@@ -142,7 +146,7 @@ def _append(columns: dict[str, list[Any]], values: Iterable[object]) -> None:
 
 
 def pair_id_of(split: str, chosen_id: str, rejected_id: str) -> str:
-    """Content hash of a pair: its split and the ids of its responses."""
+    """The id of a pair: a hash of its split and the ids of its responses."""
     return _hash(split, chosen_id, rejected_id)
 
 

@@ -1,4 +1,4 @@
-"""The canonical dataset: responses stored once, pairs and group members as indices into them."""
+"""The canonical dataset: each response is stored once; pairs and groups refer to it by row."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,23 +11,25 @@ import polars as pl
 from embrm.core.errors import UserError
 from embrm.core.specs import canonical_json
 from embrm.data.collector import EXCLUSIONS, Collector
-from embrm.data.rows import add_source, counts
+from embrm.data.rows import add_source, reason_summary
 from embrm.data.sources import SourceSpec
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Preference data in canonical form; tables have the schemas of embrm.data.collector.
+    """Preference data in canonical form; the schemas are in embrm.data.collector.
 
-    responses: one row a distinct (kind, prompt, response), in order of first appearance.
-        response_id and prompt_id are content hashes (16 hex digits). kind "text": prompt and
-        response are strings; kind "chat": both are JSON lists of {"role", "content"} messages.
-    pairs: chosen and rejected are row numbers of `responses`; label is the probability that chosen
-        is better; margin is null where unknown; `row` counts from 0 in the file `source`.
-        Pairs derived from a group carry the row of their chosen response.
-    members: the rows of groups; response is a row number of `responses`, gold in the data's units.
-    exclusions: rows, pairs and members left out, with reason and detail.
-    rules: per source, the form found and the rules applied. Holds no paths beyond source names.
+    responses: one row per distinct (kind, prompt, response), in order of first appearance.
+        response_id and prompt_id are content hashes (16 hex digits). For kind "text", prompt and
+        response are strings; for "chat", JSON lists of {"role", "content"} messages.
+    pairs: chosen and rejected are row numbers in `responses`; label is the probability that chosen
+        is better; margin is null where unknown; `row` is the row in the file `source`, from 0.
+        A pair derived from a group has the `row` of its chosen response.
+    members: the responses of groups (all responses to one prompt that have a gold score); response
+        is a row number in `responses`, gold is in the units of the data.
+    exclusions: rows, pairs and members that were left out, with reason and detail.
+    rules: for each source, the layout that was detected and the options it was read with. Sources
+        are named by their hub id or by file and parent folder, never by a full path.
     """
 
     responses: pl.DataFrame
@@ -37,7 +39,7 @@ class Dataset:
     rules: dict[str, Any]
 
     def digest(self) -> str:
-        """SHA-256 hex over response ids, pairs and members in order: independent of file names."""
+        """SHA-256 (hex) over response ids, pairs and members in order, without file and row."""
         content = {
             "responses": self.responses.select("response_id"),
             "pairs": self.pairs.drop("source", "row"),
@@ -50,15 +52,15 @@ class Dataset:
         return state.hexdigest()
 
     def split_counts(self) -> dict[str, dict[str, int]]:
-        """Split → pairs, prompts, responses."""
-        ends = pl.concat(
+        """For each split, its numbers of pairs, prompts and responses."""
+        uses = pl.concat(
             [
                 self.pairs.select("split", "prompt_id", response="chosen"),
                 self.pairs.select("split", "prompt_id", response="rejected"),
                 self.members.select("split", "prompt_id", "response"),
             ]
         )
-        used = ends.group_by("split").agg(
+        used = uses.group_by("split").agg(
             prompts=pl.col("prompt_id").n_unique(), responses=pl.col("response").n_unique()
         )
         pairs = dict(self.pairs.group_by("split").len().rows())
@@ -68,19 +70,19 @@ class Dataset:
         }
 
     def reason_counts(self) -> dict[str, int]:
-        """Reason → rows, pairs and members left out for it."""
+        """For each reason, the number of exclusions that give it."""
         return dict(self.exclusions.group_by("reason").len().sort("reason").rows())
 
     def without(
         self, responses: pl.DataFrame | None = None, pairs: pl.DataFrame | None = None
     ) -> "Dataset":
-        """Leave out responses, with the pairs and members that use them, and single pairs.
+        """A copy without the given responses (and whatever uses them) and the given pairs.
 
         responses: columns response (row number), reason, detail. pairs: columns pair (row number),
-        reason, detail. Each pair and member that goes is listed in exclusions. Responses that
-        nothing uses any more go too, and the rest is renumbered, order kept.
+        reason, detail. Every removed pair and member is listed in exclusions. Responses that are
+        no longer used are removed too; the others keep their order and are renumbered.
 
-        Raises: UserError when nothing is left.
+        Raises: UserError when no pair and no member is left.
         """
         gone = _reasons(responses, "response")
         pairs_left, pairs_lost = _divide(
@@ -92,7 +94,8 @@ class Dataset:
         if pairs_left.is_empty() and members_left.is_empty():
             by_length = set(lost["reason"]) <= {"over_long", "truncated_to_identical"}
             raise UserError(
-                f"every row was excluded: {counts(lost['reason'], lost['detail'].to_list())}; "
+                "every row was excluded: "
+                f"{reason_summary(lost['reason'], lost['detail'].to_list())}; "
                 + ("raise max_length" if by_length else "check the texts")
             )
         used = pl.concat(
@@ -117,8 +120,8 @@ class Dataset:
 def load(sources: Sequence[SourceSpec]) -> Dataset:
     """Read all sources into one dataset.
 
-    Raises: UserError for what `read_rows` and `detect` refuse, for a split given twice, and
-    when a source has no rows left, with the reasons counted.
+    Raises: UserError for a source that cannot be read (see `read_rows`), has no known layout (see
+    `detect`), disagrees with its spec about splits, or of which every row is excluded.
     """
     if not sources:
         raise UserError("no dataset given: name at least one")
@@ -133,14 +136,17 @@ _Reasons = dict[int, tuple[str, str]]
 
 def _reasons(table: pl.DataFrame | None, key: str) -> _Reasons:
     rows = [] if table is None else table.select(key, "reason", "detail").rows()
-    # The first reason given for a row counts: it is written last.
+    # Reversed, because the first reason given for a row is the one to keep.
     return {number: (reason, detail) for number, reason, detail in reversed(rows)}
 
 
 def _divide(
     table: pl.DataFrame, reasons: Sequence[tuple[str, _Reasons]]
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """(rows that stay, exclusions of rows with a reason); the first column with one counts."""
+    """Divide into (rows that stay, exclusions of the others).
+
+    A row's reason is that of the first column in `reasons` that gives one.
+    """
     why: list[tuple[str, str] | None] = [None] * table.height
     for column, listing in reasons:
         for index, number in enumerate(table[column] if listing else ()):

@@ -1,12 +1,12 @@
-"""Forms: from the columns of any supported dataset to canonical prompts and responses.
+"""Forms: detects how a dataset is laid out, and converts its rows to canonical prompts/responses.
 
-Three shapes are told apart by their columns: pairs (chosen, rejected), groups (prompt, response,
-gold) and best_of_n (best, losers). Their texts come in one of three formats:
+The columns determine one of three shapes: pairs (chosen, rejected), groups (prompt, response, gold)
+and best_of_n (best, losers). The texts are in one of three formats:
 
-- text: strings. The prompt is a column; or it is a column and also begins every completion
-  (repeated); or it is the part that the completions share (implicit);
+- text: strings. The prompt is explicit (a column of its own), repeated (a column, and every
+  completion begins with it too) or implicit (the beginning that the completions share);
 - chat: lists of {"role", "content"} messages, with the same three kinds of prompt;
-- transcript: strings of "Human:" and "Assistant:" turns, which become chat.
+- transcript: strings with "Human:" and "Assistant:" turns, which are converted to chat.
 """
 
 import json
@@ -22,19 +22,21 @@ from embrm.data.transcripts import Message, begins_transcript, is_dialogue, pars
 Messages = tuple[Message, ...]
 
 _MAJORITY = 0.9
-"""A form holds for a dataset when this share of its rows fit it; the others are excluded, listed.
-Forms are decided for a whole dataset: one row that happens to look like another form stays text."""
+"""A dataset has a form when at least this share of its rows fit it; rows that do not are excluded.
+
+The decision is made once for the whole dataset, so that a single plain text that happens to look
+like a transcript is not parsed as one."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RowError(Exception):
-    """A row that cannot be used. Arguments: reason, detail."""
+    """Raised for a row that cannot be used. Arguments: reason (such as "empty_prompt"), detail."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What was detected about a source; recorded with the dataset."""
+    """The detected layout of a source; it is recorded in `Dataset.rules`."""
 
     shape: str
     """ "pairs", "groups" or "best_of_n"."""
@@ -43,22 +45,22 @@ class Form:
     prompt: str
     """ "explicit", "implicit" or "repeated"."""
     whole: bool
-    """Transcripts only: the completions hold the dialogue from its beginning."""
+    """For transcripts: whether each completion contains the whole dialogue, prompt included."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One row in canonical text: kind "text" has plain strings, kind "chat" JSON message lists."""
+    """One row in canonical form: strings for kind "text", JSON message lists for kind "chat"."""
 
     kind: str
     prompt: str
     responses: tuple[str, ...]
-    """chosen and rejected; or the response; or best and losers."""
+    """chosen and rejected (pairs), the one response (groups), or best and losers (best_of_n)."""
     lengths: tuple[int, ...]
-    """Characters of each response, without the JSON around messages."""
+    """Characters in each response; for chat, in the contents of its messages only."""
 
     def pick(self, *positions: int) -> "Record":
-        """The same prompt with some of the responses."""
+        """A record with the same prompt and only the responses at `positions`."""
         return replace(
             self,
             responses=tuple(self.responses[position] for position in positions),
@@ -67,7 +69,7 @@ class Record:
 
 
 def detect(table: SourceTable) -> Form:
-    """The form of a source. Raises: UserError when its columns fit none, with the remedy."""
+    """Detect the form of a source. Raises: UserError when its columns fit none of the shapes."""
     shape = _shape(table)
     columns = table.columns
     samples = _completion_columns(table, shape)
@@ -94,16 +96,16 @@ def detect(table: SourceTable) -> Form:
 
 
 def canonical(form: Form, prompt: object, completions: Sequence[object]) -> Record:
-    """One row as canonical text.
+    """Convert one row of a source with this form.
 
-    Raises: RowError with missing_value, empty_prompt, empty_response or wrong_form.
+    Raises: RowError with reason missing_value, empty_prompt, empty_response or wrong_form.
     """
     if form.prompt != "implicit" and prompt is None:
         raise RowError("missing_value", "prompt is null")
     if any(completion is None for completion in completions):
         raise RowError("missing_value", "a response is null")
-    record = _text(form, prompt, completions) if form.format == "text" else None
-    record = record or _chat(form, prompt, completions)
+    record = _text_record(form, prompt, completions) if form.format == "text" else None
+    record = record or _chat_record(form, prompt, completions)
     try:
         "".join((record.prompt, *record.responses)).encode()
     except UnicodeEncodeError:
@@ -139,7 +141,7 @@ def _remedy(fields: Iterable[str]) -> str:
 
 
 def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:
-    """Columns of completions, one entry per row; of losers, the first."""
+    """The columns that hold completions, one entry per row; losers are represented by the first."""
     columns = table.columns
     if shape == "pairs":
         return [columns["chosen"], columns["rejected"]]
@@ -150,7 +152,11 @@ def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:
 
 
 def _repeats(form: Form, prompt: object, completion: object) -> bool:
-    """Whether a completion holds its prompt: text begins with it, a dialogue with a user."""
+    """Whether a completion contains its prompt.
+
+    A text must begin with the prompt; a list of messages must begin with another role's than the
+    assistant's; for a transcript, `form.whole` decides.
+    """
     if isinstance(completion, list):
         first = completion[0]
         return isinstance(first, dict) and first.get("role") != "assistant"
@@ -164,11 +170,11 @@ def _mostly(fits: Iterable[bool], share: float = _MAJORITY) -> bool:
     return bool(answers) and sum(answers) >= share * len(answers)
 
 
-# Text.
+# Rows of plain text
 
 
-def _text(form: Form, prompt: object, completions: Sequence[object]) -> Record | None:
-    """A row of strings; None for a row of messages, which decides for itself."""
+def _text_record(form: Form, prompt: object, completions: Sequence[object]) -> Record | None:
+    """Convert a row of strings; None for a row that has message lists after all."""
     if any(isinstance(value, list) for value in (prompt, *completions)):
         return None
     texts = [_string(completion, "a response") for completion in completions]
@@ -186,8 +192,9 @@ def _text(form: Form, prompt: object, completions: Sequence[object]) -> Record |
 
 
 def _shared_text(texts: Sequence[str]) -> str:
-    """What all texts begin with, cut back to the last whitespace: no word is split."""
-    first, last = min(texts), max(texts)  # what these two share, all between them share
+    """The longest common beginning of all texts that ends in whitespace, so no word is split."""
+    # A prefix of both the lexicographically first and last text is a prefix of all of them.
+    first, last = min(texts), max(texts)
     space = 0
     for length, (one, other) in enumerate(zip(first, last, strict=False), start=1):
         if one != other:
@@ -209,11 +216,11 @@ def _refuse_blank(texts: Iterable[str]) -> None:
             raise RowError("empty_response", quoted(text))
 
 
-# Chat.
+# Rows of messages and transcripts
 
 
-def _chat(form: Form, prompt: object, completions: Sequence[object]) -> Record:
-    """A row of messages, of transcripts, or of a mixture with strings for single turns."""
+def _chat_record(form: Form, prompt: object, completions: Sequence[object]) -> Record:
+    """Convert a row of message lists or transcripts; a string may stand for a single turn."""
     bodies = [_completion_messages(form, completion) for completion in completions]
     if any(not body for body in bodies):
         raise RowError("empty_response", "no message")
@@ -251,14 +258,14 @@ def _prompt_messages(form: Form, prompt: object) -> Messages:
         return _messages(prompt, "prompt")
     text = _string(prompt, "prompt")
     if form.format == "transcript" and begins_transcript(text):
-        return _asked(text)
+        return _prompt_transcript(text)
     if form.format == "transcript" and not form.whole and text.strip():
         raise RowError("wrong_form", f'prompt {quoted(text)} does not begin with "Human:"')
     return (("user", text),)
 
 
-def _asked(text: str) -> Messages:
-    """A prompt's transcript, without the empty assistant turn where the response goes."""
+def _prompt_transcript(text: str) -> Messages:
+    """Messages of a prompt transcript, without the trailing "Assistant:" that it may end with."""
     messages = parse_transcript(text)
     return messages[:-1] if messages[-1] == ("assistant", "") else messages
 
@@ -288,9 +295,9 @@ def _messages(value: list[Any], name: str) -> Messages:
 
 
 def _shared_messages(bodies: Sequence[Messages]) -> Messages:
-    """The messages all bodies begin with, up to the last after which each one answers.
+    """The longest common beginning of all bodies after which each continues with the assistant.
 
-    Identical bodies share everything: their prompt is what comes before the last answer.
+    For identical bodies, that is everything before the last assistant message.
     """
     shared = 0
     while all(len(body) > shared and body[shared] == bodies[0][shared] for body in bodies):
@@ -303,10 +310,10 @@ def _shared_messages(bodies: Sequence[Messages]) -> Messages:
 
 
 def _refuse_other_prompt(form: Form, prompt: object, head: Messages) -> None:
-    """A prompt column beside whole conversations must be one they all go through."""
+    """Refuse a prompt string that does not occur in `head`, the shared start of conversations."""
     text = _string(prompt, "prompt")
     if form.format == "transcript" and begins_transcript(text):
-        asked = _asked(text)
+        asked = _prompt_transcript(text)
         if head[: len(asked)] != asked:
             raise RowError("wrong_form", f"a response does not begin with prompt {quoted(text)}")
     elif not any(role == "user" and content.strip() == text.strip() for role, content in head):

@@ -1,4 +1,4 @@
-"""Pairs derived from a group: all responses of one prompt, each with a gold score."""
+"""Derives preference pairs from groups: all responses to one prompt, each with a gold score."""
 
 import math
 import operator
@@ -19,14 +19,16 @@ class PairRule(Spec):
     gap: float = Field(default=0.0, ge=0)
     """Two responses are paired only when their gold scores differ by more than this."""
     per_prompt: int | None = Field(default=None, ge=0)
-    """At most this many pairs a prompt, drawn at random; none of them when 0."""
+    """At most this many pairs per prompt, drawn at random; 0 derives no pairs."""
     length_balanced: bool = False
-    """The longer response (in characters) is chosen in exactly half of a prompt's pairs."""
-    # Recorded only where it is set: older caches keep their bytes.
+    """Keep an equal number of pairs, per prompt, whose chosen response is longer and shorter (in
+    characters)."""
+    # Serialized only when set, so that caches written before this key existed keep their identity.
     by_rank: bool = Field(default=False, exclude_if=operator.not_)
-    """A response is in one pair: the best against the worst, the second best against the second
-    worst, and so on."""
+    """Use each response in at most one pair: best against worst, second best against second worst,
+    and so on."""
     seed: int = 0
+    """Seed of the random choice of pairs."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,24 @@ class Member:
     """A response in a group."""
 
     response: int
-    """Its number, the same for equal responses."""
+    """Row number in the dataset's responses; equal for equal texts."""
     response_id: str
     gold: float
     length: int
-    """What `length_balanced` compares: characters, or tokens where there is no text."""
+    """Compared by `length_balanced`: characters, or tokens where the text is not available."""
     model: str | None
     row: int
-    """Where it stands in the table of its group."""
+    """The caller's row number of this member, to find its source, model and so on again."""
 
 
 def pair_members(
     group: Sequence[Member], rule: PairRule, prompt_id: str, others: Sequence[Member] = ()
 ) -> Iterator[tuple[Member, Member, float]]:
-    """(chosen, rejected, difference of their gold scores) of every pair of a group; with `others`,
-    the group of another prompt, of every pair between the two.
+    """Yield (chosen, rejected, difference of their gold scores) for each pair of a group.
 
-    A response given by several models counts once, with its mean gold score. Sorting by content
-    makes the pairs independent of the order of the members.
+    With `others`, the group of another prompt, only pairs between the two groups are derived. A
+    response that several models gave counts once, with its mean gold score. Members are sorted by
+    content first, so the pairs do not depend on their order.
     """
     distinct: dict[int, list[Member]] = {}
     for member in sorted(
@@ -61,20 +63,21 @@ def pair_members(
     firsts = [same[0] for same in distinct.values()]
     gold = [math.fsum(one.gold for one in same) / len(same) for same in distinct.values()]
     own = {one.response for one in group}
-    side = np.array([one.response in own for one in firsts])
-    allowed = side[:, None] != side[None, :] if others else None
-    ends = derive_pairs(gold, [one.length for one in firsts], rule, prompt_id, allowed)
-    for better, worse in zip(*(side.tolist() for side in ends), strict=True):
+    in_group = np.array([one.response in own for one in firsts])
+    allowed = in_group[:, None] != in_group[None, :] if others else None
+    chosen, rejected = derive_pairs(gold, [one.length for one in firsts], rule, prompt_id, allowed)
+    for better, worse in zip(chosen.tolist(), rejected.tolist(), strict=True):
         yield firsts[better], firsts[worse], gold[better] - gold[worse]
 
 
 def every_pair(
     gold: NDArray[np.float64], group: NDArray[np.int64], gap: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What `derive_pairs` gives under a rule of `gap` alone, for many groups at once.
+    """All pairs whose gold scores differ by more than `gap`, for many groups at once.
 
-    gold, group: of every row, those of a group one after another. Returns rows (chosen, rejected),
-    int64 [pairs].
+    Equal to `derive_pairs` for each group with a rule that sets `gap` alone. gold, group: score
+    and group number of each row, [N]; the rows of a group are adjacent. Returns the row numbers
+    (chosen, rejected), int64 [pairs] each.
     """
     found = [np.zeros(0, np.int64)]
     for distance in range(1, len(gold)):
@@ -96,12 +99,12 @@ def derive_pairs(
     prompt_id: str,
     allowed: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions (chosen, rejected), int64 [pairs], in a group with `gold` scores and `lengths`.
+    """Derive the pairs of one group: positions (chosen, rejected), int64 [pairs] each.
 
-    Random numbers come from Philox keyed on (seed, prompt_id): a group's pairs depend on that
-    group and the rule alone. Under `length_balanced` the side with more candidates gives up its
-    surplus, and pairs of equal length, which are on neither side, are left out.
-    allowed: bool [members, members], which two may be a pair; None: any.
+    gold, lengths: of the members of the group, [M] each. allowed: bool [M, M], which two members
+    may form a pair; None allows all. The random choice uses Philox keyed on (seed, prompt_id), so
+    a group's pairs depend on that group and the rule only. `length_balanced` draws equally many
+    pairs with a longer and with a shorter chosen response, and drops pairs of equal length.
     """
     scores, sizes = np.asarray(gold, dtype=np.float64), np.asarray(lengths, dtype=np.int64)
     difference = scores[:, None] - scores[None, :]
@@ -112,7 +115,7 @@ def derive_pairs(
         rank = np.argsort(np.argsort(-scores, kind="stable"), kind="stable")
         candidates &= rank[:, None] + rank[None, :] == len(scores) - 1
     chosen, rejected = np.nonzero(candidates)
-    # Raw words, because Generator.permutation may change with numpy's versions.
+    # Raw random words, because Generator.permutation may change between numpy versions.
     key = blake2b_number(f"pairs:{rule.seed}:{prompt_id}", 128)
     draws = raw_words(key).random_raw(len(chosen))
     order = np.argsort(draws, kind="stable")

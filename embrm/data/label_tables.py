@@ -1,13 +1,14 @@
-"""Label tables: what is said of pairs beside the data, in files that say how they were made.
+"""Label tables: Parquet files with other labels, or measured preference strengths, for pairs.
 
-A Parquet file with one row per pair, keyed by pair_id, and its provenance in the file's metadata
-(key "embrm", canonical JSON). Two kinds:
+A table has one row per pair, keyed by pair_id, and says in the file's metadata (key "embrm",
+canonical JSON) how it was made. There are two kinds:
 
-    labels      any of label (probability that chosen is better), weight (0: leave the pair out) and
-                margin; a sweep's run takes them instead of the data's
-    strengths   prompt_id; label, as the members were trained on it; strength and spread, the mean
-                and population standard deviation over members of the reward difference in the
-                direction of that label; gold, the data's margin in that direction, or null
+    labels      any of label (probability that chosen is better), weight (0 leaves the pair out) and
+                margin; a run that names the table uses them in place of the dataset's own
+    strengths   measured by an ensemble of reward heads. prompt_id; label, as used to train the
+                ensemble; strength and spread, the mean and population standard deviation over its
+                heads of the reward difference in the direction of that label; gold, the dataset's
+                margin in that direction, or null
 """
 
 import io
@@ -36,8 +37,11 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LabelTable:
-    """rows: pair_id and the columns of its kind, as above. provenance: rule, parameters, cache_id
-    and the version of embrm; canonical JSON."""
+    """A label table in memory.
+
+    rows: pair_id and the columns of its kind, as above. provenance: how it was made (rule,
+    parameters, cache_id, embrm's version), of JSON types.
+    """
 
     kind: Kind
     rows: pl.DataFrame
@@ -45,13 +49,13 @@ class LabelTable:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits over kind and rows in the order of pair ids, whatever file they are in."""
+        """Hash (16 hex digits) of kind and rows; independent of the order of rows and columns."""
         rows = self.rows.select(sorted(self.rows.columns)).sort("pair_id")
         return content_id([self.kind, rows.to_dict(as_series=False)])
 
     def counts(self) -> dict[str, int]:
-        """Of labels: pairs, those whose label is turned round (below one half), soft (neither 0 nor
-        1), and those left out (weight 0)."""
+        """Counts for a table of labels: pairs, and how many of them are "turned" (label below 0.5),
+        "soft" (label neither 0 nor 1) and "left_out" (weight 0)."""
         columns = {"label": 1.0, "weight": 1.0}
         absent = {k: pl.lit(v) for k, v in columns.items() if k not in self.rows.columns}
         rows, label = self.rows.with_columns(**absent), pl.col("label")
@@ -64,9 +68,12 @@ class LabelTable:
 
 
 def write_label_table(path: Path, table: LabelTable) -> None:
-    """Write atomically; equal tables give equal bytes. Raises: UserError for another suffix."""
+    """Write the table atomically; equal tables give equal bytes.
+
+    Raises: UserError for a path that does not end in .parquet.
+    """
     if path.suffix != ".parquet":
-        raise UserError(f"--out {path}: a label table is a .parquet file: name it so")
+        raise UserError(f"--out {path}: a label table is a Parquet file: end its name in .parquet")
     header = {"kind": table.kind, "digest": table.digest, **table.provenance}
     stream = io.BytesIO()
     rows = table.rows.sort("pair_id").rechunk()
@@ -75,7 +82,7 @@ def write_label_table(path: Path, table: LabelTable) -> None:
 
 
 def read_label_table(path: Path, kind: Kind) -> LabelTable:
-    """The table at `path`. Raises: UserError for what `open_label_table` does, or another kind."""
+    """Read the table at `path`. Raises: UserError as `open_label_table`, and for the other kind."""
     table = open_label_table(path)
     if table.kind != kind:
         maker = {"labels": "annotate or remedy", "strengths": "strength"}[kind]
@@ -86,9 +93,9 @@ def read_label_table(path: Path, kind: Kind) -> LabelTable:
 
 
 def open_label_table(path: Path) -> LabelTable:
-    """The table at `path`, of either kind.
+    """Read the table at `path`, of either kind.
 
-    Raises: UserError when it is missing, damaged, no label table, or holds a value out of range.
+    Raises: UserError when the file is missing, damaged, no label table, or has invalid values.
     """
     try:
         header = pl.read_parquet_metadata(path).get(_KEY)
@@ -96,13 +103,16 @@ def open_label_table(path: Path) -> LabelTable:
     except FileNotFoundError:
         raise UserError(f"no label table at {path}: make it with embrm labels") from None
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise UserError(f"{path} is not a whole Parquet file: {first_line(error)}") from None
+        raise UserError(
+            f"{path} is not a complete Parquet file ({first_line(error)}): "
+            "make it again with embrm labels"
+        ) from None
     provenance = _provenance(path, header)
     kind, digest = provenance.pop("kind"), provenance.pop("digest")
     table = LabelTable(kind, rows, provenance)
     _check(path, rows, kind)
     if table.digest != digest:
-        raise UserError(f"{path} is not as it was written: make it again with embrm labels")
+        raise UserError(f"{path} was changed after it was written: make it again with embrm labels")
     return table
 
 
@@ -113,11 +123,13 @@ def _provenance(path: Path, header: str | None) -> dict[str, Any]:
             return dict(found)
     except (ValueError, TypeError, KeyError):
         pass
-    raise UserError(f"{path} is no label table (it does not say how it was made): see embrm labels")
+    raise UserError(
+        f"{path} is not a label table (its metadata has no provenance): make one with embrm labels"
+    )
 
 
 def _check(path: Path, rows: pl.DataFrame, kind: Kind) -> None:
-    """Columns, and values that training can use."""
+    """Refuse wrong columns, repeated pairs, and values outside their range."""
     known = _COLUMNS[kind]
     names = {*rows.columns} - {"pair_id"}
     complete = names == {*known} if kind == "strengths" else names and names <= {*known}
@@ -129,7 +141,7 @@ def _check(path: Path, rows: pl.DataFrame, kind: Kind) -> None:
             "ids as text and the others as 64-bit floats: make it again with embrm labels"
         )
     if rows["pair_id"].is_duplicated().any():
-        raise UserError(f"{path} names a pair twice: make it again with embrm labels")
+        raise UserError(f"{path} has a pair_id twice: make it again with embrm labels")
     if kind != "labels":
         return
     limits = {"label": (0.0, 1.0), "weight": (0.0, 3.4e38), "margin": (-3.4e38, 3.4e38)}
@@ -138,6 +150,7 @@ def _check(path: Path, rows: pl.DataFrame, kind: Kind) -> None:
         wrong = rows.filter(~within.fill_null(False))
         if wrong.height:
             raise UserError(
-                f"{path}: {name} = {wrong[name][0]} in {wrong.height} of {rows.height} rows: it is "
-                f"a number from {limits[name][0]:g} to {limits[name][1]:g}: make it again"
+                f"{path}: {name} = {wrong[name][0]} in {wrong.height} of {rows.height} rows, but "
+                f"it must be from {limits[name][0]:g} to {limits[name][1]:g}: "
+                "make it again with embrm labels"
             )

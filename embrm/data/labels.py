@@ -1,4 +1,4 @@
-"""Labels: the numbers beside a row of text, checked."""
+"""Labels: reads and checks the numeric fields of a row: margin, label, weight and gold score."""
 
 import math
 
@@ -7,25 +7,25 @@ from embrm.data.forms import RowError
 from embrm.data.tables import Columns
 
 _LARGEST = 3.4e38
-"""Heads are trained in float32: beyond this a margin is infinite there."""
+"""Just below the largest float32: heads are trained in float32, where more would be infinite."""
 
 
 def pair_numbers(columns: Columns, index: int) -> tuple[float | None, float, float]:
-    """margin (None where unknown), label and weight (1 without such a column) of a row.
+    """The margin (None where unknown), label and weight (1.0 without such a column) of a row.
 
-    Raises: RowError with missing_value, or nan_label for what is no number or out of range. Its
-    detail begins with the field's name.
+    Raises: RowError with reason missing_value, or nan_label for a value that is not a number or out
+    of range. The detail begins with the field's name.
     """
-    margin = (
-        number(columns["margin"][index], "margin", "nan_label") if "margin" in columns else None
-    )
+    margin = None
+    if "margin" in columns:
+        margin = finite_number(columns["margin"][index], "margin", "nan_label")
     return margin, _ranged(columns, "label", index, 1.0), _ranged(columns, "weight", index)
 
 
 def _ranged(columns: Columns, name: str, index: int, most: float = math.inf) -> float:
     if name not in columns:
         return 1.0
-    value = number(columns[name][index], name, "nan_label")
+    value = finite_number(columns[name][index], name, "nan_label")
     if value is None:
         raise RowError("missing_value", f"{name} is null")
     if not 0 <= value <= most:
@@ -34,8 +34,11 @@ def _ranged(columns: Columns, name: str, index: int, most: float = math.inf) -> 
     return value
 
 
-def number(value: object, name: str, reason: str) -> float | None:
-    """A float, finite in float32; None for a missing value. Raises: RowError with `reason`."""
+def finite_number(value: object, name: str, reason: str) -> float | None:
+    """Convert a cell to a float that is finite in float32; None for a missing value.
+
+    Raises: RowError with `reason` for anything else.
+    """
     if value is None or value == "":
         return None
     try:

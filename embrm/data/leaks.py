@@ -1,4 +1,4 @@
-"""Leaks: evaluation prompts that also occur in training."""
+"""Leaks: finds evaluation prompts that also occur in a training split."""
 
 import json
 from dataclasses import dataclass, field
@@ -18,20 +18,21 @@ LEAKS: dict[str, pl.DataType] = {
 
 
 def is_train(split: str) -> bool:
-    """Whether a split is for training: "train" or "train/..."."""
+    """Whether a split is for training: its name is "train" or begins with "train/"."""
     return split == "train" or split.startswith("train/")
 
 
 def leaks(dataset: Dataset) -> pl.DataFrame:
-    """Overlaps of training and evaluation prompts: one row per pair of splits that has any.
+    """List overlaps of training and evaluation prompts: one row per (train, eval) split with any.
 
     Columns: train_split, eval_split, prompts_shared (evaluation prompts that occur in training),
-    eval_prompts (of how many), pairs_touched (evaluation pairs over the shared prompts),
-    prompt_ids (the shared evaluation prompts, sorted, to evaluate with and without them).
+    eval_prompts (all prompts of the evaluation split), pairs_touched (evaluation pairs on shared
+    prompts), prompt_ids (the shared evaluation prompts, sorted; evaluation can leave them out).
 
-    Prompts are compared without regard to case, whitespace and kind. A single-turn prompt matches
-    an equal one, and a dialogue whose last user turn equals it. Two dialogues match when all their
-    user turns do: last turns like "why?" alone would raise false alarms.
+    Prompts are compared by their user turns, ignoring case, whitespace and whether they are text or
+    chat. A single-turn prompt matches an equal one, and a dialogue whose last user turn equals it.
+    Two dialogues match only when all their user turns do, because a common last turn such as "why?"
+    would be a false alarm.
     """
     prompts = {
         prompt_id: _user_turns(kind, prompt)
@@ -64,7 +65,7 @@ def leaks(dataset: Dataset) -> pl.DataFrame:
 
 @dataclass
 class _Seen:
-    """Prompts of a training split, as user turns, and which prompts they give away."""
+    """The user turns of a training split's prompts; `turns in seen` tells whether they match."""
 
     whole: set[tuple[str, ...]] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
@@ -80,7 +81,7 @@ class _Seen:
 
 
 def _user_turns(kind: str, prompt: str) -> tuple[str, ...]:
-    """Normalised user turns; a text prompt is one turn."""
+    """The normalised user turns of a prompt; a text prompt counts as one turn."""
     if kind == "text":
         return (_normalised(prompt),)
     turns = [turn["content"] for turn in json.loads(prompt) if turn["role"] == "user"]

@@ -1,7 +1,7 @@
-"""Remedies: other labels for pairs of which the strength of preference is known (arXiv 2401.06080).
+"""Remedies: correct labels by the measured strength of each preference (arXiv 2401.06080).
 
-Ranges are shares of the pairs in the order of their strength, weakest first: [0, 0.1] is the lowest
-tenth.
+A range selects pairs by their rank in preference strength, weakest first: [0, 0.1] is the tenth of
+the pairs with the lowest strength, which are the most likely to be labelled wrongly.
 """
 
 from typing import Annotated, Self
@@ -19,7 +19,7 @@ from embrm.data.label_tables import LabelTable
 
 def _ordered(ends: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= ends[0] < ends[1] <= 1:
-        raise ValueError("a range goes from a share to a larger one, such as [0, 0.2]")
+        raise ValueError("a range is [from, to] with 0 <= from < to <= 1, such as [0, 0.2]")
     return ends
 
 
@@ -27,42 +27,45 @@ Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class Remedy(Spec):
-    """What is done to which pairs, in this order; at least one of them."""
+    """Operations on ranges of pairs, applied in this order. At least one must be given."""
 
     flip: Range | None = None
-    """Labels are turned round, and with them the strength: label ← 1 - label."""
+    """Flip labels: label ← 1 - label; the strength changes its sign."""
     smooth: Range | None = None
-    """label ← (1-ε)·label + ε·(1-label)."""
+    """Smooth labels: label ← (1-ε)·label + ε·(1-label)."""
     epsilon: float = Field(default=0.1, gt=0, lt=0.5)
-    """ε of smooth."""
+    """ε of `smooth`."""
     soft: Range | None = None
-    """The label's side has probability sigmoid(strength)."""
+    """Soft labels: the preferred response gets probability sigmoid(strength)."""
     margin: Range | None = None
-    """The pair's margin is its strength; 0 outside the range. Runs use it with margin_scale."""
+    """Set the margin to the strength, and to 0 outside the range. Runs use it with margin_scale."""
     drop: Range | None = None
-    """Pairs are left out: weight 0."""
+    """Leave these pairs out (weight 0)."""
     keep: Range | None = None
-    """All others are left out."""
+    """Leave all other pairs out (weight 0)."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if not any((self.flip, self.smooth, self.soft, self.margin, self.drop, self.keep)):
             raise ValueError(
-                "a remedy does something: give flip, smooth, soft, margin, drop or keep"
+                "a remedy needs an operation: give flip, smooth, soft, margin, drop or keep"
             )
         if self.drop and self.keep:
-            raise ValueError("drop and keep both choose pairs: give one of them")
+            raise ValueError("drop and keep exclude each other: give one of them")
         if self.smooth and self.soft and _overlap(self.smooth, self.soft):
             raise ValueError(
-                f"smooth = {list(self.smooth)} and soft = {list(self.soft)} overlap: a pair has "
-                "one label, move one of them"
+                f"smooth = {list(self.smooth)} and soft = {list(self.soft)} overlap, but "
+                "both set the label: move one of them"
             )
         return self
 
 
-def remedied(remedy: Remedy, strengths: LabelTable) -> LabelTable:
-    """Labels of all pairs of `strengths`, with weights (`drop`, `keep`) and margins (`margin`);
-    its provenance goes with them."""
+def apply_remedy(remedy: Remedy, strengths: LabelTable) -> LabelTable:
+    """Apply a remedy: returns labels for all pairs of `strengths`, a table of that kind.
+
+    The table has weights with `drop` or `keep` and margins with `margin`. Its provenance includes
+    that of `strengths`.
+    """
     parameters = remedy.model_dump(mode="json", exclude_none=True)
     if not remedy.smooth:
         del parameters["epsilon"]

@@ -1,4 +1,4 @@
-"""Rows: one source's rows, read, checked and handed to the collector."""
+"""Rows: reads one source, checks each of its rows and adds them to the collector."""
 
 import json
 from collections import Counter
@@ -11,16 +11,16 @@ from embrm.core.text import listed, quoted
 from embrm.data.collector import Collector, Place
 from embrm.data.forms import Form, Record, RowError, canonical, detect
 from embrm.data.groups import Member, pair_members
-from embrm.data.labels import number, pair_numbers
+from embrm.data.labels import finite_number, pair_numbers
 from embrm.data.sources import SourceSpec, SourceTable, read_rows
 from embrm.data.splits import holdout
 
 
 def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
-    """Add a source's rows; returns its rules, as they are recorded.
+    """Add a source's rows to the collector; returns its entry in `Dataset.rules`.
 
-    Raises: UserError for what `read_rows` and `detect` refuse, for a split that is given twice,
-    and when no row is left, with the reasons counted.
+    Raises: UserError as `read_rows` and `detect` do, when the spec names a split and the file has
+    several, and when every row is excluded, with the reasons counted.
     """
     table = read_rows(spec)
     source = _Source(collector, spec, table, detect(table))
@@ -37,29 +37,29 @@ def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
         reasons, details = (collector.exclusions[key][excluded:] for key in ("reason", "detail"))
         remedy = "check columns and where"
         if set(reasons) == {"nan_label"}:
-            column = details[0].split()[0]  # such a detail begins with the field: see labels
+            column = details[0].split()[0]  # the detail of a nan_label begins with the field
             remedy = f'fix that column, or leave it out: columns = {{ {column} = "" }}'
         raise UserError(
-            f"{spec.name}: every row was excluded: {counts(reasons, details)}; {remedy}"
+            f"{spec.name}: every row was excluded: {reason_summary(reasons, details)}; {remedy}"
         )
     return _rules(spec, source.form, len(table.rows))
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A source whose rows are being added."""
+    """A source while its rows are added to the collector."""
 
     collector: Collector
     spec: SourceSpec
     table: SourceTable
     form: Form
     groups: dict[tuple[str, str], list[Member]] = field(default_factory=dict)
-    """(split, prompt_id) -> members, when the shape is groups."""
+    """Members by (split, prompt_id), when the shape is groups."""
     places: list[Place] = field(default_factory=list)
-    """Of the members, by their `row`."""
+    """The place of each member in `groups`; `Member.row` is the index."""
 
     def add(self, index: int, split: str | None) -> None:
-        """Add row `index` of the table, or list why it is left out."""
+        """Add row `index` of the table, or record why it is excluded."""
         place = Place(
             self.table.name, self.table.rows[index], split or "", _name(self.cell("subset", index))
         )
@@ -72,7 +72,7 @@ class _Source:
             self.collector.exclude(place, *error.args)
 
     def cell(self, field: str, index: int) -> Any:
-        """A value of the table; None where there is no such column."""
+        """The value of a field in a row; None without such a column."""
         column = self.table.columns.get(field)
         return None if column is None else column[index]
 
@@ -97,7 +97,7 @@ class _Source:
             )
         prompt = self.cell("prompt", index)
         if self.form.prompt == "implicit":
-            # The prompt is what all completions share, not what each pair of them does.
+            # The prompt is what all completions share; a pair of them may share more.
             together = canonical(self.form, None, (best, *losers))
         for position, (loser, model) in enumerate(zip(losers, models, strict=True)):
             try:
@@ -115,23 +115,24 @@ class _Source:
         self,
         place: Place,
         record: Record,
-        numbers: tuple[float | None, float, float],
+        margin_label_weight: tuple[float | None, float, float],
         models: tuple[object, object],
     ) -> None:
         if record.responses[0] == record.responses[1]:
             raise RowError("identical", quoted(record.responses[0]))
-        ends = self.collector.response(record, 0), self.collector.response(record, 1)
+        chosen_rejected = self.collector.response(record, 0), self.collector.response(record, 1)
         names = _name(models[0]), _name(models[1])
         prompt_id = self.collector.prompt_id(record)
-        self.collector.pair(self._side(place, prompt_id), prompt_id, ends, numbers, names)
+        place = self._after_holdout(place, prompt_id)
+        self.collector.pair(place, prompt_id, chosen_rejected, margin_label_weight, names)
 
     def _member(self, index: int, place: Place) -> None:
         record = canonical(self.form, self.cell("prompt", index), (self.cell("response", index),))
-        gold = number(self.cell("gold", index), "gold", "nan_gold")
+        gold = finite_number(self.cell("gold", index), "gold", "nan_gold")
         if gold is None:
             raise RowError("missing_value", "gold is null")
         prompt_id, response = self.collector.prompt_id(record), self.collector.response(record, 0)
-        place = self._side(place, prompt_id)
+        place = self._after_holdout(place, prompt_id)
         model = _name(self.cell("model", index))
         if self.collector.member(place, prompt_id, response, model, gold):
             response_id = self.collector.responses["response_id"][response]
@@ -140,15 +141,15 @@ class _Source:
             self.groups.setdefault((place.split, prompt_id), []).append(member)
             self.places.append(place)
 
-    def _side(self, place: Place, prompt_id: str) -> Place:
-        """The place after holdout."""
+    def _after_holdout(self, place: Place, prompt_id: str) -> Place:
+        """The place with the split that `spec.holdout` moves the prompt to, if it does."""
         rule = self.spec.holdout
         if rule and holdout([prompt_id], rule.fraction, rule.seed, "holdout")[0]:
             return replace(place, split=rule.split)
         return place
 
     def pair_groups(self) -> None:
-        """Derive the pairs of each group."""
+        """Derive pairs from the groups, once all rows are added."""
         for (_, prompt_id), group in self.groups.items():
             for chosen, rejected, margin in pair_members(group, self.spec.pairs, prompt_id):
                 self.collector.pair(
@@ -161,7 +162,10 @@ class _Source:
 
 
 def _splits(table: SourceTable, spec: SourceSpec) -> list[str | None]:
-    """The split of each row, before holdout. Raises: UserError when the spec and file disagree."""
+    """The split of each row, before holdout; None where the split column is empty.
+
+    Raises: UserError when the spec names a split and the file's split column has several.
+    """
     cells = [_name(cell) or None for cell in table.columns.get("split") or []]
     if spec.split is not None:
         names = sorted({name for name in cells if name is not None})
@@ -181,7 +185,7 @@ def _splits(table: SourceTable, spec: SourceSpec) -> list[str | None]:
 def _limited(
     table: SourceTable, form: Form, splits: list[str | None], limit: int | None
 ) -> Iterable[int]:
-    """Positions of the rows to use."""
+    """Positions of the rows to use: the first `limit` rows, or prompts of groups, per split."""
     if limit is None:
         return range(len(table.rows))
     kept = []
@@ -196,7 +200,7 @@ def _limited(
 
 
 def _name(value: object) -> str | None:
-    """The name of a split, subset or model as text that can be stored."""
+    """The name of a split, subset or model as valid Unicode text."""
     return None if value is None else str(value).encode(errors="replace").decode()
 
 
@@ -219,10 +223,10 @@ def _rules(spec: SourceSpec, form: Form, rows: int) -> dict[str, Any]:
     return rules
 
 
-def counts(reasons: Iterable[str], details: Sequence[str]) -> str:
-    """ "3 identical, 2 empty_response (first: 'yes')", most frequent first.
+def reason_summary(reasons: Iterable[str], details: Sequence[str]) -> str:
+    """Count exclusions by reason, such as "3 identical, 2 empty_response (first: 'yes')".
 
-    Details quote the data by `quoted`, so they may be shown.
+    The most frequent reason comes first. The details are printable: they quote data with `quoted`.
     """
     counted = ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).most_common())
     return f"{counted} (first: {details[0]})"

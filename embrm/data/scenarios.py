@@ -1,13 +1,14 @@
-"""Scenarios: groups divided so that evaluation shares prompts or models with training, or neither.
+"""Scenarios: divides groups into training and four evaluation splits (arXiv 2505.07271).
+
+The evaluation splits differ in what they share with training: prompts, response models, or neither.
 
     train    training prompts answered by training models
-    id       other responses of the same models to the same prompts
-    prompt   the same models on unseen prompts
-    model    unseen models on the same prompts
-    mutual   unseen models on unseen prompts
+    id       other responses of the training models to the training prompts
+    prompt   responses of the training models to unseen prompts
+    model    responses of unseen models to the training prompts
+    mutual   responses of unseen models to unseen prompts
 
-No response is in two splits (arXiv 2505.07271). Training shares its prompts with id and model by
-design.
+No response is in two splits.
 """
 
 import itertools
@@ -27,50 +28,51 @@ SCENARIOS = ("train", "id", "prompt", "model", "mutual")
 """The splits that groups are divided into."""
 
 SHARED = ("id", "model")
-"""Those that share their prompts with training, by design."""
+"""The evaluation splits whose prompts are training prompts too, by design."""
 
 
 class Scenarios(Spec):
-    """How groups are divided. Sides are drawn by hash: a prompt's, a model's or a response's side
-    depends on its own id or name and the seed alone, and larger shares contain smaller ones."""
+    """How groups are divided. A hash of its id or name and the seed decides whether a prompt, model
+    or response is held out; a larger share holds out a superset of a smaller one."""
 
     splits: tuple[str, ...] = Field(default=("train",), min_length=1)
-    """Splits of the cache whose groups are divided together, in place of their own pairs."""
+    """Splits of the cache whose groups are divided; the pairs derived here replace theirs."""
     prompts: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the prompts that training does not see."""
+    """Share of the prompts that are unseen in training."""
     models: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the response models that training does not see."""
+    """Share of the response models that are unseen in training."""
     responses: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the training models' responses to training prompts that id keeps to itself."""
+    """Share of the training models' responses to training prompts that go to id, not to train."""
     seed: int = 0
+    """Seed of the choice of prompts, models and responses."""
     pairs: PairRule = PairRule()
-    """How pairs are derived within each split; its length is counted in tokens."""
+    """How pairs are derived within each split; length_balanced compares lengths in tokens."""
     cross_prompt: bool = False
-    """Train on pairs of responses to different prompts: those to each prompt against those to the
-    next one, in an order by hash. Evaluation pairs stay within a prompt."""
+    """Train on pairs of responses to different prompts: prompts are ordered by a hash, and the
+    responses to each are paired with those to the next. Evaluation pairs stay within a prompt."""
 
     @model_validator(mode="after")
     def _one_pairing(self) -> Self:
         if self.cross_prompt and self.pairs.by_rank:
-            raise ValueError("cross_prompt with pairs.by_rank: ranks are of a prompt, drop one")
+            raise ValueError("by_rank ranks within a prompt: leave cross_prompt or by_rank out")
         return self
 
 
 def divide(
     members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The pairs and members of `SCENARIOS` from the groups of the splits `rule.splits`.
+    """Divide the groups of `rule.splits` into `SCENARIOS`; returns their (pairs, members).
 
-    members: with the columns of `collector.MEMBERS`, of any splits. responses: response_id and
-    n_response, one row per response number. The tables returned have the columns of
-    `collector.PAIRS` and those of `members`; pairs derived from groups have label and weight 1, the
-    gold difference as margin, and the source and row of their chosen response.
+    members: with the columns of `collector.MEMBERS`, of any splits. responses: columns response_id
+    and n_response (tokens), one row per response number. The returned tables have the columns of
+    `collector.PAIRS` and those of `members`. Pairs have label and weight 1, the gold difference as
+    margin, and the source and row of their chosen response.
 
-    Left out are what unseen models have of a response that training models gave too, and the
-    groups of id and model to prompts of which training has no pair.
+    Left out are members of unseen models whose response a training model gave too, and groups of
+    id and model whose prompt has no training pair.
 
-    Raises: UserError when there are no groups, a member has no model, a side has no prompt or
-    model, or one of the splits has no pair.
+    Raises: UserError when there are no groups, a member has no model, all or none of the prompts
+    or models are held out, or a split has no pair.
     """
     found = members.filter(pl.col("split").is_in(rule.splits))
     _check(found, rule)
@@ -140,7 +142,7 @@ def _check(found: pl.DataFrame, rule: Scenarios) -> None:
 
 
 def _pairs(members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios) -> pl.DataFrame:
-    """The pairs of the groups (split, prompt_id) of `members`, in order of first appearance."""
+    """Derive pairs for each group (split, prompt_id), in the order in which groups appear."""
     lengths = responses["n_response"].gather(members["response"])
     columns = [members[name] for name in ("response", "response_id", "gold", "model")]
     groups: dict[tuple[str, str], list[Member]] = {}
@@ -184,10 +186,10 @@ def _pairs(members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios) -> p
 
 
 def _following(groups: dict[tuple[str, str], list[Member]]) -> dict[str, list[Member]]:
-    """For each training prompt but the last, the training group that follows it.
+    """For each training prompt but the last, the training group that follows it in hash order.
 
-    In the order of the draws that choose a sweep's validation prompts: these are the first of it,
-    so that training and validation meet in one pair of neighbours alone.
+    The order is that of the hash which chooses a sweep's validation prompts. Those come first in
+    it, so only one pair of neighbouring prompts joins validation and training.
     """
     prompts = [prompt_id for split, prompt_id in groups if split == "train"]
     drawn = dict(zip(prompts, draws(prompts, 0, "validation"), strict=True))
@@ -196,5 +198,5 @@ def _following(groups: dict[tuple[str, str], list[Member]]) -> dict[str, list[Me
 
 
 def _present(columns: Sequence[str]) -> list[str]:
-    """Columns of pairs; source and row where the members have them."""
+    """The columns of `PAIRS`; source and row only if the members have them."""
     return [name for name in PAIRS if name not in ("source", "row") or name in columns]

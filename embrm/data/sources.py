@@ -1,4 +1,4 @@
-"""Sources: preference data as the user names it, read into columns with canonical names."""
+"""Sources: reads a file, hub dataset or benchmark named by the user into canonical columns."""
 
 import operator
 import re
@@ -38,9 +38,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "subset": ("subset", "domain"),
     "split": ("split",),
 }
-"""Canonical fields and the column names under which they are found without a mapping, first wins.
+"""Canonical fields, and the column names that are recognized for each without a mapping.
 
-`label` is the probability that chosen is the better one, in [0, 1]; `weight` is at least 0.
+The first name that a dataset has is used. `label` is the probability that chosen is the better
+response, in [0, 1]; `weight` is at least 0.
 """
 
 
@@ -52,27 +53,31 @@ class SourceSpec(Spec):
     hub: str | None = None
     """A dataset id "owner/name" on the Hugging Face hub; needs the extra `extract`."""
     config: str | None = None
+    """Configuration of the hub dataset, if it has several."""
     revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
     hub_split: str | None = None
-    """One split of the hub dataset; all of them when not given."""
+    """The split of the hub dataset to read; all splits if not given."""
     split: str | None = Field(default=None, min_length=1)
-    """The split its rows go to; else the file's split column, else hub split or file stem."""
+    """The split that the rows go to. Default: the file's split column, or else the hub split or the
+    file name without its suffix."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Field -> column of the file. Fields: prompt, chosen, rejected, response, model, gold, margin,
-    label, weight, subset, split, best, losers, and ..._model(s) of the texts.
-    "" leaves the field out, also where the file has a column of a known name for it."""
+    """Maps fields to columns of the file, where their names differ. Fields: prompt, chosen,
+    rejected, response, model, gold, margin, label, weight, subset, split, best, losers,
+    chosen_model, rejected_model, best_model and loser_models. "" leaves the field out, even if the
+    file has a column whose name is recognized for it."""
     where: dict[str, str | int | float | bool] = Field(default_factory=dict)
-    """Keep only the rows whose columns (names of the file) have these values."""
+    """Keep only the rows that have these values in these columns of the file."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many rows of each split; for groups, prompts of each split."""
+    """Read only this many rows of each split, from the first on; for groups, this many prompts."""
     holdout: Holdout | None = None
-    """Whole prompts moved to another split: see below."""
+    """Moves a share of the prompts, with all their rows, to another split: see below."""
     pairs: PairRule = PairRule()
-    """How pairs are derived from groups; `pairs = { per_prompt = 0 }` for none."""
-    # Recorded only where it is set: older caches keep their bytes.
+    """How pairs are derived from groups; `pairs = { per_prompt = 0 }` derives none."""
+    # Serialized only when set, so that caches written before this key existed keep their identity.
     suite: str | None = Field(default=None, exclude_if=operator.not_)
-    """A benchmark in the layout it is published in, such as "rm-bench", from where it is published
-    or from path or hub; its rows go to the split "ood/SUITE" unless named."""
+    """Read a benchmark, such as "rm-bench", in its published layout: from where it is published, or
+    from a copy at path or hub. Its rows go to the split "ood/SUITE" unless split says otherwise."""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,30 +119,33 @@ class SourceSpec(Spec):
 
     @property
     def name(self) -> str:
-        """How errors and exclusions call it: the hub id, or the file with its folder."""
+        """Name in errors and exclusions: the hub id, or the file with its parent folder."""
         return self.hub if self.hub else "/".join(Path(self.path or "").parts[-2:])
 
 
 @dataclass(frozen=True)
 class SourceTable:
-    """Rows of one source, before their form is known."""
+    """The rows of one source as columns, before their form is detected."""
 
     name: str
     found: tuple[str, ...]
     """Names of all columns of the file."""
     columns: Columns
-    """Canonical field -> values, one list entry a row. A missing value is None."""
+    """Canonical field -> values, one per row; None for a missing value."""
     rows: list[int]
     """Position of each row in the file, from 0."""
     split: str
-    """The split of its rows where there is no split column: the file's stem."""
+    """The split of rows without a split column: the file name without its suffix."""
     undecided: tuple[int, ...] = ()
-    """Rows of a suite's file that prefer no response."""
+    """Positions of a benchmark's rows that state no preference: ties, or all responses alike."""
 
 
 def parse_source(text: str) -> SourceSpec:
-    """`[SPLIT=][SUITE@]PATH_OR_HUB_ID`, as on the command line, or `[SPLIT=]SUITE` for where a
-    suite is published. An existing file wins over a hub id."""
+    """Parse a --data argument: `[SPLIT=][SUITE@]PATH_OR_HUB_ID`, or `[SPLIT=]SUITE` for a benchmark
+    from where it is published. Text that names an existing file is a path, not a hub id.
+
+    Raises: UserError for text of another form.
+    """
     split, place = None, text
     if "=" in text and not Path(text).exists():
         split, _, place = text.partition("=")
@@ -155,9 +163,9 @@ def parse_source(text: str) -> SourceSpec:
 
 
 def read_rows(spec: SourceSpec) -> SourceTable:
-    """Read a source, apply its column mapping and `where`.
+    """Read a source and apply its column mapping, `where` and, for a benchmark, its layout.
 
-    Raises: UserError for a missing or unreadable file, a missing column, no rows.
+    Raises: UserError for a missing or unreadable file, a missing column, or no rows.
     """
     found: list[str] = []
     used: dict[str, str] = {}
@@ -179,7 +187,7 @@ def read_rows(spec: SourceSpec) -> SourceTable:
     else:
         raw, rows = read_file(Path(spec.path or ""), choose)
     if not rows:
-        raise UserError(f"{spec.name}: no rows: name a file that has some")
+        raise UserError(f"{spec.name} has no rows: name a file that has some")
     kept: Sequence[int] = range(len(rows))
     for column, value in spec.where.items():
         cells = raw[column]
@@ -212,8 +220,7 @@ def read_rows(spec: SourceSpec) -> SourceTable:
 
 
 def _benchmark(spec: SourceSpec) -> str:
-    """What the parts of PPE are called after: PPE-MATH-Best-of-K, of whatever file or folder of a
-    copy, is MATH; else the stem."""
+    """The benchmark's name in PPE: "MATH" for a path with "PPE-MATH-Best-of-K"; else the stem."""
     place = Path(spec.path or spec.name)
     for part in reversed(place.parts):
         if found := re.match(r"(?:.*PPE-)?(.+)-Best-of-K", part):
@@ -222,7 +229,7 @@ def _benchmark(spec: SourceSpec) -> str:
 
 
 def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
-    """Canonical field -> column, by the mapping first, then by known names."""
+    """Canonical field -> column: from the spec's mapping first, then by recognized names."""
     used = {field: column for field, column in spec.columns.items() if column}
     for column in [*used.values(), *spec.where]:
         if column not in found:
@@ -240,7 +247,7 @@ def _used_columns(spec: SourceSpec, found: Sequence[str]) -> dict[str, str]:
 
 
 def _matches(cell: object, value: str | int | float | bool) -> bool:
-    if isinstance(cell, str) and not isinstance(value, str):  # CSV cells are text
+    if isinstance(cell, str) and not isinstance(value, str):  # all cells of a CSV file are text
         return cell.strip().lower() == str(value).lower()
     return cell == value and isinstance(cell, bool) == isinstance(value, bool)
 

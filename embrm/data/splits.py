@@ -1,4 +1,4 @@
-"""Splits by prompt: a prompt's side depends on its id and the seed, on nothing else."""
+"""Splits by prompt: holdouts and folds that depend on each prompt's id and the seed only."""
 
 from collections.abc import Iterable
 
@@ -14,9 +14,9 @@ class Holdout(Spec):
     """Move a fraction of a dataset's prompts, with all their rows, to another split."""
 
     fraction: float = Field(gt=0, lt=1)
-    """Share of the prompts that is moved."""
+    """Share of the prompts to move."""
     split: str = Field(default="holdout", min_length=1)
-    """The split that they are moved to."""
+    """The split to move them to."""
     seed: int = 0
     """Seed of the choice of prompts."""
 
@@ -24,24 +24,26 @@ class Holdout(Spec):
 def holdout(
     prompt_ids: Iterable[str], fraction: float, seed: int, purpose: str = "validation"
 ) -> NDArray[np.bool_]:
-    """Which prompts are held out: bool [len(prompt_ids)], true for about `fraction` of the prompts.
+    """Choose the prompts to hold out: bool [N], true for about `fraction` of N distinct prompts.
 
-    Equal ids get equal answers, a larger fraction holds out a superset, and the answer for a prompt
-    depends neither on the order nor on the other prompts. `purpose` separates the draws: without
-    it, a validation split taken from what a holdout of the same seed left over would be empty."""
+    Whether a prompt is held out depends on its id, `fraction`, `seed` and `purpose`, not on the
+    other prompts or their order. A larger fraction holds out a superset. `purpose` makes choices
+    independent: without it, a validation split drawn with the same seed from the prompts that a
+    holdout left over would be empty.
+    """
     bound = int(fraction * 2**64)
     drawn = draws(prompt_ids, seed, purpose)
     return np.array([draw < bound for draw in drawn], dtype=np.bool_)
 
 
 def folds(prompt_ids: Iterable[str], count: int) -> NDArray[np.int64]:
-    """The fold of each prompt, int64 [len(prompt_ids)], from its id and `count` alone."""
+    """The fold of each prompt, int64 [N] in 0..count-1; it depends on its id and `count` only."""
     drawn = draws(prompt_ids, 0, f"fold of {count}")
     return np.array([draw * count >> 64 for draw in drawn], dtype=np.int64)
 
 
 def draws(ids: Iterable[str], seed: int, purpose: str) -> list[int]:
-    """A number of 64 bits for each id, from the id, the seed and the purpose alone."""
+    """A pseudo-random 64-bit integer for each id: BLAKE2b of purpose, seed and id."""
     salt = f"{purpose}:{seed}:"
     known: dict[str, int] = {}
     answer = []

@@ -1,4 +1,4 @@
-"""Tables: local JSONL, JSON, CSV and Parquet files as columns of Python values."""
+"""Tables: reads local JSONL, JSON, CSV and Parquet files as columns of Python values."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from embrm.core.text import first_line, quoted
 
 Columns = dict[str, list[Any]]
 Choose = Callable[[Sequence[str]], Sequence[str]]
-"""From the names of all columns to the names of those worth reading."""
+"""Called with the names of all columns; returns the names of those to read."""
 
 
 def read_file(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
-    """The chosen columns of a file, and the position of each row in it, from 0.
+    """Read the chosen columns of a file; returns them and each row's position in the file, from 0.
 
-    Raises: UserError for a file that is missing, of an unknown kind, or damaged.
+    Raises: UserError for a file that is missing, damaged, or of an unknown type.
     """
     if not path.exists():
         raise UserError(f"no dataset at {path}: check the path")
@@ -27,15 +27,15 @@ def read_file(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
     reader = READERS.get(path.suffix)
     if reader is None:
         raise UserError(
-            f"{path}: unknown kind of file {quoted(path.suffix)}: "
-            f"one of {', '.join(READERS)} can be read"
+            f"{path}: unknown file type {quoted(path.suffix)}: "
+            f"convert it to one of {', '.join(READERS)}"
         )
     try:
         return reader(path, choose)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: convert it, or check its suffix") from None
     except PermissionError:
-        raise UserError(f"{path} may not be read: check its permissions") from None
+        raise UserError(f"no permission to read {path}: change its permissions") from None
 
 
 def _read_parquet(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
@@ -43,7 +43,9 @@ def _read_parquet(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
         frame = pl.read_parquet(path, columns=list(choose(list(pl.read_parquet_schema(path)))))
         height = frame.height if frame.width else pl.scan_parquet(path).select(pl.len()).collect()
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a whole Parquet file: {first_line(error)}") from None
+        raise UserError(
+            f"{path} is not a complete Parquet file ({first_line(error)}): copy it again"
+        ) from None
     count = height if isinstance(height, int) else int(height.item())
     return frame.to_dict(as_series=False), list(range(count))
 
@@ -55,14 +57,16 @@ def _read_csv(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
     except pl.exceptions.NoDataError:
         return {}, []
     except pl.exceptions.PolarsError as error:
-        raise UserError(f"{path} is not a whole CSV file: {first_line(error)}") from None
+        raise UserError(
+            f"{path} is not a complete CSV file ({first_line(error)}): fix or copy it again"
+        ) from None
     names = choose(frame.columns)
     columns = {name: _decoded_cells(frame[name].to_list()) for name in names}
     return columns, list(range(frame.height))
 
 
 def _decoded_cells(cells: list[Any]) -> list[Any]:
-    """Lists (messages, losers) that a CSV file can only hold as JSON text: all cells or none."""
+    """Decode a column whose cells are all JSON lists (messages or losers); others are unchanged."""
     if not all(cell.startswith("[") for cell in cells):
         return cells
     try:
@@ -79,8 +83,9 @@ def _read_jsonl(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
                 continue
             try:
                 records.append(json.loads(line))
-            except (ValueError, RecursionError) as error:  # also endless numbers and nesting
-                # The decoder counts lines too, within this one.
+            except (ValueError, RecursionError) as error:
+                # Overlong numbers raise a plain ValueError, deep nesting a RecursionError.
+                # Only the message: the decoder's own line number is always 1 here.
                 why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
                 raise UserError(
                     f"{path}: line {number + 1} is not JSON ({why}): fix or remove it"
@@ -101,11 +106,11 @@ def _read_json(path: Path, choose: Choose) -> tuple[Columns, list[int]]:
     if isinstance(content, list):
         return _columns_of(path, content, choose), list(range(len(content)))
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {quoted(content)}: write a list of objects")
+        raise UserError(f"{path} contains {quoted(content)}: write a list of objects")
     lengths = {len(cells) if isinstance(cells, list) else -1 for cells in content.values()}
     if len(lengths) > 1 or -1 in lengths:
         raise UserError(
-            f"{path} is one object, but its values are not lists of one length: "
+            f"{path} is one object, but its values are not lists of equal length: "
             "write a list of objects, or an object of columns"
         )
     names = choose(list(content))

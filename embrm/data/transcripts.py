@@ -1,4 +1,4 @@
-"""Transcripts: dialogues written as one string with "Human:" and "Assistant:" turns."""
+"""Transcripts: parses dialogues written as one string with "Human:" and "Assistant:" turns."""
 
 import re
 
@@ -10,20 +10,20 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def begins_transcript(text: str) -> bool:
-    """Whether `text` begins with a human turn: a prompt may be no more than that."""
+    """Whether `text` begins with a human turn, as every transcript (even a mere prompt) does."""
     return text.lstrip().startswith("Human:")
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether `text` begins with a human turn and has an assistant turn."""
+    """Whether `text` begins with a human turn and also has an assistant turn."""
     return begins_transcript(text) and "\n\nAssistant:" in text
 
 
 def parse_transcript(text: str) -> tuple[Message, ...]:
-    """Turns in order, contents stripped. `text` begins with a turn: see `begins_transcript`.
+    """Parse the turns of a transcript, in order and with stripped contents.
 
-    A turn starts at the beginning or after a blank line. Neighbouring turns of one speaker are one
-    message, because chat templates ask for alternation.
+    A turn starts at the beginning of the text or after a blank line. Consecutive turns of the same
+    speaker are joined, because chat templates require alternating roles.
     """
     pieces = _TURN.split(text)[1:]
     messages: list[Message] = []

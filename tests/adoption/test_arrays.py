@@ -1,4 +1,4 @@
-"""Arrays of every kind of file hold the same values, and nothing in them is ever unpickled."""
+"""Tests of arrays: every file type gives the same values, and no object is ever unpickled."""
 
 import hashlib
 import pickle
@@ -39,7 +39,7 @@ WRITERS = [write_npy, write_pt, write_safetensors]
 
 
 class _Opened:
-    """Unpickling one creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -68,12 +68,12 @@ def test_rows_are_those_of_the_file(
         assert torch.equal(taken, values.view(8, 3)[rows].to(found.dtype))
 
 
-def test_a_scan_in_blocks_is_that_of_the_whole(
+def test_a_scan_in_blocks_equals_one_of_the_whole_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
     values[7], values[8], values[9, 2], values[10] = 0, -2.5, torch.nan, 1e30
-    values[11] = torch.tensor([1.0, 0, 0, 0, 0, 1])  # ends alike, and is not constant
+    values[11] = torch.tensor([1.0, 0, 0, 0, 0, 1])  # equal first and last value, but not constant
     monkeypatch.setattr(arrays, "BLOCK_BYTES", 100)  # four rows
     for write in WRITERS:
         found = scan(open_states(write(tmp_path / "states", values)))
@@ -93,10 +93,10 @@ def test_equal_rows_are_found_across_blocks(
     values[5] = values[2]
     found = open_states(write_npy(tmp_path / "states", values))
     left, right = np.array([5, 5, 0, 3]), np.array([2, 3, 0, 4])
-    assert found.same(left, right).tolist() == [True, False, True, False]
+    assert found.equal_rows(left, right).tolist() == [True, False, True, False]
 
 
-def test_one_of_several_arrays_is_named(tmp_path: Path) -> None:
+def test_a_key_chooses_one_of_several_arrays(tmp_path: Path) -> None:
     tensors = {"states": VALUES.clone(), "gold": VALUES[..., 0].clone()}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
     torch.save({**tensors, "note": "not an array"}, tmp_path / "a.pt")
@@ -107,16 +107,18 @@ def test_one_of_several_arrays_is_named(tmp_path: Path) -> None:
         assert digest == hashlib.sha256(tensors["gold"].numpy().tobytes()).hexdigest()
         with pytest.raises(UserError, match=r"'gold', 'states'|'states', 'gold'"):
             open_array(path)
-        with pytest.raises(UserError, match="holds no array 'state': did you mean 'states'"):
+        with pytest.raises(UserError, match="contains no array 'state': did you mean 'states'"):
             open_array(path, "state")
-    with pytest.raises(UserError, match="holds one array: leave its name 'states' out"):
+    with pytest.raises(UserError, match="contains a single array: leave its name 'states' out"):
         open_array(write_npy(tmp_path / "b", VALUES), "states")
 
 
-def test_whole_numbers_may_be_gold_and_not_states(tmp_path: Path) -> None:
+def test_integers_are_accepted_as_gold_but_not_as_states(tmp_path: Path) -> None:
     path = write_npy(tmp_path / "ratings", torch.tensor([[1, 5], [3, 3]]))
     assert read_numbers(path, None)[0].tolist() == [[1.0, 5.0], [3.0, 3.0]]
-    with pytest.raises(UserError, match="holds int64: states are float16, bfloat16, float32"):
+    with pytest.raises(
+        UserError, match="has dtype int64: convert it to one of float16, bfloat16, float32"
+    ):
         open_states(path)
 
 
@@ -146,12 +148,12 @@ def _old_pt(path: Path, bait: _Opened) -> None:
         ("a.pt", _pickled_npy),
     ],
 )
-def test_pickles_are_refused_in_one_line_and_never_run(
+def test_pickles_are_refused_and_never_executed(
     tmp_path: Path, name: str, write: Callable[[Path, _Opened], None]
 ) -> None:
     path, trap = tmp_path / name, tmp_path / "was-run"
     write(path, _Opened(trap))
-    with pytest.raises(UserError, match="is not a whole array of numbers") as caught:
+    with pytest.raises(UserError, match="is not a complete array of numbers") as caught:
         open_states(path, "states" if write is _pickled_pt else None)
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
@@ -165,39 +167,41 @@ def test_a_truncated_file_is_refused(
 ) -> None:
     path = write(tmp_path / "states", VALUES)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match="is not a whole array of numbers") as caught:
+    with pytest.raises(UserError, match="is not a complete array of numbers") as caught:
         open_states(path)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_array_of_states_is_refused(tmp_path: Path) -> None:
+def test_arrays_that_cannot_be_states_are_refused(tmp_path: Path) -> None:
     for shape in [(3,), (2, 2, 2, 2), (0, 3), (2, 0, 3)]:
         with pytest.raises(UserError, match="states have"):
             open_states(write_pt(tmp_path / "a", torch.zeros(shape)))
     np.save(tmp_path / "big.npy", np.zeros((2, 2), ">f4"))
-    with pytest.raises(UserError, match=r"holds >f4: numbers of this machine's byte order"):
+    with pytest.raises(
+        UserError, match=r"has dtype >f4: convert it to numbers in this machine's byte"
+    ):
         open_states(tmp_path / "big.npy")
     np.save(tmp_path / "text.npy", np.array(["a", "b"]))
-    with pytest.raises(UserError, match="holds <U1"):
+    with pytest.raises(UserError, match="has dtype <U1"):
         open_states(tmp_path / "text.npy")
     np.save(tmp_path / "fortran.npy", np.zeros((4, 3), order="F"))
-    with pytest.raises(UserError, match=r"not in the order of its axes \(C order\)"):
+    with pytest.raises(UserError, match="is not contiguous in C order"):
         open_states(tmp_path / "fortran.npy")
     torch.save(torch.zeros(4, 3).T, tmp_path / "transposed.pt")
     with pytest.raises(UserError, match="C order"):
         open_states(tmp_path / "transposed.pt")
     torch.save({"epoch": 3}, tmp_path / "none.pt")
-    with pytest.raises(UserError, match="holds no array"):
+    with pytest.raises(UserError, match="contains no array"):
         open_states(tmp_path / "none.pt")
     with pytest.raises(UserError, match="no array at"):
         open_states(tmp_path / "absent.npy")
     (tmp_path / "a.csv").write_text("1,2\n")
-    with pytest.raises(UserError, match=r"unknown kind of array '\.csv'"):
+    with pytest.raises(UserError, match=r"unknown file type '\.csv'"):
         open_states(tmp_path / "a.csv")
 
 
 def test_memory_does_not_grow_with_the_array(tmp_path: Path) -> None:
-    """In a process of its own, whose peak is its own too."""
+    """Measured in a process of its own, whose peak memory nothing else affects."""
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -208,20 +212,20 @@ def test_memory_does_not_grow_with_the_array(tmp_path: Path) -> None:
 
 
 def _measure_memory(folder: Path) -> None:
-    """Print the bytes of an array, and the peaks after reading a small one, and it in every kind
-    of file: whole, and copied in pieces."""
+    """Print an array's size and the peak memory after reading, first of a small array, then of the
+    large one in each file type (scanned as a whole, and copied in pieces)."""
     arrays.BLOCK_BYTES = 1 << 20
     values = torch.ones(12_000, 2048)
     print(values.nbytes)
     paths = [write_npy(folder / "small", values[:1000])]
     paths += [write(folder / "big", values) for write in WRITERS]
     del values
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     for path in paths:
         states = open_states(path)
         scan(states)
         for first in range(0, states.rows, 100):
-            states.take(np.arange(first, first + 100)[::-1])  # in no order that can be mapped
+            states.take(np.arange(first, first + 100)[::-1])  # reversed, so that rows are copied
         lines = Path("/proc/self/status").read_text().splitlines()
         [peak] = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
         print(1024 * peak)

@@ -1,4 +1,4 @@
-"""Every finding is made of an array that has it, says what was done, and is not made without."""
+"""Tests of lint: each fault is found and handled, and none is found in sound arrays."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ N, K, D = 30, 5, 12
 
 
 def good(prompts: int = N, responses: int = K, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """States [prompts, responses, D], alike within a prompt, and gold [prompts, responses]."""
+    """Sound arrays: states [prompts, responses, D], similar within a prompt, and gold scores."""
     random = np.random.default_rng(seed)
     states = random.standard_normal((prompts, 1, D)) * 2
     states = states + random.standard_normal((prompts, responses, D))
@@ -48,7 +48,7 @@ def test_sound_arrays_are_kept_as_they_are(tmp_path: Path) -> None:
         assert result.rows["gold"].to_list() == gold.flatten().tolist()
 
 
-def test_what_cannot_be_trained_on_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_unusable_vectors_are_excluded_and_listed(tmp_path: Path) -> None:
     states, gold = good()
     states[0, 1, 3], states[0, 2, 0], states[1, 0] = np.nan, -np.inf, 1e25
     states[3, 3], states[4, 0], states[5, 1] = 0, 0, -0.25
@@ -73,13 +73,13 @@ def test_what_cannot_be_trained_on_is_left_out_and_listed(tmp_path: Path) -> Non
     assert "2 of them with other gold" in found(result, "duplicate vectors").detail
 
 
-def test_rows_of_one_norm_and_mark_need_not_be_equal(tmp_path: Path) -> None:
+def test_different_rows_of_equal_norm_and_mark_are_kept(tmp_path: Path) -> None:
     states, gold = good()
-    states[2, 4] = states[2, 1][[1, 0, *range(2, D)]]  # only two values changed places
+    states[2, 4] = states[2, 1][[1, 0, *range(2, D)]]  # the same values in another order
     assert linted(tmp_path, states, gold, "prompts").findings == ()
 
 
-def test_gold_without_a_number_is_left_out(tmp_path: Path) -> None:
+def test_rows_without_finite_gold_are_excluded(tmp_path: Path) -> None:
     states, gold = good()
     gold[0, 0], gold[3, 1], gold[3, 2] = np.nan, np.inf, 1e39
     result = linted(tmp_path, states, gold, "prompts")
@@ -95,7 +95,7 @@ def test_gold_without_a_number_is_left_out(tmp_path: Path) -> None:
 def test_sorted_responses_are_shuffled(tmp_path: Path, responses: int, direction: str) -> None:
     states, gold = good(200, responses)
     order = np.argsort(gold if direction == "ascending" else -gold, axis=1)
-    order[0] = order[0, ::-1]  # not every one of them
+    order[0] = order[0, ::-1]  # one prompt in the opposite order
     states = np.take_along_axis(states, order[..., None], 1)
     gold = np.take_along_axis(gold, order, 1)
     result = linted(tmp_path, states, gold, "prompts")
@@ -110,7 +110,7 @@ def test_sorted_responses_are_shuffled(tmp_path: Path, responses: int, direction
     assert result.rows["gold"].to_list() == gold.flatten()[row].tolist()
     best = result.rows["gold"].to_numpy().reshape(200, responses).argmax(1)
     share = np.bincount(best, minlength=responses) / 200
-    assert np.abs(share - 1 / responses).max() < 0.15  # the place no longer tells the best
+    assert np.abs(share - 1 / responses).max() < 0.15  # the position no longer tells which is best
     assert linted(tmp_path, states, gold, "prompts").rows.equals(result.rows)
 
 
@@ -130,7 +130,7 @@ def test_ratings_of_few_values_have_no_period(tmp_path: Path) -> None:
     assert checks <= {"constant gold"}
 
 
-def test_axes_in_the_wrong_order_are_told_by_distances(tmp_path: Path) -> None:
+def test_a_wrong_axis_order_is_detected_by_distances(tmp_path: Path) -> None:
     states, gold = good()
     for wrong, order in ((states, "responses"), (states.transpose(1, 0, 2).copy(), "prompts")):
         result = linted(tmp_path, wrong, gold, order)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def test_axes_in_the_wrong_order_are_told_by_distances(tmp_path: Path) -> None:
     assert sound.findings == ()
 
 
-def test_a_vector_that_many_prompts_have_is_reported(tmp_path: Path) -> None:
+def test_a_vector_shared_by_many_prompts_is_reported(tmp_path: Path) -> None:
     states, gold = good()
     states[:7, 4] = states[0, 4]
     result = linted(tmp_path, states, gold, "prompts")
@@ -148,18 +148,20 @@ def test_a_vector_that_many_prompts_have_is_reported(tmp_path: Path) -> None:
     assert (finding.done, finding.count) == ("reported", 7)
     assert "row 4 7 of 30" in finding.detail
     assert result.rows.height == N * K
-    states[2:7, 4] += 1 + np.arange(5)[:, None]  # two prompts have it: a prompt asked twice
+    states[2:7, 4] += (
+        1 + np.arange(5)[:, None]
+    )  # two prompts still share it, which is too few to report
     assert linted(tmp_path, states, gold, "prompts").findings == ()
 
 
-def test_a_width_below_the_responses_is_reported(tmp_path: Path) -> None:
+def test_a_width_below_the_number_of_responses_is_reported(tmp_path: Path) -> None:
     states, gold = good()
     finding = found(linted(tmp_path, states[..., :4].copy(), gold, "prompts"), "width")
     assert finding.done == "reported"
     assert "width 4 is less than 5 responses" in finding.detail
 
 
-def test_prompts_that_rank_nothing_are_counted(tmp_path: Path) -> None:
+def test_prompts_without_pairs_are_counted(tmp_path: Path) -> None:
     states, gold = good()
     states[0, 1:], gold[1:3] = 0, 0.5
     result = linted(tmp_path, states, gold, "prompts")
@@ -170,14 +172,14 @@ def test_prompts_that_rank_nothing_are_counted(tmp_path: Path) -> None:
     assert found(one, "one prompt").done == "reported"
 
 
-def test_float64_is_said(tmp_path: Path) -> None:
+def test_conversion_of_float64_is_reported(tmp_path: Path) -> None:
     states, gold = good()
     result = linted(tmp_path, states.astype(np.float64), gold, "prompts")
     assert found(result, "dtype").done == "fixed"
 
 
 @pytest.mark.parametrize("what", ["constant gold", "one response", "all zero", "nan_gold"])
-def test_what_ranks_nothing_at_all_is_refused(tmp_path: Path, what: str) -> None:
+def test_arrays_without_any_pair_are_refused(tmp_path: Path, what: str) -> None:
     states, gold = good()
     if what == "constant gold":
         gold = np.repeat(gold[:, :1], K, 1)
@@ -195,8 +197,8 @@ def test_what_ranks_nothing_at_all_is_refused(tmp_path: Path, what: str) -> None
     assert known[what] in str(caught.value)
 
 
-def test_splits_and_prompts_of_a_list_are_gathered(tmp_path: Path) -> None:
-    """Rows of a prompt need not be adjacent; a prompt of two splits is two groups."""
+def test_rows_of_a_table_are_grouped_by_split_and_prompt(tmp_path: Path) -> None:
+    """Rows of a prompt need not be adjacent, and a prompt in two splits is two groups."""
     random = np.random.default_rng(0)
     np.save(tmp_path / "list.npy", random.standard_normal((8, D)).astype(np.float32))
     array = open_states(tmp_path / "list.npy")
@@ -217,7 +219,10 @@ def test_splits_and_prompts_of_a_list_are_gathered(tmp_path: Path) -> None:
     result = lint(rows, array, scan(array))
     row = result.rows["row"].to_list()
     assert row[:5] == [0, 4, 7, 2, 5]
-    assert sorted(row[5:7]) == [1, 3]  # the one prompt of "id" that ranks is sorted: shuffled
+    assert sorted(row[5:7]) == [
+        1,
+        3,
+    ]  # the only prompt of "id" with a pair was sorted, so it is shuffled
     assert row[7] == 6
     sizes = result.rows.group_by("group", maintain_order=True).len()["len"].to_list()
     assert sizes == [3, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""What each state is, whichever axes, tables and gold scores say it; misfits are refused."""
+"""Tests of rows: each state gets its prompt, model and gold score; mismatches are refused."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,9 @@ GOLD = np.arange(12.0).reshape(4, 3)  # prompt n, response k: 3n + k
 
 @pytest.mark.parametrize("order", [None, "prompts"])
 @pytest.mark.parametrize("gold", [GOLD, GOLD[..., None], GOLD.T, GOLD.T[..., None]])
-def test_prompts_come_first(tmp_path: Path, gold: np.ndarray, order: Order | None) -> None:
+def test_prompts_may_be_the_first_axis(
+    tmp_path: Path, gold: np.ndarray, order: Order | None
+) -> None:
     rows = grid(states(tmp_path, (4, 3, 5)), gold, order)
     assert rows.grid == (4, 3)
     assert rows.order == "prompts"
@@ -42,7 +44,9 @@ def test_prompts_come_first(tmp_path: Path, gold: np.ndarray, order: Order | Non
 
 @pytest.mark.parametrize("order", [None, "responses"])
 @pytest.mark.parametrize("gold", [GOLD, GOLD.T, GOLD.T[..., None]])
-def test_responses_come_first(tmp_path: Path, gold: np.ndarray, order: Order | None) -> None:
+def test_responses_may_be_the_first_axis(
+    tmp_path: Path, gold: np.ndarray, order: Order | None
+) -> None:
     rows = grid(states(tmp_path, (3, 4, 5)), gold, order)
     assert rows.grid == (4, 3)
     assert rows.order == "responses"
@@ -50,15 +54,15 @@ def test_responses_come_first(tmp_path: Path, gold: np.ndarray, order: Order | N
     assert rows.table["gold"].to_list() == [*range(12)]
 
 
-def test_the_order_may_be_told_against_the_shapes(tmp_path: Path) -> None:
+def test_a_given_order_overrides_the_longer_axis(tmp_path: Path) -> None:
     rows = grid(states(tmp_path, (3, 4, 5)), GOLD.T, "prompts")
     assert rows.grid == (3, 4)
     assert rows.findings == ()
 
 
-def test_as_many_prompts_as_responses_need_the_order(tmp_path: Path) -> None:
+def test_equally_long_axes_need_the_order(tmp_path: Path) -> None:
     array, gold = states(tmp_path, (2, 2, 5)), np.array([[1.0, 2.0], [3.0, 4.0]])
-    with pytest.raises(UserError, match="say order = prompts or order = responses") as caught:
+    with pytest.raises(UserError, match="set order = prompts or order = responses") as caught:
         grid(array, gold)
     assert "\n" not in str(caught.value)
     assert grid(array, gold, "prompts").table["gold"].to_list() == [1, 2, 3, 4]
@@ -69,11 +73,11 @@ def test_as_many_prompts_as_responses_need_the_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 2), (12,), (4, 3, 2), (3, 4, 5), (1, 4, 3)])
 def test_gold_of_another_shape_is_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"its gold scores .* must be \(4, 3\) or \(3, 4\)"):
+    with pytest.raises(UserError, match=r"its gold scores .* must have shape \(4, 3\) or \(3, 4\)"):
         grid(states(tmp_path, (4, 3, 5)), np.zeros(shape))
 
 
-def test_models_are_those_of_the_responses(tmp_path: Path) -> None:
+def test_models_belong_to_the_axis_of_responses(tmp_path: Path) -> None:
     array = states(tmp_path, (3, 4, 5))
 
     def named(models: list[str]) -> Rows:
@@ -81,7 +85,7 @@ def test_models_are_those_of_the_responses(tmp_path: Path) -> None:
 
     assert named(["a", "b", "c"]).table["model"].to_list() == ["a", "b", "c"] * 4
     assert named(["a", "b", "c"]).sha256 != named(["a", "c", "b"]).sha256
-    with pytest.raises(UserError, match="3 responses a prompt, models names 4"):
+    with pytest.raises(UserError, match="3 responses per prompt, but models has 4 lines"):
         named(["a", "b", "c", "d"])
 
 
@@ -96,7 +100,7 @@ def listed(folder: Path, table: dict[str, list[Any]], suffix: str, **options: An
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
-def test_a_table_says_what_its_rows_are(tmp_path: Path, suffix: str) -> None:
+def test_a_table_describes_the_rows(tmp_path: Path, suffix: str) -> None:
     rows = listed(
         tmp_path,
         {
@@ -140,11 +144,13 @@ def test_gold_may_be_an_array_beside_the_table(tmp_path: Path) -> None:
         rows = listed(tmp_path, table, ".csv", gold=gold)
         assert rows.table["gold"].to_list() == [1.0, 3.0]
         assert rows.exclusions["reason"].to_list() == ["nan_gold"]
-    with pytest.raises(UserError, match=r"gold scores have shape \(2,\): they must be \(3,\)"):
+    with pytest.raises(
+        UserError, match=r"gold scores have shape \(2,\): the scores must have shape \(3,\)"
+    ):
         listed(tmp_path, table, ".csv", gold=(np.zeros(2), "digest"))
 
 
-def test_messages_are_prompts_too(tmp_path: Path) -> None:
+def test_prompts_may_be_messages(tmp_path: Path) -> None:
     first, second = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho"}]
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": p, "gold": 1}) + "\n" for p in (first, second, first))
@@ -156,7 +162,11 @@ def test_messages_are_prompts_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "options", "message"),
     [
-        ({"prompt": ["a"], "gold": [1]}, {"count": 2}, "has 2 rows, .* has 1: every state needs"),
+        (
+            {"prompt": ["a"], "gold": [1]},
+            {"count": 2},
+            "has 2 rows, but .* has 1: write one row per state",
+        ),
         ({"prompt": ["a"]}, {}, r"no column gold \('prompt'\)"),
         ({"text": ["a"], "gold": [1]}, {}, "no column prompt or prompt_id"),
         ({"prompt": ["a"], "gold": [1], "split": ["x"]}, {"split": "y"}, "has a column split"),
@@ -172,7 +182,7 @@ def test_tables_that_do_not_fit_are_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content_not_on_the_file_type(tmp_path: Path) -> None:
     table = {"prompt": ["a", "a", "b"], "gold": [1.0, 2.0, 3.0]}
     digests = {listed(tmp_path, table, suffix).sha256 for suffix in (".csv", ".parquet", ".jsonl")}
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""Adopted caches: the values of the files, the same bytes however often killed, and they sweep."""
+"""Tests of adoption: correct values, identical bytes after interruption, usable in sweeps."""
 
 import json
 import signal
@@ -47,7 +47,7 @@ def saved(folder: Path, name: str, values: np.ndarray) -> str:
 
 
 def write_world(folder: Path) -> list[str]:
-    """Two splits as options of the command line."""
+    """Write the files of two splits; returns the command-line options that name them."""
     words = []
     for seed, split in enumerate(("train", "id")):
         states, gold = world(seed)
@@ -87,7 +87,7 @@ def test_a_round_trip_of_every_layout(tmp_path: Path, layout: str, dtype: str) -
     if dtype == "float64":
         expected = expected.float()
     assert cache.dtype == str(expected.dtype).removeprefix("torch.")
-    # Every response has the state of the row that its member names, and that row's gold score.
+    # Each response has the state and the gold score of the row that its member refers to.
     assert cache.members["response"].to_list() == [*range(N * K)]
     row = torch.tensor(cache.members["row"].to_numpy())
     assert sorted(row.tolist()) == [*range(N * K)]
@@ -102,7 +102,7 @@ def test_a_round_trip_of_every_layout(tmp_path: Path, layout: str, dtype: str) -
     assert cache.responses["S"].is_nan().all()
 
 
-def test_pairs_are_every_two_responses_of_different_gold(tmp_path: Path) -> None:
+def test_pairs_are_all_responses_of_different_gold_within_a_prompt(tmp_path: Path) -> None:
     states, gold = world(0)
     gold[3, 1] = gold[3, 2]
     models = tmp_path / "models.txt"
@@ -116,7 +116,7 @@ def test_pairs_are_every_two_responses_of_different_gold(tmp_path: Path) -> None
     pairs = cache.pairs
     assert pairs.height == N * K * (K - 1) // 2 - 1
     assert pairs["pair_id"].n_unique() == pairs.height
-    assert cache.splits == ["train"]  # the file's stem
+    assert cache.splits == ["train"]  # the file name without its suffix
     flat = gold.flatten()
     for side, model in (("chosen", "chosen_model"), ("rejected", "rejected_model")):
         place = pairs[side].to_numpy() % K
@@ -133,11 +133,13 @@ def test_pairs_are_every_two_responses_of_different_gold(tmp_path: Path) -> None
     assert (few["margin"] > 0.5).all()
     (tmp_path / "none").mkdir()
     assert adopted(tmp_path / "none", {**source, "pairs": {"per_prompt": 0}}).pairs.is_empty()
-    with pytest.raises(UserError, match="gap = 1000: no two responses of a prompt differ by more"):
+    with pytest.raises(
+        UserError, match="gap = 1000, but no two responses of a prompt differ by more"
+    ):
         adopted(tmp_path / "nothing", {**source, "pairs": {"gap": 1000}})
 
 
-def test_left_out_rows_are_in_no_table_but_the_exclusions(tmp_path: Path) -> None:
+def test_excluded_rows_are_only_in_the_exclusions(tmp_path: Path) -> None:
     states, gold = world(0)
     states[2, 1], states[5, 0, 2], gold[7, 3] = 0, np.nan, np.nan
     source = {
@@ -158,7 +160,7 @@ def test_left_out_rows_are_in_no_table_but_the_exclusions(tmp_path: Path) -> Non
     assert {"gold scores", "NaN or infinite", "zero vectors"} <= {*checks}
 
 
-def test_sorted_responses_are_shuffled_and_recovered(tmp_path: Path) -> None:
+def test_sorted_responses_are_shuffled_with_their_states_and_gold(tmp_path: Path) -> None:
     states, gold = world(0)
     order = np.argsort(-gold, axis=1)
     states, gold = np.take_along_axis(states, order[..., None], 1), np.sort(gold)[:, ::-1]
@@ -181,7 +183,7 @@ def test_sorted_responses_are_shuffled_and_recovered(tmp_path: Path) -> None:
     assert fixed["count"] == N
 
 
-def test_the_id_is_of_the_content_not_of_the_files(tmp_path: Path) -> None:
+def test_the_cache_id_depends_on_the_content_not_on_the_files(tmp_path: Path) -> None:
     states, gold = world(0)
     sources = []
     for name, write in {
@@ -212,7 +214,7 @@ def test_the_id_is_of_the_content_not_of_the_files(tmp_path: Path) -> None:
     assert len(ids) == 5
 
 
-def test_a_folder_of_another_array_is_refused(tmp_path: Path) -> None:
+def test_a_cache_of_another_array_is_not_overwritten(tmp_path: Path) -> None:
     states, gold = world(0)
     source = {"states": saved(tmp_path, "a", states), "gold": saved(tmp_path, "gold", gold)}
     adopted(tmp_path, source)
@@ -221,7 +223,7 @@ def test_a_folder_of_another_array_is_refused(tmp_path: Path) -> None:
         adopted(tmp_path, source)
 
 
-def test_held_out_prompts_are_another_split(tmp_path: Path) -> None:
+def test_held_out_prompts_go_to_another_split(tmp_path: Path) -> None:
     states, gold = world(0)
     source = {
         "states": saved(tmp_path, "train", states),
@@ -236,7 +238,7 @@ def test_held_out_prompts_are_another_split(tmp_path: Path) -> None:
     assert {*cache.pairs["split"]} == {"train", "id"}
 
 
-def test_prompts_of_two_splits_are_leaks(tmp_path: Path) -> None:
+def test_prompts_in_two_splits_are_listed_as_leaks(tmp_path: Path) -> None:
     states, gold = world(0)
     both = {"states": saved(tmp_path, "a", states), "gold": saved(tmp_path, "gold", gold)}
     cache = adopted(tmp_path, both | {"split": "train"}, both | {"split": "id"})
@@ -267,9 +269,7 @@ def test_prompts_of_two_splits_are_leaks(tmp_path: Path) -> None:
         ({"state": "x"}, "unknown key '?state'?|unknown key"),
     ],
 )
-def test_sources_that_do_not_fit_are_refused(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     states, gold = world(0)
     source = {"states": saved(tmp_path, "train", states), "gold": saved(tmp_path, "gold", gold)}
     with pytest.raises(UserError, match=message) as caught:
@@ -278,13 +278,16 @@ def test_sources_that_do_not_fit_are_refused(
     assert not (tmp_path / "cache").exists()
 
 
-def test_sources_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
+def test_sources_that_do_not_match_are_refused(tmp_path: Path) -> None:
     states, gold = world(0)
     good = {"states": saved(tmp_path, "a", states), "gold": saved(tmp_path, "gold", gold)}
     for values, message in (
-        (states[..., :4].copy(), "b.npy has width 4, .*a.npy has 6: a cache has one"),
+        (
+            states[..., :4].copy(),
+            "b.npy has width 4, .*a.npy has 6: adopt them into separate caches",
+        ),
         (states.astype(np.float16), "has dtype torch.float16"),
-        (states, "hold the same states, both for split 'train': leave one out"),
+        (states, "contain the same states, both for split 'train': leave one out"),
     ):
         other = {"states": saved(tmp_path, "b", values), "gold": good["gold"]}
         with pytest.raises(UserError, match=message):
@@ -298,7 +301,7 @@ def test_sources_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
             adopted(tmp_path, {"states": flat, "gold": good["gold"]} | extra)
 
 
-def test_the_command_line_is_a_spec() -> None:
+def test_command_line_options_make_a_spec() -> None:
     spec = parse_arrays(
         ["train=a.npy", "ood/x=b.pt"], ["train=g.npy"], ["ood/x=r.csv"],
         order="prompts", models=None, pairs="per_prompt = 4, gap = 0.5",
@@ -314,7 +317,7 @@ def test_the_command_line_is_a_spec() -> None:
 BAD_COMMANDS: list[tuple[list[str], str]] = [
     (["--gold", "g.npy"], "--states is missing"),
     (["--states", "a.npy"], "have no gold scores"),
-    (["--states", "a.npy", "--gold", "x=g.npy"], "--gold 'x=g.npy': no --states of that split"),
+    (["--states", "a.npy", "--gold", "x=g.npy"], "--gold 'x=g.npy': no --states has that split"),
     (["--states", "=a.npy"], "write [SPLIT=]PATH"),
     (["--states", "x=a.npy", "--states", "x=b.npy"], "'a.npy' has the same split"),
     (["--states", "a.npy", "--gold", "g.npy", "--pairs", "4"], "write keys and values"),
@@ -325,7 +328,7 @@ BAD_COMMANDS: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD_COMMANDS)
-def test_bad_commands_are_one_line(
+def test_errors_of_the_command_line_are_one_line(
     words: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -387,10 +390,10 @@ def test_an_adopted_cache_sweeps(
     assert ledger["status"].to_list() == ["ok", "ok"]
     assert (ledger["accuracy@id"] > 0.7).all()  # gold is linear in the states
     assert (ledger["tau@id"] > 0.4).all()
-    assert ledger["length_accuracy@id"].is_null().all()  # lengths are unknown
+    assert ledger["length_accuracy@id"].is_null().all()  # because lengths are unknown
 
 
-def test_killed_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_adoption_continues_to_the_same_bytes(tmp_path: Path) -> None:
     words = write_world(tmp_path)
     sources = [
         {"states": words[i + 1].partition("=")[2], "gold": words[i + 3].partition("=")[2],
@@ -411,14 +414,14 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = read_manifest(folder)
-    assert 3 <= len(kept.done) < len(kept.shards), "it was not killed at work"
+    assert 3 <= len(kept.done) < len(kept.shards), "the process finished before it was killed"
     before = {name: (folder / name).stat().st_mtime_ns for name in kept.files()}
     adopted(tmp_path, *sources, shard_bytes=SHARD)
     assert digests(folder) == whole
     assert all((folder / name).stat().st_mtime_ns == then for name, then in before.items())
 
 
-def test_a_full_disk_stops_it_and_finished_shards_stay(
+def test_a_full_disk_stops_adoption_and_keeps_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states, gold = world(0)
@@ -432,7 +435,7 @@ def test_a_full_disk_stops_it_and_finished_shards_stay(
         if index == 3:
             raise UserError("disk full")
         if index > 3:
-            time.sleep(0.2)  # until the failure is known
+            time.sleep(0.2)  # long enough for the failure to be noticed
         write(writer, index, *rows)
 
     with monkeypatch.context() as patch:
@@ -441,7 +444,7 @@ def test_a_full_disk_stops_it_and_finished_shards_stay(
             adopted(tmp_path, source, shard_bytes=SHARD)
     assert torch.get_num_threads() == threads
     shards = read_manifest(tmp_path / "cache").shards
-    assert len(begun) < len(shards)  # those that were in flight, and no other
+    assert len(begun) < len(shards)  # no shard is begun after the failure
     assert [index for index, entry in enumerate(shards) if entry] == sorted({*begun} - {3})
     adopted(tmp_path, source, shard_bytes=SHARD)
     assert digests(tmp_path / "cache") == digests(tmp_path / "whole" / "cache")
@@ -451,7 +454,7 @@ SHARD = 16 * D * 4
 """Bytes of the states of sixteen responses."""
 
 
-def test_shards_are_of_the_size_asked_for(tmp_path: Path) -> None:
+def test_shards_have_the_given_size(tmp_path: Path) -> None:
     states, gold = world(0)
     source = {"states": saved(tmp_path, "a", states), "gold": saved(tmp_path, "gold", gold)}
     cache = adopted(tmp_path, source, shard_bytes=7 * D * 4 + 1)

@@ -70,10 +70,10 @@ def test_from_members_to_a_sweep_with_remedied_labels(
 
     wrong = {
         ("remedy", strength, "--flip", "0.1", "--out", remedy): "--flip '0.1': write LOW:HIGH",
-        ("remedy", strength, "--flip", "1:0", "--out", remedy): "a range goes from a share",
-        ("remedy", strength, "--out", remedy): "a remedy does something: give flip",
+        ("remedy", strength, "--flip", "1:0", "--out", remedy): "a range is [from, to]",
+        ("remedy", strength, "--out", remedy): "a remedy needs an operation: give flip",
         ("remedy", remedy, "--drop", "0:1", "--out", remedy): "holds labels, not strengths",
-        ("remedy", strength, "--drop", "0:1", "--out", tmp_path / "x.csv"): "is a .parquet file",
+        ("remedy", strength, "--drop", "0:1", "--out", tmp_path / "x.csv"): "is a Parquet file",
         ("strength", tmp_path / "s", "bsr", "--out", strength): "no 'bsr' in",
         ("strength", tmp_path / "none", "bt", "--out", strength): "no sweep results in",
         ("show", tmp_path / "none.parquet"): "no label table at",

@@ -1,4 +1,4 @@
-"""Annotators: published error rates, one draw for every quality."""
+"""Tests of simulated annotators: published error rates, and one draw shared by all qualities."""
 
 import numpy as np
 import polars as pl
@@ -25,10 +25,10 @@ def _pairs(scale: float = 1.0) -> pl.DataFrame:
     [(0.1, 0.47), (0.5, 0.37), (1, 0.275), (3, 0.12), (5, 0.076), (10, 0.039)],
 )
 def test_error_rates_of_gaussian_gold(quality: float, error: float) -> None:
-    """As published for unit variance (arXiv 2502.04357), at any scale of gold."""
+    """The rates of arXiv 2502.04357 for unit variance hold at any scale of gold."""
     for scale in (1.0, 50.0):
         labels = annotate(_pairs(scale), scale, quality, seed=0)
-        # Three standard deviations of so many coin flips, and what rounding to whole per mille did.
+        # Three standard deviations of the sample mean, plus the rounding of the published rates.
         assert (labels["label"] == 0).mean() == pytest.approx(error, abs=0.011 + 0.003)
 
 
@@ -44,13 +44,13 @@ def test_expected_error_by_quadrature() -> None:
 
 
 @given(st.floats(0, 5), st.floats(5, 20))
-def test_a_better_annotator_errs_on_a_subset(low: float, high: float) -> None:
+def test_errors_of_a_better_annotator_are_a_subset_of_a_worse_ones(low: float, high: float) -> None:
     pairs = _pairs().head(300)
     worse, better = (annotate(pairs, 1.0, quality, seed=3)["label"] for quality in (low, high))
     assert ((better == 0) <= (worse == 0)).all()
 
 
-def test_draws_depend_on_the_pair_and_the_seed_alone() -> None:
+def test_draws_depend_only_on_the_pair_and_the_seed() -> None:
     pairs = _pairs().head(500)
     whole = dict(annotate(pairs, 1.0, 1, seed=0).rows())
     some = annotate(pairs.reverse().head(100), 1.0, 1, seed=0)

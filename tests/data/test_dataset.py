@@ -1,4 +1,4 @@
-"""The canonical dataset: stored once, counted, independent of row order."""
+"""Tests of the canonical dataset: stored once, exclusions listed, independent of row order."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ def _member(prompt: str, response: str, gold: Any, **more: Any) -> dict[str, Any
 
 
 def _spelled(dataset: Dataset) -> pl.DataFrame:
-    """Pairs with their texts in place of row numbers."""
+    """Pairs with the texts of chosen and rejected instead of their row numbers."""
     texts = dataset.responses["response"]
     return dataset.pairs.with_columns(
         texts.gather(dataset.pairs[side]).alias(side) for side in ("chosen", "rejected")
@@ -47,7 +47,7 @@ def _spelled(dataset: Dataset) -> pl.DataFrame:
 
 
 def _sound(dataset: Dataset) -> None:
-    """What holds for every dataset."""
+    """Assert the invariants of every dataset."""
     responses, pairs, members = dataset.responses, dataset.pairs, dataset.members
     assert dict(responses.schema) == RESPONSES
     assert dict(pairs.schema) == PAIRS
@@ -119,7 +119,7 @@ def test_every_exclusion_is_listed_with_its_row(tmp_path: Path) -> None:
     ]
     dataset = load([_source(tmp_path, rows)])
     _sound(dataset)
-    # The same pair in another split, and the pair turned round, are no duplicates.
+    # The same pair in another split, or with chosen and rejected swapped, is no duplicate.
     assert dataset.pairs["row"].to_list() == [0, 10, 11]
     assert dataset.exclusions.select("row", "split", "reason").rows() == [
         (1, "train", "empty_prompt"),
@@ -135,7 +135,7 @@ def test_every_exclusion_is_listed_with_its_row(tmp_path: Path) -> None:
     assert dataset.exclusions["source"].unique().to_list() == [f"{tmp_path.name}/mine.jsonl"]
 
 
-def test_members_with_bad_gold_are_listed(tmp_path: Path) -> None:
+def test_members_with_invalid_gold_are_excluded(tmp_path: Path) -> None:
     rows = [
         _member("p", "a", 1, model="m"),
         _member("p", "b", NAN),
@@ -160,19 +160,19 @@ def test_members_with_bad_gold_are_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_text_with_half_a_surrogate_pair_is_excluded_and_names_are_repaired(tmp_path: Path) -> None:
+def test_invalid_unicode_is_excluded_in_texts_and_replaced_in_names(tmp_path: Path) -> None:
     rows = [_pair("p\ud800", "a", "b"), _pair("p", "a", "b", subset="s\ud800")]
     dataset = load([_source(tmp_path, rows)])
     assert dataset.exclusions["reason"].to_list() == ["wrong_form"]
     assert dataset.pairs["subset"].to_list() == ["s?"]
 
 
-def test_group_pairs_and_their_margins(tmp_path: Path) -> None:
+def test_pairs_of_groups_have_gold_differences_as_margins(tmp_path: Path) -> None:
     rows = [
         _member("p", "a", 1.0, model="m1", subset="s"),
         _member("p", "b", 3.5, model="m2", subset="s"),
         _member("p", "c", 1.5, model="m3", subset="s"),
-        # The same text by another model: paired once, with the mean gold score 2.5.
+        # The same text by another model counts once in pairs, with the mean gold score 2.5.
         _member("p", "c", 3.5, model="m4", subset="s"),
         _member("q", "a", 1.0),
     ]
@@ -190,7 +190,7 @@ def test_group_pairs_and_their_margins(tmp_path: Path) -> None:
     assert rules["pairs"] == {"gap": 1.0, "per_prompt": None, "length_balanced": False, "seed": 0}
 
 
-def test_no_pairs_on_request(tmp_path: Path) -> None:
+def test_per_prompt_zero_derives_no_pairs(tmp_path: Path) -> None:
     rows = [_member("p", "a", 1.0), _member("p", "b", 2.0)]
     dataset = load([_source(tmp_path, rows, pairs={"per_prompt": 0})])
     _sound(dataset)
@@ -198,7 +198,7 @@ def test_no_pairs_on_request(tmp_path: Path) -> None:
     assert dataset.members.height == 2
 
 
-def test_best_against_each_loser(tmp_path: Path) -> None:
+def test_best_of_n_pairs_the_best_with_each_loser(tmp_path: Path) -> None:
     rows = [
         {
             "prompt": "p",
@@ -267,7 +267,7 @@ def test_text_and_conversation_are_not_merged(tmp_path: Path) -> None:
     assert dataset.responses["prompt"][2] == '[{"role":"user","content":"p"}]'
 
 
-def test_split_names(tmp_path: Path) -> None:
+def test_the_split_is_that_of_the_spec_or_of_the_file(tmp_path: Path) -> None:
     two = [_pair("p", "a", "b", split="train"), _pair("q", "a", "b", split="ood/x")]
     assert load([_source(tmp_path, two)]).pairs["split"].to_list() == ["train", "ood/x"]
     with pytest.raises(UserError) as caught:
@@ -281,7 +281,7 @@ def test_split_names(tmp_path: Path) -> None:
     assert load([_source(tmp_path, fold, columns={"split": "fold"})]).pairs["split"][0] == "f"
 
 
-def test_limit_counts_rows_a_split_and_prompts_of_groups(tmp_path: Path) -> None:
+def test_limit_counts_rows_or_prompts_of_groups_per_split(tmp_path: Path) -> None:
     rows = [_pair(f"p{n}", "a", "b", split="xy"[n % 2]) for n in range(10)]
     assert load([_source(tmp_path, rows, limit=2)]).pairs["row"].to_list() == [0, 1, 2, 3]
     rows = [_member(f"p{n % 3}", f"a{n}", n, split="x") for n in range(9)]
@@ -303,7 +303,7 @@ def test_holdout_moves_whole_prompts(tmp_path: Path) -> None:
     assert set(grouped.pairs.filter(split="held")["prompt_id"]) == held
 
 
-def test_validation_finds_prompts_among_those_a_holdout_left(tmp_path: Path) -> None:
+def test_a_validation_split_after_a_holdout_is_not_empty(tmp_path: Path) -> None:
     rows = [_pair(f"p{n}", "a", "b") for n in range(200)]
     dataset = load([_source(tmp_path, rows, holdout={"fraction": 0.3})])
     left = dataset.pairs.filter(split="mine")["prompt_id"]
@@ -311,7 +311,9 @@ def test_validation_finds_prompts_among_those_a_holdout_left(tmp_path: Path) -> 
     assert 0 < holdout(left, 0.1, 0).sum() < 32
 
 
-def test_identical_rows_without_a_prompt_are_identical_not_promptless(tmp_path: Path) -> None:
+def test_identical_responses_without_a_prompt_column_are_excluded_as_identical(
+    tmp_path: Path,
+) -> None:
     rows = [{"chosen": "same", "rejected": "same"}, {"chosen": "q a", "rejected": "q b"}]
     assert load([_source(tmp_path, rows)]).exclusions["reason"].to_list() == ["identical"]
 
@@ -344,7 +346,7 @@ def test_identical_rows_without_a_prompt_are_identical_not_promptless(tmp_path: 
         ),
     ],
 )
-def test_nothing_left_is_an_error_with_counts(
+def test_a_source_without_usable_rows_is_an_error_with_counts(
     tmp_path: Path, rows: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -352,7 +354,7 @@ def test_nothing_left_is_an_error_with_counts(
     assert str(caught.value) == f"{tmp_path.name}/mine.jsonl: every row was excluded: {message}"
 
 
-def test_the_remedy_for_a_column_of_other_labels_works(tmp_path: Path) -> None:
+def test_the_suggested_columns_setting_for_unusable_labels_works(tmp_path: Path) -> None:
     rows = [_pair("p", "a", "b", label="good", weight="heavy", margin="wide")]
     columns = {"label": "", "weight": "", "margin": ""}
     pairs = load([_source(tmp_path, rows, columns=columns)]).pairs
@@ -395,7 +397,7 @@ def test_row_order_does_not_change_the_pairs(
 
 @one_folder
 @given(rows=pairs_of_words)
-def test_reading_the_result_again_changes_nothing(
+def test_loading_a_canonical_dataset_again_changes_nothing(
     tmp_path: Path, rows: list[tuple[str, str, str]]
 ) -> None:
     once = load([_source(tmp_path, [_pair(*row) for row in rows])])
@@ -425,7 +427,7 @@ groups = st.lists(
     balanced=st.booleans(),
     data=st.data(),
 )
-def test_derived_pairs_depend_on_their_group_alone(
+def test_derived_pairs_depend_only_on_their_group(
     tmp_path: Path,
     rows: list[tuple[str, str, str, int]],
     per_prompt: int | None,
@@ -466,13 +468,13 @@ shapes = st.sampled_from([("chosen", "rejected"), ("response", "gold"), ("best",
 
 @one_folder
 @given(rows=rows_of_anything, shape=shapes, data=st.data())
-def test_no_content_of_rows_is_a_traceback(
+def test_arbitrary_content_of_rows_raises_nothing_but_user_errors(
     tmp_path: Path, rows: list[dict[str, Any]], shape: tuple[str, str], data: st.DataObject
 ) -> None:
     rows = [row | {name: data.draw(cell) for name in shape} for row in rows]
     try:
         dataset = load([_source(tmp_path, rows)])
-    except UserError:  # the one error that is not a traceback
+    except UserError:
         return
     _sound(dataset)
     assert all(detail.isprintable() for detail in dataset.exclusions["detail"])
@@ -494,7 +496,7 @@ def _reasons(key: str, rows: list[tuple[int, str, str]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def test_without_a_response_its_pairs_and_members_go(tmp_path: Path) -> None:
+def test_without_a_response_removes_its_pairs_and_members(tmp_path: Path) -> None:
     dataset = _three_sources(tmp_path)
     assert dataset.responses["response"].to_list() == ["a", "b", "c", "x", "y", "d"]
     reasons = [(0, "over_long", "600 tokens"), (0, "wrong_form", "a later reason")]
@@ -511,7 +513,7 @@ def test_without_a_response_its_pairs_and_members_go(tmp_path: Path) -> None:
     assert left.rules == dataset.rules
 
 
-def test_without_a_pair_its_responses_stay_while_used(tmp_path: Path) -> None:
+def test_without_a_pair_keeps_responses_that_are_still_used(tmp_path: Path) -> None:
     dataset = _three_sources(tmp_path)
     left = dataset.without(pairs=_reasons("pair", [(1, "truncated_to_identical", "5 tokens")]))
     _sound(left)
@@ -520,7 +522,7 @@ def test_without_a_pair_its_responses_stay_while_used(tmp_path: Path) -> None:
     assert left.exclusions.rows()[-1][1:] == (1, "train", "truncated_to_identical", "5 tokens")
 
 
-def test_without_nothing(tmp_path: Path) -> None:
+def test_without_arguments_changes_nothing(tmp_path: Path) -> None:
     dataset = _three_sources(tmp_path)
     assert dataset.without().digest() == dataset.digest()
 
@@ -539,7 +541,7 @@ def test_without_everything_is_an_error(tmp_path: Path, reason: str, remedy: str
 @given(
     rows=pairs_of_words, gone=st.sets(st.integers(0, 11)), pairs_gone=st.sets(st.integers(0, 14))
 )
-def test_without_renumbers(
+def test_without_renumbers_the_responses(
     tmp_path: Path, rows: list[tuple[str, str, str]], gone: set[int], pairs_gone: set[int]
 ) -> None:
     dataset = load([_source(tmp_path, [_pair(*row) for row in rows])])
@@ -568,7 +570,7 @@ def test_without_renumbers(
     assert lost == dataset.pairs.height - wanted.height
 
 
-def test_the_digest_covers_content_and_no_paths(tmp_path: Path) -> None:
+def test_the_digest_covers_the_content_but_no_paths(tmp_path: Path) -> None:
     rows = [_pair("p", "a", "b", margin=1, label=1, weight=1, split="train", subset="s")]
 
     def digest(name: str = "mine", **change: Any) -> str:
@@ -597,14 +599,14 @@ def test_the_digest_covers_content_and_no_paths(tmp_path: Path) -> None:
     assert one.digest() != two.digest()
 
 
-def test_ids_never_change_between_versions(tmp_path: Path) -> None:
-    """Caches are matched by these: a change makes every cache another cache."""
+def test_ids_equal_golden_values(tmp_path: Path) -> None:
+    """Cache identities depend on these ids, so a change would orphan every existing cache."""
     dataset = load([_source(tmp_path, [_pair("p", "a", "b")], split="train")])
     assert dataset.responses.row(0)[:2] == ("763e55312fe004b1", "2d3c8d8ef7e05326")
     assert dataset.pairs["pair_id"][0] == "ddc2f95ab318a99b"
 
 
-def test_the_work_a_row_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+def test_work_per_row_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
     def calls_a_row(rows: int) -> float:
         rng = np.random.default_rng(0)
         path = tmp_path / f"{rows}.parquet"
@@ -624,7 +626,7 @@ def test_the_work_a_row_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 
 
 def test_real_data(shared: Path) -> None:
-    """Rows in = pairs + exclusions, and the forms are what the files' README says."""
+    """Every row becomes a pair or an exclusion, and the detected forms are as documented."""
     wanted = {
         "hhh_alignment/pairs.parquet": (221, "text", "explicit"),
         "hh_rlhf_test/pairs.parquet": (4642, "transcript", "explicit"),
@@ -650,7 +652,7 @@ def test_real_data(shared: Path) -> None:
         [message["role"] for message in json.loads(text)]
         for text in dataset.responses["response"].gather(second_turns)
     ]
-    # Two pairs share their first answer too: there the prompt is longer.
+    # At most two pairs also share the first answer, which is then part of the prompt.
     assert Counter(map(len, roles)).most_common(1)[0] == (
         3,
         len(roles) - roles.count(["assistant"]),
@@ -658,8 +660,8 @@ def test_real_data(shared: Path) -> None:
     assert roles.count(["assistant"]) <= 2
 
 
-def test_a_rule_gives_as_many_pairs_as_were_published(shared: Path) -> None:
-    """AlpacaEval pairs: logit gap 1, at most 70 a prompt, length-balanced."""
+def test_derived_pairs_are_as_many_as_the_published_ones(shared: Path) -> None:
+    """AlpacaEval pairs: logit gap 1, at most 70 per prompt, length-balanced."""
     groups = SourceSpec.parse(
         {
             "path": str(shared / "data/alpacaeval/groups_gold_logit.parquet"),

@@ -1,4 +1,4 @@
-"""Forms: every supported form gives the same canonical rows."""
+"""Tests of forms: every supported layout of the same data gives the same canonical rows."""
 
 import json
 from typing import Any
@@ -30,7 +30,7 @@ def _system(text: str) -> dict[str, str]:
 
 
 def _read(columns: dict[str, list[Any]]) -> tuple[Form, list[Record]]:
-    """The form of columns of pairs, and all rows."""
+    """Detect the form of columns of pairs and convert all rows."""
     form = detect(_table(columns))
     prompts = columns.get("prompt", [None] * len(columns["chosen"]))
     rows = zip(prompts, columns["chosen"], columns["rejected"], strict=True)
@@ -138,7 +138,7 @@ def test_plain_forms() -> None:
 
 
 @given(st.text("ab ", max_size=8), st.lists(st.text("ab ", max_size=8), min_size=2, max_size=4))
-def test_an_implicit_text_prompt_is_a_shared_beginning_of_whole_words(
+def test_an_implicit_text_prompt_is_the_longest_shared_beginning_of_whole_words(
     head: str, tails: list[str]
 ) -> None:
     form = Form("pairs", "text", "implicit", False)
@@ -149,7 +149,7 @@ def test_an_implicit_text_prompt_is_a_shared_beginning_of_whole_words(
         return
     assert [record.prompt + response for response in record.responses] == texts
     assert record.prompt[-1].isspace()
-    # No longer beginning would do: the next word differs, or one text has no next word.
+    # It is the longest: the next words differ, or a text has no further complete word.
     firsts = {response.partition(" ")[::2] for response in record.responses}
     assert len({word for word, _ in firsts}) > 1 or any(
         " " not in response for response in record.responses
@@ -174,7 +174,7 @@ def test_multi_turn_prompts_and_system_messages() -> None:
     assert _chat(record) == (wanted[1:], *YES_NO[1:])
 
 
-def test_conversations_that_part_at_the_first_answer_keep_both_answers_as_response() -> None:
+def test_responses_of_conversations_that_differ_from_the_first_answer_on_keep_later_turns() -> None:
     dialogue = "Human: q\n\nAssistant: {}\n\nHuman: more\n\nAssistant: {}"
     _, [record] = _read(
         {"chosen": [dialogue.format("a", "b")], "rejected": [dialogue.format("c", "d")]}
@@ -187,7 +187,7 @@ def test_conversations_that_part_at_the_first_answer_keep_both_answers_as_respon
     assert record.lengths == (6, 6)
 
 
-def test_conversations_that_part_at_a_user_turn_are_cut_before_the_answer() -> None:
+def test_the_prompt_of_conversations_that_differ_in_a_user_turn_ends_before_the_answer() -> None:
     body = [_user("q"), _answer("a")]
     _, [record] = _read(
         {
@@ -199,7 +199,7 @@ def test_conversations_that_part_at_a_user_turn_are_cut_before_the_answer() -> N
     assert _chat(record)[1][0] == ("assistant", "a")
 
 
-def test_human_inside_is_plain_text() -> None:
+def test_a_text_that_quotes_a_transcript_is_plain_text() -> None:
     inside = 'Complete: "\n\nHuman: hi\n\nAssistant:"'
     form, [record] = _read({"prompt": [inside], "chosen": ["yes"], "rejected": ["no"]})
     assert form.format == "text"
@@ -207,7 +207,7 @@ def test_human_inside_is_plain_text() -> None:
 
 
 @pytest.mark.parametrize(("share", "format"), [(1, "text"), (8, "text"), (9, "transcript")])
-def test_a_dataset_is_transcripts_as_a_whole(share: int, format: str) -> None:
+def test_the_format_is_decided_for_the_whole_dataset(share: int, format: str) -> None:
     prompts = ["Human: a"] * share + ["What?"] * (10 - share)
     columns = {"prompt": prompts, "chosen": ["yes"] * 10, "rejected": ["no"] * 10}
     form = detect(_table(columns))
@@ -219,7 +219,7 @@ def test_a_dataset_is_transcripts_as_a_whole(share: int, format: str) -> None:
             canonical(form, "What?", ("yes", "no"))
 
 
-def test_a_response_that_echoes_its_prompt_does_not_make_a_repeated_form() -> None:
+def test_one_response_that_begins_with_its_prompt_does_not_make_the_form_repeated() -> None:
     columns = {"prompt": ["a ", "b "], "chosen": ["a x", "y"], "rejected": ["a z", "w"]}
     form, records = _read(columns)
     assert form.prompt == "explicit"
@@ -348,7 +348,7 @@ TURNS = Form("pairs", "transcript", "explicit", False)
         (TURNS, "Human: q\n\nAssistant: x", "a", "b", "wrong_form", "prompt ends with"),
     ],
 )
-def test_rows_that_cannot_be_used(
+def test_unusable_rows_are_refused_with_a_reason(
     form: Form, prompt: object, chosen: object, rejected: object, reason: str, detail: str
 ) -> None:
     with pytest.raises(RowError) as caught:
@@ -359,7 +359,7 @@ def test_rows_that_cannot_be_used(
     assert len(caught.value.args[1]) < 160
 
 
-def test_identical_conversations_are_told_apart_from_empty_ones() -> None:
+def test_identical_conversations_have_a_non_empty_response() -> None:
     body = [_user("q"), _answer("a")]
     record = canonical(SHARED, None, (body, body))
     assert record.responses[0] == record.responses[1] != "[]"

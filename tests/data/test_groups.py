@@ -1,4 +1,4 @@
-"""Pairs derived from groups."""
+"""Tests of pairs derived from groups."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ def _derive(group: list[tuple[float, int]], rule: PairRule) -> list[tuple[int, i
 
 
 @given(members, st.integers(0, 10).map(float))
-def test_all_pairs_above_the_gap_and_no_other(group: list[tuple[float, int]], gap: float) -> None:
+def test_pairs_are_exactly_those_above_the_gap(group: list[tuple[float, int]], gap: float) -> None:
     wanted = {
         (i, j)
         for i, (better, _) in enumerate(group)
@@ -35,7 +35,7 @@ def test_all_pairs_above_the_gap_and_no_other(group: list[tuple[float, int]], ga
 
 
 @given(st.lists(members), st.integers(0, 10).map(float))
-def test_pairs_of_many_groups_are_those_of_each(
+def test_every_pair_equals_derive_pairs_of_each_group(
     groups: list[list[tuple[float, int]]], gap: float
 ) -> None:
     wanted: list[tuple[int, int]] = []
@@ -44,21 +44,21 @@ def test_pairs_of_many_groups_are_those_of_each(
         own = _derive(group, PairRule(gap=gap))
         wanted += [(len(gold) + better, len(gold) + worse) for better, worse in own]
         gold += [one[0] for one in group]
-    # Groups are numbered by their first row: as an array of rows has them.
+    # As in an adopted array, groups are numbered by their first row.
     sizes = [len(group) for group in groups]
     numbers = np.repeat(np.cumsum([0, *sizes])[:-1], sizes)
-    ends = every_pair(np.array(gold), numbers, gap)
-    assert [*zip(*map(np.ndarray.tolist, ends), strict=True)] == wanted
+    chosen, rejected = every_pair(np.array(gold), numbers, gap)
+    assert [*zip(chosen.tolist(), rejected.tolist(), strict=True)] == wanted
 
 
-def test_a_gap_of_zero_leaves_ties_out_and_a_gap_is_exceeded_not_met() -> None:
+def test_the_difference_must_exceed_the_gap() -> None:
     assert _derive([(1, 0), (1, 0)], PairRule()) == []
     assert _derive([(2, 0), (1, 0)], PairRule(gap=1)) == []
     assert _derive([(2.5, 0), (1, 0)], PairRule(gap=1)) == [(0, 1)]
 
 
 @given(members, st.one_of(st.none(), st.integers(0, 20)))
-def test_per_prompt_takes_some_of_the_candidates(
+def test_per_prompt_limits_the_number_of_pairs(
     group: list[tuple[float, int]], per_prompt: int | None
 ) -> None:
     everything = _derive(group, PairRule())
@@ -68,7 +68,7 @@ def test_per_prompt_takes_some_of_the_candidates(
 
 
 @given(members, st.one_of(st.none(), st.integers(0, 20)), st.floats(0, 10))
-def test_length_balanced_is_an_exact_half(
+def test_length_balanced_pairs_are_half_longer_half_shorter(
     group: list[tuple[float, int]], per_prompt: int | None, gap: float
 ) -> None:
     pairs = _derive(group, PairRule(gap=gap, per_prompt=per_prompt, length_balanced=True))
@@ -95,7 +95,7 @@ def test_draws_differ_between_prompts_and_seeds_and_cover_all_candidates() -> No
     assert draws[:300] != draws[300:]
 
 
-def test_a_draw_never_changes_between_versions() -> None:
+def test_drawn_pairs_equal_a_golden_value() -> None:
     gold, lengths = list(range(8)), [3, 1, 4, 1, 5, 9, 2, 6]
     chosen, rejected = derive_pairs(gold, lengths, PairRule(per_prompt=3, seed=5), "p")
     assert (chosen.tolist(), rejected.tolist()) == ([3, 7, 7], [1, 1, 5])
@@ -110,11 +110,11 @@ def test_a_rule_is_checked(values: dict[str, int], message: str) -> None:
 
 
 @given(members)
-def test_by_rank_the_best_meets_the_worst(group: list[tuple[float, int]]) -> None:
+def test_by_rank_pairs_the_best_with_the_worst(group: list[tuple[float, int]]) -> None:
     found = _derive(group, PairRule(by_rank=True))
     gold = [one[0] for one in group]
-    ends = [end for pair in found for end in pair]
-    assert len(ends) == len(set(ends))
+    used = [position for pair in found for position in pair]
+    assert len(used) == len(set(used))
     margins = sorted((gold[i] - gold[j] for i, j in found), reverse=True)
     ordered = sorted(gold, reverse=True)
     half = len(ordered) // 2

@@ -1,4 +1,4 @@
-"""Label tables: what is written is read, and nothing else is."""
+"""Tests of label tables: round trip, digest, and refusal of damaged or invalid files."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ ROWS = pl.DataFrame({"pair_id": ["b", "a"], "label": [1.0, 0.25], "weight": [0.0
 MADE = {"rule": "test", "parameters": {"q": 1.5}, "cache_id": "c", "embrm": "0"}
 
 
-def test_a_table_comes_back_with_its_provenance(tmp_path: Path) -> None:
+def test_a_written_table_is_read_back_with_its_provenance(tmp_path: Path) -> None:
     table = LabelTable("labels", ROWS, MADE)
     write_label_table(tmp_path / "labels" / "one.parquet", table)
     found = read_label_table(tmp_path / "labels" / "one.parquet", "labels")
@@ -28,7 +28,7 @@ def test_a_table_comes_back_with_its_provenance(tmp_path: Path) -> None:
     assert found.counts() == {"pairs": 2, "turned": 1, "soft": 1, "left_out": 1}
 
 
-def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_content_only(tmp_path: Path) -> None:
     table = LabelTable("labels", ROWS, MADE)
     assert LabelTable("labels", ROWS.reverse().select("weight", "label", "pair_id"), {}).digest == (
         table.digest
@@ -46,17 +46,19 @@ def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "line"),
     [
-        ({"label": [1.0, 1.5]}, "label = 1.5 in 1 of 2 rows: it is a number from 0 to 1"),
+        ({"label": [1.0, 1.5]}, "label = 1.5 in 1 of 2 rows, but it must be from 0 to 1"),
         ({"label": [None, 1.0]}, "label = None in 1 of 2 rows"),
         ({"margin": [float("nan"), 1.0]}, "margin = nan in 1 of 2 rows"),
         ({"weight": [-1.0, 1.0]}, "weight = -1.0 in 1 of 2 rows"),
-        ({"pair_id": ["a", "a"], "label": [1.0, 1.0]}, "names a pair twice"),
+        ({"pair_id": ["a", "a"], "label": [1.0, 1.0]}, "has a pair_id twice"),
         ({"lable": [1.0, 1.0]}, "has the columns pair_id String, lable Float64: a table of labels"),
         ({"label": ["1", "0"]}, "has the columns pair_id String, label String: a table of labels"),
         ({}, "has the columns pair_id String: a table of labels has"),
     ],
 )
-def test_wrong_values_are_refused(columns: dict[str, Any], line: str, tmp_path: Path) -> None:
+def test_invalid_columns_and_values_are_refused(
+    columns: dict[str, Any], line: str, tmp_path: Path
+) -> None:
     rows = pl.DataFrame({"pair_id": ["a", "b"], **columns})
     path = tmp_path / "wrong.parquet"
     _written(path, rows)
@@ -74,19 +76,19 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no label table at .*one\.parquet: make it with embrm"):
         open_label_table(path)
     path.write_text("pair_id,label")
-    with pytest.raises(UserError, match="is not a whole Parquet file"):
+    with pytest.raises(UserError, match="is not a complete Parquet file"):
         open_label_table(path)
     ROWS.write_parquet(path)
-    with pytest.raises(UserError, match="is no label table"):
+    with pytest.raises(UserError, match="is not a label table"):
         open_label_table(path)
     ROWS.write_parquet(path, metadata={"embrm": "[1]"})
-    with pytest.raises(UserError, match="is no label table"):
+    with pytest.raises(UserError, match="is not a label table"):
         open_label_table(path)
     _written(path, ROWS)
-    with pytest.raises(UserError, match="is not as it was written"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         open_label_table(path)
     write_label_table(path, LabelTable("labels", ROWS, MADE))
     with pytest.raises(UserError, match="holds labels, not strengths: make them with embrm labels"):
         read_label_table(path, "strengths")
-    with pytest.raises(UserError, match=r"a label table is a \.parquet file"):
+    with pytest.raises(UserError, match="a label table is a Parquet file"):
         write_label_table(tmp_path / "one.csv", LabelTable("labels", ROWS, MADE))

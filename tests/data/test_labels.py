@@ -1,18 +1,18 @@
-"""Numbers beside a row."""
+"""Tests of the numeric fields of a row: margin, label, weight and gold."""
 
 import pytest
 
 from embrm.data.forms import RowError
-from embrm.data.labels import number, pair_numbers
+from embrm.data.labels import finite_number, pair_numbers
 
 NAN, INF = float("nan"), float("inf")
 
 
-def test_defaults() -> None:
+def test_defaults_without_the_columns() -> None:
     assert pair_numbers({}, 0) == (None, 1.0, 1.0)
 
 
-def test_values_and_text_of_values() -> None:
+def test_numbers_may_be_given_as_text() -> None:
     columns = {"margin": [None, "-2.5"], "label": [0, "1"], "weight": [0, 3]}
     assert pair_numbers(columns, 0) == (None, 0.0, 0.0)
     assert pair_numbers(columns, 1) == (-2.5, 1.0, 3.0)
@@ -37,7 +37,9 @@ def test_values_and_text_of_values() -> None:
         ("weight", None, "missing_value", "weight is null"),
     ],
 )
-def test_bad_numbers(column: str, value: object, reason: str, detail: str) -> None:
+def test_invalid_numbers_are_refused_with_a_reason(
+    column: str, value: object, reason: str, detail: str
+) -> None:
     with pytest.raises(RowError) as caught:
         pair_numbers({column: [value]}, 0)
     assert caught.value.args[0] == reason
@@ -45,7 +47,7 @@ def test_bad_numbers(column: str, value: object, reason: str, detail: str) -> No
     assert len(caught.value.args[1]) < 120
 
 
-def test_a_number_keeps_its_reason() -> None:
+def test_an_invalid_number_is_refused_with_the_given_reason() -> None:
     with pytest.raises(RowError, match="nan_gold"):
-        number("x", "gold", "nan_gold")
-    assert number(None, "gold", "nan_gold") is None
+        finite_number("x", "gold", "nan_gold")
+    assert finite_number(None, "gold", "nan_gold") is None

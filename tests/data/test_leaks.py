@@ -1,4 +1,4 @@
-"""Leaks between training and evaluation prompts."""
+"""Tests of leaks: evaluation prompts that also occur in a training split."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from embrm.data.sources import SourceSpec
 
 
 def _dataset(folder: Path, splits: dict[str, list[Any]]) -> Dataset:
-    """One pair a prompt; prompts are strings or lists of user turns of a dialogue."""
+    """A dataset with one pair per prompt: a string, or a list of a dialogue's user turns."""
     sources = []
     for number, (split, prompts) in enumerate(splits.items()):
         path = folder / f"{number}.jsonl"
@@ -44,7 +44,7 @@ def _prompt(turns: Any) -> Any:
         ("What is it?", ["Hi", "What is it?"], True),
         ("Hi", ["Hi", "What is it?"], False),
         (["Hi", "What is it?"], ["hi", "what is it?"], True),
-        # Last turns alone say little when both are dialogues.
+        # For two dialogues, an equal last turn is not enough.
         (["Hi", "Why?"], ["Tell me", "Why?"], False),
         (["What is it?"], ["Hi", "What is it?"], True),
     ],
@@ -54,7 +54,7 @@ def test_which_prompts_match(tmp_path: Path, trained: Any, asked: Any, leaked: b
     assert leaks(dataset).height == leaked
 
 
-def test_the_report(tmp_path: Path) -> None:
+def test_leaks_are_listed_for_each_pair_of_splits(tmp_path: Path) -> None:
     splits = {
         "train": ["a", "b", "c"],
         "train/more": ["d"],
@@ -79,7 +79,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert shared["train/more", "ood/one"] == [ids["d"]]
 
 
-def test_groups_leak_too(tmp_path: Path) -> None:
+def test_prompts_of_groups_are_compared_too(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": text, "gold": 1} for text in "xyz"]
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = load(
@@ -121,7 +121,7 @@ def test_known_leaks_of_real_data(shared: Path) -> None:
     dataset = load(
         [
             SourceSpec(path=alpaca, where={"split": "train"}, split="train"),
-            # As a training split too, for its side of the leak to be reported.
+            # Named as a training split as well, so that its leaks are reported.
             SourceSpec(path=alpaca, where={"split": "holdout"}, split="train/holdout"),
             *(SourceSpec(path=str(shared / "data" / name), split=name) for name in known),
         ]

@@ -1,4 +1,4 @@
-"""Scenarios: who meets whom, sides by hash, pairs within a split, refusals."""
+"""Tests of scenarios: what splits share, choice by hash, pairs within a split, refusals."""
 
 from typing import Any
 
@@ -47,12 +47,12 @@ def _sides(members: pl.DataFrame, column: str, *splits: str) -> set[Any]:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 99), share=st.sampled_from([0.2, 0.4, 0.6]))
-def test_who_meets_whom(seed: int, share: float) -> None:
+def test_each_split_shares_only_what_its_scenario_allows(seed: int, share: float) -> None:
     members, responses = _groups()
     rule = Scenarios(prompts=share, models=share, responses=share, seed=seed)
     try:
         pairs, divided = divide(members, responses, rule)
-    except UserError:  # of few models all but one may fall on one side
+    except UserError:  # with few models, one of the shares may come out empty
         assume(False)
     assert set(divided["split"]) == set(SCENARIOS)
     assert divided.columns == members.columns
@@ -68,8 +68,7 @@ def test_who_meets_whom(seed: int, share: float) -> None:
         assert not models[unseen] & (models["train"] | models["id"] | models["prompt"])
     trained_on = set(pairs.filter(split="train")["prompt_id"])
     assert prompts["id"] | prompts["model"] <= trained_on
-    assert models["id"] <= models["train"]
-    assert sum(map(len, texts.values())) == divided.height  # none of them in two splits
+    assert sum(map(len, texts.values())) == divided.height  # no response is in two splits
     left_out = members.join(divided, on="row", how="anti")
     assert not set(left_out["prompt_id"]) & trained_on
     # Pairs stay within their split and prompt, the better one first.
@@ -83,7 +82,7 @@ def test_who_meets_whom(seed: int, share: float) -> None:
     assert pairs["pair_id"].is_unique().all()
 
 
-def test_sides_depend_on_ids_and_seed_alone_and_shares_nest() -> None:
+def test_splits_depend_only_on_ids_and_seed_and_larger_shares_contain_smaller_ones() -> None:
     members, responses = _groups()
     whole = dict(divide(members, responses, Scenarios())[1].select("row", "split").rows())
     shuffled = members.sample(fraction=1.0, shuffle=True, seed=1)
@@ -111,12 +110,12 @@ def test_shares_are_met() -> None:
     assert (seen["split"] == "id").mean() == pytest.approx(0.4, abs=0.03)
 
 
-def test_a_response_of_models_on_both_sides_is_trained_on_or_nowhere() -> None:
+def test_a_response_by_seen_and_unseen_models_is_left_out_of_the_unseen_models_groups() -> None:
     members, responses = _groups()
     sides = divide(members, responses, Scenarios())[1]
     unseen = sorted(_sides(sides, "model", "model"))[0]
     seen = sorted(_sides(sides, "model", "train"))[0]
-    # The unseen model repeats what the seen one says.
+    # Let the unseen model give the same responses as a seen one.
     said = dict(members.filter(pl.col("model") == seen).select("prompt_id", "response").rows())
     repeated = (
         pl.when(pl.col("model") == unseen)
@@ -137,8 +136,8 @@ def test_pairs_follow_their_rule() -> None:
     assert few.group_by("split", "prompt_id").len()["len"].max() == 3
 
 
-def test_pairs_are_those_an_extraction_of_the_same_groups_would_have(tmp_path: Any) -> None:
-    """Ids, ends and margins of the pairs of a split are those of the data room."""
+def test_pairs_equal_those_of_loading_the_same_groups(tmp_path: Any) -> None:
+    """A split has the same pair ids, margins and models as `load` derives from its rows."""
     rows = [
         {"prompt": f"p{row // 20}", "response": f"r{row}", "model": f"m{row % 20}"}
         | {"gold": row * 37 % 101}
@@ -171,7 +170,9 @@ def test_pairs_are_those_an_extraction_of_the_same_groups_would_have(tmp_path: A
         ({}, {"pairs": {"gap": 1000}}, "differ by more than 1000: hold out another share"),
     ],
 )
-def test_refusals(groups: dict[str, Any], rule: dict[str, Any], line: str) -> None:
+def test_groups_that_cannot_be_divided_are_refused(
+    groups: dict[str, Any], rule: dict[str, Any], line: str
+) -> None:
     with pytest.raises(UserError, match=line) as caught:
         divide(*_groups(**groups), Scenarios.parse(rule, "test"))
     assert "\n" not in str(caught.value)
@@ -193,7 +194,7 @@ def test_a_missing_model_is_refused() -> None:
         divide(nameless, responses, Scenarios())
 
 
-def test_cross_prompt_training_pairs_join_neighbours_and_nothing_else_changes() -> None:
+def test_cross_prompt_pairs_neighbouring_prompts_in_training_only() -> None:
     members, responses = _groups()
     plain, divided = divide(members, responses, Scenarios(pairs={"per_prompt": 30}))
     rule = Scenarios(pairs={"per_prompt": 30}, cross_prompt=True)
@@ -213,15 +214,15 @@ def test_cross_prompt_training_pairs_join_neighbours_and_nothing_else_changes() 
         joined.setdefault(chosen["prompt_id"], set()).add(rejected["prompt_id"])
         joined.setdefault(rejected["prompt_id"], set()).add(chosen["prompt_id"])
     assert len(joined) == len(_sides(divided, "prompt_id", "train"))
-    # A line: every prompt has two neighbours, its ends one.
+    # The prompts form a chain: two neighbours each, and one for the first and the last.
     assert sorted(len(others) for others in joined.values())[:3] == [1, 1, 2]
     assert max(map(len, joined.values())) == 2
     assert trained.height == 30 * (len(joined) - 1)
-    # Of neighbours on the two sides of a validation split there is one pair of prompts.
+    # Only one pair of neighbours has one prompt in validation and the other in training.
     held = dict(zip(joined, holdout(joined, 0.3, 0), strict=True))
     assert sum(held[one] != held[other] for one in joined for other in joined[one]) == 2
 
 
 def test_cross_prompt_by_rank_is_refused() -> None:
-    with pytest.raises(UserError, match="ranks are of a prompt, drop one"):
+    with pytest.raises(UserError, match="by_rank ranks within a prompt: leave"):
         Scenarios.parse({"cross_prompt": True, "pairs": {"by_rank": True}}, "test")

@@ -1,4 +1,4 @@
-"""Sources: files of every kind, the hub, column mapping, selection and their errors."""
+"""Tests of sources: file types, the hub, column mapping, row selection, and error messages."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def _refused(spec: SourceSpec) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
+def test_every_file_type_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
     table = read_rows(SourceSpec(path=str(_write(tmp_path / f"mine{suffix}", ROWS))))
     assert {field: table.columns[field] for field in ("prompt", "chosen", "rejected")} == {
         field: [row[field] for row in ROWS] for field in ("prompt", "chosen", "rejected")
@@ -73,7 +73,7 @@ def test_csv_holds_messages_as_json_and_empty_cells_as_empty_text(tmp_path: Path
     assert table.columns["chosen"] == ["[1] not JSON", ""]
 
 
-def test_known_names_are_found_and_a_mapping_wins(tmp_path: Path) -> None:
+def test_column_names_are_recognized_and_a_mapping_takes_precedence(tmp_path: Path) -> None:
     row = {"prompt": "p", "completion": "c", "output": "o", "generator": "g", "score": 1}
     path = _write(tmp_path / "x.jsonl", [row | {"logit": 2}])
     assert read_rows(SourceSpec(path=str(path))).columns == {
@@ -92,7 +92,7 @@ def test_known_names_are_found_and_a_mapping_wins(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", ["[" * 200_000, "[" + "1" * 5000 + "]"])
-def test_csv_cells_that_no_decoder_takes_stay_text(tmp_path: Path, cell: str) -> None:
+def test_csv_cells_that_are_not_decodable_json_stay_text(tmp_path: Path, cell: str) -> None:
     (tmp_path / "x.csv").write_text(f"prompt\n{cell}\n")
     assert read_rows(SourceSpec(path=str(tmp_path / "x.csv"))).columns["prompt"] == [cell]
 
@@ -115,7 +115,7 @@ def test_where_keeps_rows_and_their_numbers(tmp_path: Path, suffix: str) -> None
     assert "where turn = 7 keeps no row: the column has " in message
 
 
-def test_where_tells_true_from_one(tmp_path: Path) -> None:
+def test_where_distinguishes_true_from_one(tmp_path: Path) -> None:
     path = _write(tmp_path / "x.jsonl", [{"chosen": "a", "flag": True}, {"chosen": "b", "flag": 1}])
     assert read_rows(SourceSpec(path=str(path), where={"flag": 1})).rows == [1]
 
@@ -123,14 +123,14 @@ def test_where_tells_true_from_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", "a", "unknown kind of file '.txt': one of .jsonl, .json, .csv, .parquet"),
-        ("x.parquet", "PAR1 rubbish", "is not a whole Parquet file"),
+        ("x.txt", "a", "unknown file type '.txt': convert it to one of .jsonl, .json, .csv"),
+        ("x.parquet", "PAR1 rubbish", "is not a complete Parquet file"),
         ("x.jsonl", '{"a": 1}\n{"a": ', "line 2 is not JSON"),
         ("x.jsonl", "[1]\n", "record 1 is [1], not an object"),
         ("x.jsonl", "", "no rows"),
         ("x.csv", "", "no rows"),
         ("x.csv", "prompt,chosen\n", "no rows"),
-        ("x.csv", 'a,b\n1,2,3\n"', "is not a whole CSV file"),
+        ("x.csv", 'a,b\n1,2,3\n"', "is not a complete CSV file"),
         ("x.json", "[]", "no rows"),
         ("x.json", "{}", "no rows"),
         ("x.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}", "line 2 is not JSON (Exceeds the limit"),
@@ -138,8 +138,8 @@ def test_where_tells_true_from_one(tmp_path: Path) -> None:
         ("x.json", '[{"a": ' + "1" * 5000 + "}]", "is not JSON (Exceeds the limit"),
         ("x.json", "[" * 200_000, "is not JSON (maximum recursion depth"),
         ("x.json", '{"a": 1}\n{"a": 2}', "name it .jsonl"),
-        ("x.json", "3", "holds 3: write a list of objects"),
-        ("x.json", '{"a": [1, 2], "b": [1]}', "not lists of one length"),
+        ("x.json", "3", "contains 3: write a list of objects"),
+        ("x.json", '{"a": [1, 2], "b": [1]}', "not lists of equal length"),
         ("x.json", '[{"a": 1}, 2]', "record 2 is 2, not an object"),
     ],
 )
@@ -153,14 +153,14 @@ def test_an_empty_parquet_file_is_refused(tmp_path: Path) -> None:
     assert "no rows" in _refused(SourceSpec(path=str(tmp_path / "x.parquet")))
 
 
-def test_other_encodings_folders_and_absent_files_are_refused(tmp_path: Path) -> None:
+def test_non_utf8_files_folders_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes('{"a": "é"}'.encode("latin-1"))
     assert "not UTF-8" in _refused(SourceSpec(path=str(tmp_path / "x.jsonl")))
     assert "is a folder" in _refused(SourceSpec(path=str(tmp_path)))
     assert "no dataset at" in _refused(SourceSpec(path=str(tmp_path / "absent.csv")))
 
 
-def test_a_column_that_is_not_there_is_answered_with_the_nearest(tmp_path: Path) -> None:
+def test_an_error_about_a_missing_column_suggests_the_nearest_name(tmp_path: Path) -> None:
     path = str(_write(tmp_path / "x.jsonl", ROWS))
     message = _refused(SourceSpec(path=path, columns={"chosen": "chosn"}))
     assert "columns names 'chosn', which is not a column: did you mean 'chosen'?" in message
@@ -187,7 +187,9 @@ def test_a_spec_is_checked(values: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_command_line_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_arguments_of_the_command_line_are_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a=b.jsonl").write_text("{}")
     Path("here").mkdir()
@@ -275,7 +277,7 @@ def test_one_split_of_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.columns["split"] == ["test"]
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_hub_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake_hub(monkeypatch, ConnectionError("no route\nto host"))
     message = _refused(SourceSpec(hub="a/b"))
     assert message.startswith("a/b: not a file here, and the hub did not give it (no route)")

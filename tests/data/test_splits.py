@@ -1,4 +1,4 @@
-"""Splits by prompt."""
+"""Tests of splits by prompt."""
 
 from random import Random
 
@@ -14,7 +14,9 @@ ids = st.lists(st.text("0123456789abcdef", min_size=16, max_size=16), max_size=4
 
 
 @given(ids, st.randoms(), st.integers(-5, 5))
-def test_a_side_depends_on_the_id_alone(prompt_ids: list[str], random: Random, seed: int) -> None:
+def test_whether_a_prompt_is_held_out_depends_only_on_its_id(
+    prompt_ids: list[str], random: Random, seed: int
+) -> None:
     sides = dict(zip(prompt_ids, holdout(prompt_ids, 0.5, seed), strict=True))
     shuffled = prompt_ids[::-1][: len(prompt_ids) // 2]
     random.shuffle(shuffled)
@@ -38,19 +40,19 @@ def test_the_fraction_is_met_and_seeds_differ() -> None:
 
 
 def test_purposes_draw_independently() -> None:
-    """With one draw for both, validation would find nobody among those a holdout left."""
+    """With the same draw for both, validation would be empty after a holdout."""
     prompt_ids = [f"{number:016x}" for number in range(20_000)]
     moved = holdout(prompt_ids, 0.2, 0, "holdout")
     rest = [one for one, gone in zip(prompt_ids, moved, strict=True) if not gone]
     assert abs(holdout(rest, 0.1, 0).mean() - 0.1) < 0.011
 
 
-def test_no_prompts_give_no_sides() -> None:
+def test_no_prompts_give_an_empty_array() -> None:
     assert holdout([], 0.5, 0).shape == (0,)
 
 
-def test_sides_never_change_between_versions() -> None:
-    """A golden value: a new version that moves prompts between splits invalidates results."""
+def test_the_choice_equals_a_golden_value() -> None:
+    """If a new version moved prompts between splits, earlier results would not be comparable."""
     assert holdout([f"{n:016x}" for n in range(12)], 0.3, 7).nonzero()[0].tolist() == [2, 9, 11]
 
 

@@ -1,4 +1,4 @@
-"""Transcripts of Human and Assistant turns."""
+"""Tests of transcripts with Human and Assistant turns."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ U, A = "user", "assistant"
         ("Human: a\n\nAssistant: \n\nAssistant: c", [(U, "a"), (A, "c")]),
     ],
 )
-def test_turns(text: str, messages: list[tuple[str, str]]) -> None:
+def test_transcripts_are_parsed_into_messages(text: str, messages: list[tuple[str, str]]) -> None:
     assert parse_transcript(text) == tuple(messages)
 
 
@@ -28,7 +28,7 @@ turn = st.text("ab \n", min_size=1).filter(str.strip)
 
 
 @given(st.lists(turn, min_size=1, max_size=6))
-def test_what_is_written_is_read(contents: list[str]) -> None:
+def test_rendered_messages_are_parsed_back(contents: list[str]) -> None:
     text = "".join(
         f"\n\n{('Human', 'Assistant')[index % 2]}: {content}"
         for index, content in enumerate(contents)
