@@ -26,7 +26,7 @@ from embrm.studies.confirmation.table import (
 )
 from embrm.studies.reliability.measure import measure_reliability
 from embrm.studies.reliability.table import CAPTION as RELIABILITY
-from embrm.studies.reliability.table import reliability_figure, reliability_tables, reliable_names
+from embrm.studies.reliability.table import compared_names, reliability_figure, reliability_tables
 from embrm.studies.robustness.noise import CAPTION as NOISE
 from embrm.studies.robustness.noise import noise_figure
 from embrm.studies.robustness.scenarios import CAPTION as SCENARIOS
@@ -132,7 +132,7 @@ def _reliability(
     if results.finetuned:
         return pl.DataFrame(), ()
     try:
-        return measure_reliability(results, reliable_names(comparison), cache), ()
+        return measure_reliability(results, compared_names(comparison), cache), ()
     except UserError as error:
         if cache is not None:
             raise

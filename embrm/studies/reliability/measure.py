@@ -1,4 +1,8 @@
-"""Reliability of stored runs on every evaluation split, from rewards computed again."""
+"""Measure the calibration of stored runs, for the report's reliability diagrams.
+
+The ledger has one calibration error per run and split; the bins need the rewards of every pair,
+which are computed again from the stored heads and the cached states.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,21 +18,23 @@ from embrm.sweeps.selection import evaluation_splits
 def measure_reliability(
     results: Results, names: Sequence[str], cache: Path | None = None
 ) -> pl.DataFrame:
-    """Of the configurations `names`, all their finished seeds together, on every evaluation split
-    with pairs.
+    """Compute the bins of a reliability diagram for configurations, on every split with pairs.
 
-    cache: where it is now, if it has moved.
+    names: configurations; the finished seeds of each are pooled. cache: the cache's current path,
+    if it has moved.
 
-    Columns: split, name, at_temperature (whether margins are divided by the temperature of their
-    run; only where every seed has one) and those of `metrics.reliability.reliability`.
-    Raises: UserError when the cache is not there or another one, or runs have no heads to score
-    with, as those of a fine-tune.
+    Columns: split, name, at_temperature (whether reward differences are divided by the temperature
+    that each run fitted on its validation pairs), and those of `metrics.reliability.reliability`.
+    There are no rows at the temperature for a configuration if one of its seeds has none.
+    Raises: UserError when the cache is missing or has another id, or a run has no stored head, such
+    as a fine-tuned model.
     """
     runs = results.ledger.filter(pl.col("config").is_in(names), pl.col("status") == "ok").sort(
         "config", "seed"
     )
     source = cache_of(results, cache)
-    # torch is loaded here, where heads score: not by a report whose cache is not there.
+    # Imported late, so that a report without its cache does not load torch.
+
     from embrm.results.rewards import rewarded
     from embrm.results.weights import load_run
 

@@ -1,4 +1,4 @@
-"""Are heads right as often as they say? What the report shows of predicted probabilities."""
+"""Show reliability diagrams in the report: are heads right as often as their probabilities say?"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,31 +10,34 @@ from matplotlib.lines import Line2D
 from embrm.core.drawing import BLACK, BLUE, GREY, new_figure, panel_grid, short_name
 from embrm.core.formatting import MISSING, number_text, range_text, value_text
 from embrm.core.table import Table
+from embrm.metrics.calibration import BINS
 from embrm.metrics.reliability import FEW
 from embrm.results.comparison import Comparison
 
 CAPTION = (
-    "Reliability of the best configuration and the baseline: how often they rank a pair right, "
-    "against how sure they are; before and after the temperature, with 95 % intervals, in bins of "
-    f"{FEW} prompts and more"
+    "Reliability diagrams of the best configuration and the baseline: accuracy against confidence, "
+    "before and after temperature scaling, with 95 % intervals; bins with fewer than "
+    f"{FEW} prompts are left out"
 )
 
 _NOTE = (
-    "How sure: the predicted probability of the response with the higher reward, in the 15 bins of "
-    "the ECE. at T: after the temperature fitted on the validation pairs. Square brackets: 95 % "
-    f"intervals over prompts, where a bin has {FEW}; all seeds together, pairs their mean."
+    f"Confidence: predicted probability of the response with the higher reward, in the {BINS} "
+    "equal-width bins of the ECE; the column gives its mean in the bin. accuracy: share of the "
+    "labels that prefer this response; a tie counts as half. at T: after dividing rewards by the "
+    "temperature fitted on the validation pairs. Seeds are pooled; pairs: mean number per seed. "
+    f"Square brackets: 95 % intervals over prompts, for bins with at least {FEW} prompts."
 )
 
 
-def reliable_names(comparison: Comparison) -> list[str]:
-    """The best configuration, and the baseline."""
+def compared_names(comparison: Comparison) -> list[str]:
+    """The best configuration and the baseline, whose reliability the report shows."""
     return comparison.best(1)
 
 
 def reliability_tables(found: pl.DataFrame) -> list[Table]:
-    """One table per split, one row per configuration and bin.
+    """Make one table per split, with one row per configuration and bin.
 
-    found: as of `sweep.reliability`.
+    found: the rows of `measure_reliability`.
     """
     if found.is_empty():
         return []
@@ -66,10 +69,10 @@ def _table(split: str, found: pl.DataFrame) -> Table:
                 f"{right} {interval}".rstrip(),
             ]
         lines.append(tuple(line))
-    columns = ("pairs", "predicted %", "right %")
+    columns = ("pairs", "confidence %", "accuracy %")
     return Table(
         f"Reliability: {split}",
-        ("configuration", "how sure %", *columns, *(f"{name} at T" for name in columns)),
+        ("configuration", "bin %", *columns, *(f"{name} at T" for name in columns)),
         tuple(lines),
         _NOTE,
         left=2,
@@ -77,7 +80,10 @@ def _table(split: str, found: pl.DataFrame) -> Table:
 
 
 def reliability_figure(found: pl.DataFrame, comparison: Comparison) -> Callable[[], Figure] | None:
-    """One panel per split, of the bins of `FEW` prompts and more; None where there are none."""
+    """Return a function that draws one panel per split, or None if no bin has `FEW` prompts.
+
+    found: the rows of `measure_reliability`.
+    """
     bins = found if found.is_empty() else found.filter(pl.col("prompts") >= FEW)
     return None if bins.is_empty() else lambda: _draw(bins, comparison)
 
@@ -90,7 +96,7 @@ def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
         pl.col("predicted", "observed", "low", "high").cast(pl.Float64) * 100
     )
     least = percent.select(pl.min_horizontal("observed", "low").min()).item()
-    names = reliable_names(comparison)
+    names = compared_names(comparison)
     colors = {name: BLACK if name == comparison.baseline else BLUE for name in names}
     for axis, split in zip(axes, splits, strict=False):
         axis.plot([50, 100], [50, 100], color=GREY, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -119,16 +125,16 @@ def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
         axis.grid()
         axis.set_axisbelow(True)
     for axis in axes[: len(splits) : columns]:
-        axis.set_ylabel("Right (%)")
+        axis.set_ylabel("Accuracy (%)")
     for axis in axes[max(0, len(splits) - columns) : len(splits)]:
-        axis.set_xlabel("Predicted (%)")
+        axis.set_xlabel("Confidence (%)")
     for axis in axes[len(splits) :]:
         axis.axis("off")
     entries: dict[str, Line2D] = {}
     for name, color in colors.items():
         for at_temperature in sorted(found.filter(name=name)["at_temperature"].unique()):
             style = _style(color, name == comparison.baseline, at_temperature)
-            what = ", at temperature" if at_temperature else ""
+            what = ", after temperature scaling" if at_temperature else ""
             entries[f"{short_name(name, 36)}{what}"] = Line2D([], [], **style)
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2)
     return figure
@@ -146,7 +152,7 @@ def _style(color: str, is_baseline: bool, at_temperature: bool) -> dict[str, Any
 
 
 def _ece(comparison: Comparison, split: str, name: str) -> str:
-    """Mean over seeds, before and after the temperature."""
+    """The ECE averaged over seeds, before and after temperature scaling."""
     row = comparison.measures.filter(split=split, name=name).row(0, named=True)
     before, after = row["ece"], row["ece_calibrated"]
     return f"ECE {number_text(before)}" + (f" → {number_text(after)}" if after is not None else "")

@@ -1,4 +1,8 @@
-"""What wrong training labels cost: what the report shows of a grid of `label_noise`."""
+"""Show in the report what wrong training labels cost, for sweeps with a grid over `label_noise`.
+
+A line is a set of configurations that differ in their label noise only: a row of the table, a curve
+of the figure.
+"""
 
 from collections.abc import Callable
 
@@ -13,34 +17,35 @@ from embrm.core.table import Table
 from embrm.results.comparison import MEAN, Comparison
 
 _SHOWN = len(CURVES)
-"""Lines in the figure, besides the baseline's."""
+"""Maximal number of lines in the figure, besides the baseline's."""
 
 CAPTION = (
-    f"Label noise: the {_SHOWN} configurations that are best at the highest rate, and the "
-    "baseline's, with 95 % intervals"
+    f"Label noise: the {_SHOWN} configurations that are best at the highest rate of flipped "
+    "training labels, and the baseline, with 95 % intervals"
 )
 
 
 def noise_tables(comparison: Comparison, top: int) -> list[Table]:
-    """A table a panel of the figure: the metric at every rate, and what the highest costs.
+    """Make one table per panel of the figure: the metric at every rate, and the change from the
+    lowest to the highest.
 
-    top: lines to show; the baseline's is always among them.
+    top: number of lines to show; the baseline's is always among them.
     """
     return [_table(comparison, split, top) for split in _panels(comparison)]
 
 
 def _panels(comparison: Comparison) -> list[str]:
+    """The splits to show, which may include `MEAN`."""
     if comparison.noise.is_empty():
         return []
     return comparison.noise["split"].unique(maintain_order=True).to_list()
 
 
 def _lines(comparison: Comparison, top: int) -> list[str]:
-    """The `top` lines that are best at the highest rate, on the first panel, and the baseline's."""
+    """The `top` lines that are best at the highest rate on the first panel, and the baseline's."""
     first = comparison.noise.filter(split=_panels(comparison)[0])
-    last = first.group_by("line").agg(
-        pl.all().sort_by("label_noise").last()  # of some lines it may not be the highest of all
-    )
+    # Lines may end at different rates: those that reach the highest come first.
+    last = first.group_by("line").agg(pl.all().sort_by("label_noise").last())
     order = last.sort(
         "label_noise", "estimate", "line", descending=[True, True, False], nulls_last=True
     )
@@ -50,7 +55,7 @@ def _lines(comparison: Comparison, top: int) -> list[str]:
 
 
 def _baseline(comparison: Comparison) -> str | None:
-    """The line that the baseline is on."""
+    """The line that the baseline belongs to, if any."""
     own = comparison.noise.filter(name=comparison.baseline or "")["line"]
     return None if own.is_empty() else str(own[0])
 
@@ -60,39 +65,43 @@ def _table(comparison: Comparison, split: str, top: int) -> Table:
     here = comparison.noise.filter(split=split)
     rates = here["label_noise"].unique().sort().to_list()
     found = {(row["line"], row["label_noise"]): row for row in here.iter_rows(named=True)}
-    fallen = {
+    changes = {
         row["name"]: row for row in comparison.noise_falls.filter(split=split).iter_rows(named=True)
     }
     rows = []
     for line in _lines(comparison, max(top, 1)):
-        fall = fallen.get(line)
+        change = changes.get(line)
         cells = [
             short_text(found[line, rate], metric) if (line, rate) in found else MISSING
             for rate in rates
         ]
-        cells.append(short_text(fall, metric, "+") if fall else MISSING)
+        cells.append(short_text(change, metric, "+") if change else MISSING)
         if baseline is not None:
-            versus = short_difference_text(fall, metric) if fall else MISSING
+            versus = short_difference_text(change, metric) if change else MISSING
             cells.append("baseline" if line == baseline else versus)
         rows.append((line, *cells))
     what = "accuracy %" if metric == "accuracy" else "Kendall tau-b"
     where = f"mean over {', '.join(comparison.ranked_splits)}" if split == MEAN else split
-    lost = f"{_rate(rates[-1])} minus {_rate(rates[0])}"
+    difference = f"{_rate(rates[-1])} minus {_rate(rates[0])}"
     notes = [
-        "Share of the training labels that are turned round; evaluation labels are as they were.",
+        "Columns: share of the training labels that are flipped; evaluation labels are unchanged.",
         "Plus or minus: half the width of the 95 % interval.",
-        "Triangle: the interval excludes 0 (not adjusted for the many rows)." if baseline else "",
     ]
+    if baseline is not None:
+        notes += [
+            f"minus {baseline}'s: the change of the row minus that of {baseline}.",
+            "Triangle: its interval excludes 0 (not adjusted for the many rows).",
+        ]
     return Table(
         f"Label noise, {what}: {where}",
         (
             "configuration",
             *(_rate(rate) for rate in rates),
-            lost,
+            difference,
             *([f"minus {baseline}'s"] if baseline else []),
         ),
         tuple(rows),
-        " ".join(notes).rstrip(),
+        " ".join(notes),
     )
 
 
@@ -101,8 +110,8 @@ def _rate(rate: float) -> str:
 
 
 def noise_figure(comparison: Comparison) -> Callable[[], Figure] | None:
-    """The metric against the rate of wrong labels, one line per configuration and one panel per
-    split; None without such a grid."""
+    """Return a function that draws the metric against the rate of flipped labels, one panel per
+    split, or None if the sweep has no grid over `label_noise`."""
     return (lambda: _draw(comparison)) if _panels(comparison) else None
 
 
@@ -122,9 +131,9 @@ def _draw(comparison: Comparison) -> Figure:
             is_baseline = name == baseline
             color = BLACK if is_baseline else next(colors)
             own = noise.filter(split=split, line=name).sort("label_noise")
-            # A little aside of each other, so that no interval hides another.
-            aside = (number - (len(names) - 1) / 2) * 0.018 * width
-            rate = own["label_noise"].to_numpy() + aside
+            # Shifted a little, so that the intervals of different lines do not overlap.
+            offset = (number - (len(names) - 1) / 2) * 0.018 * width
+            rate = own["label_noise"].to_numpy() + offset
             low, high = (own[end].to_numpy() for end in ("low", "high"))
             axis.vlines(rate, low, high, color=color, linewidth=1.1, alpha=0.7)
             axis.plot(
@@ -149,7 +158,8 @@ def _draw(comparison: Comparison) -> Figure:
     for axis in axes[: len(panels) : columns]:
         axis.set_ylabel(what)
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
-        axis.set_xlabel("Labels turned round (%)")
+        axis.set_xlabel("Flipped training labels (%)")
+
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
     return figure

@@ -1,4 +1,8 @@
-"""From seen prompts and models to unseen ones: what the report shows of a sweep's scenarios."""
+"""Show in the report how configurations generalize to unseen prompts and response models.
+
+A sweep with scenarios evaluates on splits that share both, one or neither with training, see
+`embrm.data.scenarios`.
+"""
 
 from collections.abc import Callable
 
@@ -12,35 +16,38 @@ from embrm.core.table import Table
 from embrm.results.comparison import Comparison
 
 _SHOWN = len(CURVES)
-"""Configurations in the figure, besides the baseline."""
+"""Maximal number of configurations in the figure, besides the baseline."""
 
 CAPTION = (
-    f"Scenarios, from seen prompts and models to unseen ones, with 95 % intervals: the {_SHOWN} "
-    "best configurations of the ranking, and the baseline; right, paired differences to it"
+    "Scenarios, from seen to unseen prompts and response models, with 95 % intervals: the "
+    f"{_SHOWN} best configurations of the ranking and the baseline (left), paired differences to "
+    "the baseline (right)"
 )
 
 _METRICS = {"accuracy": ("accuracy", "Accuracy (%)"), "tau": ("Kendall tau-b", "Kendall τ-b")}
-
+"""Metric → its name in a table's title and on an axis."""
 
 _COLUMNS = (
     ("estimate", "low", "high"),
     ("difference", "difference_low", "difference_high"),
 )
+"""The value and its interval of the left and of the right panels."""
 
 _DODGE = 0.6
-"""Share of a scenario's width over which configurations are spread."""
+"""Width over which the points of a scenario are spread, so that their intervals do not overlap."""
 
 
 def scenario_tables(comparison: Comparison, top: int) -> list[Table]:
-    """For each metric the scenarios side by side, and what is lost from the first to the last.
+    """Make one table per metric: its value in every scenario, and the change from the first
+    scenario to the last.
 
-    top: configurations to show; the baseline is always among them.
+    top: number of configurations to show; the baseline is always among them.
     """
     return [_table(comparison, metric, top) for metric in _metrics(comparison)]
 
 
 def _metrics(comparison: Comparison) -> list[str]:
-    """Those that two scenarios or more have."""
+    """The metrics that at least two scenarios have."""
     here = comparison.scores.filter(pl.col("split").is_in(comparison.scenarios))
     return [
         metric
@@ -54,7 +61,7 @@ def _table(comparison: Comparison, metric: str, top: int) -> Table:
     splits = [split for split in comparison.scenarios if split in scores["split"]]
     found = {(row["split"], row["name"]): row for row in scores.iter_rows(named=True)}
     falls = comparison.scenario_falls
-    fallen = (
+    changes = (
         {row["name"]: row for row in falls.filter(metric=metric).iter_rows(named=True)}
         if not falls.is_empty()
         else {}
@@ -63,28 +70,32 @@ def _table(comparison: Comparison, metric: str, top: int) -> Table:
     columns = ["configuration", *splits]
     rows = [[name, *(short_text(found[split, name], metric) for split in splits)] for name in names]
     notes = ["Plus or minus: half the width of the 95 % interval."]
-    if fallen:
+    if changes:
         columns.append(f"{splits[-1]} minus {splits[0]}")
         for row, name in zip(rows, names, strict=True):
-            row.append(short_text(fallen[name], metric, "+"))
+            row.append(short_text(changes[name], metric, "+"))
         notes.append(
-            "Scenarios differ in their prompts and models, and so in how hard they are, alike for "
-            "all configurations: compare losses, not one with 0."
+            "Some scenarios are harder than others for all configurations: compare the changes of "
+            "configurations with each other rather than with 0."
         )
         if comparison.baseline is not None:
             columns.append(f"minus {comparison.baseline}'s")
             for row, name in zip(rows, names, strict=True):
                 own = name == comparison.baseline
-                row.append("baseline" if own else short_difference_text(fallen[name], metric))
-            notes.append("Triangle: the interval excludes 0 (not adjusted for the many rows).")
+                row.append("baseline" if own else short_difference_text(changes[name], metric))
+            notes.append(
+                f"minus {comparison.baseline}'s: the change of the row minus that of "
+                f"{comparison.baseline}. Triangle: its interval excludes 0 (not adjusted for the "
+                "many rows)."
+            )
     unit = " %" if metric == "accuracy" else ""
     title = f"Scenarios: {_METRICS[metric][0]}{unit}"
     return Table(title, tuple(columns), tuple(map(tuple, rows)), " ".join(notes))
 
 
 def scenario_figure(comparison: Comparison) -> Callable[[], Figure] | None:
-    """A row of panels a metric: its value, and the difference to the baseline, in each scenario;
-    None where there are no two scenarios."""
+    """Return a function that draws, for every metric, its value in each scenario (left) and the
+    difference to the baseline (right); None with fewer than two scenarios."""
     metrics = _metrics(comparison)
     return (lambda: _draw(comparison, metrics)) if metrics else None
 
@@ -113,11 +124,11 @@ def _draw(comparison: Comparison, metrics: list[str]) -> Figure:
                 value, low, high = (
                     scale * np.array([row[key] for row in rows], dtype=float) for key in columns
                 )
-                aside = (number - (len(names) - 1) / 2) * _DODGE / max(1, len(names) - 1)
-                places = np.arange(len(splits)) + aside
-                axis.vlines(places, low, high, color=color, linewidth=1.4)
+                offset = (number - (len(names) - 1) / 2) * _DODGE / max(1, len(names) - 1)
+                x = np.arange(len(splits)) + offset
+                axis.vlines(x, low, high, color=color, linewidth=1.4)
                 axis.plot(
-                    places,
+                    x,
                     value,
                     "D" if is_baseline else "o",
                     color=color,

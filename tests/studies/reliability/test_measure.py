@@ -1,4 +1,4 @@
-"""Reliability of a sweep's heads, and the report of a sweep with scenarios and wrong labels."""
+"""Reliability diagrams of a sweep, and the report of a sweep with scenarios and label noise."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sweep(folder / "s.toml", toy_groups(folder / "cache"), jobs=1)
 
 
-def test_the_bins_sum_to_the_errors_of_the_ledger(swept: Path) -> None:
+def test_the_bins_reproduce_the_calibration_errors_of_the_ledger(swept: Path) -> None:
     names = ["hinge[label_noise=0]", "bt[label_noise=0]"]
     results = open_results(swept)
     found = measure_reliability(results, names)
@@ -60,7 +60,7 @@ def test_the_bins_sum_to_the_errors_of_the_ledger(swept: Path) -> None:
                 assert error == pytest.approx(row[f"{metric}@{split}"], abs=1e-6)
 
 
-def test_no_temperature_no_second_curve(swept: Path) -> None:
+def test_runs_without_a_temperature_have_no_rows_at_it(swept: Path) -> None:
     results = open_results(swept)
     ledger = results.ledger.with_columns(temperature=pl.lit(None, dtype=pl.Float64))
     unfitted = type(results)(**{**vars(results), "ledger": ledger})
@@ -68,7 +68,7 @@ def test_no_temperature_no_second_curve(swept: Path) -> None:
 
 
 def test_the_report_shows_scenarios_noise_and_reliability(swept: Path, tmp_path: Path) -> None:
-    """The cache has moved, and is named."""
+    """The report reads a cache that has moved since the sweep from the path given to it."""
     cache, moved = Path(open_results(swept).cache), tmp_path / "moved"
     shutil.copytree(cache, moved)
     found = report(swept, cache=moved, out=tmp_path)
@@ -98,14 +98,16 @@ def test_the_report_shows_scenarios_noise_and_reliability(swept: Path, tmp_path:
         assert again.equals(found.reliability)
 
 
-def test_the_figure_draws_the_bins(swept: Path) -> None:
+def test_the_figure_and_the_tables_show_the_bins(swept: Path) -> None:
     results = open_results(swept)
     name = "bt[label_noise=0]"
     comparison = compare_tables(
         "s", results.ledger, results.prompts, results.outcomes, ["prompt", "mutual"], name
     )
     found = measure_reliability(results, [name]).filter(pl.col("split").is_in(comparison.splits))
-    found = found.with_columns(prompts=pl.lit(FEW))  # so few prompts have no bin with an interval
+    # The toy splits have too few prompts for any bin to be drawn: pretend that there are enough.
+    found = found.with_columns(prompts=pl.lit(FEW))
+
     draw = reliability_figure(found, comparison)
     assert draw is not None
     for axis, split, table in zip(
