@@ -143,7 +143,7 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
     tokens = data.tokens
     parts = [
         tokens.states,
-        tokens.token_matrix,
+        tokens.packed_logits,
         *([tokens.tail_means] if tokens.tail_means else []),
     ]
     row = sum(part.width * part.values.element_size() for part in parts)

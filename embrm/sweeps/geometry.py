@@ -30,7 +30,7 @@ from embrm.training.heads import (
 )
 from embrm.training.regularizers import divergence, moved
 from embrm.training.states import States
-from embrm.training.tokens import TokenBatch, TokenStore, TopK, token_matrix
+from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore, TopK
 
 REWARD_POSITION = "last"
 """The view whose states belong to one position; a mean of states predicts no next token."""
@@ -197,17 +197,16 @@ class Geometry:
         if not self._rewarded:
             every = [sample.rows for sample in self.samples.values()]
             X = states.take(torch.cat(every)).cpu().clone()
-            table = reward_positions(self.tokens.head, self.tokens.weight_rows, X)
+            packed = reward_positions(self.tokens.head, self.tokens.weight_rows, X)
             counts = [len(rows) for rows in every]
             for name, own, found in zip(
-                self.samples, X.split(counts), table.split(counts), strict=True
+                self.samples, X.split(counts), packed.matrix.split(counts), strict=True
             ):
-                self._rewarded[name] = TokenStore(
+                self._rewarded[name] = replace(
+                    self.tokens,
                     states=States(own),
-                    token_matrix=States(found),
+                    packed_logits=States(found),
                     tail_means=None,
-                    head=self.tokens.head,
-                    weight_rows=self.tokens.weight_rows,
                     starts=np.arange(len(own) + 1),
                     positions=np.ones(len(own), np.int64),
                     S=np.zeros(len(own)),
@@ -215,10 +214,11 @@ class Geometry:
         return self._rewarded[split]
 
 
-def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> Tensor:
-    """The token matrix of positions that are not cached token rows, from their states X [n, d].
+def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> PackedLogits:
+    """Targets and largest logits at positions that are not cached token rows.
 
-    The target is the likeliest token. The vocabulary is read in parts, once.
+    X: their states, [n, d]. The target is the likeliest token. The vocabulary is read in parts,
+    once.
     """
     top_logits, top_ids = X.new_empty(len(X), 0), torch.empty(len(X), 0, dtype=torch.int64)
     normaliser = X.new_full((len(X),), -torch.inf)
@@ -232,8 +232,7 @@ def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> Tensor:
         top_ids = every.gather(1, places)
     weight_rows.release_pages()
     ids, top = top_ids.int().numpy(), top_logits.numpy()
-    columns = (ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top)
-    return torch.from_numpy(token_matrix(*columns))
+    return PackedLogits.pack(ids[:, 0].copy(), top[:, 0], normaliser.numpy(), ids, top)
 
 
 def _slots(parameters: Parameters) -> list[Parameters]:

@@ -1,6 +1,6 @@
 """Flat files that every worker maps: the states of a view, and the token rows of a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ import torch
 
 from embrm.cache.reader import Cache
 from embrm.cache.schema import TokenTable
-from embrm.cache.tensors import lm_head_tensors, to_tensor, torch_dtype
+from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import Progress
 from embrm.lm.head import LmHead
 from embrm.training.states import States
-from embrm.training.tokens import TokenStore, token_matrix
+from embrm.training.token_rows import PackedLogits, TokenStore
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,18 @@ def write_rows(path: Path, parts: Iterator[torch.Tensor], bar: Progress) -> None
 class TokenFiles:
     """The files of a `TokenStore`, which workers map instead of receiving it.
 
-    head: the LM head's tensors but for its weight. responses: an Arrow table with one row per
-    response and the columns start, positions and S.
+    matrices: by the names that `_matrices` gives, and "weight", the weight of the LM head. head:
+    the other tensors of the head. responses: an Arrow table of `positions_by_response`.
     """
 
-    states: MappedFile
-    token_matrix: MappedFile
-    tail_means: MappedFile | None
-    weight: MappedFile
+    matrices: dict[str, MappedFile]
     head: dict[str, torch.Tensor]
     responses: Path
 
     def open(self) -> TokenStore:
         """Map the files into memory."""
-        table = pl.read_ipc(self.responses)
-        starts, weight_rows = table["start"].to_numpy(), self.weight.open()
-        return TokenStore(
-            states=self.states.open(),
-            token_matrix=self.token_matrix.open(),
-            tail_means=self.tail_means.open() if self.tail_means else None,
-            head=LmHead.from_tensors({**self.head, "weight": weight_rows.values}),
-            weight_rows=weight_rows,
-            starts=np.append(starts, self.states.shape[0]).astype(np.int64),
-            positions=table["positions"].to_numpy(),
-            S=table["S"].to_numpy(),
-        )
+        mapped = {name: file.open() for name, file in self.matrices.items()}
+        return _store(mapped, self.head, pl.read_ipc(self.responses))
 
     @classmethod
     def write(cls, cache: Cache, folder: Path, share: float | None, bar: Progress) -> "TokenFiles":
@@ -91,51 +78,34 @@ class TokenFiles:
         share: the fraction of every file that a worker may keep in memory; None: all.
         Raises: UserError when the disk is full, or the cache is damaged.
         """
-        paths, layout = cls.paths(folder), cache.layout
-        assert layout.top_k is not None  # a sweep that needs token rows is checked first
-        head = lm_head_tensors(cache)
-        shapes = {
-            "states": (cache.width, torch_dtype(cache)),
-            "token_matrix": (3 + 2 * layout.top_k, torch.float32),
-            **({"tail_means": (cache.width, torch_dtype(cache))} if layout.tail_mean else {}),
-            "weight": (head["weight"].shape[1], head["weight"].dtype),
-        }
+        paths, head = cls.paths(folder), lm_head_tensors(cache)
+        weight = head.pop("weight")
+        columns = {"weight": (weight.shape[1], weight.dtype)}
         responses: list[np.ndarray] = []
         with disk_errors(folder), ExitStack() as opened:
-            files = {name: opened.enter_context(paths[name].open("wb")) for name in shapes}
-            _append(files["weight"], head["weight"])
+            files = {name: opened.enter_context(paths[name].open("wb")) for name in _MATRICES}
+            _append(files["weight"], weight)
             for rows in cache.token_shards():
-                _append(files["token_matrix"], _token_matrix(rows))
-                _append(files["states"], to_tensor(rows.states))
-                if rows.tail_means is not None:
-                    _append(files["tail_means"], to_tensor(rows.tail_means))
+                for name, matrix in _matrices(rows).items():
+                    _append(files[name], matrix)
+                    columns[name] = matrix.shape[1], matrix.dtype
                 responses.append(rows.response)
                 bar.advance()
             positions_by_response(cache, np.concatenate(responses)).write_ipc(
                 paths["responses"], compression="uncompressed"
             )
-
-        def mapped(name: str) -> MappedFile:
-            (width, dtype), size = shapes[name], paths[name].stat().st_size
+        matrices = {}
+        for name, (width, dtype) in columns.items():
+            size = paths[name].stat().st_size
+            shape = size // (width * dtype.itemsize), width
             resident = None if share is None else int(share * size)
-            return MappedFile(
-                paths[name], (size // (width * dtype.itemsize), width), dtype, resident
-            )
-
-        return cls(
-            states=mapped("states"),
-            token_matrix=mapped("token_matrix"),
-            tail_means=mapped("tail_means") if layout.tail_mean else None,
-            weight=mapped("weight"),
-            head={name: tensor for name, tensor in head.items() if name != "weight"},
-            responses=paths["responses"],
-        )
+            matrices[name] = MappedFile(paths[name], shape, dtype, resident)
+        return cls(matrices, head, paths["responses"])
 
     @staticmethod
     def paths(folder: Path) -> dict[str, Path]:
         """Path of every file that `write` may make."""
-        names = ("states", "token_matrix", "tail_means", "weight", "responses")
-        return {name: folder / f"{TEMPORARY}token-{name}" for name in names}
+        return {name: folder / f"{TEMPORARY}token-{name}" for name in (*_MATRICES, "responses")}
 
     @staticmethod
     def size(cache: Cache) -> int:
@@ -144,7 +114,8 @@ class TokenFiles:
         rows = sum(s.tokens.rows for s in cache.manifest.shards if s and s.tokens)
         row = cache.width * layout.storage.itemsize * (1 + layout.tail_mean)
         head = cache.manifest.lm_head
-        return rows * (row + 4 * (3 + 2 * (layout.top_k or 0))) + (head.bytes if head else 0)
+        packed = 4 * PackedLogits.width(layout.top_k or 0)
+        return rows * (row + packed) + (head.bytes if head else 0)
 
 
 def first_tokens(cache: Cache) -> TokenStore:
@@ -154,23 +125,42 @@ def first_tokens(cache: Cache) -> TokenStore:
 
 def in_memory(cache: Cache, rows: TokenTable) -> TokenStore:
     """Some token rows of a cache, ascending by response, as a store in memory."""
-    head = LmHead.from_tensors(lm_head_tensors(cache))
-    table = positions_by_response(cache, rows.response)
-    return TokenStore(
-        states=States(to_tensor(rows.states)),
-        token_matrix=States(_token_matrix(rows)),
-        tail_means=None if rows.tail_means is None else States(to_tensor(rows.tail_means)),
-        head=head,
-        weight_rows=States(head.weight),
-        starts=np.append(table["start"].to_numpy(), len(rows.response)),
-        positions=table["positions"].to_numpy(),
-        S=table["S"].to_numpy(),
+    head = lm_head_tensors(cache)
+    matrices = {"weight": head["weight"]} | _matrices(rows)
+    stored = {name: States(matrix) for name, matrix in matrices.items()}
+    return _store(stored, head, positions_by_response(cache, rows.response))
+
+
+_MATRICES = ("states", "packed_logits", "tail_means", "weight")
+"""Names of the matrices of a `TokenStore`."""
+
+
+def _matrices(rows: TokenTable) -> dict[str, torch.Tensor]:
+    """The matrices of a `TokenStore` with one row per token row."""
+    packed = PackedLogits.pack(
+        rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits
     )
+    found = {"states": to_tensor(rows.states), "packed_logits": packed.matrix}
+    if rows.tail_means is not None:
+        found["tail_means"] = to_tensor(rows.tail_means)
+    return found
 
 
-def _token_matrix(rows: TokenTable) -> torch.Tensor:
-    return torch.from_numpy(
-        token_matrix(rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits)
+def _store(
+    matrices: Mapping[str, States], head: Mapping[str, torch.Tensor], responses: pl.DataFrame
+) -> TokenStore:
+    """matrices: by the names in `_MATRICES`. head: tensors of the LM head, of which the weight is
+    replaced by that of `matrices`. responses: see `positions_by_response`."""
+    weight = matrices["weight"]
+    return TokenStore(
+        states=matrices["states"],
+        packed_logits=matrices["packed_logits"],
+        tail_means=matrices.get("tail_means"),
+        head=LmHead.from_tensors({**head, "weight": weight.values}),
+        weight_rows=weight,
+        starts=np.append(responses["start"].to_numpy(), len(matrices["states"].values)),
+        positions=responses["positions"].to_numpy(),
+        S=responses["S"].to_numpy(),
     )
 
 

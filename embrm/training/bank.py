@@ -27,7 +27,7 @@ from embrm.training.pairs import Pairs
 from embrm.training.regularizers import Regularizer, direction_penalty, regularize
 from embrm.training.smoothing import MovingLabels
 from embrm.training.spec import TrainSpec
-from embrm.training.tokens import TokenBatch, TokenStore
+from embrm.training.token_rows import TokenBatch, TokenStore
 
 
 def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[TrainedRun]:

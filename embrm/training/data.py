@@ -9,7 +9,7 @@ from embrm.training.heads.preprocess import Preprocess, PreprocessKind, fit_prep
 from embrm.training.pairs import Pairs
 from embrm.training.regularizers import mean_fisher
 from embrm.training.states import States
-from embrm.training.tokens import TokenStore, TopK
+from embrm.training.token_rows import TokenStore, TopK
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Regularizers through the frozen LM head, which a run adds to its loss.
 
-They read sampled token positions of a minibatch's responses (`embrm.training.tokens`), and what an
-adapter's shift δ_t changes about the cached language model there. Formulas and sources are in
+They read token rows of a minibatch's responses (`embrm.training.token_rows`), and what an adapter's
+shift δ_t changes about the cached language model there. Formulas and sources are in
 `docs/methods.md`. On frozen states they act on an adapter alone: a plain head moves no state, so
 that grm-* would only rescale the pair loss (a test proves it), and a spec without an adapter is
 refused.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.nn import functional as F  # noqa: N812
 
     from embrm.training.heads.bank import Parameters
-    from embrm.training.tokens import TokenBatch, TokenStore, TopK
+    from embrm.training.token_rows import TokenBatch, TokenStore, TopK
 else:
     torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 

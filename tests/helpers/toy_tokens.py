@@ -9,7 +9,7 @@ from torch import Tensor
 
 from embrm.lm.head import LmHead
 from embrm.training.states import States
-from embrm.training.tokens import TokenStore, token_matrix
+from embrm.training.token_rows import PackedLogits, TokenStore
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def toy_tokens(
     target[inside] = top_ids[inside, inside % top_k]
     mass = log_p.exp().scatter(1, top_ids, 0.0).scatter(1, target[:, None], 0.0)
     means = torch.einsum("nv,nvd->nd", mass, dense.gradients(dense.H)) / mass.sum(1, keepdim=True)
-    table = token_matrix(
+    packed = PackedLogits.pack(
         target.int().numpy(),
         logits.gather(1, target[:, None])[:, 0].float().numpy(),
         logits.logsumexp(1).float().numpy(),
@@ -74,7 +74,7 @@ def toy_tokens(
     weight = dense.W.float()
     data = TokenStore(
         states=States(dense.H.float()),
-        token_matrix=States(torch.from_numpy(table)),
+        packed_logits=States(packed.matrix),
         tail_means=States(means.nan_to_num().float()) if tail_means else None,
         head=LmHead(weight, dense.b.float() if bias else None, scale, softcap),
         weight_rows=States(weight),

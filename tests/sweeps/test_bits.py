@@ -172,10 +172,8 @@ def _streamed(material: Material) -> Material:
     """The same, of which a worker keeps next to nothing in memory."""
     tokens = material.tokens
     if tokens:
-        names = ("states", "token_matrix", "tail_means", "weight")
-        tokens = replace(
-            tokens, **{name: replace(getattr(tokens, name), resident=1) for name in names}
-        )
+        files = {name: replace(file, resident=1) for name, file in tokens.matrices.items()}
+        tokens = replace(tokens, matrices=files)
     states = {view: replace(file, resident=1) for view, file in material.states.items()}
     return replace(material, states=states, tokens=tokens)
 

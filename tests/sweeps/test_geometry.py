@@ -140,13 +140,13 @@ def test_reward_positions_hold_the_largest_logits_whatever_is_read_at_a_time(
     monkeypatch.setattr(module, "_WORDS", words)
     monkeypatch.setattr(module, "_TOP_K", 7)
     setting = Setting(softcap=2.0, scale=0.7, bias=True)
-    found = reward_positions(setting.tokens.head, setting.tokens.weight_rows, setting.X).numpy()
+    found = reward_positions(setting.tokens.head, setting.tokens.weight_rows, setting.X)
     logits = setting.dense.logits(setting.X.double())
     values, ids = logits.topk(7, 1)
-    assert found[:, 2] == pytest.approx(logits.logsumexp(1).numpy(), rel=1e-5)
-    assert (found[:, 3:10].copy().view(np.int32) == ids.numpy()).all()
-    assert found[:, 10:] == pytest.approx(values.numpy(), rel=1e-4)
-    assert (found[:, 0].copy().view(np.int32) == ids.numpy()[:, 0]).all()
+    assert found.logsumexp.numpy() == pytest.approx(logits.logsumexp(1).numpy(), rel=1e-5)
+    assert torch.equal(found.ids(7)[:, 1:], ids)
+    assert found.logits(7)[:, 1:-1].numpy() == pytest.approx(values.numpy(), rel=1e-4)
+    assert torch.equal(found.target, ids[:, 0])
 
 
 @pytest.mark.parametrize("exact", [0, 1 << 13])

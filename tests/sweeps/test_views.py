@@ -31,6 +31,7 @@ from embrm.sweeps.mapped import TokenFiles
 from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.views import open_view, view_names
 from embrm.training.regularizers import log_probability_change
+from embrm.training.token_rows import PackedLogits
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,13 @@ def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: P
     positions[3] -= 1  # its first token has no state before it
     assert data.positions.tolist() == positions.tolist()
     assert data.S.tolist() == scalars["S"].to_list()
-    matrix, k = data.token_matrix.values, TOP_K
-    ids = matrix.view(torch.int32)
-    assert ids[:, 0].tolist() == rows.target.tolist()
-    assert ids[:, 3 : 3 + k].tolist() == rows.top_ids.tolist()
-    assert matrix[:, 1].tolist() == rows.target_logit.tolist()
-    assert matrix[:, 2].tolist() == rows.logsumexp.tolist()
-    assert matrix[:, 3 + k :].tolist() == rows.top_logits.tolist()
+    packed = PackedLogits(data.packed_logits.values)
+    assert packed.target.tolist() == rows.target.tolist()
+    assert packed.ids(TOP_K)[:, 1:].tolist() == rows.top_ids.tolist()
+    logits = packed.logits(TOP_K)
+    assert logits[:, 0].tolist() == rows.target_logit.tolist()
+    assert logits[:, 1:-1].tolist() == rows.top_logits.tolist()
+    assert packed.logsumexp.tolist() == rows.logsumexp.tolist()
     assert torch.equal(data.head.weight, lm_head_tensors(small)["weight"])
     assert (data.head.scale, data.head.softcap, data.head.bias) == (0.5, None, None)
     written = sum(path.stat().st_size for path in TokenFiles.paths(tmp_path).values())
@@ -133,7 +134,7 @@ def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: P
     assert written - table == pytest.approx(TokenFiles.size(small), abs=1000)  # safetensors' header
     with progress("", 5, "shards") as bar:
         half = TokenFiles.write(small, tmp_path, 0.5, bar)
-    assert half.states.resident == rows.states.nbytes // 2
+    assert half.matrices["states"].resident == rows.states.nbytes // 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])

@@ -51,7 +51,7 @@ from embrm.training.regularizers import (
 )
 from embrm.training.spec import TrainSpec
 from embrm.training.states import States
-from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
+from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore
 
 GRM = tuple(name for name, kind in ALL_KINDS.items() if kind.of_pair)
 KINDS = (*GRM, "preserve-kl", "preserve-fisher")
@@ -478,7 +478,7 @@ def _stored(live: Live, tokens: TokenBatch) -> TokenStore:
     z, target = live.read(lambda h: h), tokens.target
     rows = torch.cat([logits[live.targets(i)[0]] for i, (_, logits) in enumerate(z)])
     top = rows.topk(8, 1)
-    table = token_matrix(
+    packed = PackedLogits.pack(
         target.int().numpy(),
         rows.gather(1, target[:, None])[:, 0].float().numpy(),
         rows.logsumexp(1).float().numpy(),
@@ -488,7 +488,7 @@ def _stored(live: Live, tokens: TokenBatch) -> TokenStore:
     held = tokens.response.bincount(minlength=len(tokens.S)).numpy()
     return TokenStore(
         states=States(tokens.X.float()),
-        token_matrix=States(torch.from_numpy(table)),
+        packed_logits=States(packed.matrix),
         tail_means=None,
         head=tokens.head,
         weight_rows=States(tokens.head.weight),

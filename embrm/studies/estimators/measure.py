@@ -22,7 +22,7 @@ from embrm.core.streams import stream
 from embrm.lm.head import LmHead
 from embrm.sweeps.mapped import in_memory
 from embrm.training.regularizers import divergence, log_probability_change, moved
-from embrm.training.tokens import TokenStore
+from embrm.training.token_rows import PackedLogits, TokenStore
 
 DRIFTS = (0.01, 0.1)
 """Mean ‖δ‖/‖h‖ of the shifts that are tried; settings are recommended for the largest."""
@@ -265,7 +265,7 @@ def _compare(data: TokenStore, shifts: Tensor) -> tuple[Tensor, tuple[Truncation
     for responses in torch.arange(len(data.positions)).split(at_once):
         rows = slice(*data.starts[[int(responses[0]), int(responses[-1]) + 1]].tolist())
         X, own = data.states.values[rows], shifts[:, rows]
-        target = data.token_matrix.values[rows, :1].contiguous().view(torch.int32)[:, 0].long()
+        target = PackedLogits(data.packed_logits.values[rows]).target
         exact = exact_changes(data.head, X, target, own)
         changes.append(exact.change)
         sizes += _squares(exact)

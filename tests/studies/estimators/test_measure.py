@@ -31,7 +31,7 @@ from embrm.studies.estimators.measure import (
 )
 from embrm.studies.estimators.table import advice
 from embrm.training.states import States
-from embrm.training.tokens import TokenStore
+from embrm.training.token_rows import TokenStore
 
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 
@@ -271,7 +271,7 @@ def token_data(parts: list[list[float]], positions: list[int]) -> tuple[TokenSto
     nothing = States(torch.zeros(0, 1))
     data = TokenStore(
         states=nothing,
-        token_matrix=nothing,
+        packed_logits=nothing,
         tail_means=None,
         head=LmHead(nothing.values),
         weight_rows=nothing,

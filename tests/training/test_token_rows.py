@@ -12,7 +12,7 @@ from toy_tokens import Dense, toy_tokens
 
 from embrm.training.regularizers import log_probability_change
 from embrm.training.states import States
-from embrm.training.tokens import TokenBatch, TokenStore, token_matrix
+from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore
 
 HEADS = [
     {},
@@ -223,10 +223,12 @@ def test_tail_means_leave_an_error_of_second_order() -> None:
 def test_token_ids_keep_their_bits_among_floats() -> None:
     ids = np.array([[0, 1, 127_999], [2**31 - 1, 255_999, 8_388_608]], np.int32)
     ones = np.ones((2, 3), np.float32)
-    table = States(torch.from_numpy(token_matrix(ids[:, 0], ones[:, 0], ones[:, 1], ids, ones)))
-    taken = table.take(torch.tensor([1, 0]))
-    assert taken[:, 0].contiguous().view(torch.int32).tolist() == ids[::-1, 0].tolist()
-    assert taken[:, 3:6].contiguous().view(torch.int32).tolist() == ids[::-1].tolist()
+    packed = PackedLogits.pack(ids[:, 0], ones[:, 0], ones[:, 1], ids, ones)
+    assert packed.matrix.shape[1] == PackedLogits.width(packed.top_k)
+    taken = PackedLogits(States(packed.matrix).take(torch.tensor([1, 0])))
+    assert taken.target.tolist() == ids[::-1, 0].tolist()
+    assert taken.ids(3)[:, 1:].tolist() == ids[::-1].tolist()
+    assert taken.ids(1).tolist() == ids[::-1, [0, 0]].tolist()
 
 
 def test_reading_gives_one_answer_in_memory_and_streamed(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_reading_gives_one_answer_in_memory_and_streamed(tmp_path: Path) -> None
     assert data.tail_means is not None
     mapped = TokenStore(
         states=streamed(data.states, "states"),
-        token_matrix=streamed(data.token_matrix, "matrix"),
+        packed_logits=streamed(data.packed_logits, "logits"),
         tail_means=streamed(data.tail_means, "tails"),
         head=data.head,
         weight_rows=streamed(data.weight_rows, "weight"),

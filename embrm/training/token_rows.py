@@ -86,18 +86,100 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
+class PackedLogits:
+    """Targets and largest logits of n token rows in one matrix, so that a row is read in one piece.
+
+    matrix: float32 [n, 3 + 2K], K the number of largest logits. Columns: target, target_logit,
+    logsumexp, K top_ids, K top_logits. Token ids are int32 whose bits are stored as float32.
+
+    The methods read only the k ≤ K largest logits. The candidates of a row are its target, the k
+    largest, and the tail, which stands for all other tokens.
+    """
+
+    matrix: Tensor
+
+    @classmethod
+    def pack(
+        cls,
+        target: NDArray[np.int32],
+        target_logit: NDArray[np.float32],
+        logsumexp: NDArray[np.float32],
+        top_ids: NDArray[np.int32],
+        top_logits: NDArray[np.float32],
+    ) -> "PackedLogits":
+        """Pack the columns of token rows: three [n] and two [n, K]."""
+        columns: Sequence[NDArray[np.float32]] = (
+            target.view(np.float32)[:, None],
+            target_logit[:, None],
+            logsumexp[:, None],
+            top_ids.view(np.float32),
+            top_logits,
+        )
+        return cls(torch.from_numpy(np.concatenate(columns, axis=1)))
+
+    @staticmethod
+    def width(top_k: int) -> int:
+        """Columns of a matrix with `top_k` largest logits."""
+        return 3 + 2 * top_k
+
+    @property
+    def top_k(self) -> int:
+        """K, the number of largest logits that a row holds."""
+        return (self.matrix.shape[1] - 3) // 2
+
+    @property
+    def target(self) -> Tensor:
+        """The targets' token ids, int64 [n]."""
+        return _token_ids(self.matrix[:, 0])
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """Logsumexp over the whole vocabulary, [n]."""
+        return self.matrix[:, 2]
+
+    def ids(self, k: int) -> Tensor:
+        """Token ids of the target and the k largest logits, int64 [n, 1 + k]."""
+        return _token_ids(torch.cat([self.matrix[:, :1], self.matrix[:, 3 : 3 + k]], 1))
+
+    def logits(self, k: int) -> Tensor:
+        """Logits of the candidates, [n, 2 + k]; that of the tail is 0."""
+        first = 3 + self.top_k
+        own, largest = self.matrix[:, 1:2], self.matrix[:, first : first + k]
+        return torch.cat([own, largest, torch.zeros_like(own)], 1)
+
+    def log_p(self, k: int) -> Tensor:
+        """Log-probabilities of the candidates, [n, 2 + k].
+
+        -inf for a target's second column, where it is also among the k largest, and for a tail too
+        unlikely to be told from none.
+        """
+        ids = self.ids(k)
+        void = torch.zeros_like(ids, dtype=torch.bool)
+        void[:, 1:] = ids[:, 1:] == ids[:, :1]
+        log_p = (self.logits(k)[:, :-1] - self.logsumexp[:, None]).masked_fill(void, -torch.inf)
+        tail = 1 - log_p.double().exp().sum(1, keepdim=True)
+        log_tail = torch.where(tail > _NO_TAIL, tail.clamp_min(_NO_TAIL).log(), -torch.inf)
+        return torch.cat([log_p, log_tail.float()], 1)
+
+
+def _token_ids(column: Tensor) -> Tensor:
+    """int64 token ids of int32 bits in float32."""
+    return column.contiguous().view(torch.int32).long()
+
+
+@dataclass(frozen=True)
 class TokenStore:
     """The token rows of all responses, in memory or mapped from files, on the CPU.
 
-    states: [N, d], after the final norm. token_matrix: float32 [N, 3 + 2k], the columns that the
-    function `token_matrix` packs. tail_means: [N, d] or None. weight_rows: the rows of head.weight,
+    states: [N, d], after the final norm. packed_logits: the matrix of a `PackedLogits`.
+    tail_means: [N, d] or None. weight_rows: the rows of head.weight,
     read as they are needed. starts: int64 [responses + 1]; rows starts[i]:starts[i + 1] belong to
     response i. positions: int64 [responses], |R|, the number of positions that rows were sampled
     from. S: float64 [responses], log-probability of the response.
     """
 
     states: States
-    token_matrix: States
+    packed_logits: States
     tail_means: States | None
     head: LmHead
     weight_rows: States
@@ -107,8 +189,8 @@ class TokenStore:
 
     @property
     def top_k(self) -> int:
-        """Number of largest logits that are kept of a position."""
-        return (self.token_matrix.width - 3) // 2
+        """Number of largest logits that are kept of a token row."""
+        return PackedLogits(self.packed_logits.values).top_k
 
     def sample(
         self, responses: NDArray[np.int64], rows: int | None, draws: NDArray[np.float64]
@@ -139,17 +221,17 @@ class TokenStore:
         places = torch.from_numpy(numbers)
         taken = np.bincount(owner, minlength=len(own))
         share = (self.positions[own] / np.maximum(taken, 1))[owner]
-        matrix = self.token_matrix.take(places)
+        packed = PackedLogits(self.packed_logits.take(places))
         X = self.states.take(places)
         if top_k == "all":
             candidates, vectors = None, self.weight_rows.take(torch.arange(len(self.head.weight)))
             logits = replace(self.head, weight=vectors).logits(X)
             log_p = logits - logits.logsumexp(1, keepdim=True)
-            target = matrix[:, 0].contiguous().view(torch.int32).long()
+            target = packed.target
         else:
-            ids, logits, log_p = _truncated(matrix, self.top_k, top_k)
-            tails = self._tails(matrix, ids.shape[1] - 1, places)
-            vectors, candidates = self._vectors(ids, tails)
+            k = self.top_k if top_k is None else top_k
+            logits, log_p = packed.logits(k), packed.log_p(k)
+            vectors, candidates = self._vectors(packed.ids(k), self._tails(packed, k, places))
             target = torch.zeros(len(X), dtype=torch.int64)
         return TokenBatch(
             X=X,
@@ -168,16 +250,16 @@ class TokenStore:
         """Tokens whose vectors `read` needs for token rows int64 [n]: ids [n, candidates]."""
         if top_k == "all":
             return torch.arange(len(self.head.weight)).expand(len(rows), -1)
-        k = top_k if self.tail_means is None else None
-        return _truncated(self.token_matrix.take(rows), self.top_k, k)[0]
+        k = self.top_k if top_k is None or self.tail_means is not None else top_k
+        return PackedLogits(self.packed_logits.take(rows)).ids(k)
 
     def release_pages(self) -> None:
         """Let the system reclaim the memory of the mapped files read so far."""
-        for states in (self.states, self.token_matrix, self.tail_means, self.weight_rows):
+        for states in (self.states, self.packed_logits, self.tail_means, self.weight_rows):
             if states is not None:
                 states.release_pages()
 
-    def _tails(self, matrix: Tensor, k: int, places: Tensor) -> Tensor:
+    def _tails(self, packed: PackedLogits, k: int, places: Tensor) -> Tensor:
         """Vectors of the tails beyond the k largest logits, [n, d]; without tail means one zero
         vector [1, d]."""
         if self.tail_means is None:
@@ -186,9 +268,9 @@ class TokenStore:
         if k == self.top_k:
             return means
         # The cached tail lies beyond all cached logits; those beyond the k largest join it.
-        ids, logits, log_p = _truncated(matrix, self.top_k, None)
-        p, slopes = log_p.exp(), self.head.slopes_of_uncapped(self.head.uncapped(logits))
-        used, where = ids[:, 1 + k :].unique(return_inverse=True)
+        uncapped = self.head.uncapped(packed.logits(self.top_k))
+        p, slopes = packed.log_p(self.top_k).exp(), self.head.slopes_of_uncapped(uncapped)
+        used, where = packed.ids(self.top_k)[:, 1 + k :].unique(return_inverse=True)
         weights = (p * slopes)[:, 1 + k : -1]
         words = self.weight_rows.take(used)
         joining = embedding_bag(where, words, per_sample_weights=weights, mode="sum")
@@ -203,44 +285,3 @@ class TokenStore:
         vectors[len(used) :] = tails
         own = torch.arange(len(tails)).expand(len(ids))[:, None]
         return vectors, torch.cat([where, len(used) + own], 1)
-
-
-def token_matrix(
-    target: NDArray[np.int32],
-    target_logit: NDArray[np.float32],
-    logsumexp: NDArray[np.float32],
-    top_ids: NDArray[np.int32],
-    top_logits: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Scalars and largest logits of token rows as one float32 matrix [rows, 3 + 2k].
-
-    Columns: target, target_logit, logsumexp, then k top_ids and k top_logits. Token ids are stored
-    as the bits of int32 in float32 columns.
-    """
-    columns: Sequence[NDArray[np.float32]] = (
-        target.view(np.float32)[:, None],
-        target_logit[:, None],
-        logsumexp[:, None],
-        top_ids.view(np.float32),
-        top_logits,
-    )
-    return np.concatenate(columns, axis=1)
-
-
-def _truncated(matrix: Tensor, held: int, wanted: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [n, C - 1], and logits and log-probabilities [n, C] whose last column is the tail.
-
-    matrix: rows of the token matrix with `held` largest logits, of which `wanted` are read (None:
-    all). A target that is also among the largest logits counts once.
-    """
-    k = held if wanted is None else wanted
-    ids = torch.cat([matrix[:, :1], matrix[:, 3 : 3 + k]], 1).view(torch.int32).long()
-    logits = torch.cat([matrix[:, 1:2], matrix[:, 3 + held : 3 + held + k]], 1)
-    log_p = logits - matrix[:, 2:3]
-    void = torch.zeros_like(ids, dtype=torch.bool)
-    void[:, 1:] = ids[:, 1:] == ids[:, :1]
-    log_p = log_p.masked_fill(void, -torch.inf)
-    tail = 1 - log_p.double().exp().sum(1, keepdim=True)
-    log_tail = torch.where(tail > _NO_TAIL, tail.clamp_min(_NO_TAIL).log(), -torch.inf).float()
-    none = torch.zeros_like(log_tail)
-    return ids, torch.cat([logits, none], 1), torch.cat([log_p, log_tail], 1)
