@@ -18,7 +18,7 @@ from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
 from embrm.results.weights import SavedRun, load_run
-from embrm.studies.best_of_n.measure import best_of_n
+from embrm.studies.best_of_n.measure import measure_best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps import fused as pack_module
 from embrm.sweeps.execute import sweep
@@ -138,7 +138,7 @@ def test_everything_that_rewards_does_so_by_the_formula(
         assert row[f"margin@{split}"] == pytest.approx(margins.mean(), rel=1e-12)
         assert row[f"accuracy@{split}"] == (margins > 0).mean()
     ledger = swept.ledger.filter(config=config).select("run_id", name="config")
-    [chosen], _ = best_of_n(swept, ledger, ns=[1, 4])
+    [chosen], _ = measure_best_of_n(swept, ledger, ns=[1, 4])
     far = open_cache(cache).members
     best = far.with_columns(r=pl.Series(expected[far["response"].to_numpy()]))
     gold = best.group_by("prompt_id").agg(pl.col("gold").sort_by("r").last())["gold"].mean()

@@ -21,7 +21,7 @@ from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
 from embrm.results.weights import load_run
-from embrm.studies.best_of_n.measure import best_of_n
+from embrm.studies.best_of_n.measure import measure_best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.material import laid_out
@@ -158,7 +158,7 @@ def test_what_reads_a_run_reads_rewards_without_weights(swept: Path, cache: Path
     assert results.find(run_id)["accuracy@mutual"] == pytest.approx(accuracy)
     # Best of all of a group is its most rewarded response, or the mean of those that tie.
     runs = results.ledger.filter(pl.col("config") == "trees").select("run_id", name="config")
-    [chosen], _ = best_of_n(results, runs.filter(run_id=run_id), split="more", ns=[8])
+    [chosen], _ = measure_best_of_n(results, runs.filter(run_id=run_id), split="more", ns=[8])
     members = open_cache(cache).members.filter(split="more")
     members = members.with_columns(reward=pl.Series(rewards[members["response"].to_numpy()]))
     best = members.filter(pl.col("reward") == pl.col("reward").max().over("prompt_id"))

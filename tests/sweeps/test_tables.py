@@ -14,7 +14,7 @@ from embrm.reports.run import report
 from embrm.results.ledger import Results, open_results
 from embrm.results.replay import replay
 from embrm.results.rewards import scores
-from embrm.studies.best_of_n.measure import best_of_n
+from embrm.studies.best_of_n.measure import measure_best_of_n
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.prepare import prepare_sweep
@@ -97,7 +97,7 @@ def test_replays_and_scores_read_the_same_pairs(results: Results, cache: Path) -
 
 def test_best_of_n_chooses_among_the_responses_of_a_scenario(results: Results, cache: Path) -> None:
     runs = results.ledger.select("run_id", name="config")
-    [found], _ = best_of_n(results, runs, split="prompt", ns=[1, 2])
+    [found], _ = measure_best_of_n(results, runs, split="prompt", ns=[1, 2])
     members = read_tables(open_cache(cache), results.spec.scenarios).members.filter(split="prompt")
     assert set(found.prompt_ids) == set(members["prompt_id"])
     by_prompt = members.group_by("prompt_id").agg(pl.mean("gold"))

@@ -1,4 +1,4 @@
-"""Best of n under every head of a sweep, on the evaluation splits whose groups have gold scores."""
+"""Measure best-of-n selection by every run of a sweep, on evaluation splits with gold scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,32 +18,33 @@ from embrm.sweeps.tables import read_tables
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-_COMMON = 0.1
-"""Share of a split's groups that may be smaller than the largest n, if n is not given."""
+_SMALLER = 0.1
+"""Share of a split's groups that may be smaller than the largest n, if no values of n are given."""
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """The responses that runs choose on one split. Array axes are its prompts, the runs and `ns`.
+class SplitChoices:
+    """What runs choose among n responses, in expectation, on one split.
 
-    Gold and rewards are in units of their standard deviation within a prompt (the root of the mean
-    of the variances over prompts). Gold is relative to the mean of the pool. Rewards only compare
-    responses of one prompt, so they are relative to their mean over each prompt: they are 0 at
-    n = 1, and NaN where a run gives all responses of every prompt the same reward.
+    The pool of a prompt is all its responses. Gold and rewards are in units of their standard
+    deviation within a prompt: the square root of the variance averaged over prompts. Gold is
+    relative to its mean over all pools. Rewards compare only responses to one prompt, so they are
+    relative to their mean over that prompt: they are 0 at n = 1, and NaN for a run that gives all
+    responses to every prompt the same reward.
     """
 
     split: str
     ns: tuple[int, ...]
     prompt_ids: pl.Series
     gold: Floats
-    """Expected gold of the best of n, [prompts, runs, n]."""
+    """Expected gold of the response with the highest reward among n, [prompts, runs, n]."""
     proxy: Floats
-    """Expected reward of the best of n, [prompts, runs, n]."""
+    """Expected reward of that response, [prompts, runs, n]."""
     kl: Floats
     """Mean over prompts of its expected `kl_estimate` in nats, [runs, n]; NaN where a response has
     no log-probability."""
     gold_mean: float
-    """Mean gold score of the pool, in the data's units."""
+    """Mean gold score of all pools, in the data's units."""
     gold_sd: float
     """Standard deviation of gold within a prompt, in the data's units."""
     sizes: tuple[int, int]
@@ -60,8 +61,8 @@ class Chosen:
 
 @dataclass(frozen=True)
 class _Pool:
-    """Groups of equal size. places: their places among the prompts, [groups]; responses: rows of
-    the cache, [groups, size]; gold, S: [groups, size]."""
+    """The groups of one size. places: their indices into the split's prompts, [groups]; responses:
+    rows of the cache; gold: gold scores; S: log-probabilities in nats; all [groups, size]."""
 
     places: Indices
     responses: Indices
@@ -80,23 +81,25 @@ class _Split:
     excluded: dict[str, int]
 
 
-def best_of_n(
+def measure_best_of_n(
     results: Results,
     runs: pl.DataFrame,
     *,
     split: str | None = None,
     ns: Sequence[int] | None = None,
     cache: Path | None = None,
-) -> tuple[list[Chosen], list[str]]:
-    """Choose the best of n responses under `runs` (run_id, name, ..., of runs with weights).
+) -> tuple[list[SplitChoices], list[str]]:
+    """Choose the best of n responses to every prompt by the rewards of each run.
 
-    split: an evaluated split; by default all that have groups with gold scores. ns: values of n, to
-    which 1 is added; by default the powers of two for which nine in ten groups are large enough. A
-    group smaller than the largest n is left out at every n, so that a curve has the same prompts
-    throughout. cache: its path, if it has moved.
+    runs: has the column run_id, of runs with weights. split: an evaluation split; by default all
+    that have groups with gold scores. ns: values of n, to which 1 is added; by default the powers
+    of two for which at least 90 % of the groups are large enough. A group smaller than the largest
+    n is left out at every n, so that all points of a curve share the same prompts. cache: the
+    cache's current path, if it has moved.
 
-    Returns the choices on every split, and for every other split with groups why it was left out.
-    Raises: UserError where no split has such groups, or the one asked for cannot be used.
+    Returns the choices on every split, and one sentence for every other split with groups that says
+    why it was left out.
+    Raises: UserError when no split has such groups, or the one asked for cannot be used.
     """
     source = cache_of(results, cache)
     members = read_tables(source, results.spec.scenarios).members
@@ -127,7 +130,9 @@ def _with_groups(results: Results, members: pl.DataFrame, split: str | None) -> 
     if split is None:
         return names
     if split not in names:
-        raise UserError(f"split {split!r} is no evaluated one with groups: {nearest(split, names)}")
+        raise UserError(
+            f"split {split!r} is not an evaluation split with groups: {nearest(split, names)}"
+        )
     return [split]
 
 
@@ -145,15 +150,15 @@ def _prepared(name: str, members: pl.DataFrame, S: Floats, ns: Sequence[int] | N
     several = sizes[sizes > 1]
     if not several.size:
         raise UserError(
-            f"split {name!r}: all {len(sizes)} groups have one response: best of n needs several "
-            "of a prompt"
+            f"split {name!r}: all {len(sizes)} groups have one response, but best of n chooses "
+            "among several: extract more responses to each prompt"
         )
     asked = tuple(sorted({1, *ns})) if ns else _powers(several)
     least = max(2, asked[-1])
     kept = np.flatnonzero(sizes >= least)
     if not kept.size:
         raise UserError(
-            f"split {name!r}: n = {least}, and the largest group has {sizes.max()} responses: "
+            f"split {name!r}: n = {least}, but the largest group has {sizes.max()} responses: "
             "lower n"
         )
     responses, gold = members["response"].to_numpy().astype(np.int64), members["gold"].to_numpy()
@@ -164,8 +169,8 @@ def _prepared(name: str, members: pl.DataFrame, S: Floats, ns: Sequence[int] | N
         pools.append(_Pool(places, responses[rows], gold[rows].astype(float), S[responses[rows]]))
     if all((pool.gold == pool.gold[:, :1]).all() for pool in pools):
         raise UserError(
-            f"split {name!r}: gold is constant within each of {len(kept)} prompts: no choice of a "
-            "response can be better than another"
+            f"split {name!r}: gold is constant within each of {len(kept)} prompts, so no response "
+            "is better than another: extract groups whose gold scores differ"
         )
     alone, few = np.count_nonzero(sizes == 1), np.count_nonzero((sizes > 1) & (sizes < least))
     reasons = {"one response": alone, f"fewer than {least} responses": few}
@@ -179,13 +184,14 @@ def _prepared(name: str, members: pl.DataFrame, S: Floats, ns: Sequence[int] | N
 
 
 def _powers(sizes: NDArray[np.int64]) -> tuple[int, ...]:
-    largest = int(np.quantile(sizes, _COMMON, method="lower"))
+    largest = int(np.quantile(sizes, _SMALLER, method="lower"))
+
     return tuple(2**exponent for exponent in range(largest.bit_length()))
 
 
 def _chosen(
     split: _Split, rows: Indices, rewards: NDArray[np.float32], leaked: dict[str, list[str]]
-) -> Chosen:
+) -> SplitChoices:
     prompts, runs, ns = len(split.prompt_ids), len(rewards), split.ns
     gold, proxy, kl = (np.empty((prompts, runs, len(ns))) for _ in range(3))
     gold_variance, variance = np.empty(prompts), np.empty((prompts, runs))
@@ -207,7 +213,7 @@ def _chosen(
             tied[at] = ranking.tied[:, 1:].all(axis=-1)
     gold_sd, proxy_sd = float(np.sqrt(gold_variance.mean())), np.sqrt(variance.mean(axis=0))
     with np.errstate(invalid="ignore"):
-        return Chosen(
+        return SplitChoices(
             split=split.name,
             ns=ns,
             prompt_ids=split.prompt_ids,

@@ -1,4 +1,4 @@
-"""Best of n under the heads of a sweep: curves with intervals, a summary, tables and a figure."""
+"""Compare best-of-n selection by a sweep's runs: curves with intervals, tables and a figure."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -27,48 +27,55 @@ from embrm.core.table import Table, escape, markdown
 from embrm.metrics.best_of_n import gao_fit, kl_bound
 from embrm.metrics.intervals import Replicates, compare, resample
 from embrm.results.ledger import finished_runs, open_results
-from embrm.studies.best_of_n.measure import Chosen
-from embrm.studies.best_of_n.measure import best_of_n as choose
+from embrm.studies.best_of_n.measure import SplitChoices, measure_best_of_n
 from embrm.sweeps.ledger import parquet
 
 Floats = NDArray[np.float64]
 
 _CAPTION = (
-    "Gain of gold and of the reward over a response at random, in standard deviations within a "
-    "prompt, with 95 % intervals"
+    "Gain of the gold score (left) and of the reward (right) over a random response, in standard "
+    "deviations within a prompt, with 95 % intervals"
 )
 
-_OPTIMIZED = (
-    "peak n: where gold is highest. drop: of gold from its peak to the largest n, the peak chosen "
-    "on other prompts; above 0 gold falls while the reward rises. gap: the reward's gain minus "
-    "gold's at the largest n; 0 for gold itself. Both in standard deviations within a prompt. "
-    "Square brackets: 95 % intervals, bootstrap over prompts and seeds."
+_NOTE = (
+    "peak n: the n with the highest gold. drop: gold at its peak minus gold at the largest n; the "
+    "peak is chosen on other prompts; above 0, gold falls while the reward rises. gap: gain of "
+    "the reward minus gain of gold at the largest n; 0 if the reward were gold itself. Both are in "
+    "standard deviations within a prompt. Square brackets: 95 % intervals, bootstrap over prompts "
+    "and seeds."
 )
+
+_FIT_NOTE = (
+    "alpha, beta: gain of gold fitted as d (alpha - beta d) with d = √KL (arXiv 2210.10760). "
+    "fitted peak: the d of its maximum, if it is reached; fitted drop: from there to the largest n."
+)
+"""On columns that the terminal has no room for."""
 
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Curves and summaries of best of n, and the files that were written.
+    """Curves and summaries of best-of-n selection, the tables shown and the files written.
 
-    tables: those that the terminal shows.
+    Standard deviations (sd) are within a prompt, see `SplitChoices`. The columns x_low and x_high
+    are the 95 % interval of x over prompts and seeds. x_difference is paired and to the baseline,
+    null for the baseline itself.
 
-    Standard deviations (sd) are within a prompt, see `measure.Chosen`; intervals
-    (…_low, …_high) are of 95 %, over prompts and seeds; differences are to the baseline, null for
-    the baseline itself.
-
-    curves: one row per split, configuration and n: split, n, kl (`kl_bound`), kl_estimate (null
-        without log-probabilities), name; gold and its gold_difference in the data's units, gain of
-        gold over n = 1 in sd, proxy (the reward's gain) in sd, all with intervals.
-    summary: one row per split and configuration, most gold at the largest n first: split, rank,
-    name,
-        seeds, n (the largest); there gold with gold_difference, p and p_holm in the data's units,
-        and gap, the proxy's gain minus gold's, in sd; drop of gold from its peak to there in sd;
-        gap_difference, drop_difference; all with intervals; peak_n; alpha, beta, fit_peak (a √KL,
-        null beyond the largest n) and fit_drop of Gao's curve; tied (prompts whose responses all
-        have one reward, mean over seeds).
-    splits: one row per split: split, prompts, least, most (responses of a prompt), gold_at_1,
-        gold_sd, constant (prompts of one gold), leaked (prompts seen in training), excluded.
-    notes: what was left out, and why.
+    curves: one row per split, configuration and n.
+        split, n, kl (`kl_bound`), kl_estimate (null without log-probabilities), name.
+        gold and gold_difference in the data's units; gain, the gold gained over n = 1, and proxy,
+        the reward gained, in sd; all with intervals.
+    summary: one row per split and configuration, the highest gold at the largest n first.
+        split, rank, name, seeds, n (the largest).
+        At the largest n, with intervals: gold and gold_difference in the data's units; gap, gain of
+        the reward minus gain of gold, drop, gold at its peak minus gold there, gap_difference and
+        drop_difference in sd. p and p_holm: of gold_difference.
+        peak_n: the n with the highest gold. alpha, beta, fit_peak (a √KL; null if beyond the
+        largest n), fit_drop: of the curve `gao_fit`. tied: number of prompts whose responses all
+        have the same reward, mean over seeds.
+    splits: one row per split: split, prompts, least and most (responses to a prompt), gold_at_1,
+        gold_sd, constant (prompts whose responses all have the same gold score), leaked (prompts
+        that also occur in training), excluded (groups left out, by reason).
+    notes: sentences on the runs and splits that were left out.
     """
 
     baseline: str
@@ -97,21 +104,21 @@ def best_of_n(
     cache: Path | None = None,
     out: Path | None = None,
 ) -> BestOfN:
-    """Write bon.parquet (the curves), bon.json, bon.md and figures/bon.* of the sweep in `folder`.
+    """Write bon.parquet (the curves), bon.json, bon.md and figures/bon.* for the sweep in `folder`.
 
-    split, ns, cache: see `measure.best_of_n`. baseline: the configuration that all others are
-    compared with; the spec's unless given. top: configurations in a table. out: where to write; the
-    sweep folder unless given. The same rewards give the same bytes.
+    split, ns, cache: see `measure_best_of_n`. baseline: the configuration that all others are
+    compared with; by default the spec's. top: number of configurations in a table. out: folder to
+    write to; by default the sweep's. Equal rewards give equal bytes.
 
-    Raises: UserError where the sweep has no groups with gold, a name is wrong, or no run has
-    weights.
+    Raises: UserError when the sweep has no groups with gold scores, a name is unknown, or no run
+    has weights.
     """
     results = open_results(folder)
     runs, reference, diverged = finished_runs(results, baseline)
     if ns is not None and max(ns) < 2:
-        raise UserError("n = 1 is a response at random: name at least one larger n")
-    chosen, skipped = choose(results, runs, split=split, ns=ns, cache=cache)
-    notes = [*skipped, *diverged]  # sentences, as the errors are
+        raise UserError("n = 1 chooses a response at random: name at least one larger n")
+    chosen, skipped = measure_best_of_n(results, runs, split=split, ns=ns, cache=cache)
+    notes = [*skipped, *diverged]
     compared = [summarize(one, runs, reference) for one in chosen]
     curves, summary = (pl.concat(tables) for tables in zip(*compared, strict=True))
     splits = _rounded(pl.DataFrame([_described(one) for one in chosen]))
@@ -128,11 +135,11 @@ def best_of_n(
 
 
 def summarize(
-    chosen: Chosen, runs: pl.DataFrame, baseline: str
+    chosen: SplitChoices, runs: pl.DataFrame, baseline: str
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Curves and summary of one split, as in `BestOfN`.
+    """Compute `BestOfN.curves` and `BestOfN.summary` of one split.
 
-    runs: name and seed, in the order of `chosen`.
+    runs: columns name and seed, in the order of the runs of `chosen`.
     """
     seeds_of = {
         name: np.flatnonzero(runs["name"].to_numpy() == name)
@@ -146,7 +153,7 @@ def summarize(
         _drops(chosen, seeds_of.values()),
     ]
     found = resample(chosen.prompt_ids, np.concatenate(of_prompts, axis=1), np.ones((prompts, 1)))
-    # The estimate precedes its replicates, so that both go through the same arithmetic.
+    # Row 0 is the estimate, the others are its bootstrap replicates: all get the same arithmetic.
     every = np.concatenate([found.estimates[None], found.draws])
     gold, proxy, drop = np.split(every, [columns, 2 * columns], axis=1)
     gold, proxy = (part.reshape(-1, runs.height, len(ns)) for part in (gold, proxy))
@@ -194,11 +201,11 @@ def summarize(
     return _rounded(pl.concat(curves)), _rounded(summary.sort("rank", "name"))
 
 
-def _drops(chosen: Chosen, configurations: Iterable[NDArray[np.int64]]) -> Floats:
+def _drops(chosen: SplitChoices, configurations: Iterable[NDArray[np.int64]]) -> Floats:
     """Gold at the peak minus gold at the largest n, [prompts, runs]; NaN with one prompt.
 
-    The peak is that of the configuration on the other half of the prompts. On the same prompts the
-    highest of several points is partly noise, and every curve would seem to fall from it.
+    Each half of the prompts uses the peak that the configuration has on the other half. On the same
+    prompts the highest of several points is partly noise, so every curve would seem to fall after.
     """
     half = np.unique(chosen.prompt_ids.to_numpy(), return_inverse=True)[1] % 2
     drops = np.full(chosen.gold.shape[:2], np.nan)
@@ -211,8 +218,8 @@ def _drops(chosen: Chosen, configurations: Iterable[NDArray[np.int64]]) -> Float
     return drops
 
 
-def _in_units(comparison: pl.DataFrame, chosen: Chosen) -> pl.DataFrame:
-    """Convert gold from standard deviations around the pool's mean to the data's units."""
+def _in_units(comparison: pl.DataFrame, chosen: SplitChoices) -> pl.DataFrame:
+    """Convert gold from standard deviations around the mean of the pools to the data's units."""
     values, differences = pl.col("estimate", "low", "high"), cs.starts_with("difference")
     return comparison.with_columns(
         values * chosen.gold_sd + chosen.gold_mean, differences * chosen.gold_sd
@@ -220,13 +227,13 @@ def _in_units(comparison: pl.DataFrame, chosen: Chosen) -> pl.DataFrame:
 
 
 def _named(measure: str) -> list[pl.Expr]:
-    """The columns of `compare`, renamed after their measure."""
+    """The values, differences and intervals of `compare`, renamed after the measure."""
     ends = {"estimate": "", "low": "_low", "high": "_high"}
     ends |= {f"difference{end}": f"_difference{end}" for end in ("", "_low", "_high")}
     return [pl.col(column).alias(measure + end) for column, end in ends.items()]
 
 
-def _described(chosen: Chosen) -> dict[str, Any]:
+def _described(chosen: SplitChoices) -> dict[str, Any]:
     """A row of `BestOfN.splits`."""
     return {
         "split": chosen.split,
@@ -242,13 +249,14 @@ def _described(chosen: Chosen) -> dict[str, Any]:
 
 
 def _rounded(table: pl.DataFrame) -> pl.DataFrame:
-    """Numbers to 12 digits: the last ones depend on the machine's order of summation."""
+    """Round to 12 significant digits; the others depend on the machine's order of summation."""
     return table.with_columns(cs.float().fill_nan(None).round_sig_figs(12))
 
 
 def _markdown(title: str, found: BestOfN) -> str:
     parts = [f"# {escape(title)}: best of n\n", f"![{_CAPTION}](figures/bon.png)\n"]
     parts += [markdown(table) for table in found.tables]
+    parts.append(f"{_FIT_NOTE}\n")
     parts += [f"- {escape(note)}.\n" for note in found.notes]
     return "\n".join(parts)
 
@@ -256,9 +264,10 @@ def _markdown(title: str, found: BestOfN) -> str:
 def best_of_n_tables(
     summary: pl.DataFrame, splits: pl.DataFrame, baseline: str, top: int
 ) -> list[Table]:
-    """Of the pools, then of every split: `summary` and `splits` are those of `best_of_n.BestOfN`.
+    """Make a table of the response pools, then one of the configurations for each split.
 
-    top: configurations to show; the baseline is always among them.
+    summary, splits: those of `BestOfN`. top: number of configurations to show; the baseline is
+    always among them.
     """
     pools = Table(
         "Response pools",
@@ -284,7 +293,7 @@ def best_of_n_tables(
             for row in splits.iter_rows(named=True)
         ),
         " ".join(
-            ["sd: of gold within a prompt."]
+            ["gold sd: standard deviation of gold within a prompt."]
             + [
                 f"Groups of {row['split']} left out: {row['excluded']}."
                 for row in splits.iter_rows(named=True)
@@ -323,7 +332,8 @@ def _split_table(summary: pl.DataFrame, baseline: str, top: int) -> Table:
                 *(number_text(row[name]) for name in ("alpha", "beta", "fit_peak", "fit_drop")),
             )
         )
-    notes = [_OPTIMIZED]
+    notes = [_NOTE]
+
     if hidden := summary.height - shown.height:
         notes.append(f"{hidden} more configurations in bon.json.")
     if shown["gold_low"].is_null().all():
@@ -331,7 +341,9 @@ def _split_table(summary: pl.DataFrame, baseline: str, top: int) -> Table:
     if (shown["seeds"] == 1).any():
         notes.append("* one seed: variance between seeds is not covered.")
     if (shown["tied"] > 0).any():
-        notes.append("° rewards all responses of some prompts alike, and then chooses at random.")
+        notes.append(
+            "° gives all responses to some prompts the same reward, and chooses at random there."
+        )
     return Table(
         f"Best of n: {split}",
         (
@@ -348,11 +360,12 @@ def _split_table(summary: pl.DataFrame, baseline: str, top: int) -> Table:
 def best_of_n_figure(
     curves: pl.DataFrame, summary: pl.DataFrame, baseline: str
 ) -> dict[str, bytes]:
-    """File name to content, "bon": one row of panels per split, gold and reward against √KL.
+    """Draw gold and reward against √KL, one row of panels per split; returns file name → content.
 
-    curves, summary: as of `best_of_n.BestOfN`. Shown are the baseline and the configurations with
-    the most gold at the largest n of the first split.
+    curves, summary: those of `BestOfN`. The figure shows the baseline and the configurations with
+    the highest gold at the largest n of the first split.
     """
+
     return drawn({"bon": lambda: _draw(curves, summary, baseline)})
 
 

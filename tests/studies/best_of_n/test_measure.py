@@ -1,4 +1,4 @@
-"""Best of n under a sweep's heads: against the scores command, and what groups cannot be used."""
+"""Best-of-n selection by a sweep's runs: checked against `scores`; groups that cannot be used."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import Ranking, kl_estimate
 from embrm.results.ledger import open_results
 from embrm.results.rewards import scores
-from embrm.studies.best_of_n.measure import Chosen, best_of_n
+from embrm.studies.best_of_n.measure import SplitChoices, measure_best_of_n
 
 made = partial(toy_cache, prompts=100, per_prompt=8)
 
@@ -34,22 +34,22 @@ def runs_of(folder: Path) -> pl.DataFrame:
     return open_results(folder).ledger.sort("config", "seed").select("run_id", name="config")
 
 
-def of_members(
+def measured_with(
     swept: Path, folder: Path, members: Callable[[pl.DataFrame], pl.DataFrame], **options: object
-) -> tuple[list[Chosen], list[str]]:
-    """With the sweep's cache as it would be with other group members."""
+) -> tuple[list[SplitChoices], list[str]]:
+    """Measure with a copy of the sweep's cache whose group members are changed by `members`."""
     other = made(folder / "other", members=members)
-    return best_of_n(open_results(swept), runs_of(swept), cache=other, **options)  # type: ignore[arg-type]
+    return measure_best_of_n(open_results(swept), runs_of(swept), cache=other, **options)  # type: ignore[arg-type]
 
 
 def first(rows: int) -> pl.Expr:
-    """Of each prompt's members."""
+    """Selects the first `rows` members of each prompt."""
     return pl.int_range(pl.len()).over("prompt_id") < rows
 
 
-def test_what_is_chosen_follows_the_scores(swept: Path, cache: Path) -> None:
+def test_choices_follow_from_the_rewards_that_scores_gives(swept: Path, cache: Path) -> None:
     runs = runs_of(swept)
-    [chosen], skipped = best_of_n(open_results(swept), runs)
+    [chosen], skipped = measure_best_of_n(open_results(swept), runs)
     assert skipped == []
     assert (chosen.split, chosen.ns, chosen.sizes) == ("ood/far", (1, 2, 4, 8), (8, 8))
     assert chosen.gold.shape == chosen.proxy.shape == (20, 4, 4)
@@ -73,7 +73,7 @@ def test_what_is_chosen_follows_the_scores(swept: Path, cache: Path) -> None:
             variances.append((gain[-1] / proxy[-1]) ** 2)
             of_responses = S[own["response"].to_numpy()]
             divergence.append(ranking.expected(kl_estimate(4, of_responses), (4,))[0])
-        assert np.ptp(variances) < 1e-4 * np.mean(variances)  # one unit for all prompts
+        assert np.ptp(variances) < 1e-4 * np.mean(variances)  # all prompts share one unit
         assert chosen.kl[place, 2] == pytest.approx(np.mean(divergence))
     golds = opened.members.group_by("prompt_id").agg(pl.col("gold").var(ddof=0))["gold"]
     assert chosen.gold_sd == pytest.approx(np.sqrt(golds.mean()))
@@ -89,26 +89,26 @@ def test_small_groups_are_left_out_and_counted(swept: Path, tmp_path: Path) -> N
         most = most.when(prompt.is_in(six)).then(6).otherwise(8)
         return members.filter(pl.int_range(pl.len()).over("prompt_id") < most)
 
-    [chosen], _ = of_members(swept, tmp_path, uneven, ns=[6, 2, 6])
+    [chosen], _ = measured_with(swept, tmp_path, uneven, ns=[6, 2, 6])
     assert chosen.ns == (1, 2, 6)
     assert chosen.sizes == (6, 8)
     assert len(chosen.prompt_ids) == 15
     assert chosen.excluded == {"one response": 2, "fewer than 6 responses": 3}
-    # Without asking, n grows to what nine in ten groups of several responses have.
-    again, _ = best_of_n(open_results(swept), runs_of(swept), cache=tmp_path / "other")
+    # By default the largest n is one for which 90 % of the groups with several responses suffice.
+    again, _ = measure_best_of_n(open_results(swept), runs_of(swept), cache=tmp_path / "other")
     assert again[0].ns == (1, 2)
     assert again[0].excluded == {"one response": 2}
     assert np.isfinite(again[0].gold).all()
 
 
-def test_prompts_of_one_gold_stay_and_are_counted(swept: Path, tmp_path: Path) -> None:
+def test_prompts_with_constant_gold_are_kept_and_counted(swept: Path, tmp_path: Path) -> None:
     def partly(members: pl.DataFrame) -> pl.DataFrame:
         first = members["prompt_id"].unique().sort()[:3].implode()
         return members.with_columns(
             gold=pl.when(pl.col("prompt_id").is_in(first)).then(5.0).otherwise("gold")
         )
 
-    [chosen], _ = of_members(swept, tmp_path, partly)
+    [chosen], _ = measured_with(swept, tmp_path, partly)
     assert chosen.constant == 3
     flat = np.flatnonzero(np.ptp(chosen.gold, axis=(1, 2)) < 1e-12)
     assert len(flat) == 3
@@ -116,25 +116,25 @@ def test_prompts_of_one_gold_stay_and_are_counted(swept: Path, tmp_path: Path) -
 
 
 def test_one_prompt_is_enough_for_curves(swept: Path, tmp_path: Path) -> None:
-    [chosen], _ = of_members(
+    [chosen], _ = measured_with(
         swept, tmp_path, lambda members: members.filter(prompt_id=members["prompt_id"][0])
     )
     assert chosen.gold.shape == (1, 4, 4)
 
 
-def test_a_response_without_log_probability_leaves_no_estimate(
+def test_a_response_without_log_probability_makes_the_kl_estimate_nan(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def with_first(members: pl.DataFrame) -> pl.DataFrame:
         response = pl.when(pl.int_range(pl.len()) == 0).then(0).otherwise("response")
         return members.with_columns(response=response.cast(pl.Int32))
 
-    # What embrm extracts has it; states from elsewhere may not.
+    # embrm's own extraction always stores log-probabilities; imported states may lack them.
     monkeypatch.setattr("embrm.cache.writer._refuse_non_finite", lambda *_: None)
-    [chosen], _ = of_members(swept, tmp_path, with_first)
+    [chosen], _ = measured_with(swept, tmp_path, with_first)
     assert np.isfinite(chosen.kl).all()
     other = made(tmp_path / "without", members=with_first, S=float("nan"))
-    [chosen], _ = best_of_n(open_results(swept), runs_of(swept), cache=other)
+    [chosen], _ = measure_best_of_n(open_results(swept), runs_of(swept), cache=other)
     assert np.isnan(chosen.kl).all()
     assert np.isfinite(chosen.gold).all()
 
@@ -143,11 +143,11 @@ def test_a_split_that_cannot_be_used_does_not_stop_the_others(swept: Path, tmp_p
     def twice(members: pl.DataFrame) -> pl.DataFrame:
         return pl.concat([members, members.with_columns(split=pl.lit("id"), gold=1.0)])
 
-    [chosen], [skipped] = of_members(swept, tmp_path, twice)
+    [chosen], [skipped] = measured_with(swept, tmp_path, twice)
     assert chosen.split == "ood/far"
     assert skipped.startswith("split 'id': gold is constant within each of 20 prompts")
     with pytest.raises(UserError, match="split 'id': gold is constant"):
-        best_of_n(open_results(swept), runs_of(swept), cache=tmp_path / "other", split="id")
+        measure_best_of_n(open_results(swept), runs_of(swept), cache=tmp_path / "other", split="id")
 
 
 @pytest.mark.parametrize(
@@ -161,22 +161,22 @@ def test_a_split_that_cannot_be_used_does_not_stop_the_others(swept: Path, tmp_p
             ),
             "gold of 2 of 160 responses is not finite",
         ),
-        (lambda m: m.filter(first(5)), "n = 7, and the largest group has 5 responses: lower n"),
+        (lambda m: m.filter(first(5)), "n = 7, but the largest group has 5 responses: lower n"),
         (lambda m: m.clear(), "evaluates no split with groups"),
         (lambda m: m.with_columns(split=pl.lit("train")), "evaluates no split with groups"),
     ],
 )
-def test_what_has_no_best_of_n_is_one_line(
+def test_unusable_groups_are_refused_with_one_line(
     swept: Path,
     tmp_path: Path,
     members: Callable[[pl.DataFrame], pl.DataFrame],
     message: str,
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        of_members(swept, tmp_path, members, ns=[7])
+        measured_with(swept, tmp_path, members, ns=[7])
     assert "\n" not in str(error.value)
 
 
 def test_a_split_without_groups_is_refused(swept: Path) -> None:
     with pytest.raises(UserError, match=r"split 'ood/fare'.*did you mean 'ood/far'"):
-        best_of_n(open_results(swept), runs_of(swept), split="ood/fare")
+        measure_best_of_n(open_results(swept), runs_of(swept), split="ood/fare")

@@ -1,4 +1,4 @@
-"""What is said of best of n: planted curves, intervals that hold, files and the command."""
+"""The best-of-n comparison: recovery of known curves, intervals, tables, files and the command."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from toy_sweep import toy_sweep
 
 from embrm.core.errors import UserError
 from embrm.metrics.best_of_n import kl_bound
-from embrm.studies.best_of_n.measure import Chosen
+from embrm.studies.best_of_n.measure import SplitChoices
 from embrm.studies.best_of_n.table import best_of_n, best_of_n_figure, best_of_n_tables, summarize
 
 NS = (1, 2, 4, 8, 16, 32)
@@ -22,8 +22,11 @@ D = np.sqrt(kl_bound(NS))
 
 def planted(
     gains: dict[str, np.ndarray], prompts: int = 200, seeds: int = 2, noise: float = 0.0
-) -> tuple[Chosen, pl.DataFrame]:
-    """Configurations whose gold gains this much, in sd; the reward gains √KL."""
+) -> tuple[SplitChoices, pl.DataFrame]:
+    """Made-up choices of configurations with known gains of gold, in sd; the reward gains √KL.
+
+    gains: configuration → gain of gold at each n of `NS`. noise: sd of the noise added to gold.
+    """
     generator = np.random.default_rng(prompts)
     runs = pl.DataFrame(
         [{"name": name, "seed": seed} for name in sorted(gains) for seed in range(seeds)]
@@ -32,7 +35,7 @@ def planted(
     gold = np.tile(curves, (prompts, 1, 1))
     gold += noise * generator.standard_normal(gold.shape)
     level = generator.standard_normal((prompts, 1, 1))
-    chosen = Chosen(
+    chosen = SplitChoices(
         split="pool",
         ns=NS,
         prompt_ids=pl.Series([f"prompt {prompt}" for prompt in range(prompts)]),
@@ -50,7 +53,7 @@ def planted(
     return chosen, runs
 
 
-def test_planted_curves_are_found_again() -> None:
+def test_known_curves_are_recovered() -> None:
     falling = D * (1.5 - 0.8 * D)
     chosen, runs = planted({"ideal": D, "falls": falling})
     curves, summary = summarize(chosen, runs, "ideal")
@@ -67,7 +70,7 @@ def test_planted_curves_are_found_again() -> None:
     assert falls["drop"] == pytest.approx(drop, abs=1e-6)
     assert falls["fit_drop"] == pytest.approx(1.5**2 / 3.2 - falling[-1], abs=1e-6)
     assert falls["gap"] == pytest.approx(D[-1] - falling[-1], abs=1e-6)
-    # Differences are paired: all prompts gain alike, so only levels vary, and they cancel.
+    # Differences are paired: prompts differ only in the level of gold, which cancels.
     assert falls["gold_low"] < falls["gold"] - 0.1
     for end in ("", "_low", "_high"):
         assert falls[f"gold_difference{end}"] == pytest.approx(4 * (falling[-1] - D[-1]), abs=1e-6)
@@ -81,8 +84,8 @@ def test_planted_curves_are_found_again() -> None:
     assert curves.height == 2 * len(NS)
 
 
-def test_noise_alone_is_no_drop() -> None:
-    """A flat curve's highest point is above its end, but not on other prompts."""
+def test_noise_alone_is_not_reported_as_a_drop() -> None:
+    """The highest point of a flat curve lies above its end, but not on other prompts."""
     excluded, naive, trials = 0, 0.0, 40
     for trial in range(trials):
         chosen, runs = planted({"flat": np.zeros(6)}, prompts=40 + trial, noise=1.0)
@@ -94,7 +97,7 @@ def test_noise_alone_is_no_drop() -> None:
     assert excluded <= 4
 
 
-def test_a_drop_is_seen_through_noise() -> None:
+def test_a_true_drop_is_found_despite_noise() -> None:
     chosen, runs = planted({"falls": D * (1.5 - 0.8 * D)}, prompts=300, noise=1.0)
     row = summarize(chosen, runs, "falls")[1].row(0, named=True)
     assert 0 < row["drop_low"] < row["drop"] < row["drop_high"]
@@ -110,7 +113,7 @@ def test_one_prompt_has_curves_without_intervals() -> None:
     assert curves["gain"].null_count() == 0
 
 
-def test_a_run_that_prefers_nothing_has_no_gap() -> None:
+def test_a_run_whose_rewards_are_all_tied_has_no_gap() -> None:
     chosen, runs = planted({"a": D, "ties": np.zeros(6)})
     chosen.proxy[:, runs["name"].to_numpy() == "ties"] = np.nan
     chosen.tied[2:] = 200
@@ -120,7 +123,7 @@ def test_a_run_that_prefers_nothing_has_no_gap() -> None:
     assert row["tied"] == 200
 
 
-def test_tables_tell_a_fall_from_none() -> None:
+def test_tables_distinguish_a_drop_from_none() -> None:
     chosen, runs = planted({"falls": D * (1.5 - 0.8 * D), "ideal": D, "other": D / 2}, seeds=1)
     chosen.tied[0] = 1
     summary = summarize(chosen, runs, "falls")[1]
@@ -153,7 +156,7 @@ def test_the_same_numbers_draw_the_same_bytes() -> None:
     assert higher != once
 
 
-# From files to files
+# Files and the command.
 
 OTHER_RUNS = """
 [[runs]]
@@ -175,7 +178,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("bon.*")}
 
 
-def test_writes_beside_the_results_the_same_bytes_again(swept: Path, tmp_path: Path) -> None:
+def test_files_are_written_beside_the_results_and_repeat_their_bytes(
+    swept: Path, tmp_path: Path
+) -> None:
     found = best_of_n(swept)
     names = {"bon.parquet", "bon.json", "bon.md", "bon.png", "bon.svg"}
     assert {path.name for path in found.files} == names
@@ -219,7 +224,7 @@ def test_the_command_shows_what_it_wrote(
         (("--cache", "nowhere"), ("nowhere",)),
     ],
 )
-def test_wrong_words_are_one_line(
+def test_wrong_arguments_are_refused_with_one_line(
     embrm: Callable[..., Outcome],
     swept: Path,
     words: tuple[str, ...],
@@ -233,6 +238,6 @@ def test_wrong_words_are_one_line(
         assert part in err, err
 
 
-def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sweep results in"):
         best_of_n(tmp_path)
