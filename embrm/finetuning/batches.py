@@ -13,7 +13,7 @@ from embrm.core.streams import stream
 from embrm.extraction.positions import predicting_positions
 from embrm.finetuning.dropout import ViewMasks
 from embrm.lm.tokens import Encoded
-from embrm.training.heads import HeadSpec
+from embrm.training.heads import HeadSpec, dropout_masks
 from embrm.training.order import Order
 from embrm.training.pairs import Pairs
 from embrm.training.regularizers import Regularizer
@@ -103,12 +103,7 @@ class Minibatches:
         for number, some in enumerate(minibatches):
             size = len(some)
             rows, places = torch.cat([chosen[some], rejected[some]]).unique(return_inverse=True)
-            kept = [
-                torch.from_numpy(dropout.random((len(rows), width), dtype="float32"))
-                .ge(self._head.dropout)
-                .div(1 - self._head.dropout)
-                for width in (self._head.widths if self._head.dropout else ())
-            ]
+            kept = dropout_masks(self._head, len(rows), dropout)
             distinct = torch.from_numpy(np.unique(places.numpy(), return_index=True)[1])
             cut = torch.arange(size)
             if self._lengths is not None:
@@ -142,7 +137,7 @@ class PairTokens(Dataset[dict[str, Any]]):
         reference model's. view_masks: of a run with SimCSE, for two views of every response.
         """
         self._encoded, self._pairs = encoded, pairs
-        self._weight = pairs.weight / pairs.weight.mean()  # as a sweep normalizes them
+        self._weight = pairs.relative_weight
         self._regularizer, self._S = regularizer, S
         self._view_masks = view_masks
 

@@ -21,14 +21,14 @@ class StepLoss:
     """
 
     def __init__(
-        self, run: FinetuneRun, batch: int, *, soft_labels: bool, bsr_of: int | None = None
+        self, run: FinetuneRun, batch: int, *, soft_labels: bool, mean_over: int | None = None
     ) -> None:
-        """batch: pairs of a minibatch. bsr_of: pairs of a micro-batch, if r̄ is its mean instead.
+        """batch: pairs of a minibatch. mean_over: pairs of a micro-batch, if r̄ is its mean instead.
 
         `needs_mean` says whether a call needs the mean reward of the minibatch.
         """
-        self._arguments = [run], bsr_of or batch
-        self.needs_mean = run.reads_batch_mean and bsr_of is None
+        self._arguments = [run], mean_over or batch
+        self.needs_mean = run.reads_batch_mean and mean_over is None
         self._regularizer = run.active_regularizer
         self._l2 = run.l2
         self._simcse = run.simcse
@@ -64,10 +64,9 @@ class StepLoss:
                 *self._arguments, soft_labels=self._soft_labels, device=r.device
             )
         bank = self._bank
-        won, lost = r.chunk(2)
-        total = (won + lost)[None]
-        rewards = PairRewards((won - lost)[None], total[bank.totals], total[bank.means].mean(1))
-        batch_mean = None if mean_reward is None else (2 * mean_reward).expand(len(bank.means))
+        won, lost = r[None].chunk(2, dim=1)
+        rewards = PairRewards.of(won, lost, bank.totals, bank.means)
+        batch_mean = None if mean_reward is None else mean_reward.expand(len(bank.means))
         loss = bank.data_loss(rewards, label, weight, margin, batch_mean)[0]
         R = loss.new_zeros(())
         if self._regularizer is not None and S is not None and reference is not None:

@@ -90,7 +90,7 @@ def build_trainer(
         run,
         batch,
         soft_labels=bool((pairs.label != 1).any()),
-        bsr_of=micro if spec.bsr_scope == "micro" else None,
+        mean_over=micro if spec.bsr_scope == "micro" else None,
     )
     groups = None
     if run.metarm is not None:

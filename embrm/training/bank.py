@@ -20,7 +20,7 @@ from embrm.core.streams import stream
 from embrm.training.adamw import AdamW, rate
 from embrm.training.curve import TrainedRun, TrainingCurve, ValidationMonitor
 from embrm.training.data import TrainingData
-from embrm.training.heads import HeadSpec, initialise, pair_rewards
+from embrm.training.heads import HeadSpec, dropout_masks, initialise, pair_rewards
 from embrm.training.objectives import ObjectiveBank
 from embrm.training.order import Order
 from embrm.training.pairs import Pairs
@@ -121,7 +121,7 @@ class _Minibatches:
         reads sampled positions."""
         self._pairs, self._tokens, self._head = pairs, data.tokens, head
         self._regularizer = regularizer
-        self._weight = pairs.weight / pairs.weight.mean()  # so that their scale changes no step
+        self._weight = pairs.relative_weight
 
     def read(self, pairs: Tensor, dropout: Generator, positions: Generator) -> _Minibatch:
         """The minibatch of these pairs, with draws from the epoch's random streams."""
@@ -129,14 +129,7 @@ class _Minibatches:
         rows, places = torch.cat([own.chosen[pairs], own.rejected[pairs]]).unique(
             return_inverse=True
         )
-        p = self._head.dropout
-        kept = [
-            torch.from_numpy(dropout.random((len(rows), width), dtype="float32"))
-            .ge(p)
-            .div(1 - p)
-            .to(rows.device)
-            for width in (self._head.widths if p else ())
-        ]
+        kept = [mask.to(rows.device) for mask in dropout_masks(self._head, len(rows), dropout)]
         chosen, rejected = places.view(2, -1)
         label = own.label[pairs]
         tokens = None

@@ -130,23 +130,24 @@ def register_loss(
 # Penalties
 
 
-def bsr(mean_total: Tensor) -> Tensor:
-    """Batch-wise sum-to-zero: r̄² [P], with r̄ the mean of the minibatch's 2B rewards.
+def bsr(mean_reward: Tensor) -> Tensor:
+    """Batch-wise sum-to-zero: r̄² [P], with r̄ the mean of the minibatch's 2B rewards, [P].
 
-    mean_total: the mean of r_c + r_r over the pairs, [P]. The term is λ·B_ref·r̄², as in the
-    published code (arXiv 2505.07271); the paper's prose has no factor B.
+    The term is λ·B_ref·r̄², as in the published code (arXiv 2505.07271); the paper's prose has no
+    factor B.
     """
-    mean = mean_total / 2
-    return mean * mean
+    return mean_reward * mean_reward
 
 
-def bsr_tangent(factor: Tensor, mean_total: Tensor, batch_mean: Tensor) -> Tensor:
-    """factor·r̄·(2·r̄ₖ - r̄) [P], the tangent of factor·r̄² at the minibatch's r̄, of a part of it.
+def bsr_tangent(factor: Tensor, mean_reward: Tensor, batch_mean: Tensor) -> Tensor:
+    """Batch-wise sum-to-zero of one part of a minibatch: factor·r̄·(2·r̄ₖ - r̄), [P].
 
-    mean_total: of the part, 2·r̄ₖ; batch_mean: of the minibatch, 2·r̄; both [P].
+    This is the tangent of factor·r̄² at r̄. Weighted by the parts' shares of the minibatch, the
+    values of all parts sum to factor·r̄², and their gradients to its gradient.
+
+    mean_reward: r̄ₖ [P], the mean reward of the part; batch_mean: r̄ [P], of the whole minibatch.
     """
-    mean = batch_mean / 2
-    return factor * mean * (mean_total - mean)
+    return factor * batch_mean * (2 * mean_reward - batch_mean)
 
 
 def centering(total: Tensor) -> Tensor:
@@ -161,12 +162,12 @@ def centering(total: Tensor) -> Tensor:
 class Penalty:
     """A penalty on the rewards of a minibatch.
 
-    function: of the mean of r_c + r_r over the minibatch, [P], where `of_batch_mean`; else of
-    r_c + r_r of every pair, [P, B]. Gives [P].
+    function: of the minibatch's mean reward r̄, [P], where `of_batch_mean`; else of r_c + r_r of
+    every pair, [P, B]. Gives [P].
     coefficient: its factor under an objective with minibatches of so many pairs; 0: not used.
-    tangent: for a penalty of the batch mean, (factor, mean_total, batch_mean) → [P], its linear
-    form around batch_mean for a part of the minibatch; over the parts, times their shares of the
-    minibatch, its values and gradients sum to those of factor·function(batch_mean).
+    tangent: for a penalty of the batch mean, (factor, mean reward of a part, mean reward of the
+    minibatch) → [P], the tangent of factor·function at the latter. The fine-tune adds it up over
+    micro-batches.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -254,8 +255,9 @@ PENALTIES = (
 class ObjectiveBank:
     """The objectives of P slots as vectors, so that one call serves all of them.
 
-    totals, means: int64, the slots whose objective reads r_c + r_r of every pair, and its mean over
-    the minibatch. Terms that a run does not use are skipped, so they cannot change its bits.
+    totals, means: int64, the slots whose objective reads r_c + r_r of every pair, and the mean
+    reward of the minibatch. Terms that a run does not use are skipped, so they cannot change its
+    bits.
     """
 
     def __init__(
@@ -319,8 +321,8 @@ class ObjectiveBank:
         """Mean weighted pair loss plus penalties, [P].
 
         label, weight, margin: of the B pairs, [B]; labels may differ between slots, [P, B].
-        batch_mean: where the B pairs are a part of the minibatch, the mean of r_c + r_r over all of
-            it, [M]. Penalties of that mean are then added by their tangents, after all others.
+        batch_mean: where the B pairs are a part of the minibatch, the mean reward of all of it,
+            [M]. Penalties of that mean are then added by their tangents, after all others.
         """
         margins = self._margin
         if margin is not None:
@@ -347,10 +349,10 @@ class ObjectiveBank:
             if penalty.tangent is None:
                 value = penalty.function(rewards.total[self._place_of_total[slots]])
             elif batch_mean is None:
-                value = penalty.function(rewards.mean_total[self._place_of_mean[slots]])
+                value = penalty.function(rewards.mean_reward[self._place_of_mean[slots]])
             else:
                 place = self._place_of_mean[slots]
-                part_mean = rewards.mean_total[place]
+                part_mean = rewards.mean_reward[place]
                 tangents.append((slots, penalty.tangent(factor, part_mean, batch_mean[place])))
                 continue
             found = found.index_add(0, slots, factor * value)

@@ -23,6 +23,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @property
+    def relative_weight(self) -> Tensor:
+        """Weights divided by their mean, so that their scale changes no step; float32 [N]."""
+        return self.weight / self.weight.mean()
+
     def take(self, rows: Tensor) -> "Pairs":
         """The pairs with these numbers, int64; a number may occur several times."""
         margin = None if self.margin is None else self.margin[rows]
@@ -47,10 +52,16 @@ class PairRewards:
     """Rewards of a minibatch of B pairs under P slots, as far as their objectives read them.
 
     difference: r_c - r_r, float32 [P, B]. total: r_c + r_r, float32 [Q, B], of the Q slots in
-    `ObjectiveBank.totals`. mean_total: the mean of r_c + r_r over the pairs, float32 [M], of the M
-    slots in `ObjectiveBank.means`.
+    `ObjectiveBank.totals`. mean_reward: the mean r̄ of the 2B rewards, float32 [M], of the M slots
+    in `ObjectiveBank.means`.
     """
 
     difference: Tensor
     total: Tensor
-    mean_total: Tensor
+    mean_reward: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, rejected: Tensor, totals: Tensor, means: Tensor) -> "PairRewards":
+        """From the rewards of the chosen and the rejected responses, both [P, B]."""
+        total = chosen + rejected
+        return cls(chosen - rejected, total[totals], total[means].mean(1) / 2)

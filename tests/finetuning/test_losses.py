@@ -175,7 +175,7 @@ def test_bsr_of_a_micro_batch_is_its_own_mean() -> None:
     run = FinetuneRun.parse({"bsr": 0.3}, "test")
     r = torch.tensor([1.0, 2.0, -0.5, 0.25])
     of_pairs = {"label": torch.ones(2), "weight": torch.ones(2), "margin": None}
-    loss, _ = StepLoss(run, 8, soft_labels=False, bsr_of=2)(r, None, torch.zeros(()), **of_pairs)
+    loss, _ = StepLoss(run, 8, soft_labels=False, mean_over=2)(r, None, torch.zeros(()), **of_pairs)
     bt = -logsigmoid(r[:2] - r[2:]).mean()
     assert float(loss) == pytest.approx(float(bt + 0.3 * 2 * r.mean() ** 2))
 

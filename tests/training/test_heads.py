@@ -166,7 +166,7 @@ def test_an_adapter_moves_what_the_head_reads(head: HeadSpec, adapter: AdapterSp
         )
     total = found[:, chosen] + found[:, rejected]
     torch.testing.assert_close(pairs.total, total[[0, 2]])
-    torch.testing.assert_close(pairs.mean_total, total[[1]].mean(1))
+    torch.testing.assert_close(pairs.mean_reward, total[[1]].mean(1) / 2)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)

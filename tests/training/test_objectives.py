@@ -67,11 +67,11 @@ OBJECTIVES = [
 
 def _of(bank: ObjectiveBank, chosen: Tensor, rejected: Tensor) -> PairRewards:
     total = chosen + rejected
-    return PairRewards(chosen - rejected, total[bank.totals], total[bank.means].mean(1))
+    return PairRewards(chosen - rejected, total[bank.totals], total[bank.means].mean(1) / 2)
 
 
 def _r_bar_squared(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return bsr((chosen + rejected).mean(1))
+    return bsr((chosen + rejected).mean(1) / 2)
 
 
 def _bank_gradient(

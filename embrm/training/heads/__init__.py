@@ -23,6 +23,7 @@ from embrm.training.heads.bank import (
     stack,
 )
 from embrm.training.heads.kinds import HEADS, HeadKind, kind_of, register_head
+from embrm.training.heads.mlp import dropout_masks
 from embrm.training.heads.preprocess import Preprocess, PreprocessKind, fit_preprocess
 from embrm.training.heads.products import product
 from embrm.training.heads.spec import AdapterSpec, HeadSpec
@@ -42,6 +43,7 @@ __all__ = [
     "adapted",
     "adapter_inner",
     "adapter_readouts",
+    "dropout_masks",
     "fit_preprocess",
     "fold_adapter",
     "initialise",

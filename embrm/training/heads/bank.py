@@ -89,9 +89,7 @@ def pair_rewards(
     if kind_of(parameters) is linear and UP not in parameters:
         return linear.pair_rewards(parameters, X, chosen, rejected, totals, means)
     r = rewards(parameters, X, kept)
-    won, lost = r[:, chosen], r[:, rejected]
-    total = won + lost
-    return PairRewards(won - lost, total[totals], total[means].mean(1))
+    return PairRewards.of(r[:, chosen], r[:, rejected], totals, means)
 
 
 def score_states(

@@ -80,9 +80,11 @@ def pair_rewards(
     totals: Tensor,
     means: Tensor,
 ) -> PairRewards:
-    """`heads.pair_rewards` without an adapter, with half of the products where no slot reads sums.
+    """`heads.pair_rewards` of a linear head without an adapter, by fewer products.
 
-    The head is applied to h_c - h_r, and to h_c + h_r only for the slots in `totals`.
+    As w is linear, r_c - r_r = w·(h_c - h_r) is one product a pair. r_c + r_r = w·(h_c + h_r) is
+    computed only for the slots in `totals`. The mean reward, which batch-wise sum-to-zero needs for
+    the slots in `means`, is w times the mean of the minibatch's 2B states.
     """
     from embrm.training.pairs import PairRewards
 
@@ -99,11 +101,11 @@ def pair_rewards(
     total = weight.new_empty(0, pairs)
     if len(totals):
         total = product(sums, weight[totals]).T.contiguous()
-    mean_total = weight.new_empty(0)
+    mean_reward = weight.new_empty(0)
     if len(means):
         uses = torch.cat([chosen, rejected]).bincount(minlength=len(X)).to(X.dtype)
-        mean_total = (weight[means] * (uses @ X / pairs)).sum(1)
-    return PairRewards(difference, total, mean_total)
+        mean_reward = (weight[means] * (uses @ X / pairs)).sum(1) / 2
+    return PairRewards(difference, total, mean_reward)
 
 
 def fold(parameters: Parameters) -> Tensor:

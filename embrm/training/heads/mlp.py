@@ -37,6 +37,15 @@ def describe(spec: HeadSpec) -> str:
     return f"mlp {'-'.join(map(str, spec.widths))}{dropout}"
 
 
+def dropout_masks(spec: HeadSpec, n: int, random: np.random.Generator) -> list[Tensor]:
+    """A mask float32 [n, width] of each hidden layer, of 0 or 1/(1 - p); none without dropout."""
+    p = spec.dropout
+    return [
+        torch.from_numpy(random.random((n, width), dtype="float32")).ge(p).div(1 - p)
+        for width in (spec.widths if p else ())
+    ]
+
+
 def owns(parameters: Parameters) -> bool:
     """Whether these are an MLP's parameters."""
     hidden = {name for name in parameters if name.startswith("hidden.")}
