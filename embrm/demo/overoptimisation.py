@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from matplotlib.figure import Figure
 
+from embrm.core.drawing import BLACK, CURVES, drawn, new_figure, short_name
 from embrm.core.table import Table
 from embrm.metrics.intervals import Floats, Replicates, compare, prompt_counts
 
@@ -191,3 +193,45 @@ def verdict(found: pl.DataFrame, baseline: str) -> str:
             gap = _interval(row["difference"], low, high)
             lines.append(f"- {name}: {told} {baseline} in gold {where}: {gap}.")
     return "\n".join(lines)
+
+
+def policy_figures(by_step: pl.DataFrame, baseline: str) -> dict[str, bytes]:
+    """Draw gold and proxy reward against √KL, one line per reward head; file name → content.
+
+    by_step: the result of `curves`.
+    """
+    return drawn({"overoptimisation": lambda: _draw(by_step, baseline)})
+
+
+def _draw(by_step: pl.DataFrame, baseline: str) -> Figure:
+    names = sorted(by_step["name"].unique(), key=lambda name: (name != baseline, name))
+    titles = {"gold": "Gold reward", "proxy": "Proxy reward (sd of the reference's)"}
+    figure, axes = new_figure(3.0, len(titles))
+    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+        colors = iter(CURVES)
+        for name in names:
+            is_baseline = name == baseline
+            color = BLACK if is_baseline else next(colors)
+            own = by_step.filter(pl.col("name") == name).sort("step")
+            kl = own.filter(pl.col("measure") == "kl")["estimate"].to_numpy()
+            rewards = own.filter(pl.col("measure") == measure).drop_nulls("estimate")
+            x = np.sqrt(np.maximum(kl, 0.0))
+            axis.plot(
+                x,
+                rewards["estimate"].to_numpy(),
+                "D" if is_baseline else "o",
+                linestyle=(0, (4, 2)) if is_baseline else "-",
+                color=color,
+                markersize=3.5,
+                linewidth=1.5,
+                label=short_name(name),
+            )
+            low, high = (rewards[column].to_numpy() for column in ("low", "high"))
+            axis.vlines(x, low, high, color=color, alpha=0.5, lw=1.0)
+        axis.set_title(title)
+        axis.set_xlabel("√KL to the reference (√nats)")
+        axis.grid()
+        axis.set_axisbelow(True)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    return figure

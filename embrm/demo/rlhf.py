@@ -16,14 +16,20 @@ from embrm.core.errors import UserError
 from embrm.core.files import exclusive, write_atomic, write_bytes
 from embrm.core.progress import progress
 from embrm.core.table import terminal
-from embrm.demo.overoptimisation import curves, outcomes, policy_curves, table, verdict
+from embrm.demo.overoptimisation import (
+    curves,
+    outcomes,
+    policy_curves,
+    policy_figures,
+    table,
+    verdict,
+)
 from embrm.demo.policy import PolicyRecipe, PromptSets, train_policy
 from embrm.demo.run import demo
 from embrm.demo.tiny_lm import Recipe
 from embrm.demo.world import World, prompts
 from embrm.exports.run import write_model
 from embrm.exports.run_model import open_run_model
-from embrm.reports.figures import policy_figures
 from embrm.results.ledger import Results, open_results
 from embrm.sweeps.execute import sweep
 

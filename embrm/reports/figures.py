@@ -47,14 +47,6 @@ def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str,
     return drawn(made)
 
 
-def policy_figures(curves: pl.DataFrame, baseline: str) -> dict[str, bytes]:
-    """File name to content. overoptimisation: gold and proxy against √KL, a line a reward model.
-
-    curves: step, measure (gold, proxy or kl), name, estimate, low, high.
-    """
-    return drawn({"overoptimisation": _overoptimisation(curves, baseline)})
-
-
 def _label(comparison: Comparison) -> str:
     what, unit = ("accuracy", " (%)") if comparison.metric == "accuracy" else ("Kendall τ-b", "")
     splits = comparison.ranked_splits
@@ -314,45 +306,6 @@ def _learning_curves(
             axis.grid()
             axis.set_axisbelow(True)
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-        return figure
-
-    return draw
-
-
-def _overoptimisation(curves: pl.DataFrame, baseline: str) -> Callable[[], Figure]:
-    names = sorted(curves["name"].unique(), key=lambda name: (name != baseline, name))
-    titles = {"gold": "Gold reward", "proxy": "Proxy reward (sd of the reference's)"}
-
-    def draw() -> Figure:
-        figure, axes = new_figure(3.0, len(titles))
-        for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-            colors = iter(CURVES)
-            for name in names:
-                is_baseline = name == baseline
-                color = BLACK if is_baseline else next(colors)
-                own = curves.filter(pl.col("name") == name).sort("step")
-                kl = own.filter(pl.col("measure") == "kl")["estimate"].to_numpy()
-                of = own.filter(pl.col("measure") == measure).drop_nulls("estimate")
-                x = np.sqrt(np.maximum(kl, 0.0))
-                axis.plot(
-                    x,
-                    of["estimate"].to_numpy(),
-                    "D" if is_baseline else "o",
-                    linestyle=(0, (4, 2)) if is_baseline else "-",
-                    color=color,
-                    markersize=3.5,
-                    linewidth=1.5,
-                    label=short_name(name),
-                )
-                axis.vlines(
-                    x, of["low"].to_numpy(), of["high"].to_numpy(), color=color, alpha=0.5, lw=1.0
-                )
-            axis.set_title(title)
-            axis.set_xlabel("√KL to the reference (√nats)")
-            axis.grid()
-            axis.set_axisbelow(True)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
         return figure
