@@ -139,7 +139,7 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
     data, regularizer = _data(material), spec.active_regularizer
     if regularizer is None or data.tokens is None:
         return None
-    _, k, top_k = regularizer.sampling
+    sampling = regularizer.sampling
     tokens = data.tokens
     parts = [
         tokens.states,
@@ -161,8 +161,8 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
             len(responses), chosen, rejected, data.train.label[some]
         ).numpy()
         drawn = draws.random(len(responses))[weighed]
-        numbers, _ = tokens.sample(responses.numpy()[weighed], k, drawn)
-        ids = tokens.candidate_ids(torch.from_numpy(numbers), top_k).unique()
+        numbers, _ = tokens.sample(responses.numpy()[weighed], sampling.rows, drawn)
+        ids = tokens.candidate_ids(torch.from_numpy(numbers), sampling.top_k).unique()
         rows, vectors = rows + len(numbers), vectors + len(ids)
         used[ids], seen[numbers] = True, True
     moved = rows * row + vectors * vector

@@ -174,7 +174,7 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
     regularizer, layout = run.spec.active_regularizer, cache.layout
     if regularizer is None or layout.top_k is None:
         return 0
-    _, rows, top_k = regularizer.sampling
+    rows, top_k = regularizer.sampling.rows, regularizer.sampling.top_k
     responses = min(2 * run.spec.batch_pairs, cache.manifest.n_responses)
     if not regularizer.moves_states:
         responses, rows = FISHER_AT_ONCE, None

@@ -9,10 +9,8 @@ elsewhere. `reference.py` has the same training of one run in plain torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from numpy.random import Generator
-from numpy.typing import NDArray
 from torch import Tensor
 
 from embrm.core.errors import UserError
@@ -27,7 +25,7 @@ from embrm.training.pairs import Pairs
 from embrm.training.regularizers import Regularizer, direction_penalty, regularize
 from embrm.training.smoothing import MovingLabels
 from embrm.training.spec import TrainSpec
-from embrm.training.token_rows import TokenBatch, TokenStore
+from embrm.training.token_rows import TokenBatch
 
 
 def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[TrainedRun]:
@@ -36,8 +34,8 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[TrainedRun]:
     Each slot keeps the parameters of the epoch with its lowest validation NLL. A slot that has
     stopped leaves the bank at the end of its epoch, which does not change its neighbours' bits.
 
-    Raises: UserError when there is no training pair, when a run asks for margins or token positions
-    that the data does not have, or for early stopping without validation pairs.
+    Raises: UserError when there is no training pair, when a run asks for margins or token rows that
+    the data does not have, or for early stopping without validation pairs.
     """
     _check(pack, data)
     first = pack[0]
@@ -91,9 +89,8 @@ class _Minibatch:
 
     pairs: int64 [B], numbers of the training pairs. rows: int64 [n], the responses as rows of the
     states. chosen, rejected: int64 [B], places among the n responses. label, weight, margin: of the
-    pairs. kept: a dropout mask [n, width] of each hidden layer. tokens: sampled positions of the
-    responses that the regularizer reads, with the chosen and the rejected response of each pair
-    as numbers of those; indices of responses that it does not read are arbitrary.
+    pairs. kept: a dropout mask [n, width] of each hidden layer. tokens: token rows of those of the
+    n responses that the regularizer reads.
     """
 
     pairs: Tensor
@@ -104,7 +101,7 @@ class _Minibatch:
     weight: Tensor
     margin: Tensor | None
     kept: Sequence[Tensor]
-    tokens: tuple[TokenBatch, Tensor, Tensor] | None
+    tokens: TokenBatch | None
 
 
 class _Minibatches:
@@ -118,7 +115,7 @@ class _Minibatches:
         head: HeadSpec,
     ) -> None:
         """pairs: the training pairs on the device of the states. regularizer: of the runs, if it
-        reads sampled positions."""
+        reads token rows in every minibatch."""
         self._pairs, self._tokens, self._head = pairs, data.tokens, head
         self._regularizer = regularizer
         self._weight = pairs.relative_weight
@@ -134,10 +131,14 @@ class _Minibatches:
         label = own.label[pairs]
         tokens = None
         if self._tokens is not None and self._regularizer is not None:
-            draws = positions.random(len(rows))
-            tokens = _read_tokens(
-                self._tokens, self._regularizer, rows, chosen, rejected, label, draws
-            )
+            sampling = self._regularizer.sampling
+            tokens = self._tokens.read(
+                rows.cpu(),
+                rows=sampling.rows,
+                top_k=sampling.top_k,
+                draws=positions.random(len(rows)),
+                wanted=self._regularizer.weighed(len(rows), chosen, rejected, label).cpu(),
+            ).to(rows.device)
         margin = None if own.margin is None else own.margin[pairs]
         weight = self._weight[pairs]
         return _Minibatch(pairs, rows, chosen, rejected, label, weight, margin, kept, tokens)
@@ -217,7 +218,13 @@ class _Bank:
             loss = loss * loss_factor
             if read.tokens is not None:
                 R, outputs, output_gradients = regularize(
-                    self._regularizers, self.parameters, *read.tokens, label, read.weight
+                    self._regularizers,
+                    self.parameters,
+                    read.tokens,
+                    read.chosen,
+                    read.rejected,
+                    label,
+                    read.weight,
                 )
             elif self._fisher is not None:
                 penalty = direction_penalty(self._fisher, self.parameters["output.weight"])
@@ -238,28 +245,6 @@ class _Bank:
         )
         self.steps += 1
         return loss.detach(), R
-
-
-def _read_tokens(
-    data: TokenStore,
-    regularizer: Regularizer,
-    rows: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    label: Tensor,
-    draws: NDArray[np.float64],
-) -> tuple[TokenBatch, Tensor, Tensor]:
-    """Sampled positions of the responses that the regularizer reads, and the chosen and rejected
-    response of each pair as numbers of those; indices of responses it does not read are arbitrary.
-
-    rows: int64 [n], distinct responses. chosen, rejected: places in `rows`. label: of the pairs.
-    draws: a random number of each response.
-    """
-    weighed = regularizer.weighed(len(rows), chosen, rejected, label)
-    number = (weighed.cumsum(0) - 1).clamp_min(0)
-    _, k, top_k = regularizer.sampling
-    tokens = data.read(rows[weighed].cpu(), rows=k, top_k=top_k, draws=draws[weighed.cpu().numpy()])
-    return tokens.to(rows.device), number[chosen], number[rejected]
 
 
 def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:

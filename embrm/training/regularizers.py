@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -120,6 +120,16 @@ def register_regularizer(name: str, kind: RegularizerKind) -> None:
     KINDS.register(name, kind, Extension.of(function, "regularizer", name))
 
 
+class Sampling(NamedTuple):
+    """What a regularizer reads of a minibatch."""
+
+    both: bool
+    """Whether it reads both responses of a pair, or the better one alone."""
+    rows: int | None
+    """Token rows of a response that are read at most; None: all."""
+    top_k: TopK
+
+
 class Regularizer(Spec):
     """One regularizer of a run.
 
@@ -213,12 +223,10 @@ class Regularizer(Spec):
         return self.alpha if self.is_grm else self.weight
 
     @property
-    def sampling(self) -> tuple[bool, int | None, TopK]:
-        """What it reads of a minibatch: whether both responses of a pair or the better one,
-        how many positions of each, how many candidates. Runs that read the same may share a pack.
-        """
+    def sampling(self) -> Sampling:
+        """What it reads of a minibatch. Runs that read the same may share a pack."""
         rows = None if self.token_rows == "all" else self.token_rows
-        return not KINDS[self.kind].one_sided, rows, self.top_k
+        return Sampling(not KINDS[self.kind].one_sided, rows, self.top_k)
 
     def weighed(self, responses: int, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
         """Which of a minibatch's responses R depends on, bool [responses].
@@ -245,7 +253,7 @@ def regularize(
     """R of P slots, float32 [P], and the gradients of Σ value_factor·R at outputs of the adapters.
 
     parameters: of these slots, with an adapter. chosen, rejected: int64 [B], the pairs' responses
-    as numbers of the m responses in `tokens`. label, weight: [B], weights of mean 1. Slots are
+    as numbers of the m responses of `tokens`. label, weight: [B], weights of mean 1. Slots are
     differentiated one after another, so that intermediate values of one slot are kept at a time.
     """
     inner = adapter_inner(parameters, tokens.X)

@@ -28,7 +28,7 @@ _NO_TAIL = 1e-6
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token rows of the m responses of a minibatch, each with C candidate tokens.
+    """Token rows of some or all of the m responses of a minibatch, each with C candidate tokens.
 
     The candidates are the target, the largest logits, and in the last column the tail, which stands
     for every other token; or the whole vocabulary in its own order.
@@ -171,11 +171,11 @@ def _token_ids(column: Tensor) -> Tensor:
 class TokenStore:
     """The token rows of all responses, in memory or mapped from files, on the CPU.
 
-    states: [N, d], after the final norm. packed_logits: the matrix of a `PackedLogits`.
-    tail_means: [N, d] or None. weight_rows: the rows of head.weight,
-    read as they are needed. starts: int64 [responses + 1]; rows starts[i]:starts[i + 1] belong to
-    response i. positions: int64 [responses], |R|, the number of positions that rows were sampled
-    from. S: float64 [responses], log-probability of the response.
+    states: [N, d], after the final norm. packed_logits: the matrix of a `PackedLogits`. tail_means:
+    [N, d] or None. weight_rows: the rows of head.weight, read as needed. starts:
+    int64 [responses + 1]; rows starts[i]:starts[i + 1] belong to response i. positions:
+    int64 [responses], |R|, the number of positions that rows were sampled from. S:
+    float64 [responses], log-probability of the response.
     """
 
     states: States
@@ -210,14 +210,23 @@ class TokenStore:
         return first[owner] + (begin + spread) % held[owner], owner
 
     def read(
-        self, responses: Tensor, *, rows: int | None, top_k: TopK, draws: NDArray[np.float64]
+        self,
+        responses: Tensor,
+        *,
+        rows: int | None,
+        top_k: TopK,
+        draws: NDArray[np.float64],
+        wanted: Tensor | None = None,
     ) -> TokenBatch:
         """Token rows of distinct responses int64 [m], sampled by `sample`.
 
-        The next call overwrites the memory of the batch's `X` and `vectors`.
+        wanted: bool [m], the responses whose token rows are read; None: all. The next call
+        overwrites the memory of the batch's `X` and `vectors`.
         """
         own = responses.numpy()
-        numbers, owner = self.sample(own, rows, draws)
+        read = np.arange(len(own)) if wanted is None else np.flatnonzero(wanted.numpy())
+        numbers, owner = self.sample(own[read], rows, draws[read])
+        owner = read[owner]
         places = torch.from_numpy(numbers)
         taken = np.bincount(owner, minlength=len(own))
         share = (self.positions[own] / np.maximum(taken, 1))[owner]
