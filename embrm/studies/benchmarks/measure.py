@@ -1,4 +1,4 @@
-"""Published benchmarks under every run of a sweep, on the evaluation splits that hold one."""
+"""Score every run of a sweep on published benchmarks (suites), where evaluation splits hold one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,24 +24,25 @@ Rewards = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class SuiteScores:
-    """The scores of runs on one split.
-
-    scores: name of a score → its replicates, one column per run; the suite's main ones, the overall
-    score first. longer: the same scores of "the longer response is better". leaked: prompts that
-    also occur in training.
-    """
+    """The scores of runs on one split that holds a suite."""
 
     split: str
     suite: str
     scores: dict[str, Replicates]
+    """Name of a main score of the suite → its bootstrap replicates, one column per run. The overall
+    score comes first."""
     longer: dict[str, float]
+    """Name of a score → its value if the longer response is always preferred."""
     leaked: int
+    """Number of prompts that also occur in training."""
 
 
 def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
-    """Evaluated split → the suite it holds: those called SUITE or ood/SUITE, and `named`.
+    """Find the suites that a sweep evaluates; returns evaluation split → suite.
 
-    Raises: UserError for a split that is not evaluated, an unknown suite, and where there is none.
+    A split named SUITE or ood/SUITE holds that suite; `named` adds others (split → suite).
+    Raises: UserError when `named` has a split that is not evaluated or an unknown suite, or when
+    no split holds a suite.
     """
     for split, suite in named.items():
         if split not in results.evaluated:
@@ -53,8 +54,8 @@ def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
     found = {split: suite for split, suite in found.items() if suite in SUITES}
     if not found:
         raise UserError(
-            f"{results.folder} evaluates no split called after a suite, but "
-            f"{', '.join(results.evaluated)}: name one with --suite SPLIT=SUITE"
+            f"{results.folder} evaluates no split named after a suite, only "
+            f"{', '.join(results.evaluated)}: say which holds one with --suite SPLIT=SUITE"
         )
     return found
 
@@ -67,13 +68,14 @@ def suite_scores(
     cache: Path | None = None,
     replicates: int = REPLICATES,
 ) -> tuple[list[SuiteScores], list[str]]:
-    """Score the benchmarks of a sweep under `runs` (run_id, ..., of runs with weights).
+    """Score every run on the suites that the sweep evaluates.
 
-    named: split → suite, for splits that are not called after their suite. cache: its path, if it
-    has moved.
+    runs: has the column run_id, of runs with weights. named: split → suite, for splits that are not
+    named after their suite. cache: the cache's current path, if it has moved. replicates: number of
+    bootstrap replicates over prompts.
 
-    Returns the scores on every split, and for every split that was left out the reason.
-    Raises: UserError when one of `named` cannot be scored, or no split can, and as `suite_splits`.
+    Returns the scores on every split, and one sentence for every split that was left out.
+    Raises: UserError when one of `named` cannot be scored, or no split can, or as `suite_splits`.
     """
     source = cache_of(results, cache)
     splits = suite_splits(results, named or {})
@@ -82,8 +84,8 @@ def suite_scores(
     skipped = []
     for split, suite in splits.items():
         table = _table(results, source, split, suite)
-        try:  # by length first, because a split that does not fit its suite then fails early
-            longer[split] = _longer(suite, table, source.n_response)
+        try:  # by length first, so that a split that does not fit its suite fails early
+            longer[split] = _scores_of_longer(suite, table, source.n_response)
             tables[split] = table
         except UserError as error:
             skipped.append(f"{split} is left out: {error}")
@@ -99,7 +101,7 @@ def suite_scores(
     with progress("suites", len(tables) * len(rewards), "scores") as bar:
         for split, table in tables.items():
             suite, main = splits[split], SUITES[splits[split]].main
-            # Responses by their place among the rows that are scored.
+            # From rows of the cache to columns of `rewards`.
             table = table.with_columns(
                 pl.Series(end, np.searchsorted(rows, table[end])) for end in _ends(table)
             )
@@ -108,7 +110,7 @@ def suite_scores(
                 scored = _score(suite)(table, tokens, own)
                 each.append(replicate_suite(suite, scored, replicates, main))
                 bar.advance()
-            scores = {name: _side_by_side([run[name] for run in each]) for name in main}
+            scores = {name: _one_per_run([run[name] for run in each]) for name in main}
             leaked = len(results.leaked.get(split, []))
             found.append(SuiteScores(split, suite, scores, longer[split], leaked))
     return found, skipped
@@ -118,7 +120,9 @@ def _score(suite: str) -> Callable[[pl.DataFrame, pl.Series, Rewards], pl.DataFr
     return member_scores if SUITES[suite].groups else pair_scores
 
 
-def _longer(suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]) -> dict[str, float]:
+def _scores_of_longer(
+    suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]
+) -> dict[str, float]:
     kind = SUITES[suite]
     missing = [f"column {name!r}" for name in kind.needs if name not in table.columns]
     if table.is_empty():
@@ -138,11 +142,12 @@ def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFr
 
 
 def _ends(table: pl.DataFrame) -> list[str]:
-    """Columns whose values are rows of responses."""
+    """The columns whose values are rows of the cache's responses."""
     return [name for name in ("chosen", "rejected", "response") if name in table.columns]
 
 
-def _side_by_side(runs: Sequence[Replicates]) -> Replicates:
+def _one_per_run(runs: Sequence[Replicates]) -> Replicates:
+
     return Replicates(
         estimates=np.concatenate([run.estimates for run in runs]),
         draws=np.concatenate([run.draws for run in runs], axis=1),

@@ -1,4 +1,4 @@
-"""Published benchmarks under the heads of a sweep: the official scores of every run, in tables."""
+"""Compare a sweep's configurations by the official scores of published benchmarks, in tables."""
 
 import json
 from collections import Counter
@@ -21,30 +21,31 @@ from embrm.studies.benchmarks.measure import SuiteScores, suite_scores
 from embrm.sweeps.ledger import parquet
 
 MEAN = "mean"
-"""The name of the mean over benchmarks, in place of a split."""
+"""The name of the mean over suites, where others have the name of their split."""
 
 _ACROSS = 7
-"""Most scores side by side, which fit 100 terminal columns beside the names."""
+"""Maximal number of scores in a table, so that it fits a terminal of 100 columns."""
 
-_CELLS = (
-    "In percent, ± half of the 95 % interval over prompts and seeds. ★ best of its column; ▲▼ the "
-    "interval of the paired difference to {} excludes 0."
+_NOTE = (
+    "In percent, ± half the width of the 95 % interval over prompts and seeds. ★: best of its "
+    "column. ▲▼: the interval of the paired difference to {} excludes 0."
 )
 
 
 @dataclass(frozen=True)
 class Suites:
-    """The scores of a sweep on its benchmarks, and the files that were written.
+    """The scores of a sweep's configurations on its suites, the tables shown and the files written.
 
-    tables: those that the terminal shows.
-
-    scores: one row per split, score and configuration, the overall score of a suite first: split,
-        suite, score, overall, name, seeds, estimate, low, high; difference to the baseline with
-        difference_low, difference_high, p and p_holm, null for the baseline itself; best (of the
-        configurations); prompts; longer, the same score of "the longer response is better".
-        Intervals are of 95 %, over prompts and seeds. Of several splits, the unweighted mean of
-        their overall scores is one more, whose split and suite are `MEAN`.
-    notes: what was left out, and why.
+    scores: one row per split, score and configuration, the overall score of a suite first.
+        split, suite, score, overall (whether it is the suite's overall score), name, seeds.
+        estimate with its 95 % interval over prompts and seeds, low and high.
+        difference (paired, to the baseline) with difference_low, difference_high, p and p_holm;
+        null for the baseline itself.
+        best: whether no configuration has a higher estimate. prompts: their number. longer: the
+        score if the longer response is always preferred.
+        With several suites there are rows for the unweighted mean of their overall scores, whose
+        split, suite and score are `MEAN`.
+    notes: sentences on the splits and runs that were left out, and on prompts seen in training.
     """
 
     baseline: str
@@ -68,25 +69,25 @@ def suites(
     cache: Path | None = None,
     out: Path | None = None,
 ) -> Suites:
-    """Write suites.parquet, suites.csv, suites.json and suites.md of the sweep in `folder`.
+    """Write suites.parquet, suites.csv, suites.json and suites.md for the sweep in `folder`.
 
-    named, cache: see `measure.suite_scores`. baseline: the configuration that all others are
-    compared with; the spec's unless given. top: configurations in a table. out: where to write; the
-    sweep folder unless given. The same rewards give the same bytes.
+    named, cache: see `suite_scores`. baseline: the configuration that all others are compared with;
+    by default the spec's. top: number of configurations in a table. out: folder to write to; by
+    default the sweep's. Equal rewards give equal bytes.
 
-    Raises: UserError where the sweep evaluates no suite, a name is wrong, or no run has weights.
+    Raises: UserError when the sweep evaluates no suite, a name is unknown, or no run has weights.
     """
     if MEAN in (named or {}):
         raise UserError(
-            f"a split named {MEAN!r} cannot be scored: the mean over suites stands under that "
-            "name: give the split another one in the data"
+            f"a split named {MEAN!r} cannot be scored, because the mean over suites has that "
+            "name: rename the split in the data"
         )
     results = open_results(folder)
     runs, reference, diverged = finished_runs(results, baseline)
     found, skipped = suite_scores(results, runs, named=named, cache=cache)
     scores = summarize(found, runs, reference)
     leaked = [
-        f"{one.split}: {one.leaked} of its prompts are in training too"
+        f"{one.split}: {one.leaked} of its prompts also occur in training"
         for one in found
         if one.leaked
     ]
@@ -107,7 +108,7 @@ def suites(
 
 
 def summarize(found: Sequence[SuiteScores], runs: pl.DataFrame, baseline: str) -> pl.DataFrame:
-    """`Suites.scores`. runs: name and seed, in the order of the replicates' columns."""
+    """Compute `Suites.scores`. runs: name and seed, in the order of the replicates' columns."""
     tables = [
         _compared(replicates, runs, baseline, one.longer.get(score)).select(
             pl.lit(one.split).alias("split"),
@@ -152,10 +153,11 @@ def _compared(
 
 
 def suite_tables(scores: pl.DataFrame, baseline: str, top: int) -> list[Table]:
-    """Overall scores of all suites, then the parts of each; `scores` are those of `Suites`.
+    """Make tables of the overall scores of all suites, then of the scores of each suite.
 
-    The best by the mean over suites come first, or by the only overall score there is. top:
-    configurations to show; the baseline and the best of every suite are always among them.
+    scores: those of `Suites`. The configurations are sorted by the mean over suites, or by the only
+    overall score if there is one suite. top: number of configurations to show; the baseline and the
+    best of every suite are always among them.
     """
     overall = scores.filter("overall")
     known = overall.drop_nulls("estimate")["split"]
@@ -166,25 +168,28 @@ def suite_tables(scores: pl.DataFrame, baseline: str, top: int) -> list[Table]:
         *overall.filter("best").unique("split", keep="first", maintain_order=True)["name"],
     }
     shown = [name for place, name in enumerate(ranked) if place < max(top, 1) or name in always]
-    notes = [_CELLS.format(baseline)]
+    notes = [_NOTE.format(baseline)]
     if hidden := len(ranked) - len(shown):
         notes.append(f"{hidden} more configurations in suites.json.")
     if (scores["seeds"] == 1).any():
         notes.append("* one seed: variance between seeds is not covered.")
     if MEAN in overall["split"]:
-        notes.append("mean: of the overall scores, unweighted, not any suite's own.")
-    heads = _heads(dict(overall.select("split", "suite").iter_rows()))
-    tables = _tables("Suites: overall scores", "split", overall, shown, heads, " ".join(notes))
+        notes.append("mean: unweighted mean of the overall scores; no suite defines it.")
+    headings = _headings(dict(overall.select("split", "suite").iter_rows()))
+    tables = _tables("Suites: overall scores", "split", overall, shown, headings, " ".join(notes))
     for (split,), parts in scores.group_by("split", maintain_order=True):
         if parts["score"].n_unique() > 1:
             each = {score: score for score in parts["score"].unique(maintain_order=True)}
-            tables += _tables(heads[str(split)], "score", parts, shown, each, "")
+            tables += _tables(headings[str(split)], "score", parts, shown, each, "")
     return tables
 
 
-def _heads(suites: Mapping[str, str]) -> dict[str, str]:
-    """What the splits of `suites` are called in a table: without ood/ where that leaves them
-    apart, and with their suite where its name is another."""
+def _headings(suites: Mapping[str, str]) -> dict[str, str]:
+    """Split → its name in a table, for `suites`, split → suite.
+
+    The prefix ood/ is dropped unless two splits would then share a name, and the suite is added in
+    parentheses unless the split is named after it.
+    """
     short = {split: split.removeprefix("ood/") for split in suites}
     times = Counter(short.values())
     return {
@@ -199,12 +204,15 @@ def _tables(
     columns: str,
     scores: pl.DataFrame,
     shown: Sequence[str],
-    heads: Mapping[str, str],
+    headings: Mapping[str, str],
     note: str,
 ) -> list[Table]:
-    """Configurations against the values of `columns`, which `heads` has the names of, some at a
-    time."""
-    every = [*heads]
+    """Tables with one row per configuration and at most `_ACROSS` columns.
+
+    columns: the column of `scores` whose values become columns, "split" or "score". headings: such
+    a value → its name in the table.
+    """
+    every = [*headings]
     rows = {(row["name"], row[columns]): row for row in scores.iter_rows(named=True)}
     tables = []
     for first in range(0, len(every), _ACROSS):
@@ -219,7 +227,8 @@ def _tables(
         longer = [value_text(rows[shown[0], column]["longer"], "accuracy") for column in some]
         if set(longer) != {MISSING}:
             lines.append(("the longer response", *longer))
-        named = [heads[column] for column in some]
+        named = [headings[column] for column in some]
+
         tables.append(Table(title, ("configuration", *named), tuple(lines), note))
     return tables
 

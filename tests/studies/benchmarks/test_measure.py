@@ -1,4 +1,4 @@
-"""Suites under a sweep's heads: as `embrm suite` scores each run, and what cannot be scored."""
+"""Scores of a sweep's runs on suites: equal to those of `embrm suite`; what cannot be scored."""
 
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from embrm.suites.scoring import score_suite
 
 
 def answered(members: pl.DataFrame) -> pl.DataFrame:
-    """Samples that are correct or wrong, a question a prompt."""
+    """Members whose gold says whether an answer is correct, one question per prompt."""
     return members.with_columns(
         gold=(pl.col("gold") > 0).cast(pl.Float64),
         source=pl.lit("toy"),
@@ -43,7 +43,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Results:
     return open_results(toy_sweep(tmp_path_factory.mktemp("sweeps"), cache, MEAN_STATE))
 
 
-def test_every_run_has_the_scores_of_its_own_file(swept: Results) -> None:
+def test_every_run_has_the_scores_that_its_score_file_would_get(swept: Results) -> None:
     runs, baseline, notes = finished_runs(swept, None)
     assert (baseline, notes, runs.height) == ("bt", [], 4)
     found, skipped = suite_scores(swept, runs, named={"ood/far": "hhh", "id": "judge-bench"})
@@ -90,14 +90,14 @@ def test_groups_are_scored_from_the_rewards_of_all_their_members(
     assert 0 < found.longer["best of K, mean of subsets"] < 1
 
 
-def test_splits_are_known_by_their_names() -> None:
+def test_splits_named_after_a_suite_are_found() -> None:
     def evaluated(*names: str) -> Results:
         return cast(Results, SimpleNamespace(folder="sweeps/one", evaluated=[*names]))
 
     found = suite_splits(evaluated("id", "ood/rm-bench", "hhh"), {"id": "judge-bench"})
     assert found == {"id": "judge-bench", "ood/rm-bench": "rm-bench", "hhh": "hhh"}
     assert suite_splits(evaluated("ood/hhh"), {"ood/hhh": "mt-bench"}) == {"ood/hhh": "mt-bench"}
-    with pytest.raises(UserError, match="no split called after a suite, but id, ood/hh: name one"):
+    with pytest.raises(UserError, match="no split named after a suite, only id, ood/hh: say which"):
         suite_splits(evaluated("id", "ood/hh"), {})
 
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_scored_is_refused_or_left_out(
     swept: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, _, _ = finished_runs(swept, None)
-    with monkeypatch.context() as patch:  # as if splits were called so
+    with monkeypatch.context() as patch:  # as if the splits were named after these suites
         splits = {"ood/far": "hhh", "id": "rm-bench"}
         patch.setattr("embrm.studies.benchmarks.measure.suite_splits", lambda *_: splits)
         found, [skipped] = suite_scores(swept, runs)

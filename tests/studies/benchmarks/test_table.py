@@ -1,4 +1,4 @@
-"""The table of suites: what is best, what differs, files and the command."""
+"""The tables of suites: marks of the best and of differences, files and the command."""
 
 import json
 import sys
@@ -23,7 +23,8 @@ NAN = float("nan")
 
 
 def replicates(estimates: list[float], noise: float = 0.05) -> Replicates:
-    """Of three configurations of two seeds; prompts move all of them alike."""
+    """Replicates of three configurations, two seeds each; resampling moves all of them alike."""
+
     values = np.repeat(np.asarray(estimates, dtype=np.float64), 2)
     moved = noise * np.random.default_rng(0).standard_normal((200, 1))
     return Replicates(values, values + moved, 60)
@@ -55,7 +56,7 @@ def cells(
     ]
 
 
-def test_scores_and_the_mean_of_the_overall_ones() -> None:
+def test_scores_and_the_mean_of_the_overall_scores() -> None:
     scores = summarize([HHH, JUDGE, PARTIAL], RUNS, "bt")
     rows = {(row["split"], row["score"], row["name"]): row for row in scores.iter_rows(named=True)}
     assert scores.height == 3 * (2 + 1 + 2 + 1)
@@ -63,17 +64,18 @@ def test_scores_and_the_mean_of_the_overall_ones() -> None:
     assert best == {
         ("ood/hhh", "accuracy", NAMES[1]),
         ("ood/hhh", "mean of subsets", "bt"),
-        ("ood/hhh", "mean of subsets", NAMES[1]),  # as good
+        ("ood/hhh", "mean of subsets", NAMES[1]),  # tied
         ("ood/judge-bench", "accuracy", "bad"),
         ("ood/rm-bench", "hard", "bad"),
         (MEAN, MEAN, NAMES[1]),
         (MEAN, MEAN, "bad"),
     }
     together = rows[MEAN, MEAN, NAMES[1]]
-    assert together["estimate"] == pytest.approx((0.7 + 0.6) / 2)  # not of the suite without one
+    # The suite without an overall score does not enter the mean.
+    assert together["estimate"] == pytest.approx((0.7 + 0.6) / 2)
     assert together["difference"] == pytest.approx(0.1)
     assert together["longer"] == pytest.approx((0.25 + 0.5) / 2)
-    # Prompts move all configurations alike, so only their levels vary.
+    # Resampling moves all configurations alike, so the differences to the baseline do not vary.
     assert together["low"] < 0.6
     assert together["difference_low"] == pytest.approx(0.1)
     missing = rows["ood/rm-bench", "mean of four sections", "bt"]
@@ -86,10 +88,10 @@ def test_one_suite_has_no_mean() -> None:
     scores = summarize([HHH, PARTIAL], RUNS, "bt")
     assert MEAN not in scores["split"]
     tables = cells(scores)
-    assert [*tables[0]][:3] == [NAMES[1], "bt", "bad"]  # by the one that has an overall score
+    assert [*tables[0]][:3] == [NAMES[1], "bt", "bad"]  # sorted by the only overall score
 
 
-def test_tables_mark_the_best_and_what_differs() -> None:
+def test_tables_mark_the_best_and_differences_to_the_baseline() -> None:
     scores = summarize([HHH, JUDGE, PARTIAL], RUNS, "bt")
     overall, hhh, partial = cells(scores)
     assert [*overall[NAMES[1]]] == ["hhh", "judge-bench", "rm-bench", "mean"]
@@ -111,7 +113,7 @@ def test_the_best_come_first_and_the_baseline_is_always_shown() -> None:
     assert [row[0] for row in table.rows] == [NAMES[1], "bt"]
     assert "1 more configurations in suites.json." in table.note
     first, *_ = cells(summarize([HHH, JUDGE], RUNS, NAMES[1]), 1, NAMES[1])
-    assert [*first] == ["bad", NAMES[1], "the longer response"]  # the best of each suite
+    assert [*first] == ["bad", NAMES[1], "the longer response"]  # the best ones of the suites
     [alone] = cells(summarize([_one_seed()], RUNS.unique("name", maintain_order=True), "bt"))
     assert [*alone] == ["bad*", "bt*", f"{NAMES[1]}*", "the longer response"]
 
@@ -122,7 +124,7 @@ def _one_seed() -> SuiteScores:
     return SuiteScores("ood/hhh", "hhh", {"accuracy": alone}, {"accuracy": 0.5}, 0)
 
 
-def test_many_suites_go_side_by_side_in_several_tables() -> None:
+def test_many_suites_are_split_into_several_tables() -> None:
     many = [suite(f"ood/{number}", {"accuracy": [0.1, 0.2, 0.3]}) for number in range(8)]
     tables = suite_tables(summarize(many, RUNS, "bt"), "bt", 5)
     assert [len(table.columns) for table in tables] == [8, 3]
@@ -131,7 +133,7 @@ def test_many_suites_go_side_by_side_in_several_tables() -> None:
     }
 
 
-def test_heads_tell_splits_apart_and_name_the_suite_of_others() -> None:
+def test_headings_are_distinct_and_name_a_suite_that_the_split_does_not() -> None:
     same = replace(HHH, split="hhh")
     other = replace(HHH, split="id")
     tables = suite_tables(summarize([HHH, same, JUDGE, other], RUNS, "bt"), "bt", 5)
@@ -166,7 +168,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_sweep(folder, toy_cache(folder / "cache"), BAD_RUN)
 
 
-def test_files_say_the_same_and_are_the_same_again(swept: Path, tmp_path: Path) -> None:
+def test_files_hold_the_same_scores_and_repeat_their_bytes(swept: Path, tmp_path: Path) -> None:
     named = {"ood/far": "hhh", "id": "judge-bench"}
     first, again = (suites(swept, named=named, out=tmp_path / name) for name in "ab")
     names = [path.name for path in first.files]
