@@ -1,4 +1,7 @@
-"""How far a sweep's ranking holds when its configurations are fine-tuned: the numbers."""
+"""Measure how far a sweep on frozen states ranks its configurations as fine-tuning would.
+
+The two stages are the sweep ("frozen") and the fine-tune of its configurations ("full").
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,24 +27,25 @@ METRICS = ("accuracy", "tau", "nll")
 
 @dataclass(frozen=True)
 class Match:
-    """A configuration of the sweep and the fine-tuned configuration that stands for it.
-
-    name: the configuration in the sweep. rank: its rank there, from 1. by: the entries of --runs
-    that chose it. full: its name in the fine-tune; configurations that differ only in what a
-    fine-tune does not use share one. left: settings that the fine-tune does not take over, because
-    they exist for frozen states alone or the fine-tune sets them itself.
-    """
+    """A configuration of the sweep and the fine-tuned configuration that it is compared with."""
 
     name: str
+    """Name in the sweep."""
     rank: int
+    """Rank in the sweep, from 1."""
     by: str
+    """The entries of --runs that chose it."""
     full: str
+    """Name in the fine-tune. Configurations that differ only in settings that a fine-tune does not
+    use have the same."""
     left: tuple[str, ...]
+    """Settings that the fine-tune does not take over, because they exist for frozen states alone or
+    the fine-tune sets them itself."""
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A configuration of the sweep that is not compared, its rank from 1, and the reason."""
+    """A configuration of the sweep that is not compared, its rank in the sweep, and the reason."""
 
     name: str
     rank: int
@@ -52,13 +56,14 @@ class Excluded:
 class Confirmation:
     """The comparison of a sweep with the fine-tune of some of its configurations.
 
+    baseline: the configuration of the sweep over which gains are measured.
     splits: the evaluation splits that are compared. ranked_splits: those of them that the sweep's
-    ranking averages over; if there are several, their mean is reported as a split of its own.
-    matches: the configurations compared, in the sweep's order. untuned: chosen configurations
-    without a finished fine-tune. excluded: configurations of the sweep that cannot be fine-tuned.
+    ranking averages over; if there are several, their mean is one more split, named `MEAN`.
+    matches: the configurations compared, in the order of the sweep's ranking. untuned: chosen
+    configurations without a finished fine-tune. excluded: configurations that cannot be fine-tuned.
     points: one row per split, metric and configuration: `split`, `metric`, `name`, `full_name`,
-    and with the prefixes `frozen_` and `full_` the columns `seeds`, `VALUE` and `GAIN`, computed
-    as `embrm report` computes them for each results folder.
+    and, with the prefixes `frozen_` and `full_`, `seeds` and the columns `VALUE` and `GAIN`, as
+    `embrm report` computes them for either results folder.
     agreement: `split`, `metric`, `prompts` and the columns of `metrics.agreement.agreement`.
     """
 
@@ -83,10 +88,10 @@ def compare_stages(
 ) -> Confirmation:
     """Compare the sweep `frozen` with `full`, the fine-tune of its configurations `matches`.
 
-    baseline: the configuration of the sweep from which gains are measured. ranked_splits: the
-    splits that the mean is taken over.
+    excluded: configurations that cannot be fine-tuned, for the record. baseline: the configuration
+    of the sweep over which gains are measured. ranked_splits: the splits to average over.
 
-    Raises: UserError when the two results are of different caches, data or splits, or when fewer
+    Raises: UserError when the two stages have different caches, prompts or splits, or when fewer
     than two different configurations have a finished fine-tune.
     """
     if full.cache_id != frozen.cache_id:
@@ -98,8 +103,8 @@ def compare_stages(
     compared = tuple(match for match in matches if match.full in tuned_runs["name"])
     if len({match.full for match in compared}) < 2:
         raise UserError(
-            f"{full.folder} has finished runs of fewer than 2 of the configurations: "
-            "there is nothing to compare, lower lr or fine-tune more"
+            f"{full.folder} has finished runs of fewer than 2 of the configurations, so there is "
+            "no ranking to compare: fine-tune more of them, or lower lr if they diverged"
         )
     frozen_runs = _finished_runs(frozen, {match.name for match in compared})
     splits = _common_splits(frozen, full)
@@ -137,7 +142,7 @@ def compare_stages(
 
 
 def _finished_runs(results: Results, names: set[str]) -> pl.DataFrame:
-    """Columns run_id, name and seed of the evaluated runs of the configurations `names`."""
+    """The columns run_id, name and seed of all evaluated runs of the configurations `names`."""
     return (
         results.ledger.rename({"config": "name"})
         .filter(pl.col("name").is_in(list(names)))
@@ -165,27 +170,27 @@ def _resampled(
     tuned_runs: pl.DataFrame,
     ranked_splits: Sequence[str],
 ) -> dict[tuple[str, str], tuple[Replicates, Replicates]]:
-    """Bootstrap replicates of both stages for every split and metric; last, the means over the
-    ranked splits.
+    """Bootstrap replicates of both stages by (split, metric), the means over ranked splits last.
 
     Raises: UserError when the stages evaluated different prompts of a split.
     """
     found: dict[tuple[str, str], tuple[Replicates, Replicates]] = {}
     for split in splits:
-        cheap, costly = _outcomes(frozen, split, frozen_runs), _outcomes(full, split, tuned_runs)
+        x, y = _outcomes(frozen, split, frozen_runs), _outcomes(full, split, tuned_runs)
         identity = ("subset", "prompt_id", "pairs")
-        if not cheap.prompts.select(identity).equals(costly.prompts.select(identity)):
+        if not x.prompts.select(identity).equals(y.prompts.select(identity)):
             raise UserError(
                 f"split {split!r} has other prompts in {full.folder} than in {frozen.folder}: "
                 "run the older of the two again"
             )
-        known = metrics(cheap)
+        known = metrics(x)
         for metric in [*known, *(["nll"] if "accuracy" in known else [])]:
-            found[split, metric] = replicate(cheap, metric), replicate(costly, metric)
+            found[split, metric] = replicate(x, metric), replicate(y, metric)
     for metric in METRICS:
         parts = [found[split, metric] for split in ranked_splits if (split, metric) in found]
         if len(parts) > 1:
-            found[MEAN, metric] = mean(x for x, _ in parts), mean(y for _, y in parts)
+            of_frozen, of_full = zip(*parts, strict=True)
+            found[MEAN, metric] = mean(of_frozen), mean(of_full)
     return found
 
 
@@ -212,7 +217,8 @@ def _points(
     matches: Sequence[Match],
     baseline: str,
 ) -> pl.DataFrame:
-    """The rows of `Confirmation.points` of one split and metric, a row per match."""
+    """The rows of `Confirmation.points` for one split and metric, one per match."""
+
     full_baseline = next((match.full for match in matches if match.name == baseline), None)
     pairs = pl.DataFrame(
         [(match.name, match.full) for match in matches],

@@ -1,4 +1,4 @@
-"""How far a sweep's ranking holds when its configurations are fine-tuned: tables and figure."""
+"""Show how far a sweep ranks its configurations as fine-tuning would: tables and figure."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +21,8 @@ _LABELS = dict(zip(METRICS, ("accuracy %", "Kendall tau-b", "NLL"), strict=True)
 
 
 def confirmation_tables(confirmation: Confirmation) -> list[Table]:
-    """The tables for the terminal: agreement of ranks, agreement of gains, each configuration by
-    the sweep's own ranking, and the configurations that are not compared."""
+    """Make the tables for the terminal: agreement of ranks, agreement of gains, the values of the
+    configurations in both stages, and the configurations that are not compared."""
     return [
         _rank_agreement(confirmation),
         _gain_agreement(confirmation),
@@ -32,15 +32,15 @@ def confirmation_tables(confirmation: Confirmation) -> list[Table]:
 
 
 def further_confirmation_tables(confirmation: Confirmation) -> list[Table]:
-    """The tables that only the Markdown report adds: each configuration on every other split and
-    by every other metric."""
+    """Make the tables that only the Markdown report has: the values of the configurations on the
+    other splits and by the other metrics."""
     shown = _leading_cell(confirmation)
     cells = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
     return [_configurations(confirmation, cell) for cell in cells if cell != shown]
 
 
 def _leading_cell(confirmation: Confirmation) -> tuple[str, str]:
-    """The split and metric that the sweep was ranked by, or the nearest that both stages have."""
+    """The split and metric that the sweep was ranked by, or the next best that both stages have."""
     present = set(confirmation.points.select("split", "metric").unique().rows())
     wanted = [MEAN, *confirmation.ranked_splits, *confirmation.splits]
     return next(
@@ -54,8 +54,8 @@ def _leading_cell(confirmation: Confirmation) -> tuple[str, str]:
 def _statistics(
     confirmation: Confirmation,
 ) -> list[tuple[str, str, dict[str, dict[str, float | None]]]]:
-    """Split, metric, and their rows of `agreement` by the statistic's name; ordered by metric, and
-    within a metric with the mean first."""
+    """Split, metric, and their rows of `agreement` by the name of the statistic. Sorted by metric;
+    within a metric the mean over splits comes first."""
     cells = confirmation.agreement.select("split", "metric").unique(maintain_order=True).rows()
     found: dict[tuple[str, str], dict[str, dict[str, float | None]]] = {cell: {} for cell in cells}
     for row in confirmation.agreement.iter_rows(named=True):
@@ -70,15 +70,16 @@ def _text(row: dict[str, float | None], metric: str, sign: str = "") -> str:
 
 
 def _what_is_resampled(confirmation: Confirmation) -> str:
-    """What the intervals cover: a stage with one seed has no seeds to resample."""
+    """A clause for the notes. A stage with one seed has no seeds to resample."""
     one_seed = [
         name
         for name, column in (("frozen", "frozen_seeds"), ("fine-tuned", "full_seeds"))
         if (confirmation.points[column] == 1).all()
     ]
     if len(one_seed) == 2:
-        return "prompts only: one seed"
-    return "prompts and seeds" + (f" ({one_seed[0]}: prompts only: one seed)" if one_seed else "")
+        return "prompts only, because there is one seed"
+    exception = f" ({one_seed[0]}: prompts only, because there is one seed)" if one_seed else ""
+    return f"prompts and seeds{exception}"
 
 
 def _rank_agreement(confirmation: Confirmation) -> Table:
@@ -95,12 +96,12 @@ def _rank_agreement(confirmation: Confirmation) -> Table:
         for split, metric, found in _statistics(confirmation)
     ]
     notes = [
-        f"Square brackets: 95 % intervals, bootstrap over {_what_is_resampled(confirmation)}, of "
-        "these configurations; other configurations may agree differently. The intervals are "
-        "widened upwards, because noise in the means hides agreement.",
-        "ordered: share of pairs of configurations that both stages put in the same order.",
-        "halves: rho between the two halves of a stage's own seeds, which is how much of perfect "
-        "agreement the noise of half the seeds leaves.",
+        f"Square brackets: 95 % intervals, bootstrap over {_what_is_resampled(confirmation)}. They "
+        "hold for these configurations; others may agree differently. They are widened upwards, "
+        "because noise in the means hides agreement.",
+        "ordered: share of the pairs of configurations that both stages put in the same order.",
+        "halves: Spearman rho between two halves of one stage's own seeds; the noise of half the "
+        "seeds lowers perfect agreement to about this value.",
         *_reasons(confirmation, ("spearman", "kendall", "ordered", "halves_full", "halves_frozen")),
     ]
     return Table(
@@ -127,9 +128,9 @@ def _gain_agreement(confirmation: Confirmation) -> Table:
     notes = [
         "regret: the best fine-tuned value minus the fine-tuned value of the configuration that "
         "frozen states rank first.",
-        "slope, intercept: of the line fitted to fine-tuned against frozen gains; 1 and 0 where "
-        "frozen gains equal fine-tuned ones. Noise in the frozen gains flattens the line, and the "
-        "best of many configurations owe part of their gain to luck.",
+        "slope, intercept: of the line fitted to fine-tuned against frozen gains; 1 and 0 if they "
+        "are equal. Noise in the frozen gains flattens the line, because the best of many "
+        "configurations owe part of their gain to luck.",
         "bias: mean frozen gain minus mean fine-tuned gain. Gains of NLL are its decrease.",
         *_reasons(confirmation, ("regret", "slope", "intercept", "bias")),
     ]
@@ -143,13 +144,13 @@ def _gain_agreement(confirmation: Confirmation) -> Table:
 
 
 def _reasons(confirmation: Confirmation, statistics: tuple[str, ...]) -> list[str]:
-    """Why some of these statistics are missing, one sentence per reason."""
+    """Sentences that say why some of these statistics are missing, one per reason."""
     found = confirmation.agreement.filter(pl.col("statistic").is_in(statistics))["reason"]
     return [f"{MISSING}: {reason}." for reason in found.drop_nulls().unique(maintain_order=True)]
 
 
 def _configurations(confirmation: Confirmation, cell: tuple[str, str]) -> Table:
-    """Both stages' values and gains of every configuration, on one split by one metric."""
+    """A table of every configuration's values and gains in both stages. cell: split and metric."""
     split, metric = cell
     points = confirmation.points.filter(pl.col("split") == split, pl.col("metric") == metric)
     rows = []
@@ -184,7 +185,8 @@ def _configurations(confirmation: Confirmation, cell: tuple[str, str]) -> Table:
             *("seeds", "chosen by", "not taken over"),
         ),
         tuple(rows),
-        "#: rank in the sweep. Configurations that are fine-tuned as one share its runs.",
+        "#: rank in the sweep. tuned as: name in the fine-tune, where another configuration of the "
+        "sweep stands for it; both then have the same fine-tuned values.",
         left=3,
         wide=("seeds", "chosen by", "not taken over"),
     )
@@ -210,10 +212,10 @@ def _not_compared(confirmation: Confirmation) -> list[Table]:
 
 
 def confirmation_figure(confirmation: Confirmation) -> Callable[[], Figure]:
-    """A function that draws fine-tuned against frozen values, one panel per split.
+    """Return a function that draws fine-tuned against frozen values, one panel per split.
 
     A panel shows accuracy, or Kendall's tau-b on a split with groups only. The last panel lists
-    which configuration has which rank in the sweep.
+    the configurations by their rank in the sweep, which labels the points.
     """
     metric_of: dict[str, str] = {}
     cells = confirmation.points.select("split", "metric").unique(maintain_order=True).rows()
@@ -274,7 +276,8 @@ def _draw_split(axis: Axes, confirmation: Confirmation, split: str, metric: str)
 def _draw_point(
     axis: Axes, row: dict[str, Any], scale: float, label: str, *, is_baseline: bool
 ) -> None:
-    """One configuration with the intervals of both stages where both have one."""
+    """Draw one configuration, with the intervals of both stages if both have one."""
+
     x, y = scale * row["frozen_estimate"], scale * row["full_estimate"]
     color = ORANGE if is_baseline else BLUE
     if row["frozen_low"] is not None and row["full_low"] is not None:

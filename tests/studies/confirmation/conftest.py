@@ -1,4 +1,4 @@
-"""A sweep of frozen heads, its fine-tune, and how the two agree."""
+"""Fixtures: made-up results of a sweep and of its fine-tune, and the comparison of the two."""
 
 import pytest
 from small_stage import SPLITS

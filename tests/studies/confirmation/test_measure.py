@@ -1,4 +1,4 @@
-"""A sweep against its fine-tune: numbers from two made-up result folders."""
+"""The comparison of a sweep with its fine-tune: its numbers, on made-up results of both."""
 
 from pathlib import Path
 
@@ -19,21 +19,24 @@ def test_every_split_and_their_mean_by_accuracy_and_nll(confirmation: Confirmati
         (split, metric) for split in (*SPLITS, "mean") for metric in ("accuracy", "nll")
     )
     for split in (*SPLITS, "mean"):
-        # frozen: a, a-lr, hinge, bt, low; full: a = a-lr, bt, hinge, low. ρ by hand: ranks
-        # 5 4 3 2 1 and 4.5 4.5 2 3 1, so 3 + 1.5 + 0 + 0 + 4; 8 of 9 pairs alike
+        # ρ by hand: from best to worst, frozen ranks a, a-lr, hinge, bt, low and full ranks
+        # a = a-lr, bt, hinge, low. Ranks 5 4 3 2 1 and 4.5 4.5 2 3 1 have the centred products
+        # 3 + 1.5 + 0 + 0 + 4. Of the 9 pairs that are not tied, 8 have the same order.
         assert statistic(confirmation, "spearman", split, "accuracy") == pytest.approx(
             8.5 / (10 * 9.5) ** 0.5
         )
         assert statistic(confirmation, "ordered", split, "accuracy") == pytest.approx(8 / 9)
         assert statistic(confirmation, "regret", split, "accuracy") == 0
-        # nll is 1.2 - accuracy: the same ranks and, with its sign, the same gains
+        # The made-up NLL is 1.2 - accuracy: the same ranks, and gains that are its decrease.
         for name in ("spearman", "slope", "bias"):
             assert statistic(confirmation, name, split, "nll") == pytest.approx(
                 statistic(confirmation, name, split, "accuracy"), rel=1e-5
             )
 
 
-def test_points_are_the_reports(confirmation: Confirmation, frozen: Results, full: Results) -> None:
+def test_points_have_the_values_of_the_report(
+    confirmation: Confirmation, frozen: Results, full: Results
+) -> None:
     for stage, results, key in (("frozen", frozen, "name"), ("full", full, "full_name")):
         scores = compare_tables(
             "x", results.ledger, results.prompts, results.outcomes, SPLITS, "bt"
@@ -46,7 +49,9 @@ def test_points_are_the_reports(confirmation: Confirmation, frozen: Results, ful
                 assert row[f"{stage}_{column}"] == own[column]
 
 
-def test_gains_are_of_means_over_the_baseline(confirmation: Confirmation) -> None:
+def test_the_bias_is_the_mean_difference_of_gains_over_the_baseline(
+    confirmation: Confirmation,
+) -> None:
     points = confirmation.points.filter(split="mean", metric="accuracy", name="hinge")
     others = confirmation.points.filter(
         pl.col("split") == "mean", pl.col("metric") == "accuracy", pl.col("name") != "bt"
@@ -64,8 +69,8 @@ def test_gains_are_of_means_over_the_baseline(confirmation: Confirmation) -> Non
     assert points.height == 1
 
 
-def test_a_stage_against_its_own_copy_agrees_but_not_surely(frozen: Results) -> None:
-    """The copy draws seeds of its own: with the same draws every replicate would agree."""
+def test_a_stage_compared_with_itself_agrees_with_a_nonzero_interval(frozen: Results) -> None:
+    """Both stages draw their seeds independently: with equal draws every replicate would agree."""
     own = tuple(Match(match.name, match.rank, "", match.name, ()) for match in MATCHES)
     found = compare_stages(frozen, frozen, own, (), "bt", SPLITS)
     row = found.agreement.filter(statistic="ordered", split="id", metric="accuracy").to_dicts()[0]
@@ -73,7 +78,7 @@ def test_a_stage_against_its_own_copy_agrees_but_not_surely(frozen: Results) -> 
     assert row["low"] < 1
 
 
-def test_a_fine_tune_that_diverged_is_told_and_left_out(confirmation: Confirmation) -> None:
+def test_a_diverged_fine_tune_is_left_out_with_its_reason(confirmation: Confirmation) -> None:
     assert [match.name for match in confirmation.matches] == [*FROZEN][:-1]
     assert confirmation.untuned == (Excluded("worse", 6, "its fine-tune diverged in every seed"),)
 
@@ -86,7 +91,7 @@ def test_a_fine_tune_that_diverged_is_told_and_left_out(confirmation: Confirmati
         ({"skills": {"hinge": 0.5, "a|b $x$": None}}, "finished runs of fewer than 2"),
     ],
 )
-def test_stages_that_do_not_belong_together_are_one_line(
+def test_stages_that_do_not_belong_together_are_refused_with_one_line(
     frozen: Results, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     arguments = {"skills": FULL} | changes

@@ -1,4 +1,4 @@
-"""A sweep against its fine-tune: tables, figure and files from two made-up result folders."""
+"""The comparison of a sweep with its fine-tune: tables, figure and files."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_three_configurations_have_no_rank_correlation(frozen: Results, full: Re
     assert drawn({"agreement": confirmation_figure(found)})
 
 
-def test_tables_tell_what_the_numbers_are(confirmation: Confirmation) -> None:
+def test_tables_show_the_numbers(confirmation: Confirmation) -> None:
     ranks, gains, configurations, left_out = confirmation_tables(confirmation)
     assert [row[:2] for row in ranks.rows] == [
         *((split, "accuracy %") for split in ("mean", *SPLITS)),
@@ -56,28 +56,28 @@ def test_tables_tell_what_the_numbers_are(confirmation: Confirmation) -> None:
     )
 
 
-def test_stages_of_one_seed_are_said_to_be_over_prompts_only(
+def test_the_note_says_which_stage_has_one_seed_and_resamples_prompts_only(
     frozen: Results, full: Results, tmp_path: Path
 ) -> None:
-    """The interval of one seed has no seeds in it, and its note did say so."""
     one = [
         open_results(small_stage(tmp_path / str(stage), skills, seeds=(4,), stage=stage))
         for stage, skills in enumerate((FROZEN, FULL))
     ]
+    reason = "prompts only, because there is one seed"
     for stages, said in (
-        ((frozen, full), "over prompts and seeds, of these"),
-        ((frozen, one[1]), "over prompts and seeds (fine-tuned: prompts only: one seed), of these"),
-        ((one[0], full), "over prompts and seeds (frozen: prompts only: one seed), of these"),
-        (one, "over prompts only: one seed, of these"),
+        ((frozen, full), "over prompts and seeds."),
+        ((frozen, one[1]), f"over prompts and seeds (fine-tuned: {reason})."),
+        ((one[0], full), f"over prompts and seeds (frozen: {reason})."),
+        (one, f"over {reason}."),
     ):
         found = compare_stages(*stages, MATCHES, (), "bt", SPLITS)
         assert said in confirmation_tables(found)[0].note
 
 
-def test_tau_ranks_where_there_are_groups_alone(
+def test_splits_with_groups_only_are_ranked_by_tau(
     frozen: Results, full: Results, tmp_path: Path
 ) -> None:
-    """Groups instead of pairs: tau is what accuracy was, at every prompt."""
+    """The made-up stages without pairs: every prompt's tau is what its accuracy was."""
     stages = []
     for results in (frozen, full):
         folder = tmp_path / results.folder.name
@@ -120,7 +120,7 @@ def test_files_are_written_and_their_bytes_repeat(
     assert text.count("## NLL: ") == 3
 
 
-def test_the_figure_has_a_panel_a_split_with_its_rank_correlation(
+def test_the_figure_has_one_panel_per_split_with_its_rank_correlation(
     confirmation: Confirmation,
 ) -> None:
     content = drawn({"agreement": confirmation_figure(confirmation)})["agreement.svg"]
