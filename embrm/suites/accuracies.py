@@ -1,7 +1,7 @@
-"""Scores made of accuracies: of subsets, of all pairs, of votes.
+"""Accuracy scores that several benchmarks share: of each subset, of all pairs, and of votes.
 
-A pair is right when its chosen response is rewarded strictly higher, as in the benchmarks' own
-tools: there a tie is wrong. The accuracy without ties and the share of ties are given beside it.
+A pair is right when r_chosen > r_rejected, so a tie counts as wrong, as in the benchmarks' own
+code. Every suite also gets the accuracy without ties and the share of tied pairs.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,8 +19,11 @@ ALL = "all pairs"
 
 
 def voted(pairs: pl.DataFrame) -> pl.DataFrame:
-    """With label and weight where there are none, and `right`: the share of a pair's votes that
-    the rewards agree with, no vote where they tie."""
+    """Add the columns right and tied, and label and weight (1 each) where they are missing.
+
+    right is the share of a pair's votes that the rewards agree with: label q where
+    r_chosen > r_rejected, 1 - q where r_chosen < r_rejected, and 0 where they tie.
+    """
     given = [
         pl.lit(1.0).alias(name) if name not in pairs.columns else pl.col(name).cast(pl.Float64)
         for name in ("label", "weight")
@@ -33,18 +36,20 @@ def voted(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def pooled(pairs: pl.DataFrame) -> Cells:
-    """All pairs, or votes, pooled; and every subset."""
+    """Accuracy over all pairs (or votes), each counting once, and the accuracy of every subset."""
     return with_subsets(pairs, {"accuracy": {ALL: 1.0}})
 
 
 def pooled_and_mean(pairs: pl.DataFrame) -> Cells:
-    """All pairs pooled, which weighs large subsets more; the mean of subsets; and every subset."""
+    """Accuracy over all pairs, the unweighted mean of the subsets, and every subset."""
     subsets = sorted(set(pairs["subset"]))
     scores = {"accuracy": {ALL: 1.0}, "mean of subsets": mean_of([{name: 1.0} for name in subsets])}
     return with_subsets(pairs, scores)
 
 
-def of_cells(cells_of: Callable[[pl.DataFrame], Cells]) -> Scorer:
+def scorer_of_cells(cells_of: Callable[[pl.DataFrame], Cells]) -> Scorer:
+    """Make a `Scorer` from a function that gives the cells of pairs; it gets pairs from `voted`."""
+
     def scores(
         pairs: pl.DataFrame, replicates: int, only: Collection[str] | None
     ) -> dict[str, Replicates]:
@@ -54,7 +59,7 @@ def of_cells(cells_of: Callable[[pl.DataFrame], Cells]) -> Scorer:
 
 
 def with_subsets(pairs: pl.DataFrame, scores: dict[str, Formula]) -> Cells:
-    """Cells of the subsets and of all pairs; the scores, then every subset."""
+    """Cells of every subset and of all pairs, with `scores` first and the subsets after them."""
     right = pl.col("right")
     parts = [
         terms(pairs, cell=pl.col("subset"), value=right),
@@ -62,11 +67,11 @@ def with_subsets(pairs: pl.DataFrame, scores: dict[str, Formula]) -> Cells:
         pair_terms(pairs),
     ]
     subsets = {name: {name: 1.0} for name in sorted(set(pairs["subset"])) if name}
-    return Cells(pl.concat(parts), scores | subsets | beside())
+    return Cells(pl.concat(parts), scores | subsets | tie_scores())
 
 
 def pair_terms(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Of all pairs: accuracy without ties, and the share of ties."""
+    """Terms of the two cells of `tie_scores`, over all pairs."""
     decided = pl.col("weight") * (1 - pl.col("tied"))
     return pl.concat(
         [
@@ -76,14 +81,16 @@ def pair_terms(pairs: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def beside() -> dict[str, Formula]:
+def tie_scores() -> dict[str, Formula]:
+    """Formulas of the accuracy without ties and of the share of ties; see `pair_terms`."""
     return {name: {name: 1.0} for name in (_APART, _TIED)}
 
 
 def refuse_other_subsets(suite: str, found: Iterable[str], known: Sequence[str]) -> None:
+    """Raises: UserError when `found` has a subset that is not in `known`."""
     others = sorted(set(found) - set(known))
     if others:
         raise UserError(
-            f"{suite}: subset {others[0][:60]!r} is none of its own ({', '.join(known)}): "
-            "name the split that holds the suite"
+            f"{suite}: subset {others[0][:60]!r} is not one of its subsets ({', '.join(known)}): "
+            "choose the split that holds this benchmark's pairs"
         )

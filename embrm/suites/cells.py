@@ -1,8 +1,8 @@
-"""Cells: the means that a benchmark's scores are made of, resampled over prompts.
+"""Benchmark scores as fixed weighted means of cells, with bootstrap replicates over prompts.
 
-A cell is a mean over pairs or items, such as the accuracy of a subset or one place of a matrix, and
-a score is a fixed weighted mean of cells. So prompts are resampled once for all cells, and every
-score of a replicate is the same weighted mean.
+A cell is a weighted mean over pairs or items, such as the accuracy of a subset or one entry of
+RM-Bench's matrix of styles. Prompts are resampled once for all cells, and every score is then
+computed from the cells of each replicate with the same weights.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,16 +14,18 @@ import polars as pl
 from embrm.metrics.intervals import Replicates, resample
 
 Formula = dict[str, float]
-"""Cell → its share; the shares add up to 1. Empty: undefined, for want of cells."""
+"""Cell → its weight in a score. An empty formula is an undefined score: a cell it needs is missing.
+The weights add up to 1, except those of RewardBench 2's Ties, which add up to 1.01."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Terms of a suite's cells, and the scores made of them.
+    """The cells of one run on a suite, and the scores that are computed from them.
 
-    terms: cell, prompt_id, value, weight: a cell is Σ weight·value / Σ weight.
-    scores: name of a score → its formula, in the order they are shown.
-    bounds: lowest and highest value of the scores that do not lie in 0 … 1.
+    terms: columns cell, prompt_id, value and weight; a cell is Σ weight·value / Σ weight over its
+        rows.
+    scores: name of a score → its formula, in the order in which scores are shown.
+    bounds: lowest and highest possible value of the scores whose range is not 0 … 1.
     """
 
     terms: pl.DataFrame
@@ -34,7 +36,10 @@ class Cells:
 def terms(
     rows: pl.DataFrame, *, cell: pl.Expr, value: pl.Expr, weight: pl.Expr | None = None
 ) -> pl.DataFrame:
-    """Terms of `rows`, which count by their own weight where they have one and none is given."""
+    """One term per row, in the columns of `Cells.terms`.
+
+    weight: by default the column weight of `rows`, or 1 where they have none.
+    """
     given = pl.col("weight") if "weight" in rows.columns else pl.lit(1.0)
     return rows.select(
         cell=cell,
@@ -45,13 +50,16 @@ def terms(
 
 
 def weighted(weights: Mapping[str, float]) -> Formula:
-    """Cells in these proportions."""
+    """The formula with these weights, divided by their sum."""
     total = sum(weights.values())
     return {cell: weight / total for cell, weight in weights.items()}
 
 
 def mean_of(parts: Sequence[Formula], weights: Sequence[float] | None = None) -> Formula:
-    """The weighted mean of scores; undefined where one of them is."""
+    """The formula of a weighted mean of scores; undefined (empty) where one of them is.
+
+    weights: by default 1 each.
+    """
     if not all(parts):
         return {}
     shares = weights or [1] * len(parts)
@@ -65,8 +73,10 @@ def mean_of(parts: Sequence[Formula], weights: Sequence[float] | None = None) ->
 def replicated(
     cells: Cells, replicates: int, only: Collection[str] | None = None
 ) -> dict[str, Replicates]:
-    """Each score, or those named in `only`, as replicates of one run. prompts: those of its own
-    cells; NaN where a cell is missing."""
+    """Compute every score, or those named in `only`, with its bootstrap replicates, for one run.
+
+    A score counts the prompts of the cells it uses. It is NaN where one of its cells is missing.
+    """
     scores = {
         name: formula for name, formula in cells.scores.items() if only is None or name in only
     }
@@ -100,5 +110,5 @@ def replicated(
 
 
 def undefined(replicates: int) -> Replicates:
-    """A score that cannot be computed, of one run."""
+    """NaN for a score of one run that cannot be computed."""
     return Replicates(np.full(1, np.nan), np.full((replicates, 1), np.nan), 0)

@@ -1,9 +1,13 @@
-"""JudgeBench (arXiv 2410.12784)."""
+"""JudgeBench (Tan et al. 2024, arXiv 2410.12784): pairs of a correct and an incorrect response.
+
+Scores: the accuracy over all pairs, and that of each category (knowledge, reasoning, math, coding).
+Every pair is scored once, since a reward does not depend on the order of the two responses.
+"""
 
 from collections.abc import Iterator
 
 from embrm.core.text import quoted
-from embrm.suites.accuracies import of_cells, pooled
+from embrm.suites.accuracies import pooled, scorer_of_cells
 from embrm.suites.rows import pair_row
 from embrm.suites.suite import Layout, Row, Suite
 
@@ -13,7 +17,7 @@ _CATEGORIES = {
     "livebench-math": "Math",
     "livecodebench": "Coding",
 }
-"""JudgeBench's sources by the beginning of their names."""
+"""Beginning of a pair's `source` → its category."""
 
 
 def _rows(row: Row) -> Iterator[Row]:
@@ -21,7 +25,9 @@ def _rows(row: Row) -> Iterator[Row]:
         (name for start, name in _CATEGORIES.items() if str(row["source"]).startswith(start)), None
     )
     if category is None:
-        raise ValueError(f"source {quoted(row['source'])} begins with none of {[*_CATEGORIES]}")
+        raise ValueError(
+            f"source {quoted(row['source'])} does not begin with {' or '.join(_CATEGORIES)}"
+        )
     if row["label"] not in ("A>B", "B>A"):
         raise ValueError(f"label {quoted(row['label'])} is neither 'A>B' nor 'B>A'")
     texts = row["response_A"], row["response_B"]
@@ -40,6 +46,6 @@ SUITE = Suite(
             ("question", "response_A", "response_B", "label", "source"), ("response_model",), _rows
         ),
     ),
-    scores=of_cells(pooled),
+    scores=scorer_of_cells(pooled),
     main=("accuracy",),
 )

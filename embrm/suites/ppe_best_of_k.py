@@ -1,10 +1,14 @@
-"""PPE's best of K (arXiv 2410.14872): curves over the samples of a question.
+"""PPE's best-of-K metrics (Frick et al. 2024, arXiv 2410.14872): how well rewards select among the
+K sampled responses of a question, each of which is correct or wrong.
 
-Every question has K samples, correct or wrong. The tool samples orders of them and follows the
-correctness of the highest reward so far; here a curve is the exact expectation over orders
-(`metrics.best_of_n`, where ties share). So "highest", the maximum of the mean curve, is at most the
-mean of the orders' maxima, and the loss is without the variance between orders. The tool's code has
-not been compared with this.
+The curve f(k) is the expected correctness of the response with the highest reward among k of the K
+samples, averaged over questions (`metrics.best_of_n`), and g(k) is that of a reward that knows what
+is correct. The scores of a benchmark are f(K), max_k f(k), the mean over k of (f(k) - g(k))², f(1),
+and the ROC AUC of correct against wrong samples; the overall scores are means over benchmarks.
+
+PPE's own code draws random orders of the samples and averages over them. Here f is the exact
+expectation over orders, so max_k f(k) is at most the mean of the orders' maxima, and the squared
+distance lacks the variance between orders. PPE's code has not been compared with this module.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,9 +22,7 @@ from embrm.core.errors import UserError
 from embrm.core.text import quoted
 from embrm.metrics.best_of_n import Ranking
 from embrm.metrics.intervals import Replicates, kept_counts, mean, resample
-from embrm.suites.rows import (
-    list_of,
-)
+from embrm.suites.rows import list_of
 from embrm.suites.suite import Layout, Row, Suite
 
 Floats = NDArray[np.float64]
@@ -32,18 +34,18 @@ METRICS = (
     "loss to the true best of k",
     "best of 1",
 )
-"""Of a best-of-K set. AUC is of correct against wrong samples of all questions, rewards scaled to
-0 … 1 within each; the loss is the mean over k of the squared distance to the curve of a reward that
-knows what is correct; the best of 1 is a sample at random."""
+"""Scores of one benchmark: f(K), max f(k), the AUC over the samples of all questions with rewards
+scaled to 0 … 1 within each question, the mean of (f(k) - g(k))², and f(1), that of a random
+sample."""
 
 
 def _rows(row: Row) -> Iterator[Row]:
-    """Every sample of a question, with its correctness."""
+    """The samples of a question as members of a group, with correctness as gold."""
     for place, score in enumerate(list_of(row, "scores"), start=1):
         text = row.get(f"response_{place}")
         if text is None or not 0 <= float(score) <= 1:
             raise ValueError(
-                f"sample {place}, of score {quoted(score)}, is no correct or wrong text"
+                f"sample {place} has no text, or its score {quoted(score)} is not in 0 … 1"
             )
         yield {
             "prompt": row["prompt"],
@@ -57,18 +59,19 @@ def _rows(row: Row) -> Iterator[Row]:
 def best_of_k(
     members: pl.DataFrame, replicates: int, only: Collection[str] | None = None
 ) -> dict[str, Replicates]:
-    """`METRICS` of the mean of subsets, then of every subset, or those in `only`.
+    """Compute `METRICS` as means over subsets (PPE's benchmarks), then for every subset.
 
-    members: a row a sample: subset, prompt_id, source and row (the same for the samples of one
-        question), gold (correctness, 0 … 1; AUC is undefined unless all are 0 or 1), score.
+    members: one row per sample, with subset, prompt_id, source and row (the same for all samples of
+        a question), gold (correctness, 0 … 1; the AUC is undefined unless all are 0 or 1), score.
+    only: names of the scores that are returned, by default all.
 
-    Raises: UserError for another gold.
+    Raises: UserError for a gold outside 0 … 1.
     """
     gold = members["gold"].cast(pl.Float64, strict=False)
     others = members["gold"].filter(~gold.is_between(0, 1).fill_null(False))
     if len(others):
         raise UserError(
-            f"gold of ppe-best-of-k must be 0 … 1, found {repr(others[0])[:60]}: "
+            f"ppe-best-of-k: gold = {repr(others[0])[:60]} is not in 0 … 1: "
             'read the data with suite = "ppe-best-of-k"'
         )
     members = members.with_columns(gold)
@@ -116,19 +119,22 @@ def _of_subset(members: pl.DataFrame, replicates: int) -> dict[str, Replicates]:
 
 
 def _curves(pool: pl.DataFrame, largest: int) -> Floats:
-    """Expected correctness of the best of 1 … `largest` by reward, then by correctness itself,
-    [questions, 2·largest], of questions with equally many samples, beyond which a curve is flat."""
+    """f(k), then g(k), for k = 1 … `largest`: float64 [questions, 2·largest].
+
+    pool: questions with equally many samples, N; a curve keeps its last value for k > N.
+    """
     gold, score = (np.stack(pool[name].to_list()).astype(np.float64) for name in ("gold", "score"))
     ns = np.minimum(np.arange(1, largest + 1), gold.shape[1]).tolist()
     return np.concatenate([Ranking.by(by).expected(gold, ns) for by in (score, gold)], axis=1)
 
 
 def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
-    """Area under the ROC curve, observed and in every replicate: [1 + replicates].
+    """Area under the ROC curve, observed and in every replicate: float64 [1 + replicates].
 
-    It is the share of pairs of a correct and a wrong sample, of whatever questions, that rewards
-    order right, and half of those they tie: a sum over pairs of questions, which a replicate weighs
-    by the counts of both, Σ c_p·c_q·right[p, q].
+    It is the share of the pairs of a correct sample of any question and a wrong sample of any
+    question in which the correct one has the higher reward; a tie counts half. A replicate weights
+    the pairs of the questions p and q by their bootstrap counts: Σ c_p·c_q·right[p, q] /
+    (Σ c_p·correct[p] · Σ c_q·wrong[q]).
     """
     scores, gold, owner = [], [], []
     for number, (own, correct) in enumerate(questions.select("score", "gold").iter_rows()):
@@ -142,18 +148,18 @@ def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
         return np.full(1 + replicates, np.nan)
     order = np.argsort(value, kind="stable")
     ranked, wrong = value[order], 1.0 - correct[order]
-    # Row t: how many of the t lowest samples are wrong, by question.
+    # Row t counts, for each question, its wrong samples among the t lowest of all samples.
     below = np.zeros((len(value) + 1, questions.height), np.float32)
     below[np.arange(1, len(value) + 1), owners[order]] = wrong
     np.cumsum(below, axis=0, out=below)
     right_of = np.flatnonzero(correct == 1)
     low, high = (np.searchsorted(ranked, value[right_of], side) for side in ("left", "right"))
-    # Samples stand question by question, so those of one that are correct are neighbours.
+    # Samples are ordered by question, so the correct samples of a question are adjacent.
     of_question, first = np.unique(owners[right_of], return_index=True)
     right = np.zeros((questions.height, questions.height))
     ordered = (below[low] + below[high]) / 2
     right[of_question] = np.add.reduceat(ordered, first, axis=0, dtype=np.float64)
-    prompts = questions["prompt_id"].unique().sort()  # as `resample`, which has their counts
+    prompts = questions["prompt_id"].unique().sort()  # the order of `resample`, to share its counts
     of_prompt = questions["prompt_id"].replace_strict(
         prompts, range(len(prompts)), return_dtype=pl.Int64
     )

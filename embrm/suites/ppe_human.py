@@ -1,12 +1,23 @@
-"""PPE's human preferences (arXiv 2410.14872): accuracy, and how the rewards rank the models.
+"""PPE's human preferences (Frick et al. 2024, arXiv 2410.14872): the accuracy over votes, and how
+well the rewards rank the models that wrote the responses.
 
 Every two models have a win rate under the votes, and one under the rewards, where the response with
-the higher reward wins and equal ones share. From the wins of each, Bradley-Terry ratings
-(P(i beats j) = 1/(1 + exp(θ_j - θ_i)), centred) are fitted again in every replicate. Separability,
-confidence agreement and Brier score are BenchBuilder's (arXiv 2406.11939): statistics of all
-replicates, which have no interval of their own. Tied votes, half a win of each side, are not in the
-data. A model that a replicate does not draw has no rating there. The tool's code has not been
-compared with this.
+the higher reward wins and a tie is half a win of each. Bradley-Terry ratings θ, with
+P(i beats j) = 1/(1 + exp(θ_j - θ_i)) and mean 0, are fitted to the wins under the votes and to
+those under the rewards, in every bootstrap replicate anew. Scores, of the two sets of ratings:
+    Spearman's ρ and Kendall's τ-b;
+    row-wise Pearson: the mean over models of the correlation of their rows of win rates;
+    separability: the share of pairs of models whose 95 % intervals under the rewards do not
+        overlap;
+    confidence agreement: the mean over pairs of models of +1 where votes and rewards both separate
+        the two in the same order, -1 where in opposite orders, 0 where either does not separate;
+    Brier score: the mean over pairs of (p - o)², p = Φ((θ_i - θ_j)/√(var_i + var_j)) under the
+        rewards, o = 1, ½ or 0 as votes rate i above, equal to or below j.
+The last three are BenchBuilder's (Li et al. 2024, arXiv 2406.11939). They are computed from all
+replicates together, so they have no interval.
+
+Tied votes are left out. A model that a replicate does not draw has no rating in it. PPE's code has
+not been compared with this module.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,16 +28,9 @@ from numpy.typing import NDArray
 from scipy.special import expit, ndtr
 
 from embrm.metrics.intervals import Replicates, resample
-from embrm.suites.accuracies import (
-    of_cells,
-    pooled,
-    voted,
-)
+from embrm.suites.accuracies import pooled, scorer_of_cells, voted
 from embrm.suites.cells import undefined
-from embrm.suites.rows import (
-    pair_row,
-    winner_of,
-)
+from embrm.suites.rows import pair_row, winner_of
 from embrm.suites.suite import Layout, Row, Suite
 
 Floats = NDArray[np.float64]
@@ -41,7 +45,8 @@ RANKS = (
 )
 
 _RIDGE = 1e-6
-"""On ratings, per vote: a model that wins always has a finite one."""
+"""Weight of the ridge penalty ½·θ² on each rating, relative to the mean log-likelihood of a vote:
+it keeps the rating of a model that wins all its comparisons finite."""
 
 
 def _rows(row: Row) -> Iterator[Row]:
@@ -60,9 +65,13 @@ def _rows(row: Row) -> Iterator[Row]:
 def ranks(
     pairs: pl.DataFrame, replicates: int, only: Collection[str] | None = None
 ) -> dict[str, Replicates]:
-    """`RANKS`, or those of them in `only`, of pairs with label, weight (the share of the votes that
-    prefer chosen, and their number), chosen_model and rejected_model; undefined with fewer than
-    three models, or without their names."""
+    """Compute `RANKS`, or those of them in `only`; the module's docstring has the formulas.
+
+    pairs: scores_chosen, scores_rejected, label (the share of the votes that prefer chosen), weight
+        (their number), prompt_id, chosen_model and rejected_model.
+
+    All are undefined with fewer than three models, or without the models' columns.
+    """
     names = [name for name in RANKS if only is None or name in only]
     models = ("chosen_model", "rejected_model")
     if names and set(models) <= set(pairs.columns):
@@ -83,8 +92,8 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
     ]
     margin = (votes["scores_chosen"] - votes["scores_rejected"]).to_numpy()
     label, weight = (votes[name].to_numpy() for name in ("label", "weight"))
-    # Of the two models of a vote, whose numbers are first < second: wins of first and of second
-    # under the votes, then under the rewards.
+    # above[vote, kind, side, pair of models]: wins under the votes (kind 0) and under the rewards
+    # (kind 1), of the model with the lower number (side 0) and of the other one (side 1).
     first, second = np.minimum(*ends), np.maximum(*ends)
     met, at = np.unique(first * count + second, return_inverse=True)
     chosen_is_first = ends[0] == first
@@ -100,7 +109,7 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
         replicates=replicates,
     )
     every = np.concatenate([resampled.estimates[None], resampled.draws])
-    # No wins where a replicate draws no prompt at all.
+    # A replicate that draws no prompt has 0/0: count no wins there.
     every = np.nan_to_num(every).reshape(len(every), 2, 2, len(met))
     wins = np.zeros((len(every), 2, count, count))
     wins[..., met // count, met % count] = every[:, :, 0]
@@ -114,7 +123,7 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
             _row_wise(rates[:, 0], rates[:, 1]),
         )
     of_replicates = np.full(3, np.nan)
-    if resampled.prompts > 1:  # the replicates of one say nothing
+    if resampled.prompts > 1:  # replicates of a single prompt do not vary
         apart = _separated(reward)
         agreed = apart * _separated(human)
         of_replicates[:] = np.abs(apart).mean(), agreed.mean(), _brier(reward, human[0])
@@ -127,12 +136,19 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
 
 
 def ratings(wins: Floats) -> Floats:
-    """Bradley-Terry ratings, float64 [..., models], mean 0, of wins float64 [..., models, models]
-    (of the row over the column) that add up to about 1; NaN for a model that meets none."""
+    """Bradley-Terry ratings θ: float64 [..., models] with mean 0; NaN for a model without wins or
+    losses.
+
+    wins: float64 [..., models, models], of the row's model over the column's, as shares of all
+        votes (their sum is about 1).
+
+    Maximizes Σ_ij wins_ij·log sigmoid(θ_i - θ_j) - ½·`_RIDGE`·Σ θ² by Newton's method (Bradley and
+    Terry 1952).
+    """
     total = wins + np.swapaxes(wins, -1, -2)
     rating = np.zeros(wins.shape[:-1])
     diagonal = np.eye(wins.shape[-1], dtype=np.bool_)
-    for _ in range(200):  # Newton's steps, shortened far from the solution
+    for _ in range(200):  # Newton steps, clipped to length 1 in each rating
         expected = expit(rating[..., :, None] - rating[..., None, :])
         gradient = (wins - total * expected).sum(axis=-1) - _RIDGE * rating
         curvature = -total * expected * (1 - expected)
@@ -142,7 +158,7 @@ def ratings(wins: Floats) -> Floats:
         rating += np.clip(step, -1, 1)
         if np.abs(step).max() < 1e-10:
             break
-    # Rounded: ratings that are equal stay so.
+    # Rounded, so that ratings that are equal up to the solver's precision tie.
     rating = np.round(rating - rating.mean(axis=-1, keepdims=True), 8)
     return np.where(total.any(axis=-1), rating, np.nan)
 
@@ -155,7 +171,8 @@ def _ranks(values: Floats) -> Floats:
 
 
 def _pearson(x: Floats, y: Floats) -> Floats:
-    """Over the last axis, without the places where either is NaN; NaN where one is constant."""
+    """Pearson's r over the last axis, skipping entries where either is NaN; NaN if one is
+    constant."""
     known = ~(np.isnan(x) | np.isnan(y))
     count = known.sum(axis=-1, keepdims=True)
     x, y = (np.where(known, side, 0.0) for side in (x, y))
@@ -167,23 +184,25 @@ def _pearson(x: Floats, y: Floats) -> Floats:
 
 
 def _kendall(x: Floats, y: Floats) -> Floats:
-    """Kendall's τ-b over the last axis, of the entries that both rankings have."""
+    """Kendall's τ-b over the last axis, skipping entries where either is NaN."""
     first, second = np.triu_indices(x.shape[-1], k=1)
     x, y = (np.nan_to_num(np.sign(side[..., first] - side[..., second])) for side in (x, y))
     return (x * y).sum(axis=-1) / np.sqrt(np.abs(x).sum(axis=-1) * np.abs(y).sum(axis=-1))
 
 
 def _row_wise(x: Floats, y: Floats) -> Floats:
-    """Mean over rows of matrices of their correlations; of the rows that have one."""
+    """Pearson's r between the rows of two matrices, averaged over the rows where it is defined."""
     rows = _pearson(x, y)
     known = ~np.isnan(rows)
     return np.where(known, rows, 0.0).sum(axis=-1) / known.sum(axis=-1)
 
 
 def _separated(rated: Floats) -> Floats:
-    """Of every two models, 1 and -1 where the 95 % interval of one lies above that of the other, 0
-    where they overlap. rated: [1 + replicates, models], the estimate first; a model's interval is
-    of the replicates that have it."""
+    """For every two models: 1 or -1 where the 95 % interval of the first lies above or below that
+    of the second, 0 where they overlap.
+
+    rated: float64 [1 + replicates, models], the estimates first. NaN ratings are skipped.
+    """
     low, high = np.nanquantile(rated[1:], [0.025, 0.975], axis=0)
     first, second = np.triu_indices(rated.shape[-1], k=1)
     above, below = low[first] > high[second], low[second] > high[first]
@@ -191,8 +210,11 @@ def _separated(rated: Floats) -> Floats:
 
 
 def _brier(rated: Floats, human: Floats) -> float:
-    """Mean over every two models of (p - whether votes rank the first higher)², p by a normal
-    approximation of the replicates of each rating."""
+    """Brier score of P(first model is better) under the rewards; see the module's docstring.
+
+    rated: ratings under the rewards [1 + replicates, models], the estimates first. human: ratings
+    under the votes [models].
+    """
     first, second = np.triu_indices(rated.shape[-1], k=1)
     variance = np.nanvar(rated[1:], axis=0)
     spread = np.sqrt(variance[first] + variance[second])
@@ -206,8 +228,7 @@ def _brier(rated: Floats, human: Floats) -> float:
 def _scores(
     pairs: pl.DataFrame, replicates: int, only: Collection[str] | None
 ) -> dict[str, Replicates]:
-    """Accuracy over votes, and how the models rank under rewards and under votes."""
-    return of_cells(pooled)(pairs, replicates, only) | ranks(voted(pairs), replicates, only)
+    return scorer_of_cells(pooled)(pairs, replicates, only) | ranks(voted(pairs), replicates, only)
 
 
 SUITE = Suite(

@@ -1,4 +1,4 @@
-"""The published benchmarks that embrm reads and scores, by name."""
+"""Names of the published benchmarks that embrm can read and score."""
 
 from embrm.suites import (
     hhh,
@@ -17,6 +17,6 @@ MODULES = (
     *(reward_bench, reward_bench_2, rm_bench, judge_bench, hhh, mt_bench),
     *(ppe_human, ppe_correctness, ppe_best_of_k),
 )
-"""The module of each benchmark, which has its `SUITE`."""
+"""One module per benchmark; each defines `SUITE`."""
 
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in MODULES}

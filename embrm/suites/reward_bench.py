@@ -1,18 +1,16 @@
-"""RewardBench (arXiv 2403.13787)."""
+"""RewardBench (Lambert et al. 2024, arXiv 2403.13787): accuracy by section.
+
+A section is Σ n_s·accuracy_s / Σ n_s over its subsets s, with the weights n_s of `SECTIONS`. The
+headline score is the unweighted mean of Chat, Chat Hard, Safety and Reasoning, which papers quote.
+The original leaderboard's overall score also has the Prior Sets, at half the weight of the others:
+(2·Chat + 2·Chat Hard + 2·Safety + 2·Reasoning + Prior Sets)/9.
+"""
 
 import polars as pl
 
-from embrm.suites.accuracies import (
-    of_cells,
-    refuse_other_subsets,
-    with_subsets,
-)
+from embrm.suites.accuracies import refuse_other_subsets, scorer_of_cells, with_subsets
 from embrm.suites.cells import Cells, mean_of, weighted
-from embrm.suites.rows import (
-    MODELS,
-    TRIO,
-    plain_pair,
-)
+from embrm.suites.rows import MODELS, TRIO, plain_pair
 from embrm.suites.suite import Layout, Suite
 
 SECTIONS: dict[str, dict[str, int]] = {
@@ -49,14 +47,14 @@ SECTIONS: dict[str, dict[str, int]] = {
     },
     "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
 }
-"""Section → subset → weight: its pairs, but math-prm's 447 count as many as the code does, and the
-prior sets count alike. Releases of the tool have 154 and 250 of xstest the other way round; these
-are the data's."""
+"""Section → subset → weight. A weight is the subset's number of pairs, except that math-prm (447
+pairs) has 984, as much as the six code subsets together, and the prior sets have 1 each. Releases
+of the reward-bench package swap the weights 154 and 250 of the two xstest subsets; those here are
+the numbers of pairs in the data."""
 
 
 def _cells(pairs: pl.DataFrame) -> Cells:
-    """Sections are means of the subsets that are there, weighted; papers quote the plain mean of
-    the four, the tool's leaderboard one in which the prior sets count half as much."""
+    """A section averages the subsets that the data have; without any it is undefined."""
     found = set(pairs["subset"])
     sections = {
         section: weighted({subset: n for subset, n in subsets.items() if subset in found})
@@ -80,6 +78,6 @@ SUITE = Suite(
     hub="allenai/reward-bench",
     hub_split="filtered",
     layouts=(Layout((*TRIO, "subset"), MODELS, plain_pair),),
-    scores=of_cells(_cells),
+    scores=scorer_of_cells(_cells),
     main=("mean of four sections", *list(SECTIONS)[:4]),
 )

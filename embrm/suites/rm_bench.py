@@ -1,4 +1,12 @@
-"""RM-Bench (arXiv 2410.16184)."""
+"""RM-Bench (Liu et al. 2024, arXiv 2410.16184): accuracy by the styles of the two responses.
+
+Every item has a chosen and a rejected response in three styles, hence a 3-by-3 matrix of
+accuracies A[chosen style, rejected style], with styles ordered from plain to fancy. Hard is the
+mean of the three entries where the chosen response is plainer than the rejected one, Normal that of
+the diagonal, Easy that of the other three. The headline score is the mean over these levels and
+over the sections chat, code, math and safety. RM-Bench's own code prints, for one file, each level
+over all its items: here "LEVEL, all items pooled".
+"""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,23 +17,18 @@ from embrm.core.errors import UserError
 from embrm.core.text import quoted
 from embrm.suites.accuracies import (
     ALL,
-    beside,
-    of_cells,
     pair_terms,
     refuse_other_subsets,
+    scorer_of_cells,
+    tie_scores,
 )
 from embrm.suites.cells import Cells, Formula, mean_of, terms
-from embrm.suites.rows import (
-    MODELS,
-    TRIO,
-    list_of,
-    pair_row,
-)
+from embrm.suites.rows import MODELS, TRIO, list_of, pair_row
 from embrm.suites.suite import Layout, Row, Suite
 
 STYLES = ("concise", "detailed", "markdown")
-"""Of RM-Bench, from plain to fancy: what `chosen_model` and `rejected_model` hold there; joined by
-"+" where a response has the same text in several."""
+"""RM-Bench's styles, from plain to fancy. The columns `chosen_model` and `rejected_model` hold
+them, joined by "+" where a response has the same text in several styles."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "chat": ("chat",),
@@ -33,7 +36,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "math": ("math",),
     "safety": ("safety-refuse", "safety-response"),
 }
-"""Section → its domains, which count alike."""
+"""Section → its domains, averaged without weights."""
 
 
 def _all_styles(row: Row) -> Iterator[Row]:
@@ -48,13 +51,13 @@ def _pair_of_styles(row: Row) -> Iterator[Row]:
     styles = row["chosen_style"], row["rejected_style"]
     numbers = [int(style) if str(style) in ("0", "1", "2") else None for style in styles]
     if None in numbers:
-        raise ValueError(f"styles {quoted(styles)} are not 0, 1 or 2")
+        raise ValueError(f"chosen_style, rejected_style = {quoted(styles)} are not 0, 1 or 2")
     first, second = (STYLES[number or 0] for number in numbers)
     yield pair_row(row["prompt"], (row["chosen"], row["rejected"]), row["domain"], (first, second))
 
 
 def _styles_joined(pairs: Sequence[Row]) -> Row:
-    """A response that has the same text in two styles is of both: "detailed+markdown"."""
+    """Merge pairs of the same texts, which differ in styles: "detailed+markdown" is both."""
     joined = {
         field: "+".join(style for style in STYLES if style in {pair[field] for pair in pairs})
         for field in MODELS
@@ -63,8 +66,6 @@ def _styles_joined(pairs: Sequence[Row]) -> Row:
 
 
 def _cells(pairs: pl.DataFrame) -> Cells:
-    """Hard is where a plainer chosen response meets a fancier rejected one, Normal where styles are
-    alike, Easy the rest. The paper averages sections; the tool pools the items of a file."""
     found = set(pairs["subset"])
     refuse_other_subsets("rm-bench", found, [name for part in SECTIONS.values() for name in part])
     several = pl.col("chosen_model", "rejected_model").cast(pl.String).str.split("+")
@@ -72,8 +73,8 @@ def _cells(pairs: pl.DataFrame) -> Cells:
     styles = {*cells["chosen_model"], *cells["rejected_model"]} - set(STYLES)
     if styles:
         raise UserError(
-            f"rm-bench: a model column holds {str(styles.pop())[:60]!r}, no style of "
-            f'{", ".join(STYLES)}: read the data with suite = "rm-bench"'
+            f"rm-bench: chosen_model or rejected_model is {str(styles.pop())[:60]!r}, not a style "
+            f'({", ".join(STYLES)}): read the data with suite = "rm-bench"'
         )
     matrix = pl.format("{} {}/{}", "subset", "chosen_model", "rejected_model")
     pooled = pl.format(ALL + " {}/{}", "chosen_model", "rejected_model")
@@ -107,7 +108,7 @@ def _cells(pairs: pl.DataFrame) -> Cells:
         **{f"{section} {name}": by_level[name][section] for section in SECTIONS for name in levels},
         **{f"{name}, all items pooled": level(ALL, name) for name in levels},
     }
-    return Cells(pl.concat([places, pair_terms(pairs)]), scores | beside())
+    return Cells(pl.concat([places, pair_terms(pairs)]), scores | tie_scores())
 
 
 SUITE = Suite(
@@ -118,7 +119,7 @@ SUITE = Suite(
         Layout((*TRIO, "domain", "chosen_style", "rejected_style"), (), _pair_of_styles),
         Layout((*TRIO, "domain"), (), _all_styles),
     ),
-    scores=of_cells(_cells),
+    scores=scorer_of_cells(_cells),
     main=(
         "mean of four sections",
         *(f"{level}, mean of four" for level in ("easy", "normal", "hard")),

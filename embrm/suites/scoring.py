@@ -1,8 +1,7 @@
-"""The score of a published benchmark as its own tool computes it, with an interval.
+"""Compute a published benchmark's scores from rewards, by the formula of its own code or paper,
+with bootstrap intervals over prompts.
 
-A benchmark's score is a fixed weighted mean of cells (`suites.cells`): accuracies of subsets,
-places of RM-Bench's matrix, terms of RewardBench 2's Ties. What PPE computes beyond accuracy is in
-its own modules. Each benchmark's module names its source.
+The formulas and their sources are in the module of each benchmark.
 """
 
 from collections.abc import Callable, Collection
@@ -16,24 +15,24 @@ from embrm.suites.registry import SUITES
 
 
 def score_suite(suite: str, table: pl.DataFrame, replicates: int = REPLICATES) -> pl.DataFrame:
-    """Every score of a suite under one run.
+    """Compute all scores of a suite from the rewards of one run.
 
-    table: one row per pair: subset, prompt_id, scores_chosen, scores_rejected; label and weight
-    where
-        votes were counted; source, row and the models where the suite's formula needs them (see
-        `SUITES`); tokens_chosen and tokens_rejected for the length baseline. Of a suite of groups,
-        one row per member: subset, prompt_id, source, row, gold, score; tokens for the baseline.
+    table: for a suite of pairs, one row per pair, with subset, prompt_id, scores_chosen and
+        scores_rejected; label and weight where votes were counted; source, row, chosen_model and
+        rejected_model where the suite's formula needs them (`Suite.needs`); tokens_chosen and
+        tokens_rejected for the length baseline. For a suite of groups, one row per member, with
+        subset, prompt_id, source, row, gold and score; tokens for the length baseline.
 
-    Returns one row per score: score; estimate, low, high (95 %, bootstrap over prompts; null with
-    fewer than two); prompts, how many it is of; longer, the estimate of "the longer response is
-    better" by the same formula, null without lengths. Estimates are null where a subset that the
-    formula needs is not there.
+    Returns one row per score, with the columns score (its name), estimate, low and high (95 %
+    bootstrap interval over prompts; null with fewer than two prompts), prompts (their number), and
+    longer (the length baseline: the same score with token counts as rewards; null without them).
+    An estimate is null where the table lacks a subset that the formula needs.
 
-    Raises: UserError for an unknown suite, a missing column, pairs of another suite, rewards that
-    are not finite, and correctness that is not 0 … 1.
+    Raises: UserError for an unknown suite, a missing column, a subset of another benchmark, rewards
+    that are not finite, and correctness outside 0 … 1.
     """
     found = replicate_suite(suite, table, replicates)
-    # As many replicates: some of PPE's scores are statistics of them all.
+    # With the same number of replicates, because some of PPE's scores are computed from them all.
     longer = by_length(suite, table, replicates)
     rows = [
         compare(one, pl.DataFrame({"name": [name], "seed": [0]}), None)
@@ -56,34 +55,39 @@ def replicate_suite(
     replicates: int = REPLICATES,
     only: Collection[str] | None = None,
 ) -> dict[str, Replicates]:
-    """As `score_suite`: each score, or those named in `only`, as replicates of one run."""
+    """Like `score_suite`, but return each score, or those named in `only`, with its replicates."""
     if suite not in SUITES:
         raise UserError(f"no suite {suite!r}: {nearest(suite, SUITES)}")
     kind = SUITES[suite]
     for column in ("subset", "prompt_id", *kind.rewards, *kind.needs):
         if column not in table.columns:
             where = (
-                "groups are in NAME.members.parquet of embrm score --out NAME.parquet"
+                "pass NAME.members.parquet, which embrm score --out NAME.parquet writes"
                 if kind.groups
-                else "write them with embrm scores or embrm score --out"
+                else "write the file with embrm scores or embrm score --out"
             )
             raise UserError(
-                f"{suite} needs a column {column!r}, the scores have {', '.join(table.columns)}: "
+                f"{suite} needs a column {column!r}, the file has {', '.join(table.columns)}: "
                 f"{where}"
             )
     rewards = pl.col(kind.rewards).cast(pl.Float64, strict=False)
     table = table.with_columns(rewards, pl.col("subset").cast(pl.String).fill_null(""))
     finite = table.select(rewards.is_finite().fill_null(False).all()).row(0)
     if table.is_empty() or not all(finite):
-        raise UserError(f"{suite}: the scores hold no pairs, or rewards that are not finite")
+        raise UserError(
+            f"{suite}: there are no pairs, or some rewards are not finite numbers: "
+            "score the benchmark's data again"
+        )
     return kind.scores(table, replicates, only)
 
 
 def by_length(
     suite: str, table: pl.DataFrame, replicates: int = 2, only: Collection[str] | None = None
 ) -> dict[str, float]:
-    """The scores of "the longer response is better", by the same formulas; none unless all lengths
-    are there."""
+    """The length baseline: the suite's scores with token counts in place of rewards.
+
+    Empty unless the table has the token count of every response.
+    """
     kind = SUITES[suite]
     if not set(kind.lengths) <= set(table.columns):
         return {}
@@ -96,10 +100,10 @@ def by_length(
 
 
 def read_scores(path: Path, suite: str, split: str | None = None) -> pl.DataFrame:
-    """The pairs of one split of a file that `embrm scores` or `embrm score` wrote.
+    """Read one split of a file that `embrm scores` or `embrm score --out` wrote.
 
-    split: "ood/SUITE" unless given, or the file's only one.
-    Raises: UserError for a missing or damaged file, or another split.
+    split: by default the file's only split, or ood/SUITE where it has several.
+    Raises: UserError for a missing or damaged file, or a split that it does not have.
     """
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
@@ -107,7 +111,7 @@ def read_scores(path: Path, suite: str, split: str | None = None) -> pl.DataFram
         ".csv": pl.read_csv,
     }
     if path.suffix not in readers:
-        raise UserError(f"{path}: its name must end in {', '.join(readers)}")
+        raise UserError(f"{path}: the name must end in {', '.join(readers)}: pass a file of scores")
     try:
         pairs = readers[path.suffix](path)
     except FileNotFoundError:
@@ -123,6 +127,6 @@ def read_scores(path: Path, suite: str, split: str | None = None) -> pl.DataFram
         wanted = splits[0]
     if wanted not in splits:
         raise UserError(
-            f"{path} has no split {wanted!r}: name one with --split; {nearest(wanted, splits)}"
+            f"{path} has no split {wanted!r}: choose one with --split, {nearest(wanted, splits)}"
         )
     return pairs.filter(pl.col("split").cast(pl.String) == wanted)

@@ -1,4 +1,4 @@
-"""A published benchmark: where it is, how its files are read, and how it is scored."""
+"""Describe a published benchmark: where it is published, how its files are read and scored."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from embrm.metrics.intervals import Replicates
 Row = dict[str, Any]
 
 Scorer = Callable[[pl.DataFrame, int, Collection[str] | None], dict[str, Replicates]]
-"""(rewards of one run as a table, number of replicates, names of the wanted scores or None for
-all) → these scores."""
+"""(table with the rewards of one run, number of bootstrap replicates, names of the wanted scores or
+None for all) → name of a score → its estimate and replicates."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout in which a benchmark's files come.
+    """One set of columns in which a benchmark's files are published.
 
-    needs: columns that it is recognised by. also: columns that are used if present; a name that
-    ends in "_" stands for all columns that begin with it. rows: from a row of the file to rows of
-    pairs, or to members of a group, with subset None where the row names none; it raises ValueError
-    for a row that does not fit.
+    needs: columns by which the layout is recognised. also: columns that are used if present; a name
+    that ends in "_" stands for all columns that begin with it. rows: turns a row of the file into
+    pairs, or members of a group, whose subset is None where the row does not name it; it raises
+    ValueError for a row that does not fit.
     """
 
     needs: tuple[str, ...]
@@ -30,7 +30,7 @@ class Layout:
     rows: Callable[[Row], Iterable[Row]]
 
     def columns(self, found: Sequence[str]) -> list[str]:
-        """The columns that are read, of those that a file has."""
+        """Those of a file's columns that this layout reads."""
         families = tuple(name for name in self.also if name.endswith("_"))
         return [
             name
@@ -41,17 +41,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark. To add one, write its module with a `SUITE` and name it in `registry.MODULES`.
+    """A benchmark.
 
-    name: what specs and commands call it. hub, hub_split: where it is published, and the split that
-    is scored. layouts: the first whose columns a file has is used. merge: makes one row of rows of
-    pairs with the same texts, which a dataset holds once. groups: whether its rows are members of
-    groups instead of pairs.
+    To add one, write a module that defines `SUITE` and add it to `registry.MODULES`.
 
-    scores: how one run's rewards are scored. main: the scores that a table over many runs shows,
-    the overall score first; higher is better. needs: columns of the rewards' table besides subset,
-    prompt_id and `rewards`. lengths: token counts that take the rewards' place in the length
-    baseline.
+    name: its name in specs and commands. hub, hub_split: the Hugging Face dataset, and the split of
+    it that is scored. layouts: the first whose columns a file has is used. merge: combines pairs
+    of the same two texts into one, since a dataset holds each pair once. groups: whether its rows
+    give members of groups instead of pairs.
+
+    scores: computes the scores of one run. main: the scores shown in a table over many runs, the
+    overall score first; higher is better for all. needs: columns that the scored table must have
+    besides subset, prompt_id and those of `rewards`. rewards: the columns of rewards. lengths: the
+    columns of token counts that replace them in the length baseline.
     """
 
     name: str

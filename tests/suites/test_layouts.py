@@ -1,4 +1,4 @@
-"""Suites: each published layout, from a small made-up file to pairs that can be scored."""
+"""Read every published layout of the suites, from small made-up files, into pairs or groups."""
 
 import json
 import sys
@@ -114,12 +114,14 @@ def refused(tmp_path: Path, suite: str, rows: list[dict[str, Any]]) -> str:
     return str(caught.value)
 
 
-def test_every_suite_that_is_read_is_scored() -> None:
+def test_names_of_suites_are_unique() -> None:
     assert len(SUITES) == len(MODULES)
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_every_layout_goes_to_its_own_split_and_can_be_scored(tmp_path: Path, suite: str) -> None:
+def test_every_suite_is_read_into_its_own_split_and_can_be_scored(
+    tmp_path: Path, suite: str
+) -> None:
     dataset = read(tmp_path, suite)
     assert {*dataset.pairs["split"], *dataset.members["split"]} == {f"ood/{suite}"}
     assert dataset.rules["sources"][0]["suite"] == suite
@@ -134,12 +136,12 @@ def test_every_layout_goes_to_its_own_split_and_can_be_scored(tmp_path: Path, su
     assert right["accuracy of pairs, ties apart"] == pytest.approx(expected)
 
 
-def test_reward_bench_is_as_it_is(tmp_path: Path) -> None:
+def test_reward_bench_rows_become_pairs_unchanged(tmp_path: Path) -> None:
     pairs = pairs_of(read(tmp_path, "reward-bench"))
     assert pairs == [("hep-python", "sorted()", "no", "human", "bug", 0)]
 
 
-def test_reward_bench_2_shows_every_response_of_an_item(tmp_path: Path) -> None:
+def test_every_response_of_a_reward_bench_2_item_is_in_a_pair(tmp_path: Path) -> None:
     assert pairs_of(read(tmp_path, "reward-bench-2")) == [
         ("Math", "2", "1", None, None, 0),
         ("Math", "2", "3", None, None, 0),
@@ -152,7 +154,7 @@ def test_reward_bench_2_shows_every_response_of_an_item(tmp_path: Path) -> None:
     ]
 
 
-def test_rm_bench_lists_and_its_pairs_one_a_row_are_the_same(tmp_path: Path) -> None:
+def test_rm_bench_reads_lists_of_styles_and_one_pair_per_row_alike(tmp_path: Path) -> None:
     lists = pairs_of(read(tmp_path, "rm-bench"))
     assert len(lists) == 9
     assert lists[5] == ("chat", "c1", "r2", "detailed", "markdown", 0)
@@ -166,7 +168,7 @@ def test_rm_bench_lists_and_its_pairs_one_a_row_are_the_same(tmp_path: Path) -> 
     ]
 
 
-def test_rm_bench_keeps_the_cells_of_texts_that_are_the_same_in_two_styles(tmp_path: Path) -> None:
+def test_rm_bench_counts_a_text_shared_by_two_styles_in_both_cells(tmp_path: Path) -> None:
     row = ROWS["rm-bench"][0] | {"chosen": ["c0", "c1", "c1"]}
     dataset = read(tmp_path, "rm-bench", [row])
     assert dataset.exclusions.is_empty()
@@ -211,7 +213,7 @@ def test_mt_bench_counts_votes_and_lists_ties(tmp_path: Path) -> None:
     assert dataset.exclusions.select("row", "reason").rows() == [(4, "no_preference")]
 
 
-def test_votes_are_counted_alike_whichever_comes_first(tmp_path: Path) -> None:
+def test_mt_bench_votes_do_not_depend_on_their_order(tmp_path: Path) -> None:
     row = {"prompt": "P", "chosen": "x", "rejected": "y", "chosen_gen": "X", "rejected_gen": "Y"}
     other = {"prompt": "P", "chosen": "y", "rejected": "x", "chosen_gen": "Y", "rejected_gen": "X"}
     for votes in ([row, row, other], [other, row, row], [row, other, row]):
@@ -231,7 +233,7 @@ def test_ppe_takes_the_winner_and_the_sampled_pairs(tmp_path: Path) -> None:
     ]
 
 
-def test_ppe_best_of_k_is_every_sample_with_its_correctness(tmp_path: Path) -> None:
+def test_ppe_best_of_k_reads_every_sample_with_its_correctness(tmp_path: Path) -> None:
     dataset = read(tmp_path, "ppe-best-of-k")
     texts = dataset.responses["response"].gather(dataset.members["response"])
     assert dataset.members.with_columns(text=texts).select(
@@ -265,7 +267,7 @@ def test_ppe_best_of_k_is_every_sample_with_its_correctness(tmp_path: Path) -> N
         ("own/train.jsonl", "train"),
     ],
 )
-def test_a_copy_of_a_part_of_ppe_is_called_after_its_benchmark(
+def test_a_local_copy_of_a_ppe_benchmark_is_named_by_its_path(
     tmp_path: Path, place: str, subset: str
 ) -> None:
     path = tmp_path / place
@@ -303,7 +305,7 @@ def test_the_command_line_names_suites(tmp_path: Path) -> None:
     assert (hub.suite, hub.hub) == ("ppe-correctness", "lmarena-ai/PPE-MATH-Best-of-K")
 
 
-def test_a_source_without_suite_is_recorded_as_before() -> None:
+def test_a_source_without_suite_records_no_suite() -> None:
     assert "suite" not in SourceSpec(path="x.jsonl").model_dump(mode="json")
 
 
@@ -337,11 +339,11 @@ def test_the_hub_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted["hub"] == "lmarena-ai/PPE-MATH-Best-of-K"
 
 
-# Refused, in one line.
+# Errors, each of one line.
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suite: str) -> None:
+def test_a_missing_column_is_named_beside_the_columns_found(tmp_path: Path, suite: str) -> None:
     for column in SUITES[suite].layouts[-1 if suite == "rm-bench" else 0].needs:
         rows = [{name: row[name] for name in row if name != column} for row in ROWS[suite]]
         message = refused(tmp_path, suite, rows)
@@ -362,29 +364,29 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path, suite: s
         ("hhh", {"targets": {"choices": ["a", "b"], "labels": [1, 1]}}, "not two choices"),
         ("hhh", {"targets": "x"}, "not two choices"),
         ("mt-bench", {"turn": 3}, "turn 3 is neither"),
-        ("mt-bench", {"winner": "gpt"}, "winner 'gpt' is neither"),
-        ("ppe-human", {"winner": None}, "winner 'None' is neither"),
+        ("mt-bench", {"winner": "gpt"}, "winner 'gpt' is not model_a"),
+        ("ppe-human", {"winner": None}, "winner 'None' is not model_a"),
         ("ppe-correctness", {"sampled_conflict_pairs": [[0, 9]]}, "pair [0, 9] is not two"),
         ("ppe-correctness", {"sampled_conflict_pairs": [[0, 2]]}, "equal scores"),
         ("ppe-correctness", {"sampled_conflict_pairs": [0, 1]}, "int"),
         ("ppe-correctness", {"scores": [None, 1, 0]}, "None"),
-        ("ppe-best-of-k", {"scores": [0, 1, 0, 1]}, "sample 4, of score 1, is no"),
-        ("ppe-best-of-k", {"scores": [0, 1, -1]}, "sample 3, of score -1, is no"),
-        ("ppe-best-of-k", {"scores": [0, 1, float("nan")]}, "sample 3, of score nan, is no"),
+        ("ppe-best-of-k", {"scores": [0, 1, 0, 1]}, "sample 4 has no text"),
+        ("ppe-best-of-k", {"scores": [0, 1, -1]}, "score -1 is not in 0 … 1"),
+        ("ppe-best-of-k", {"scores": [0, 1, float("nan")]}, "score nan is not in 0 … 1"),
         ("ppe-best-of-k", {"scores": "010"}, "scores '010' is not a list"),
     ],
 )
-def test_a_row_of_another_layout_is_named(
+def test_a_row_that_does_not_fit_the_layout_is_named(
     tmp_path: Path, suite: str, change: dict[str, Any], word: str
 ) -> None:
     message = refused(tmp_path, suite, [ROWS[suite][0] | change])
-    assert f"row 1 is not of suite {suite!r}" in message
+    assert f"row 1 does not fit suite {suite!r}" in message
     assert word in message
 
 
 def test_other_mistakes_are_refused(tmp_path: Path) -> None:
     ties = [row | {"winner": "tie"} for row in ROWS["ppe-human"]]
-    assert "every row is a tie" in refused(tmp_path, "ppe-human", ties)
+    assert "no row gives a pair" in refused(tmp_path, "ppe-human", ties)
     for values, word in (
         ({"suite": "rewardbench"}, "did you mean 'reward-bench'"),
         ({"suite": "hhh", "columns": {"prompt": "input"}}, "a suite knows its columns"),

@@ -1,4 +1,4 @@
-"""PPE's further metrics: by hand, by enumeration, and by scipy and scikit-learn."""
+"""PPE's best-of-K and rank metrics, checked by hand, enumeration, scipy and scikit-learn."""
 
 from itertools import permutations
 
@@ -65,7 +65,7 @@ def test_a_curve_by_hand() -> None:
 
 
 def test_curves_are_those_of_all_orders() -> None:
-    """The tool follows the first highest reward of an order; here of every order."""
+    """PPE's code follows the first highest reward in sampled orders; here all are enumerated."""
     groups = drawn(3, k=4)
     curves = np.zeros((2, len(groups), 4))
     for number, (scores, golds) in enumerate(groups):
@@ -123,7 +123,7 @@ def test_replicates_of_auc_repeat_whole_prompts() -> None:
     assert found.prompts == 3
 
 
-def test_subsets_count_alike_and_graded_samples_have_no_auc() -> None:
+def test_benchmarks_are_averaged_without_weights_and_graded_samples_have_no_auc() -> None:
     right: Group = ([1.0, 0.0], [1.0, 0.0])
     wrong: Group = ([0.0, 1.0], [1.0, 0.0])
     table = pl.concat([samples([right] * 3, "GPQA"), samples([right, wrong])])
@@ -146,7 +146,9 @@ def test_intervals_hold_the_estimates_and_shrink_to_nothing_without_variance() -
     assert sure.filter(score="MATH: best of K").select("low", "high").row(0) == (1.0, 1.0)
 
 
-def test_counts_are_drawn_once_for_curves_and_areas(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_counts_are_drawn_once_for_curves_and_auc(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Prompts in another order than that of their names, asked for by two runs."""
     asked: list[int] = []
     monkeypatch.setattr(
@@ -175,7 +177,7 @@ def test_correctness_beyond_0_and_1_is_refused(gold: pl.Expr | None, found: str)
     table = samples([([1.0, 2.0], [1.0, 0.0])] * 3).with_columns(gold=gold)
     with pytest.raises(UserError) as caught:
         score_suite("ppe-best-of-k", table, 20)
-    assert f"must be 0 … 1, found {found}: read the data with suite" in str(caught.value)
+    assert f"gold = {found} is not in 0 … 1: read the data with suite" in str(caught.value)
 
 
 def test_correctness_may_be_true_and_false() -> None:
@@ -249,7 +251,7 @@ def test_ratings_of_a_model_that_wins_always_are_finite_and_first() -> None:
     assert found[1] == pytest.approx(found[2], abs=0.5)
 
 
-def test_a_model_that_meets_none_has_no_rating_and_moves_no_other() -> None:
+def test_a_model_without_comparisons_has_no_rating_and_changes_no_other() -> None:
     wins = np.zeros((3, 3))
     wins[0, 2], wins[2, 0] = 0.75, 0.25
     found = ratings(np.stack([wins, np.zeros((3, 3))]))
@@ -271,8 +273,8 @@ def alike(prompts: int) -> pl.DataFrame:
     )
 
 
-def test_a_replicate_without_any_prompt_is_none() -> None:
-    """Of 3 prompts one replicate in 20 is empty; the others all have the same ratings."""
+def test_a_replicate_that_draws_no_prompt_is_nan() -> None:
+    """With 3 prompts one replicate in 20 is empty; all others have the same ratings."""
     same = ranks(alike(3), 400)
     turned = ranks(alike(3).with_columns(scores_chosen=pl.lit(-1.0)), 400)
     assert np.isnan(same["Spearman of ratings"].draws).any()
@@ -283,7 +285,7 @@ def test_a_replicate_without_any_prompt_is_none() -> None:
     assert np.isnan([one[name].estimates[0] for name in RANKS[3:]]).all()
 
 
-def test_a_model_that_a_replicate_does_not_draw_is_not_in_it() -> None:
+def test_a_model_that_a_replicate_does_not_draw_has_no_rating_in_it() -> None:
     table = votes(SKILL, REWARDED)
     last = table.head(3).with_columns(
         prompt_id=pl.Series(["x", "y", "z"]),
@@ -297,7 +299,7 @@ def test_a_model_that_a_replicate_does_not_draw_is_not_in_it() -> None:
     for name in RANKS[:3]:
         draws = with_last[name].draws[absent], without[name].draws[absent]
         np.testing.assert_allclose(*draws, atol=1e-9)
-    # Rewards tell it alone from the four others: 4 of 10 pairs.
+    # Rewards separate only the new model from the four others: 4 of 10 pairs.
     undecided = pl.concat([table.with_columns(scores_chosen=pl.lit(0.5)), last])
     assert ranks(undecided, 300)["separability"].estimates[0] == pytest.approx(4 / 10)
 
@@ -362,7 +364,7 @@ def test_correlations_are_scipys() -> None:
         assert found[name].prompts == 60
 
 
-def test_rewards_that_vote_as_people_do_rank_the_same_and_turned_ones_the_opposite() -> None:
+def test_rewards_that_agree_with_every_vote_correlate_1_and_inverted_ones_minus_1() -> None:
     sure = {"a": 3.0, "b": 0.0, "c": -3.0}
     table = votes(sure, sure, 400).with_columns(scores_chosen=pl.lit(1.0))
     same = ranks(table, 100)
@@ -375,7 +377,7 @@ def test_rewards_that_vote_as_people_do_rank_the_same_and_turned_ones_the_opposi
     assert ends[1] == pytest.approx([1, -1, 1], abs=1e-6)
 
 
-def test_rewards_that_prefer_nothing_separate_nothing() -> None:
+def test_constant_rewards_separate_no_models() -> None:
     table = votes(SKILL, REWARDED).with_columns(scores_chosen=pl.lit(0.5))
     found = {name: one.estimates[0] for name, one in ranks(table, 50).items()}
     assert np.isnan([found[name] for name in RANKS[:3]]).all()
@@ -383,7 +385,7 @@ def test_rewards_that_prefer_nothing_separate_nothing() -> None:
 
 
 def test_a_brier_score_by_hand() -> None:
-    """Of two rated alike and a third far below, one two of three is undecided: (1/2)² / 3."""
+    """Two models are rated alike and a third far below: one pair of three is undecided."""
     table = votes({"a": 4.0, "b": 0.0, "c": -4.0}, dict.fromkeys("abc", 0.0), 300)
     pair = (pl.col("chosen_model") != "c") & (pl.col("rejected_model") != "c")
     margin = pl.when(pair).then(0.5).when(pl.col("rejected_model") == "c").then(1.0).otherwise(0.0)
@@ -392,7 +394,7 @@ def test_a_brier_score_by_hand() -> None:
     assert found["separability"].estimates[0] == pytest.approx(2 / 3)
 
 
-def test_the_suite_has_ranks_beside_accuracy_without_intervals_where_there_are_none() -> None:
+def test_ppe_human_has_accuracy_and_ranks_with_intervals_where_they_are_defined() -> None:
     found = score_suite("ppe-human", votes(SKILL, REWARDED), 100)
     rows = {row["score"]: row for row in found.iter_rows(named=True)}
     assert set(RANKS) < set(rows)
@@ -404,7 +406,7 @@ def test_the_suite_has_ranks_beside_accuracy_without_intervals_where_there_are_n
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_what_a_table_shows_is_among_the_scores(suite: str) -> None:
+def test_only_ppe_best_of_k_has_ppe_metrics_among_its_main_scores(suite: str) -> None:
     known = {*RANKS, *(f"{metric}, mean of subsets" for metric in METRICS)}
     shown = SUITES[suite].main
     if suite == "ppe-best-of-k":

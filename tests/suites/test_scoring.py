@@ -1,4 +1,4 @@
-"""Suite scores: every official formula worked by hand, and what must hold for any rewards."""
+"""Suite scores: every published formula worked by hand, and properties that hold for any rewards."""
 
 import json
 import math
@@ -45,14 +45,14 @@ def accurate(subset: str, right: int, wrong: int, tied: int = 0) -> list[Row]:
 # RewardBench.
 
 
-def test_reward_bench_weighs_subsets_by_the_tools_table_not_by_their_pairs() -> None:
+def test_reward_bench_weights_subsets_by_its_table_not_by_their_pairs() -> None:
     pairs = frame(accurate("math-prm", 1, 3) + accurate("hep-cpp", 1, 0) + accurate("hep-go", 0, 1))
     assert values("reward-bench", pairs)["Reasoning"] == pytest.approx(
         (984 * 0.25 + 164 * 1 + 164 * 0) / (984 + 164 + 164)
     )
 
 
-def test_reward_bench_gives_the_papers_and_the_leaderboards_overall_under_two_names() -> None:
+def test_reward_bench_names_the_overall_scores_of_papers_and_of_the_leaderboard_apart() -> None:
     rows = (
         accurate("alpacaeval-easy", 3, 1)  # Chat .75
         + accurate("llmbar-natural", 1, 1)  # Chat Hard .5
@@ -72,13 +72,13 @@ def test_reward_bench_gives_the_papers_and_the_leaderboards_overall_under_two_na
     assert without["overall with prior sets (2:2:2:2:1)"] is None
 
 
-def test_the_code_weighs_as_much_as_the_mathematics() -> None:
+def test_math_prm_weighs_as_much_as_all_code_subsets() -> None:
     reasoning = REWARD_BENCH["Reasoning"]
     assert reasoning["math-prm"] == sum(reasoning.values()) - reasoning["math-prm"] == 984
     assert sum(sum(part.values()) for part in REWARD_BENCH.values()) - 4 - 984 + 447 == 2985
 
 
-def test_a_tie_is_wrong_and_is_counted_apart() -> None:
+def test_a_tie_is_wrong_and_reported_separately() -> None:
     found = values("judge-bench", frame(accurate("Math", 2, 1, 1)))
     assert found["accuracy"] == pytest.approx(2 / 4)
     assert found["accuracy of pairs, ties apart"] == pytest.approx(2 / 3)
@@ -102,7 +102,7 @@ def items(subset: str, *rewards: tuple[list[float], list[float]], ids: list[str]
     )
 
 
-def test_reward_bench_2_shares_an_item_between_those_tied_at_the_top() -> None:
+def test_reward_bench_2_credits_one_over_the_number_tied_at_the_top() -> None:
     pairs = items(
         "Math",
         ([3.0], [1.0, 2.0, 0.0]),  # 1
@@ -116,7 +116,7 @@ def test_reward_bench_2_shares_an_item_between_those_tied_at_the_top() -> None:
     assert found["mean of six subsets"] is None
 
 
-def test_the_ties_formula() -> None:
+def test_reward_bench_2_ties_formula() -> None:
     pairs = items(
         "Ties",
         ([5.0], [3.0, 1.0]),  # ref 0: gap 2
@@ -140,7 +140,7 @@ def test_the_ties_formula() -> None:
     assert found["Ties: margin"] == pytest.approx(margin)
 
 
-def test_six_subsets_count_alike_and_a_perfect_model_passes_1() -> None:
+def test_reward_bench_2_is_an_unweighted_mean_that_can_exceed_1() -> None:
     parts = [
         items(subset, ([1.0], [0.0, 0.0, 0.0]))
         for subset in ("Factuality", "Precise IF", "Math", "Safety", "Focus")
@@ -163,7 +163,7 @@ def matrix(domain: str, right: np.ndarray, prompt: str = "p") -> pl.DataFrame:
     return frame(rows, chosen_model=chosen, rejected_model=rejected)
 
 
-def test_rm_bench_reads_its_matrix_from_the_corners() -> None:
+def test_rm_bench_levels_are_triangles_and_diagonal_of_the_style_matrix() -> None:
     one = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
     two = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0]])
     found = values("rm-bench", pl.concat([matrix("chat", one), matrix("chat", two, "q")]))
@@ -178,7 +178,7 @@ def test_rm_bench_reads_its_matrix_from_the_corners() -> None:
     assert found["hard, all items pooled"] == pytest.approx(hard)
 
 
-def test_rm_bench_sections_count_alike_and_safety_is_the_mean_of_its_two_halves() -> None:
+def test_rm_bench_averages_sections_and_the_two_domains_of_safety() -> None:
     parts = [
         matrix("chat", np.eye(3)),
         *(matrix("code", np.zeros((3, 3)), str(i)) for i in range(3)),
@@ -197,14 +197,14 @@ def test_rm_bench_sections_count_alike_and_safety_is_the_mean_of_its_two_halves(
 # Pooled suites.
 
 
-def test_pooled_accuracy_is_of_pairs_and_the_mean_of_subsets_beside_it() -> None:
+def test_hhh_has_accuracy_over_all_pairs_and_the_mean_of_subsets() -> None:
     pairs = frame(accurate("harmless", 3, 1) + accurate("honest", 0, 1))
     assert values("hhh", pairs)["accuracy"] == pytest.approx(3 / 5)
     assert values("hhh", pairs)["mean of subsets"] == pytest.approx(0.75 / 2)
     assert "mean of subsets" not in values("judge-bench", pairs)
 
 
-def test_mt_bench_agrees_with_votes_not_with_pairs() -> None:
+def test_mt_bench_counts_votes_not_pairs() -> None:
     pairs = frame(
         [("turn 1", "p", 1.0, 0.0), ("turn 1", "q", 0.0, 1.0), ("turn 2", "p", 1.0, 1.0)],
         label=[2 / 3, 1.0, 1.0],
@@ -216,7 +216,7 @@ def test_mt_bench_agrees_with_votes_not_with_pairs() -> None:
     assert found["accuracy of pairs, ties apart"] == pytest.approx(2 / 4)
 
 
-# What holds for all.
+# Properties of all suites.
 
 
 def whole(suite: str, rewards: np.ndarray) -> pl.DataFrame:
@@ -234,7 +234,7 @@ def whole(suite: str, rewards: np.ndarray) -> pl.DataFrame:
                 "prompt_id": [str(number // 4) for number in range(count)],
                 "source": "s",
                 "row": [number // 4 for number in range(count)],
-                # The first half of the rewards, which a perfect scorer has above the others.
+                # The first half of the rewards belongs to correct samples, the second to wrong ones.
                 "gold": [1.0, 0.0] * (count // 2),
                 "score": np.stack([chosen, rejected], axis=1).ravel(),
             }
@@ -266,7 +266,7 @@ def whole(suite: str, rewards: np.ndarray) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_perfect_scorer_has_1_and_a_constant_one_ties(suite: str) -> None:
+def test_perfect_rewards_score_1_and_constant_rewards_tie(suite: str) -> None:
     perfect = values(suite, whole(suite, np.repeat([1.0, 0.0], 20)))
     constant = values(suite, whole(suite, np.zeros(40)))
     headline = SUITES[suite].main[0]
@@ -291,7 +291,7 @@ def test_a_perfect_scorer_has_1_and_a_constant_one_ties(suite: str) -> None:
     shift=st.integers(-8, 8),
     scale=st.sampled_from([0.25, 2.0, 8.0]),  # exact: a gap that equals a spread stays equal
 )
-def test_scores_depend_on_the_order_of_rewards_alone(
+def test_scores_depend_only_on_the_order_of_rewards(
     suite: str, seed: int, shift: int, scale: float
 ) -> None:
     rewards = np.random.default_rng(seed).integers(0, 6, 40).astype(np.float64)
@@ -300,7 +300,7 @@ def test_scores_depend_on_the_order_of_rewards_alone(
     curved = values(suite, whole(suite, np.exp(rewards)))
     for name, value in plain.items():
         assert linear[name] == pytest.approx(value, abs=1e-6)
-        # These compare differences.
+        # These scores depend on differences of rewards.
         if not any(word in name for word in ("Ties", "mean of six subsets", "ROC AUC")):
             assert curved[name] == pytest.approx(value, abs=1e-6)
 
@@ -325,7 +325,7 @@ def test_one_prompt_has_no_interval() -> None:
     assert (row["estimate"], row["low"], row["high"]) == (1.0, None, None)
 
 
-def test_the_length_baseline_is_the_same_formula_of_lengths() -> None:
+def test_the_length_baseline_uses_token_counts_as_rewards() -> None:
     pairs = matrix("chat", np.ones((3, 3))).with_columns(
         tokens_chosen=pl.col("chosen_model").replace_strict(STYLES, [1, 2, 3]),
         tokens_rejected=pl.col("rejected_model").replace_strict(STYLES, [1, 2, 3]),
@@ -341,7 +341,7 @@ def test_the_length_baseline_is_the_same_formula_of_lengths() -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_intervals_end_where_scores_do(suite: str) -> None:
+def test_scores_stay_within_their_bounds(suite: str) -> None:
     perfect, worst = (
         replicate_suite(suite, whole(suite, np.repeat(rewards, 20)), 20)
         for rewards in ([1.0, 0.0], [0.0, 1.0])
@@ -361,7 +361,7 @@ def test_intervals_end_where_scores_do(suite: str) -> None:
         assert perfect["Ties"].estimates[0] == pytest.approx(1.01)
 
 
-# Refused, in one line.
+# Errors, each of one line.
 
 
 def refused(suite: str, pairs: pl.DataFrame) -> str:
@@ -380,8 +380,12 @@ def test_what_cannot_be_scored_is_refused() -> None:
     groups = refused("ppe-best-of-k", good)
     assert "needs a column 'score'" in groups
     assert "NAME.members.parquet" in groups
-    assert "'hep-go' is none of its own" in refused("reward-bench-2", whole_2(good))
-    assert "'Math' is none of its own" in refused("reward-bench", frame(accurate("Math", 1, 1)))
+    assert "'hep-go' is not one of its subsets" in refused(
+        "reward-bench-2", with_item_columns(good)
+    )
+    assert "'Math' is not one of its subsets" in refused(
+        "reward-bench", frame(accurate("Math", 1, 1))
+    )
     assert "not finite" in refused(
         "reward-bench",
         frame(accurate("hep-go", 1, 1)[:1]).with_columns(scores_chosen=pl.lit(float("nan"))),
@@ -390,11 +394,11 @@ def test_what_cannot_be_scored_is_refused() -> None:
     assert "not finite" in refused("reward-bench", words)
     assert "no pairs" in refused("reward-bench", good.clear())
     styles = matrix("chat", np.eye(3)).with_columns(chosen_model=pl.lit("gpt-4"))
-    assert "'gpt-4', no style" in refused("rm-bench", styles)
+    assert "'gpt-4', not a style" in refused("rm-bench", styles)
     assert "not ref:N or tied:N" in refused("reward-bench-2", items("Ties", ([1.0], [0.0])))
 
 
-def whole_2(pairs: pl.DataFrame) -> pl.DataFrame:
+def with_item_columns(pairs: pl.DataFrame) -> pl.DataFrame:
     return pairs.with_columns(source=pl.lit("s"), row=pl.lit(0), chosen_model=pl.lit("m"))
 
 
