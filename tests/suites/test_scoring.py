@@ -1,4 +1,4 @@
-"""Suite scores: every published formula worked by hand, and properties that hold for any rewards."""
+"""Suite scores: every published formula worked by hand, and properties of all suites."""
 
 import json
 import math
@@ -234,7 +234,7 @@ def whole(suite: str, rewards: np.ndarray) -> pl.DataFrame:
                 "prompt_id": [str(number // 4) for number in range(count)],
                 "source": "s",
                 "row": [number // 4 for number in range(count)],
-                # The first half of the rewards belongs to correct samples, the second to wrong ones.
+                # The first half of the rewards is of correct samples, the rest of wrong ones.
                 "gold": [1.0, 0.0] * (count // 2),
                 "score": np.stack([chosen, rejected], axis=1).ravel(),
             }
