@@ -1,9 +1,9 @@
-"""Errors of the regularizers' estimators, measured on a cache's own token rows.
+"""Measure the errors of the regularizers' estimators on a cache's own token rows.
 
-A regularizer reads a sample of a response's positions, and at each of them only the cached largest
-logits. Both approximations are compared with exact values over the whole vocabulary, computed in
-float64 from cached states and the LM head, so that the language model is not needed. Definitions:
-`docs/methods.md`.
+A regularizer reads a sample of a response's positions, and at each of them only the largest logits,
+which are cached. Both approximations are compared with exact values over the whole vocabulary,
+computed in float64 from the cached states and the LM head, so the language model is not needed.
+`docs/methods.md` has the definitions.
 """
 
 from collections.abc import Iterator
@@ -25,25 +25,25 @@ from embrm.training.regularizers import divergence, log_probability_change, move
 from embrm.training.token_rows import PackedLogits, TokenStore
 
 DRIFTS = (0.01, 0.1)
-"""Mean ‖δ‖/‖h‖ of the shifts that are tried; settings are recommended for the largest."""
+"""Mean ‖δ‖/‖h‖ of the shifts δ of states h that are tried; the recommendations are for the last."""
 
 _ADAPTERS, _RANK = 4, 16
 """Number of random adapters, which shift the responses in turn, and their rank."""
 
 _LOGIT_BYTES = 128 << 20
-"""Bytes of float64 logits, at one shift, of the rows that are computed together."""
+"""Bytes of float64 logits per shift that are computed at a time."""
 
 _VOCABULARY_BLOCK = 1 << 13
-"""Tokens whose vectors are widened to float64 at a time."""
+"""Number of tokens whose vectors are converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class TruncationError:
-    """The error of reading only `top_k` logits and the target, at shifts of one mean drift.
+    """The error of reading only `top_k` logits and the target's, at shifts of one mean drift.
 
-    tail: mean over the rows of the probability of all other tokens. The errors are relative, the
-    root of the sum of squared errors over the root of the sum of squared exact values: change of
-    ℓ̃ - ℓ, change_gradient of ∂(ℓ̃ - ℓ)/∂δ, kl of KL(p ‖ p̃), kl_gradient of ∂KL/∂δ.
+    tail: probability of all other tokens, mean over the rows. The others are relative errors, √(sum
+    of squared errors / sum of squared exact values): change is that of ℓ̃ - ℓ, change_gradient of
+    ∂(ℓ̃ - ℓ)/∂δ, kl of KL(p ‖ p̃), and kl_gradient of ∂KL/∂δ.
     """
 
     drift: float
@@ -62,11 +62,11 @@ class TruncationError:
 
 @dataclass(frozen=True)
 class SamplingError:
-    """The standard error of a response's S̃ - S when `token_rows` of its positions are read.
+    """The standard error of a response's S̃ - S if `token_rows` of its positions are read.
 
     nats: root mean square over responses. relative: nats divided by the root mean square of S̃ - S;
-    None where the cached rows cannot distinguish S̃ - S from 0. Both are None where no response has
-    two rows.
+    None if the cached rows cannot distinguish S̃ - S from 0. Both are None if no response has two
+    rows.
     """
 
     drift: float
@@ -77,11 +77,13 @@ class SamplingError:
 
 @dataclass(frozen=True)
 class EstimatorErrors:
-    """The errors of a cache's estimators, and the smallest settings whose error is within `target`.
+    """The errors of a cache's estimators, and the smallest settings with an error up to `target`.
 
-    grm_top_k, preserve_top_k: smallest top_k whose gradients of ℓ̃ - ℓ and of KL are within it; None
-    where no cached one is. token_rows: fewest token rows within it, or all that are cached;
-    token_rows_error: their relative error.
+
+    grm_top_k, preserve_top_k: the smallest top_k for which the gradient of ℓ̃ - ℓ (of KL) has at
+    most that relative error; None if no cached one does. token_rows: the smallest number of token
+    rows with at most that relative error, otherwise all that are cached. token_rows_error: the
+    relative error of that number.
     """
 
     responses: int
@@ -140,14 +142,14 @@ def _usable(cache: Cache) -> Cache:
     if layout.top_k is None:
         raise UserError(f"{folder} has no token rows: extract with --token-rows 8")
     if not layout.top_k:
-        raise UserError(f"{folder} keeps 0 logits a token row: extract with --top-k 32")
+        raise UserError(f"{folder} keeps 0 logits per token row: extract with --top-k 32")
     if not cache.vocabulary:
         raise UserError(f"{folder} has no LM head: extract one with embrm extract --model MODEL")
     return cache
 
 
 def _sampled(cache: Cache, size: int) -> TokenStore:
-    """The token rows of `size` responses."""
+    """The token rows of `size` evenly spaced responses."""
     chosen = evenly_spaced(cache.manifest.n_responses, size)
     shards = [rows.take(np.isin(rows.response, chosen)) for rows in cache.token_shards()]
     data = in_memory(cache, TokenTable.joined(shards))
@@ -162,7 +164,7 @@ def _sampled(cache: Cache, size: int) -> TokenStore:
 def _shifts(data: TokenStore, drift: float) -> Tensor:
     """Shifts δ of all rows, float32 [N, d], with mean ‖δ‖/‖h‖ = drift.
 
-    δ is up·down·h, scaled, where up and down are the Gaussian matrices of a random adapter.
+    δ is proportional to up·down·h, where up and down are Gaussian matrices of a random adapter.
     """
     X, width = data.states.values.double(), data.states.width
     owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % _ADAPTERS
@@ -178,10 +180,10 @@ def _shifts(data: TokenStore, drift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Changes:
-    """The effect of D shifts on n rows, in float64 and nats.
+    """The effect of D shifts δ on n rows, float64, in nats.
 
-    change: ℓ̃ - ℓ, [D, n]. kl: KL(p ‖ p̃), [D, n]. change_gradient, kl_gradient: their gradients in
-    δ, [D, n, d].
+    change: ℓ̃ - ℓ, [D, n]. kl: KL(p ‖ p̃), [D, n]. change_gradient, kl_gradient: their gradients
+    with respect to δ, [D, n, d].
     """
 
     change: Tensor
@@ -191,7 +193,7 @@ class Changes:
 
 
 def exact_changes(head: LmHead, X: Tensor, target: Tensor, shifts: Tensor) -> Changes:
-    """The exact effect of the shifts, computed over the whole vocabulary in float64.
+    """Compute the exact effect of the shifts, over the whole vocabulary in float64.
 
     X: [n, d]; target: int64 [n]; shifts: [D, n, d].
     """
@@ -251,6 +253,7 @@ def _estimated_changes(
 
 def _compare(data: TokenStore, shifts: Tensor) -> tuple[Tensor, tuple[TruncationError, ...]]:
     """Exact ℓ̃ - ℓ of all rows, [D, N], and the errors of truncation. shifts: [D, N, d]."""
+    # With tail means, each top_k is also measured as if the cache had none.
     readings = [
         (top_k, held)
         for top_k in _powers_of_two(data.top_k)
@@ -298,13 +301,15 @@ def _squares(changes: Changes, exact: Changes | None = None) -> Tensor:
 def sampling_error(
     data: TokenStore, change: Tensor, token_rows: int
 ) -> tuple[float | None, float | None]:
-    """The two errors of `SamplingError`: nats and relative. change: float64 [N], ℓ̃ - ℓ of all rows.
+    """Compute nats and relative of `SamplingError`. change: float64 [N], ℓ̃ - ℓ of all rows.
 
-    m positions of a response's |R|, drawn without replacement, estimate S̃ - S with the variance
-    |R|²/m·(1 - m/|R|)·s², where s² is the sample variance over its cached rows. The square of the
-    estimate from all cached rows exceeds (S̃ - S)² by such a variance on average, which is
-    subtracted. Responses with one cached row of several positions have no s² and are left out.
+    The estimate of S̃ - S from m of a response's |R| positions, drawn without replacement, has the
+    variance |R|²/m·(1 - m/|R|)·s², where s² is the sample variance over its cached rows. On average
+    the square of the estimate from all cached rows exceeds (S̃ - S)² by such a variance, which is
+    therefore subtracted. Responses with several positions but one cached row have no s² and are
+    left out.
     """
+
     variances, squares = [], []
     parts = np.split(change.numpy(), data.starts[1:-1])
     for held, positions in zip(parts, data.positions.tolist(), strict=True):

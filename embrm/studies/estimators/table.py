@@ -1,4 +1,4 @@
-"""Tables and advice of a comparison of the regularizers' estimators with exact values."""
+"""Show the errors of the regularizers' estimators: tables, recommended settings and advice."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from embrm.training.regularizers import WHOLE_VOCABULARY
 
 
 def estimator_tables(errors: EstimatorErrors) -> tuple[Table, Table]:
-    """The errors of truncating the vocabulary, and of sampling token rows."""
+    """Make the tables of the errors from truncating the vocabulary and from sampling token rows."""
     truncation = tuple(
         (
             f"{entry.drift:g}",
@@ -30,17 +30,23 @@ def estimator_tables(errors: EstimatorErrors) -> tuple[Table, Table]:
             "top_k: probability of the tail, and relative errors of ℓ̃ - ℓ, of KL and of gradients",
             columns + measured,
             truncation,
+            "drift: mean ‖δ‖/‖h‖ of the shifts δ of the states h. tail: probability of the tokens "
+            "that are not kept, its mean, 95th percentile and largest value over the rows. ℓ̃ - ℓ: "
+            "change of the target's log-probability, then its gradient in δ. KL: KL(p ‖ p̃), then "
+            "its gradient.",
         ),
         Table(
             "token_rows: standard error of a response's S̃ - S in one minibatch",
             ("drift", "token_rows", "nats", "relative"),
             sampling,
+            "token_rows: positions read per response. relative: the error divided by the root mean "
+            "square of S̃ - S.",
         ),
     )
 
 
 def recommendations(errors: EstimatorErrors) -> list[str]:
-    """The smallest settings within the target, one line each, after a line on the sample."""
+    """The smallest settings within the target error, one per line, after a line on the sample."""
     error = errors.token_rows_error
     reached = error is not None and error <= errors.target
     rest = "" if reached else f", all cached: error {_short(error)}"
@@ -59,11 +65,14 @@ def _setting(top_k: int | None, otherwise: str) -> str:
 
 
 def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:
-    """What to do for a regularizer for which no cached top_k is within the target, as a clause.
+    """A clause that says what to do if no cached top_k reaches the target for a regularizer.
 
-    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact at δ = 0. They do not help ∂KL/∂δ, which vanishes at δ = 0 and
-    whose first order in δ depends on the covariance of the tail.
+    Tail means make ∂(ℓ̃ - ℓ)/∂δ exact at δ = 0, so they help "grm". They do not help ∂KL/∂δ
+    ("preserve"), which vanishes at δ = 0 and whose first order in δ depends on the covariance of
+    the tail.
+
     """
+
     mean_helps = regularizer == "grm" and not errors.tail_mean
     text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
     if errors.vocabulary <= WHOLE_VOCABULARY:

@@ -1,4 +1,4 @@
-"""Estimator errors: against dense computations, enumerated samples, and what theory promises."""
+"""Errors of the regularizers' estimators: against dense softmax, enumerated samples and theory."""
 
 import json
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 
 @dataclass(frozen=True)
 class Made:
-    """A language model's head, and what `make` cached of it."""
+    """The LM head that `make` used, and the states and targets of the token rows that it cached."""
 
     head: LmHead
     states: Tensor
@@ -55,7 +55,10 @@ def make(
     dtype: torch.dtype = torch.float32,
     without: str | None = None,
 ) -> Made:
-    """A cache of random token states: response i has 3 + i positions and at most `rows` rows."""
+    """Write a cache of random token states: response i has 3 + i positions and at most `rows` rows.
+
+    without: the name of a tensor of the LM head that is not stored.
+    """
     random = torch.Generator().manual_seed(5)
     weight = torch.randn(VOCABULARY, WIDTH, generator=random)
     bias = torch.randn(VOCABULARY, generator=random) / 3
@@ -129,7 +132,7 @@ def entries(errors: EstimatorErrors, **wanted: Any) -> list[TruncationError]:
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("block", [7, 1 << 13])
-def test_exact_changes_are_those_of_a_dense_softmax(
+def test_exact_changes_equal_those_of_a_dense_softmax(
     softcap: float | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimators, "_VOCABULARY_BLOCK", block)
@@ -161,7 +164,7 @@ def test_exact_changes_are_those_of_a_dense_softmax(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("tail_mean", [False, True])
-def test_the_whole_vocabulary_is_exact(
+def test_estimates_from_the_whole_vocabulary_are_exact(
     tmp_path: Path, softcap: float | None, tail_mean: bool
 ) -> None:
     make(tmp_path, top_k=VOCABULARY, softcap=softcap, tail_mean=tail_mean)
@@ -171,7 +174,7 @@ def test_the_whole_vocabulary_is_exact(
     for entry in entries(errors, top_k=VOCABULARY):
         assert entry.tail < 1e-6
         assert max(entry.change, entry.change_gradient, entry.kl_gradient) < 1e-4
-        assert entry.kl < 5e-3  # at drift 0.01 it is about 1e-5 nats, of float32 sums near 1
+        assert entry.kl < 5e-3  # at drift 0.01 KL is 1e-5 nats, a difference of sums near 1
 
 
 def test_a_tail_of_one_token_is_exact_with_its_mean(tmp_path: Path) -> None:
@@ -207,7 +210,8 @@ def test_tail_means_make_the_gradient_exact_to_first_order(
         without, given = getattr(small[False], name), getattr(small[True], name)
         assert given < without / 10
         assert getattr(large[True], name) < getattr(large[False], name)
-        # Ten times the drift: with means the error is of the next order, without it is not.
+        # At ten times the drift the relative error grows tenfold with tail means, because it is of
+        # the next order in δ; without them it stays.
         assert 5 < getattr(large[True], name) / given < 20
         assert 0.5 < getattr(large[False], name) / without < 2
     assert errors.tail_mean
@@ -226,7 +230,9 @@ def test_tails_are_the_probability_of_all_other_tokens(tmp_path: Path) -> None:
         assert entry.tail_max == pytest.approx(float(tail.max()), rel=1e-4)
 
 
-def test_chunks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_chunks_does_not_change_the_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path, tail_mean=True)
     whole = measure_estimators(tmp_path)
     assert measure_estimators(tmp_path) == whole
@@ -241,10 +247,11 @@ def test_bfloat16_states_are_read_as_stored(tmp_path: Path) -> None:
         assert max(entry.change, entry.change_gradient, entry.kl, entry.kl_gradient) < 1e-3
 
 
-def test_the_sample_is_of_whole_responses(tmp_path: Path) -> None:
+def test_the_sample_has_all_rows_of_its_responses(tmp_path: Path) -> None:
     make(tmp_path, rows=4)
     every, three = measure_estimators(tmp_path), measure_estimators(tmp_path, sample=3)
-    # Response 0 has 3 positions, response 2 begins its sequence: 4 of its 5 have a state before.
+    # Response 0 has 3 positions. Response 2 has no prompt, so only 4 of its 5 tokens have a state
+    # that predicts them.
     assert (every.responses, every.rows) == (RESPONSES, 3 + 4 * (RESPONSES - 1))
     assert (three.responses, three.rows) == (3, 3 + 4 + 4)
     assert every.vocabulary == VOCABULARY
@@ -259,7 +266,7 @@ def test_shifts_have_their_drift_and_rank(tmp_path: Path, drift: float) -> None:
     shifts = estimators._shifts(data, drift)
     ratio = shifts.norm(dim=1) / data.states.values.norm(dim=1)
     assert float(ratio.mean()) == pytest.approx(drift, rel=1e-5)
-    # The first response's adapter is linear and shared by the fifth.
+    # Every fourth response has the same adapter, which is linear in the state.
     owner = np.repeat(np.arange(RESPONSES), np.diff(data.starts)) % 4
     own = torch.from_numpy(owner == 0)
     found = torch.linalg.lstsq(data.states.values[own], shifts[own])
@@ -267,7 +274,10 @@ def test_shifts_have_their_drift_and_rank(tmp_path: Path, drift: float) -> None:
 
 
 def token_data(parts: list[list[float]], positions: list[int]) -> tuple[TokenStore, Tensor]:
-    """As much as `sampling_error` reads: the rows of each response, and ℓ̃ - ℓ there."""
+    """What `sampling_error` reads: a store with the rows of each response, and ℓ̃ - ℓ of all rows.
+
+    parts: ℓ̃ - ℓ of the cached rows of each response. positions: how many positions each has.
+    """
     nothing = States(torch.zeros(0, 1))
     data = TokenStore(
         states=nothing,
@@ -286,7 +296,7 @@ VALUES = [0.3, -1.2, 0.8, 2.5, 0.1]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
-def test_sampling_error_is_that_of_all_samples(rows: int) -> None:
+def test_sampling_error_equals_that_over_all_possible_samples(rows: int) -> None:
     taken = min(rows, 5)
     estimates = [5 / taken * sum(some) for some in combinations(VALUES, taken)]
     nats, relative = sampling_error(*token_data([VALUES], [5]), rows)
@@ -298,14 +308,15 @@ def test_sampling_error_is_that_of_all_samples(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_sampling_error_is_unbiased_where_few_positions_are_cached(rows: int) -> None:
-    """Every sample of three as a response: together they say what all five positions say."""
+    """If each sample of three of the five positions is cached as a response of its own, the error
+    is on average that of a response with all five cached."""
     cached = [list(some) for some in combinations(VALUES, 3)]
     found = sampling_error(*token_data(cached, [5] * len(cached)), rows)
     assert found == pytest.approx(sampling_error(*token_data([VALUES], [5]), rows))
 
 
 def test_responses_without_a_variance_are_left_out() -> None:
-    """One row of nine positions says nothing of their spread; one of one has none."""
+    """One cached row of nine positions has an unknown variance, one of one position has none."""
     alone = sampling_error(*token_data([VALUES], [5]), 2)
     assert sampling_error(*token_data([[7.0], VALUES, []], [9, 5, 3]), 2) == alone
     nats, _ = sampling_error(*token_data([[7.0], VALUES], [1, 5]), 2)
@@ -314,7 +325,7 @@ def test_responses_without_a_variance_are_left_out() -> None:
     assert sampling_error(*token_data([[7.0]], [9]), 2) == (None, None)
 
 
-def test_a_change_lost_in_noise_has_no_relative_error() -> None:
+def test_a_change_smaller_than_its_noise_has_no_relative_error() -> None:
     nats, relative = sampling_error(*token_data([[1.0, -1.0]], [50]), 2)
     assert nats == pytest.approx((50**2 * (1 / 2 - 1 / 50) * 2) ** 0.5)
     assert relative is None
@@ -344,7 +355,7 @@ def test_the_smallest_settings_within_the_target_are_recommended(tmp_path: Path)
     assert (none.token_rows, none.token_rows_error) == (8, relative[3])
 
 
-def test_advice_names_what_is_left_to_try(tmp_path: Path) -> None:
+def test_advice_names_the_options_that_can_help(tmp_path: Path) -> None:
     make(tmp_path)
     errors = measure_estimators(tmp_path)
     assert advice(errors, "grm") == (
@@ -356,7 +367,7 @@ def test_advice_names_what_is_left_to_try(tmp_path: Path) -> None:
     assert "'all'" in advice(replace(errors, vocabulary=32_768), "preserve")
 
 
-def test_one_row_a_response_has_no_sampling_error(tmp_path: Path) -> None:
+def test_one_row_per_response_gives_no_sampling_error(tmp_path: Path) -> None:
     make(tmp_path, rows=1)
     errors = measure_estimators(tmp_path)
     assert [(entry.token_rows, entry.nats) for entry in errors.sampling] == [(1, None)] * 2
@@ -382,7 +393,8 @@ def test_the_command_prints_tables_and_settings(embrm: Any, tmp_path: Path) -> N
 
 
 def test_the_command_prints_json(embrm: Any, tmp_path: Path) -> None:
-    make(tmp_path, rows=1)  # with entries that are null
+    make(tmp_path, rows=1)  # so that some entries are null
+
     out = embrm("cache", "probe", tmp_path, "--regularizer", "--sample", 5, "--json").out
     found = json.loads(out, parse_constant=pytest.fail)
     assert set(found) == set(EstimatorErrors.__dataclass_fields__)
