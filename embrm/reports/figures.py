@@ -1,4 +1,4 @@
-"""The report's figures, as PNG and SVG bytes: the same numbers give the same bytes."""
+"""Figures of a sweep's report. The same numbers give the same PNG and SVG bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,22 +24,24 @@ from embrm.core.drawing import (
 from embrm.core.table import printable
 from embrm.results.comparison import Comparison
 
-_NEAR = 0.25
-"""Share of an axis by which it is widened, where that suffices to show a reference line."""
+_MOST_BEYOND = 0.25
+"""A reference line at most this share of the axis beyond its ends is drawn; the axis grows."""
 
 
 def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str, bytes]:
-    """File name to content, for every figure the sweep has data for.
+    """Draw the figures that the sweep has data for; file name, such as "ranked.png" → content.
 
-    ranked: estimates and differences to the baseline of the `top` configurations.
-    id_vs_ood: accuracy in and out of distribution, where there are splits of both kinds.
-    curves: validation NLL and accuracy over epochs. curves: name, run_id, epoch,
-    validation_nll, validation_accuracy.
+    ranked: estimates, and differences to the baseline, of the best `top` configurations.
+    id_vs_ood: accuracy out of distribution against accuracy in distribution.
+    curves: validation NLL and accuracy by epoch, of the best configurations and the baseline.
+
+    The argument `curves` has the columns name (of the configuration), run_id, epoch,
+    validation_nll and validation_accuracy.
     """
     made = {"ranked": _ranked(comparison, top)}
-    sides = _sides(comparison)
-    if sides:
-        made["id_vs_ood"] = _id_vs_ood(comparison, *sides)
+    scatter = _scatter_axes(comparison)
+    if scatter:
+        made["id_vs_ood"] = _id_vs_ood(comparison, *scatter)
     names = comparison.best(len(CURVES) - 1)
     curves = curves.filter(pl.col("name").is_in(names)).drop_nulls("validation_nll")
     if curves["epoch"].n_unique() > 1:
@@ -72,7 +74,7 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
                 value, low, high = (rows[name][key] for key in keys)
                 if value is None:
                     continue
-                color, filled = _verdict(rows[name], name == comparison.baseline)
+                color, filled = _color_and_fill(rows[name], name == comparison.baseline)
                 if low is not None:
                     axis.plot(
                         [scale * low, scale * high],
@@ -99,7 +101,8 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
             axis.spines["left"].set_visible(False)
             axis.xaxis.set_major_locator(MaxNLocator(6))
         axes[0].set_xlabel(_label(comparison))
-        entries: dict[str, Any] = {}  # a line or several, which matplotlib's stubs do not know
+        # Values are artists or tuples of them, which matplotlib's stubs cannot express.
+        entries: dict[str, Any] = {}
         if comparison.baseline is not None:
             reference = rows[comparison.baseline]["estimate"]
             if reference is not None:
@@ -113,12 +116,12 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
                 "above the baseline": dot(BLUE),
                 "below": dot(ORANGE),
                 "interval excludes 0, Holm p ≥ 0.05": (dot(BLUE, False), dot(ORANGE, False)),
-                "not told apart": dot(GREY),
+                "not distinguishable": dot(GREY),
                 "baseline": dot(BLACK, False),
             }
         length = comparison.longer_is_better()
         low, high = axes[0].get_xlim()
-        near = _NEAR * (high - low)
+        near = _MOST_BEYOND * (high - low)
         if length is not None and low - near <= scale * length <= high + near:
             entries["longer is better"] = axes[0].axvline(
                 scale * length, color=BLACK, linewidth=1.1, linestyle=":"
@@ -136,8 +139,8 @@ def _ranked(comparison: Comparison, top: int) -> Callable[[], Figure]:
     return draw
 
 
-def _verdict(row: dict[str, float | None], is_baseline: bool) -> tuple[str, bool]:
-    """Colour of a row and whether its dot is filled: hollow where Holm's p is not below 0.05."""
+def _color_and_fill(row: dict[str, float | None], is_baseline: bool) -> tuple[str, bool]:
+    """Choose a configuration's colour, and whether its dot is filled (Holm-adjusted p < 0.05)."""
     difference, low, high = row["difference"], row["difference_low"], row["difference_high"]
     if difference is None or low is None or high is None:
         return BLACK, not is_baseline
@@ -148,18 +151,19 @@ def _verdict(row: dict[str, float | None], is_baseline: bool) -> tuple[str, bool
 
 
 @dataclass(frozen=True)
-class _Side:
-    """An axis of the scatter: accuracy in percent by configuration, and of what."""
+class _ScatterAxis:
+    """One axis of the scatter plot: its label, and configuration → accuracy in percent."""
 
     label: str
     accuracy: dict[str, float]
 
 
-def _sides(comparison: Comparison) -> tuple[_Side, _Side] | None:
-    """In distribution against out of it; None where one side is missing.
+def _scatter_axes(comparison: Comparison) -> tuple[_ScatterAxis, _ScatterAxis] | None:
+    """Choose the axes: in distribution, then out of distribution; None if one has no accuracies.
 
-    Splits named "ood..." are out of distribution and the others in. Where no name says so, all of
-    them are set against the training prompts held out for validation; also where all say so.
+    Splits whose names start with "ood" are out of distribution, and the others in distribution. If
+    all of the splits are on one side, the x axis is the accuracy on the training prompts held out
+    for validation, and the y axis the mean over all splits.
     """
     scored = comparison.scores.filter(pl.col("metric") == "accuracy")
     splits = [split for split in comparison.splits if split in scored["split"]]
@@ -167,19 +171,19 @@ def _sides(comparison: Comparison) -> tuple[_Side, _Side] | None:
     inside = [split for split in splits if split not in outside] if outside else []
     outside = outside or splits
 
-    def side(names: list[str]) -> _Side:
+    def mean_over(names: list[str]) -> _ScatterAxis:
         means = (
             scored.filter(pl.col("split").is_in(names))
             .group_by("name")
             .agg(pl.col("estimate").mean())
             .drop_nulls()
         )
-        return _Side(f"Accuracy, {_listed(names)} (%)", _percent(means))
+        return _ScatterAxis(f"Accuracy, {_split_names(names)} (%)", _percent(means))
 
-    held_out = _Side(
+    held_out = _ScatterAxis(
         "Accuracy, held-out training prompts (%)", _percent(comparison.validation.drop_nulls())
     )
-    x, y = side(inside) if inside else held_out, side(outside)
+    x, y = mean_over(inside) if inside else held_out, mean_over(outside)
     return (x, y) if x.accuracy.keys() & y.accuracy.keys() else None
 
 
@@ -187,7 +191,9 @@ def _percent(means: pl.DataFrame) -> dict[str, float]:
     return {name: 100 * share for name, share in means.iter_rows()}
 
 
-def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callable[[], Figure]:
+def _id_vs_ood(
+    comparison: Comparison, inside: _ScatterAxis, outside: _ScatterAxis
+) -> Callable[[], Figure]:
     def draw() -> Figure:
         x, y = inside.accuracy, outside.accuracy
         names = sorted(x.keys() & y.keys())
@@ -221,7 +227,7 @@ def _id_vs_ood(comparison: Comparison, inside: _Side, outside: _Side) -> Callabl
             color=BLUE,
             markersize=5.5,
             linewidth=1.0,
-            label="front: nothing better on both",
+            label="Pareto front",
         )
         labelled = list(front)
         if comparison.baseline in names:
@@ -280,7 +286,7 @@ def _learning_curves(
                         pl.col(column).min().alias("low"),
                         pl.col(column).max().alias("high"),
                     )
-                    .filter(pl.col("seeds") == pl.col("seeds").max())  # a seed may stop early
+                    .filter(pl.col("seeds") == pl.col("seeds").max())  # Seeds may stop early.
                     .sort("epoch")
                 )
                 epochs = band["epoch"].to_numpy()
@@ -313,7 +319,7 @@ def _learning_curves(
     return draw
 
 
-def _listed(splits: list[str]) -> str:
+def _split_names(splits: list[str]) -> str:
     if len(splits) == 1:
         return printable(splits[0])
     listed = ", ".join(printable(split) for split in splits)

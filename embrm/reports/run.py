@@ -1,5 +1,7 @@
-"""The report of a sweep folder, or of its confirmation: written next to the results, and handed to
-the caller."""
+"""Write the report of a sweep, or of its confirmation by fine-tuning: Markdown, JSON and figures.
+
+The same results also go back to the caller, which prints some of the tables.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -45,18 +47,20 @@ _CAPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was found and where it was written. `tables` are those the terminal shows."""
+    """The results of a sweep's report, and the files that hold them."""
 
     comparison: Comparison
     reliability: pl.DataFrame
-    """As of `sweep.reliability`, of the best configuration and the baseline; empty without it."""
+    """Bins of the best configuration and of the baseline, with the columns of
+    `measure_reliability`; empty if they could not be computed."""
     notes: tuple[str, ...]
-    """What was left out, and why."""
+    """What the report leaves out, and why."""
     tables: tuple[Table, ...]
+    """The tables that the terminal shows; report.md has more."""
     files: tuple[Path, ...]
 
     def json(self) -> str:
-        """Every number of the report, to 12 significant digits."""
+        """Encode the comparison and the reliability, floats to 12 significant digits."""
         return _json({**vars(self.comparison), "reliability": self.reliability})
 
 
@@ -69,18 +73,20 @@ def report(
     cache: Path | None = None,
     out: Path | None = None,
 ) -> Report:
-    """Write report.md, report.json and figures/*.png, *.svg of the sweep in `folder`.
+    """Write report.md, report.json and figures/*.png and *.svg of the sweep in `folder`.
 
-    rank_by: an evaluation split, "ood" for the mean over all named "ood/...", or None for the mean
-        over all not named "train...".
-    baseline: the configuration that all others are compared with; the spec's unless given.
-    top: configurations to show; the JSON always holds all of them.
-    cache: where it is now, if it has moved: reliability is of rewards computed again, and is left
-        out where that cannot be, unless a cache is named.
-    out: where to write; the sweep folder unless given.
+    rank_by: an evaluation split, "ood" for the mean over all splits named "ood/...", or None for
+        the mean over all splits not named "train...".
+    baseline: the configuration that all others are compared with; by default the spec's.
+    top: number of configurations to show; the JSON always holds all of them.
+    cache: the cache's current path, if it has moved. Reliability needs the cache, because rewards
+        are computed again. If `cache` is not given, an unusable cache is not an error: the report
+        leaves reliability out and says so.
+    out: folder to write to; by default the sweep's.
     The same results and cache give the same bytes.
 
-    Raises: UserError where the sweep has no finished runs or a name is wrong.
+    Raises: UserError if the sweep has no finished runs, `rank_by` or `baseline` names nothing, or a
+    `cache` that was given cannot be used.
     """
     results = open_results(folder)
     comparison = compare_results(results, rank_by=rank_by, baseline=baseline)
@@ -105,7 +111,7 @@ def report(
 def report_figures(
     results: Results, *, rank_by: str | None = None, baseline: str | None = None, top: int = 20
 ) -> dict[str, bytes]:
-    """The figures of the report: file name → content; those of reliability need `report`."""
+    """Draw the report's figures, except that of reliability; file name → content."""
     comparison = compare_results(results, rank_by=rank_by, baseline=baseline)
     return _images(results, comparison, pl.DataFrame(), top)
 
@@ -127,9 +133,8 @@ def _images(
 def _reliability(
     results: Results, comparison: Comparison, cache: Path | None
 ) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """As `Report` has it, and its notes; nothing of fine-tuned models, which score no cached
-    states."""
-    if results.finetuned:
+    """Measure `Report.reliability`; return it and the notes on why it is empty."""
+    if results.finetuned:  # Only heads can score cached states again.
         return pl.DataFrame(), ()
     try:
         return measure_reliability(results, compared_names(comparison), cache), ()
@@ -141,19 +146,20 @@ def _reliability(
 
 @dataclass(frozen=True)
 class ConfirmationReport:
-    """What was found and where it was written. `tables` are those the terminal shows."""
+    """The results of a confirmation's report, and the files that hold them."""
 
     confirmation: Confirmation
     tables: tuple[Table, ...]
+    """The tables that the terminal shows; confirm.md has more."""
     files: tuple[Path, ...]
 
     def json(self) -> str:
-        """Every number of the confirmation, to 12 significant digits."""
+        """Encode the confirmation, floats to 12 significant digits."""
         return _json(vars(self.confirmation))
 
 
 def confirmation_report(confirmation: Confirmation, out: Path) -> ConfirmationReport:
-    """Write confirm.md, confirm.json and figures/agreement.png, *.svg to `out`."""
+    """Write confirm.md, confirm.json and figures/agreement.png and .svg to the folder `out`."""
     shown = confirmation_tables(confirmation)
     images = drawn({"agreement": confirmation_figure(confirmation)})
     tuned = len({match.full for match in confirmation.matches})
@@ -204,7 +210,8 @@ def _json(found: Mapping[str, Any]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """For JSON, floats to 12 digits: the last ones depend on the machine's order of summation."""
+    """Convert to what JSON can hold; floats are rounded to 12 significant digits, because further
+    digits depend on the machine's order of summation."""
     if isinstance(value, pl.DataFrame):
         return _rounded(value.to_dicts())
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Figures exist where there is something to draw, and equal numbers give equal bytes."""
+"""Which figures are drawn, what they show, and that equal numbers give equal bytes."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ def drawn() -> dict[str, bytes]:
     return figures(COMPARISON, CURVES, 20)
 
 
-def test_all_three_as_png_and_svg(drawn: dict[str, bytes]) -> None:
+def test_all_three_figures_are_drawn_as_png_and_svg(drawn: dict[str, bytes]) -> None:
     assert sorted(drawn) == sorted(
         f"{name}.{suffix}"
         for name in ("ranked", "id_vs_ood", "curves")
@@ -33,27 +33,27 @@ def test_all_three_as_png_and_svg(drawn: dict[str, bytes]) -> None:
         assert content.startswith(start)
 
 
-def test_same_bytes_again_and_from_shuffled_tables(drawn: dict[str, bytes]) -> None:
+def test_row_order_does_not_change_the_bytes(drawn: dict[str, bytes]) -> None:
     assert figures(COMPARISON, CURVES.sample(fraction=1, shuffle=True, seed=3), 20) == drawn
 
 
-def test_no_date_in_the_file(drawn: dict[str, bytes]) -> None:
+def test_files_hold_no_date(drawn: dict[str, bytes]) -> None:
     assert b"dc:date" not in drawn["ranked.svg"]
     assert b"tEXt" not in drawn["ranked.png"]
 
 
 def test_names_are_not_read_as_mathematics(drawn: dict[str, bytes]) -> None:
-    # the svg names each drawn text in a comment
+    # matplotlib writes each drawn text into a comment of the SVG.
     assert b"hinge|$x_1$ [red]*" in drawn["ranked.svg"]
 
 
-def test_names_no_font_can_draw_or_mathtext_parse_do_no_harm() -> None:
+def test_names_with_missing_glyphs_or_broken_mathtext_are_drawn() -> None:
     ledger = SWEEP.ledger.with_columns(pl.col("config").replace("bad", "奖励 $\\frac{ \x1b"))
     comparison = compare_tables("odd", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     assert "ranked.png" in figures(comparison, NO_CURVES, 20)
 
 
-def test_scatter_falls_back_on_held_out_training_prompts() -> None:
+def test_scatter_without_in_distribution_splits_uses_held_out_training_prompts() -> None:
     ood = compare_tables(
         "ood", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("ood/maths", "ood/chat_hard"), "bt"
     )
@@ -67,15 +67,16 @@ def ranked(comparison: Comparison) -> bytes:
 
 
 def dots(comparison: Comparison, color: bytes) -> tuple[int, int]:
-    """Filled and hollow markers of a colour in the two panels, and in the legend."""
+    """Count the filled and the hollow markers of a colour in the two panels and the legend."""
     uses = re.findall(rb'<use [^>]*style="([^"]*)"', ranked(comparison))
     own = [style for style in uses if b"stroke: " + color in style]
     filled = sum(b"fill: " + color in style for style in own)
     return filled, len(own) - filled
 
 
-def test_dots_are_filled_only_where_holm_tells_them_apart() -> None:
-    # "bsr" is above and "bad" below: a dot in both panels, and the legend has one of each kind
+def test_dots_are_filled_only_if_the_holm_adjusted_p_is_small() -> None:
+    # Blue is "bsr", above the baseline, and orange is "bad", below it: each has a filled dot in
+    # both panels, and the legend has one filled and one hollow dot of each colour.
     assert dots(COMPARISON, BLUE) == dots(COMPARISON, ORANGE) == (3, 1)
     unsure = COMPARISON.ranking.with_columns(p_holm=pl.lit(0.05))
     hollow = dataclasses.replace(COMPARISON, ranking=unsure)
@@ -84,13 +85,15 @@ def test_dots_are_filled_only_where_holm_tells_them_apart() -> None:
 
 
 @pytest.mark.parametrize(("share", "drawn"), [(0.625, True), (0.05, False), (1.0, False)])
-def test_longer_is_better_is_drawn_where_it_is_near(share: float, drawn: bool) -> None:
+def test_the_longer_is_better_line_is_drawn_only_near_the_estimates(
+    share: float, drawn: bool
+) -> None:
     lengths = COMPARISON.lengths.with_columns(estimate=pl.lit(share))
     comparison = dataclasses.replace(COMPARISON, lengths=lengths)
     assert (b"longer is better" in ranked(comparison)) == drawn
 
 
-def test_the_axis_says_over_what() -> None:
+def test_the_axis_names_metric_and_splits() -> None:
     assert b"Mean accuracy over 3 splits (%)" in ranked(COMPARISON)
     one = compare_tables(
         "one", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", rank_by="id"
@@ -102,17 +105,17 @@ def test_the_axis_says_over_what() -> None:
     assert "Kendall τ-b, groups".encode() in ranked(groups)
 
 
-def test_no_curves_no_figure() -> None:
+def test_without_curves_there_is_no_figure_of_them() -> None:
     assert "curves.png" not in figures(COMPARISON, NO_CURVES, 20)
 
 
-def test_groups_alone_draw_the_ranking() -> None:
+def test_a_sweep_with_groups_only_has_only_the_ranking_figure() -> None:
     groups = compare_tables(
         "groups", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, ("groups",), "bt"
     )
     assert sorted(figures(groups, NO_CURVES, 20)) == ["ranked.png", "ranked.svg"]
 
 
-def test_without_a_baseline() -> None:
+def test_figures_need_no_baseline() -> None:
     comparison = compare_tables("free", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, None)
     assert len(figures(comparison, CURVES, 2)) == 6

@@ -1,4 +1,4 @@
-"""The report of a sweep folder, from files to files."""
+"""The report of a sweep folder: files read, files written."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_writes_beside_the_results(folder: Path) -> None:
+def test_the_report_is_written_to_the_sweep_folder(folder: Path) -> None:
     found = report(folder)
     assert {path.name for path in found.files} == FILES
     assert all(path.is_file() for path in found.files)
@@ -50,7 +50,7 @@ def test_writes_beside_the_results(folder: Path) -> None:
     assert found.tables[0].title.startswith("Ranking by accuracy %")
 
 
-def test_without_its_cache_reliability_is_left_out_and_said(folder: Path) -> None:
+def test_without_the_cache_the_report_notes_that_reliability_is_missing(folder: Path) -> None:
     found = report(folder)
     (note,) = found.notes
     assert note.startswith("no reliability diagrams: the sweep's cache was at cache/x")
@@ -60,7 +60,7 @@ def test_without_its_cache_reliability_is_left_out_and_said(folder: Path) -> Non
         report(folder, cache=folder / "elsewhere")
 
 
-def test_json_holds_every_configuration_whatever_is_shown(folder: Path) -> None:
+def test_json_holds_every_configuration_whatever_top_is(folder: Path) -> None:
     found = report(folder, top=1)
     content = json.loads((folder / "report.json").read_text())
     assert found.json() == (folder / "report.json").read_text()
@@ -73,20 +73,20 @@ def test_json_holds_every_configuration_whatever_is_shown(folder: Path) -> None:
     )
 
 
-def test_same_bytes_again_and_elsewhere(folder: Path, tmp_path: Path) -> None:
+def test_a_second_report_in_another_folder_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     report(folder)
     first = {name: content for name, content in contents(folder).items() if name in FILES}
     report(folder, out=tmp_path / "elsewhere")
     assert contents(tmp_path / "elsewhere") == first
 
 
-def test_rank_by_reaches_the_table(folder: Path) -> None:
+def test_rank_by_chooses_the_splits_of_the_ranking(folder: Path) -> None:
     assert report(folder, rank_by="ood/maths").tables[0].title == "Ranking by accuracy %: ood/maths"
     with pytest.raises(UserError, match="rank_by = 'nowhere'"):
         report(folder, rank_by="nowhere")
 
 
-def test_another_baseline_reaches_the_differences(folder: Path) -> None:
+def test_another_baseline_can_be_chosen(folder: Path) -> None:
     ranking = report(folder, baseline="bsr[lr=0.01]").comparison.ranking
     own = ranking.filter(pl.col("name") == "bsr[lr=0.01]")
     assert own["difference"].null_count() == 1
@@ -95,12 +95,12 @@ def test_another_baseline_reaches_the_differences(folder: Path) -> None:
         report(folder, baseline="bsr[lr=0.1]")
 
 
-def test_leaked_prompts_reach_the_table(folder: Path) -> None:
+def test_leaked_prompts_add_a_table(folder: Path) -> None:
     titles = [table.title for table in report(folder).tables]
     assert "Accuracy % without prompts seen in training" in titles
 
 
-def test_geometry_reaches_tables_and_json_where_it_was_measured(folder: Path) -> None:
+def test_geometry_is_in_tables_and_json_if_it_was_measured(folder: Path) -> None:
     assert json.loads(report(folder).json())["geometry"] == []
     assert "Geometry" not in (folder / "report.md").read_text()
     (folder / "geometry.parquet").write_bytes(parquet(small_geometry()))
@@ -116,6 +116,6 @@ def test_geometry_reaches_tables_and_json_where_it_was_measured(folder: Path) ->
     assert by_name["bsr[lr=0.01]"]["drift"] == 0.001
 
 
-def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sweep results in"):
         report(tmp_path)

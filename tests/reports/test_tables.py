@@ -1,4 +1,4 @@
-"""Tables as a reader sees them: complete, escaped, inside 100 columns."""
+"""The report's tables as printed: their numbers, notes, escaping and width."""
 
 import io
 import re
@@ -48,14 +48,14 @@ def test_ranking_rows() -> None:
     assert "bad: 1 runs diverged" in ranking.note
 
 
-def test_top_keeps_the_baseline() -> None:
+def test_the_baseline_is_shown_whatever_top_is() -> None:
     for table in terminal_tables(COMPARISON, top=1):
         if table.columns[0] == "configuration" and "minus" not in table.title:
             assert [row[0] for row in table.rows][:2] == ["bsr[lr=0.01]", "bt"]
     assert "2 more configurations" in terminal_tables(COMPARISON, top=1)[0].note
 
 
-def test_one_seed_is_marked() -> None:
+def test_configurations_with_one_seed_are_marked() -> None:
     sweep = small_sweep(seeds=1)
     comparison = compare_tables("one", sweep.ledger, sweep.prompts, sweep.outcomes, SPLITS, "bt")
     ranking = terminal_tables(comparison, top=4)[0]
@@ -93,7 +93,7 @@ def test_long_names_break_at_their_punctuation(width: int, lines: list[str]) -> 
     assert found[2 : 2 + len(lines)] == lines
 
 
-def test_headers_stand_on_their_numbers() -> None:
+def test_headers_are_aligned_with_their_numbers() -> None:
     table = Table("", ("configuration", "reward at T"), (("bt", "57.8"),))
     lines = [line.rstrip() for line in shown(table).splitlines()]
     assert lines[1:] == [f"{'reward at':>23}", "configuration         T", f"bt{'57.8':>21}"]
@@ -132,16 +132,16 @@ def test_epoch_limits_are_marked_and_explained() -> None:
     assert f"° 4 of 4 configurations (bsr[lr=0.01], bt, hinge|$x_1$ [red]*, …) {end}" in every
 
 
-def test_the_ranking_ends_with_the_way_to_scores() -> None:
+def test_the_ranking_ends_with_the_command_that_writes_scores() -> None:
     note = terminal_tables(COMPARISON, 9)[0].note
     command = "embrm scores FOLDER bsr[lr=0.01]-0 --out scores.parquet"
-    assert note.endswith(f"Scores of its pairs: {command}")
+    assert note.endswith(f"Rewards of the best configuration for every pair: {command}")
 
 
 @pytest.mark.parametrize(
     "table", terminal_tables(COMPARISON, 9), ids=lambda table: table.title[:30]
 )
-def test_terminal_shows_every_cell_without_reading_markup(table: Table) -> None:
+def test_terminal_shows_every_cell_and_interprets_no_markup(table: Table) -> None:
     text = shown(table, width=200)
     for row in table.rows:
         for column, cell in zip(table.columns, row, strict=True):
@@ -164,7 +164,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
     matrix = next(table for table in tables if table.title == "Accuracy % by split")
     assert matrix.columns[1:] == tuple(long[:8])
     for row in matrix.rows:
-        assert all(cell in shown(matrix) for cell in row[1:])  # no number is broken in two
+        assert all(cell in shown(matrix) for cell in row[1:])  # No number is wrapped.
     more = compare_tables("wider", SWEEP.ledger, prompts, outcomes, long, "bt")
     widths = [len(t.columns) for t in terminal_tables(more, 9) if t.title == "Accuracy % by split"]
     assert widths == [7, 6]
@@ -175,7 +175,7 @@ def test_eight_long_splits_fit_a_hundred_columns() -> None:
     [*terminal_tables(COMPARISON, 9), *markdown_tables(COMPARISON, 9)],
     ids=lambda table: table.title[:30],
 )
-def test_markdown_is_a_rectangle_of_escaped_cells(table: Table) -> None:
+def test_markdown_rows_have_all_cells_escaped(table: Table) -> None:
     lines = [line for line in markdown(table).splitlines() if line.startswith("|")]
     assert len(lines) == len(table.rows) + 2
     for line, row in zip(lines[2:], table.rows, strict=True):
@@ -183,7 +183,7 @@ def test_markdown_is_a_rectangle_of_escaped_cells(table: Table) -> None:
         assert len(row) == len(table.columns)
 
 
-def test_escaping() -> None:
+def test_markdown_and_control_characters_are_escaped() -> None:
     assert escape("a|b_c$ <b> `x` [y](z)") == r"a\|b\_c\$ \<b\> \`x\` \[y\](z)"
     assert escape("two\nlines\x1b[31m").count("\N{REPLACEMENT CHARACTER}") == 2
     assert "\n" not in escape("two\nlines")
@@ -191,7 +191,7 @@ def test_escaping() -> None:
     assert backslash == r"\\\|"
 
 
-def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
+def test_subsets_and_calibration_by_split_are_in_markdown_only() -> None:
     titles = [table.title for table in markdown_tables(COMPARISON, 9)]
     assert titles[0] == "Accuracy % by subset"
     assert "Calibration: ood/maths" in titles
@@ -200,13 +200,15 @@ def test_subsets_and_calibration_per_split_are_in_the_long_form() -> None:
     assert "\x1b" not in markdown(subsets) + shown(subsets)
 
 
-def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
+def test_the_ranking_names_splits_too_small_for_an_interval() -> None:
     small = SWEEP.without(pl.col("split") == "ood/maths", pl.col("prompt_id") != "ood/maths 7")
     tables = small.ledger, small.prompts, small.outcomes
     one = compare_tables("one", *tables, SPLITS, "bt")
     ranking = terminal_tables(one, 9)[0]
     assert ranking.title.endswith("mean over id, ood/chat_hard")
-    assert "Left out of the mean, fewer than 2 prompts: ood/maths." in ranking.note
+    assert (
+        "Left out of the mean, because they have fewer than 2 prompts: ood/maths." in ranking.note
+    )
     assert "95 % intervals" in ranking.note
     alone = terminal_tables(compare_tables("alone", *tables, ["ood/maths"], "bt"), 9)[0]
     assert "No intervals: too few prompts" in alone.note
@@ -215,7 +217,7 @@ def test_the_ranking_says_which_splits_are_too_small_for_it() -> None:
     assert "Left out" not in terminal_tables(COMPARISON, 9)[0].note
 
 
-def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
+def test_a_split_without_defined_outcomes_has_no_prompts() -> None:
     prompts, outcomes = (
         pl.concat([table, table.filter(split="groups").with_columns(split=pl.lit("empty"))])
         for table in (SWEEP.prompts, SWEEP.outcomes)
@@ -227,49 +229,52 @@ def test_a_split_with_nothing_to_count_has_no_prompts() -> None:
     assert tables["Evaluation splits"].rows[-1] == ("empty", "0", "0", "n/a", "0")
 
 
-def calibration_without(temperature: pl.Expr) -> Table:
-    """The calibration table when the runs selected have no temperature."""
+def calibration_without_temperature(missing: pl.Expr) -> Table:
+    """Make the calibration table when the runs that match `missing` have no temperature."""
     calibrated = pl.col("^.*_calibrated@.*$")
-    ledger = SWEEP.ledger.with_columns(pl.when(~temperature).then(calibrated))
+    ledger = SWEEP.ledger.with_columns(pl.when(~missing).then(calibrated))
     comparison = compare_tables("cold", ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt")
     return next(t for t in terminal_tables(comparison, 9) if t.title.startswith("Calibration"))
 
 
-def test_runs_without_a_temperature_have_no_numbers_at_it() -> None:
+def test_runs_without_a_temperature_show_no_calibrated_metrics() -> None:
     def at_t(table: Table) -> dict[str, set[str]]:
         columns = [index for index, name in enumerate(table.columns) if name.endswith(" at T")]
         assert len(columns) == 3
         return {row[1]: {row[index] for index in columns} for row in table.rows}
 
-    fitted, none_fits = "fitted on the validation pairs.", "n/a at T: there are no validation pairs"
-    all_known = calibration_without(pl.lit(False))
+    fitted, none_fits = (
+        "fitted on the validation pairs.",
+        "n/a at T: no temperature could be fitted",
+    )
+    all_known = calibration_without_temperature(pl.lit(False))
     assert set.union(*at_t(all_known).values()) == {"0.250"}
     assert fitted in all_known.note
     assert none_fits not in all_known.note
-    some = calibration_without(pl.col("config") == "bad")
+    some = calibration_without_temperature(pl.col("config") == "bad")
     assert at_t(some)["bad"] == {"n/a"}
     assert at_t(some)["bt"] == {"0.250"}
     assert fitted in some.note
     assert none_fits in some.note
-    none = calibration_without(pl.lit(True))
+    none = calibration_without_temperature(pl.lit(True))
     assert set.union(*at_t(none).values()) == {"n/a"}
     assert fitted not in none.note
     assert none_fits in none.note
 
 
-def measured(geometry: pl.DataFrame, splits: tuple[str, ...] = SPLITS) -> Comparison:
+def with_geometry(geometry: pl.DataFrame, splits: tuple[str, ...] = SPLITS) -> Comparison:
     tables = SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes
     return compare_tables("moved", *tables, splits, "bt", geometry=geometry)
 
 
-def of_geometry(tables: list[Table]) -> list[Table]:
+def geometry_tables(tables: list[Table]) -> list[Table]:
     return [table for table in tables if table.title.startswith("Geometry")]
 
 
 def test_geometry_of_adapters_is_shown_on_train_and_out_of_distribution() -> None:
-    comparison = measured(small_geometry())
-    trained, outside = of_geometry(terminal_tables(comparison, 9))
-    assert not of_geometry(markdown_tables(comparison, 9))
+    comparison = with_geometry(small_geometry())
+    trained, outside = geometry_tables(terminal_tables(comparison, 9))
+    assert not geometry_tables(markdown_tables(comparison, 9))
     assert trained.title == "Geometry: train"
     assert outside.title == "Geometry: mean over ood/chat_hard, ood/maths"
     columns = ("norm", "CV", "effective rank", "drift", "drift token rows", "KL token rows")
@@ -280,28 +285,28 @@ def test_geometry_of_adapters_is_shown_on_train_and_out_of_distribution() -> Non
     moved = ("26.000", "0.5", "0.500", "0.026", "0.026", "0.026", "0.026", "0.500", "0.500")
     assert by_name["bsr[lr=0.01]"] == moved
     assert by_name["bt"] == (*moved[:3], *["n/a"] * 4, *moved[7:])
-    assert "an adapter may move it and leave token rows alone" in trained.note
-    assert outside.note.startswith("n/a: drift is of adapters and fine-tunes")
-    everywhere = of_geometry(terminal_tables(measured(small_geometry(tuple(SKILL))), 9))
+    assert "an adapter may move the state that the reward reads" in trained.note
+    assert outside.note.startswith("n/a: drift needs an adapter or a fine-tune")
+    everywhere = geometry_tables(terminal_tables(with_geometry(small_geometry(tuple(SKILL))), 9))
     assert "n/a" not in "".join(table.note for table in everywhere)
-    few = of_geometry(terminal_tables(comparison, 1))
+    few = geometry_tables(terminal_tables(comparison, 1))
     assert [row[1] for row in few[0].rows] == ["bsr[lr=0.01]", "bt"]
 
 
-def test_geometry_without_adapters_is_in_the_long_form_without_empty_columns() -> None:
-    comparison = measured(small_geometry(adapters=()), splits=("id",))
-    assert not of_geometry(terminal_tables(comparison, 9))
-    found = of_geometry(markdown_tables(comparison, 9))
+def test_geometry_without_adapters_is_in_markdown_only_and_has_no_empty_columns() -> None:
+    comparison = with_geometry(small_geometry(adapters=()), splits=("id",))
+    assert not geometry_tables(terminal_tables(comparison, 9))
+    found = geometry_tables(markdown_tables(comparison, 9))
     assert [table.title for table in found] == ["Geometry: train", "Geometry: id"]
     columns = ("#", "configuration", "norm", "CV", "effective rank", "corr length", "corr S")
     assert {table.columns for table in found} == {columns}
     assert "adapter" not in found[0].note + found[1].note
-    assert not of_geometry(markdown_tables(COMPARISON, 9))
+    assert not geometry_tables(markdown_tables(COMPARISON, 9))
 
 
 def test_small_divergences_keep_their_digits_and_fit_eighty_columns() -> None:
     geometry = small_geometry(tuple(SKILL)).with_columns(kl_reward=pl.lit(3.21e-7))
-    table = of_geometry(terminal_tables(measured(geometry), 9))[0]
+    table = geometry_tables(terminal_tables(with_geometry(geometry), 9))[0]
     text = shown(table, width=80)
     assert "3.2e-07" in text
     assert all(cell in text for row in table.rows for cell in row[3:-1])
@@ -309,7 +314,7 @@ def test_small_divergences_keep_their_digits_and_fit_eighty_columns() -> None:
     assert "corr S" in markdown(table)
 
 
-def test_leaks_are_counted() -> None:
+def test_leaked_prompts_are_counted() -> None:
     leaked = {"id": ["id 1", "id 2"]}
     comparison = compare_tables(
         "leaky", SWEEP.ledger, SWEEP.prompts, SWEEP.outcomes, SPLITS, "bt", leaked=leaked
@@ -320,7 +325,7 @@ def test_leaks_are_counted() -> None:
     assert tables["Evaluation splits"].rows[0][-1] == "2"
 
 
-def test_disagreement_is_shown_of_what_has_several_heads() -> None:
+def test_disagreement_is_shown_for_configurations_with_several_heads() -> None:
     assert not any("Disagreement" in table.title for table in markdown_tables(COMPARISON, 9))
     several = pl.col("config").is_in(["bsr[lr=0.01]", "bad"]) & (pl.col("status") == "ok")
     ledger = SWEEP.ledger.with_columns(
@@ -333,6 +338,6 @@ def test_disagreement_is_shown_of_what_has_several_heads() -> None:
     assert table.columns == ("configuration", "id", "ood/maths")
     assert table.rows == (
         ("bsr[lr=0.01]", "0.100 / 0.750", "0.500 / n/a"),
-        ("bad", "0.050 / 0.750", "0.500 / n/a"),  # its last seed diverged
+        ("bad", "0.050 / 0.750", "0.500 / n/a"),  # The last seed diverged.
     )
     assert not any("Disagreement" in table.title for table in terminal_tables(comparison, 9))

@@ -46,8 +46,8 @@ def _tables(comparison: Comparison, shown: list[str], metric: str, label: str) -
                     (name, *(short_difference_text(found[split, name], metric) for split in splits))
                     for name in others
                 ),
-                f"{_HALF_WIDTH} Triangle: the interval excludes 0 (not adjusted for the many "
-                "cells).",
+                f"{_HALF_WIDTH} Triangle: the interval of the paired difference excludes 0, "
+                "without adjustment for the number of comparisons.",
             )
         )
     return tables

@@ -22,10 +22,10 @@ _COLUMNS = {
 }
 """Column of the table → metric of the ledger."""
 
-_WITH_TEMPERATURE = "at T: margins divided by the temperature fitted on the validation pairs."
+_WITH_TEMPERATURE = "at T: with margins divided by the temperature fitted on the validation pairs."
 _WITHOUT_TEMPERATURE = (
-    "n/a at T: there are no validation pairs to fit a temperature on, or a seed ranks all "
-    "of them right, or no more than chance would, and then none fits."
+    "n/a at T: no temperature could be fitted, because there are no validation pairs or because "
+    "the head of at least one seed ranks all of them correctly, or no more than chance would."
 )
 
 

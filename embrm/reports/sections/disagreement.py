@@ -8,9 +8,10 @@ from embrm.reports.sections.layout import across_tables
 from embrm.results.comparison import Comparison
 
 _NOTE = (
-    "Standard deviation over a configuration's heads, standardised on the training responses, mean "
-    "over a split's responses / how well it tells them from those of validation: 0.5 is chance, "
-    "and more a sign that the heads know what is new to them."
+    "Before the slash: standard deviation over the heads of a configuration, whose rewards are "
+    "standardised on the training responses, averaged over the responses of the split. After it: "
+    "AUROC with which this standard deviation tells responses of the split from those of the "
+    "validation pairs; 0.5 is chance, and above it the heads disagree more on the split."
 )
 
 

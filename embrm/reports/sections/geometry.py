@@ -27,17 +27,20 @@ _OF_ANY_SIZE = ("norm_cv", "kl_tokens", "kl_reward")
 """Measures that may be tiny: shown with two significant digits, not three decimals."""
 
 _MOVED = (
-    "Compare drift with drift at token rows: regularizers act there, before the last token, and "
-    "the reward reads the last, so an adapter may move it and leave token rows alone. KL, in nats, "
-    "is near 0 wherever the next token is certain, as it often is at the reward position."
+    "Drift: how far training moved the states, relative to their norm. Compare it with the drift "
+    "at token rows, the positions before the last token where regularizers act: an adapter may "
+    "move the state that the reward reads and leave those at token rows alone. KL, in nats, is "
+    "near 0 wherever the next token is nearly certain, as it often is at the reward position."
 )
 _NOT_MOVED = (
-    "n/a: drift is of adapters and fine-tunes, KL of adapters; token rows must be in the cache; KL "
-    "at the reward position is of state = last."
+    "n/a: drift needs an adapter or a fine-tune, and KL an adapter; columns of token rows need a "
+    "cache that has them; KL at the reward position needs state = last."
 )
 _SAMPLED = (
-    f"On at most {SAMPLE} responses a split, whose number bounds the effective rank; what does not "
-    "say token rows is of the states that the reward reads."
+    f"Measured on at most {SAMPLE} responses of each split, which bounds the effective rank, and, "
+    "except in columns of token rows, on the states that the reward reads. CV: standard "
+    "deviation of the norms / their mean. corr: correlation of the reward with the response's "
+    "length in tokens, and with S, its log-probability under the language model."
 )
 
 

@@ -61,13 +61,14 @@ def _notes(comparison: Comparison, shown: int) -> list[str]:
         notes = [
             "Square brackets: 95 % intervals, bootstrap over prompts and seeds.",
             "Up or down triangle: the interval of the paired difference excludes 0.",
-            "Holm p: adjusted for all configurations compared; trust it before the triangles.",
+            "Holm p: p value of the difference, adjusted for the number of configurations "
+            "compared; where it disagrees with a triangle, trust Holm p.",
         ]
     if comparison.unranked_splits:
         left_out = ", ".join(comparison.unranked_splits)
-        notes.append(f"Left out of the mean, fewer than 2 prompts: {left_out}.")
+        notes.append(f"Left out of the mean, because they have fewer than 2 prompts: {left_out}.")
     if (ranking["seeds"] == 1).any():
-        notes.append("* one seed: variance between seeds is not covered.")
+        notes.append("* one seed: the interval does not cover the variance between seeds.")
     if ranking.height > shown:
         notes.append(f"{ranking.height - shown} more configurations in report.json.")
     notes += [
@@ -83,6 +84,8 @@ def _notes(comparison: Comparison, shown: int) -> list[str]:
         )
     return [
         *notes,
-        "The best of many is partly lucky: confirm it on prompts not used to choose it.",
-        f"Scores of its pairs: embrm scores FOLDER {ranking['run_ids'][0][0]} --out scores.parquet",
+        "The best of many configurations owes part of its lead to luck: confirm it on prompts that "
+        "were not used to choose it.",
+        "Rewards of the best configuration for every pair: embrm scores FOLDER "
+        f"{ranking['run_ids'][0][0]} --out scores.parquet",
     ]

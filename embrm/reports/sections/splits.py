@@ -36,5 +36,6 @@ def split_tables(comparison: Comparison, _top: int) -> list[Table]:
             title="Evaluation splits",
             columns=("split", "pairs", "prompts", "longer is better %", "prompts seen in training"),
             rows=tuple(rows),
+            note="Longer is better: accuracy of always preferring the longer response.",
         )
     ]
