@@ -3,7 +3,11 @@
 A regularizer reads a sample of a response's positions, and at each of them only the largest logits,
 which are cached. Both approximations are compared with exact values over the whole vocabulary,
 computed in float64 from the cached states and the LM head, so the language model is not needed.
-`docs/methods.md` has the definitions.
+
+Notation, as in `docs/methods.md`: δ is a shift of the state h of a position. At h, p is the next
+token's distribution and ℓ the target's log-probability; at h + δ they are p̃ and ℓ̃. S and S̃ are the
+sums of ℓ and ℓ̃ over the positions of a response. The tail is all tokens but the `top_k` with the
+largest logits and the target.
 """
 
 from collections.abc import Iterator
@@ -78,7 +82,6 @@ class SamplingError:
 @dataclass(frozen=True)
 class EstimatorErrors:
     """The errors of a cache's estimators, and the smallest settings with an error up to `target`.
-
 
     grm_top_k, preserve_top_k: the smallest top_k for which the gradient of ℓ̃ - ℓ (of KL) has at
     most that relative error; None if no cached one does. token_rows: the smallest number of token

@@ -134,7 +134,7 @@ def _draw(found: pl.DataFrame, comparison: Comparison) -> Figure:
     for name, color in colors.items():
         for at_temperature in sorted(found.filter(name=name)["at_temperature"].unique()):
             style = _style(color, name == comparison.baseline, at_temperature)
-            what = ", after temperature scaling" if at_temperature else ""
+            what = ", with temperature" if at_temperature else ""
             entries[f"{short_name(name, 36)}{what}"] = Line2D([], [], **style)
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=2)
     return figure

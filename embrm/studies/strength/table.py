@@ -16,8 +16,8 @@ from embrm.metrics.intervals import resample
 from embrm.studies.strength.measure import deciles, with_decile
 
 _CAPTION = (
-    "By decile of preference strength: labels that agree with gold, with 95 % intervals over "
-    "prompts (left), and mean strength with its range in the decile (right)"
+    "By decile of preference strength: labels that agree with gold, if it is known, with 95 % "
+    "intervals over prompts; and mean strength, with the range in the decile"
 )
 
 
