@@ -92,7 +92,9 @@ def suite_scores(
             if split in (named or {}) or len(skipped) == len(splits):
                 raise UserError(f"{split} cannot be scored: {error}") from None
     rows = np.unique(
-        np.concatenate([table[end] for table in tables.values() for end in _ends(table)])
+        np.concatenate(
+            [table[end] for table in tables.values() for end in _response_columns(table)]
+        )
     ).astype(np.int64)
     tokens = pl.Series(source.n_response[rows])
     saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
@@ -103,7 +105,8 @@ def suite_scores(
             suite, main = splits[split], SUITES[splits[split]].main
             # From rows of the cache to columns of `rewards`.
             table = table.with_columns(
-                pl.Series(end, np.searchsorted(rows, table[end])) for end in _ends(table)
+                pl.Series(end, np.searchsorted(rows, table[end]))
+                for end in _response_columns(table)
             )
             each = []
             for own in rewards:
@@ -141,7 +144,7 @@ def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFr
     return (tables.members if SUITES[suite].groups else tables.pairs).filter(split=split)
 
 
-def _ends(table: pl.DataFrame) -> list[str]:
+def _response_columns(table: pl.DataFrame) -> list[str]:
     """The columns whose values are rows of the cache's responses."""
     return [name for name in ("chosen", "rejected", "response") if name in table.columns]
 
