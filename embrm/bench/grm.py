@@ -157,7 +157,7 @@ def _read(material: Material, spec: RunSpec) -> _Read | None:
         both = torch.stack([data.train.chosen[some], data.train.rejected[some]])
         responses, places = both.unique(return_inverse=True)
         chosen, rejected = places
-        weighed = regularizer.weighed(
+        weighed = regularizer.responses_read(
             len(responses), chosen, rejected, data.train.label[some]
         ).numpy()
         drawn = draws.random(len(responses))[weighed]

@@ -165,7 +165,7 @@ class PairTokens(Dataset[dict[str, Any]]):
         weighed = None
         if self._regularizer is not None and self._S is not None:
             chosen, rejected = torch.arange(len(rows)).chunk(2)
-            weighed = self._regularizer.weighed(len(rows), chosen, rejected, label)
+            weighed = self._regularizer.responses_read(len(rows), chosen, rejected, label)
             number = (weighed.cumsum(0) - 1).clamp_min(0)
             of_pairs["numbers"] = number.chunk(2)
             of_pairs["reference"] = self._S[rows[weighed]]

@@ -1,4 +1,4 @@
-"""AdamW over a bank of slots, and the learning rate of a step."""
+"""AdamW for a bank of slots, and the learning-rate schedule."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _ADAM_EPS = 1e-8
 
 
 class AdamW:
-    """The update of torch.optim.AdamW, with hyper-parameters of each slot.
+    """The update of torch.optim.AdamW, with hyper-parameters that differ between slots.
 
     Every operation rounds once (there is no fused multiply-add), so that a slot's bits do not
     depend on where in a vector register its numbers lie.
@@ -25,7 +25,7 @@ class AdamW:
         self._steps = 0
 
     def keep(self, slots: Tensor) -> None:
-        """Keep these slots only; `tensors` are then new tensors."""
+        """Keep these slots only; `tensors` are new tensors afterwards."""
         self.tensors = [tensor[slots] for tensor in self.tensors]
         self._moments = [(first[slots], second[slots]) for first, second in self._moments]
 
@@ -68,7 +68,7 @@ class AdamW:
 def _coefficients(
     rate: float, b1: float, b2: float, decay: float, steps: int
 ) -> tuple[float, float, float, float, float, float, float]:
-    """Factors of a step, with Adam's bias corrections moved into the learning rate and eps:
+    """Compute the factors of a step; bias corrections are moved into the learning rate and eps:
     rate/(1-b1ᵗ)·m / (√v/√(1-b2ᵗ) + eps) = rate·√(1-b2ᵗ)/(1-b1ᵗ)·m / (√v + eps·√(1-b2ᵗ))."""
     root = math.sqrt(1 - b2**steps)
     corrected = rate * root / (1 - b1**steps)
@@ -76,7 +76,7 @@ def _coefficients(
 
 
 def rate(spec: TrainSpec, step: int, steps: int) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    """Compute the learning rate of step `step` (from 0) of `steps`: warm-up, then the schedule."""
     warmup = spec.warmup * steps
     if step < warmup:
         return spec.lr * (step + 1) / math.ceil(warmup)

@@ -1,9 +1,9 @@
-"""Training runs side by side: P runs over one shared order of minibatches, one slot each.
+"""Train P runs side by side: each has a slot of one bank, and all read the same minibatches.
 
 Runs trained together share head shape, preprocessing, minibatch size and seed; objective, learning
 rate, decay, schedule, epochs and patience are vectors over the slots. A run's result depends on the
 run alone, never on its neighbours: to the bit under `embrm.training.numerics`, within rounding
-elsewhere. `reference.py` has the same training of one run in plain torch.
+elsewhere. `embrm.bench.reference` trains one run in the same way in plain torch.
 """
 
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[TrainedRun]:
         if not going_on:
             break
         if moving is not None:
-            moving.follow(bank.parameters)
+            moving.update(bank.parameters)
         if len(going_on) < len(active):
             bank.keep(going_on)
             if moving is not None:
@@ -114,14 +114,14 @@ class _Minibatches:
         regularizer: Regularizer | None,
         head: HeadSpec,
     ) -> None:
-        """pairs: the training pairs on the device of the states. regularizer: of the runs, if it
-        reads token rows in every minibatch."""
+        """pairs: the training pairs, on the device of the states. regularizer: that of the runs, if
+        it reads token rows in every minibatch."""
         self._pairs, self._tokens, self._head = pairs, data.tokens, head
         self._regularizer = regularizer
         self._weight = pairs.relative_weight
 
     def read(self, pairs: Tensor, dropout: Generator, positions: Generator) -> _Minibatch:
-        """The minibatch of these pairs, with draws from the epoch's random streams."""
+        """Read the minibatch of these pairs, drawing from the epoch's random streams."""
         own = self._pairs
         rows, places = torch.cat([own.chosen[pairs], own.rejected[pairs]]).unique(
             return_inverse=True
@@ -137,7 +137,7 @@ class _Minibatches:
                 rows=sampling.rows,
                 top_k=sampling.top_k,
                 draws=positions.random(len(rows)),
-                wanted=self._regularizer.weighed(len(rows), chosen, rejected, label).cpu(),
+                wanted=self._regularizer.responses_read(len(rows), chosen, rejected, label).cpu(),
             ).to(rows.device)
         margin = None if own.margin is None else own.margin[pairs]
         weight = self._weight[pairs]

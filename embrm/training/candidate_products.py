@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class CandidateProducts(torch.autograd.Function):
-    """readouts[candidates]·inner, [n, C], with one gather for forward and backward.
+    """Computes readouts[candidates]·inner, [n, C]; forward and backward share one gather.
 
     inner: float32 [n, r]. readouts: float32 [U, r]. candidates: int64 [n, C], rows of readouts.
     """

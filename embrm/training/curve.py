@@ -1,4 +1,4 @@
-"""What happens to runs epoch by epoch: validation metrics, the best weights, early stopping."""
+"""Runs epoch by epoch: validation metrics, the best epoch's weights, and early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from embrm.training.pairs import Pairs
 from embrm.training.spec import TrainSpec
 
 _MEASURED_SLOTS = 8
-"""Slots measured at a time, because measuring takes several copies of their rewards."""
+"""Number of slots measured at a time, because measuring needs several copies of their rewards."""
 
 VALIDATION = ("validation_nll", "validation_accuracy", "reward_mean", "reward_sd")
 """Names of the metrics that `validation_metrics` returns."""
@@ -50,7 +50,7 @@ class TrainingCurve:
         self.regularized = spec.active_regularizer is not None
 
     def end_epoch(self, row: dict[str, Any], parameters: Parameters) -> None:
-        """Add an epoch: its row of the curve, and the parameters at its end."""
+        """Record an epoch: its row of the curve, and the parameters at its end."""
         if not self.active:
             return
         self.curve.append(row)
@@ -67,7 +67,7 @@ class TrainingCurve:
         self.active = epoch < self._spec.epochs and epoch - self.best_epoch < patience
 
     def result(self, preprocess: Preprocess) -> TrainedRun:
-        """The run's result, after its last epoch."""
+        """Return the run's result, after its last epoch."""
         if self._diverged is not None:
             return TrainedRun({}, preprocess, self.curve, 0, self._diverged)
         return TrainedRun(self._best, preprocess, self.curve, self.best_epoch, None)
@@ -85,8 +85,8 @@ class ValidationMonitor:
 
     @torch.no_grad()
     def measure(self, parameters: Parameters) -> dict[str, list[Any]]:
-        """The `validation_metrics` and the weight norm of every slot."""
-        # Tensors are added one by one: the order of a sum over them all depends on P.
+        """Compute the `validation_metrics` and the weight norm of every slot."""
+        # Tensors are added one by one, because the order of a sum over all depends on P.
         squares = torch.zeros(1)
         for tensor in parameters.values():
             squares = squares + (tensor * tensor).flatten(1).sum(1).cpu()
@@ -106,7 +106,7 @@ class ValidationMonitor:
 def validation_metrics(
     r: Tensor, pairs: Pairs, chosen: Tensor, rejected: Tensor
 ) -> dict[str, list[Any]]:
-    """Weighted NLL and accuracy, and mean and population sd of the rewards; a list [P] of each.
+    """Measure weighted NLL and accuracy, and mean and population sd of rewards; a list [P] of each.
 
     r: float32 [P, n], rewards of the responses of `pairs`. chosen, rejected: int64 [pairs], places
     among the n responses. A tie counts as half right.

@@ -1,4 +1,4 @@
-"""What runs are trained on: states, training and validation pairs, and sampled token positions."""
+"""The data that runs are trained on: states, pairs, and token rows for regularizers."""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,8 +18,8 @@ class TrainingData:
 
     states: on the device that trains. train, validation: pairs on the CPU, as rows of `states`;
     without validation pairs there is no early stopping and the last epoch's weights are kept.
-    tokens: sampled token positions, for regularizers. whole: where this is a bootstrap resample,
-    the data that it was drawn from; preprocessing and F̄ are fitted to that.
+    tokens: sampled token positions, for regularizers. whole: for a bootstrap resample, the data
+    that it was drawn from, to which preprocessing and F̄ are fitted; else None.
     """
 
     states: States
@@ -31,12 +31,12 @@ class TrainingData:
     _fishers: dict[TopK, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def resampled(self, rows: Tensor) -> "TrainingData":
-        """The same data with other training pairs: those with the numbers `rows`, int64, where a
-        number may occur several times."""
+        """Replace the training pairs by those with the numbers `rows`, int64, as for a bootstrap
+        resample; a number may occur several times."""
         return replace(self, train=self.train.take(rows), whole=self)
 
     def preprocess(self, kind: PreprocessKind) -> Preprocess:
-        """Preprocessing fitted to the training responses; computed once."""
+        """Fit the preprocessing to the training responses, once."""
         if self.whole is not None:
             return self.whole.preprocess(kind)
         if kind not in self._fitted:
@@ -44,8 +44,8 @@ class TrainingData:
         return self._fitted[kind]
 
     def fisher(self, top_k: TopK) -> Tensor:
-        """F̄ of the training responses, for the regularizer "fisher"; computed once."""
-        assert self.tokens is not None  # a pack that needs them is checked first
+        """Compute F̄ of the training responses, for the regularizer "fisher", once."""
+        assert self.tokens is not None  # `train` has checked this.
         if self.whole is not None:
             return self.whole.fisher(top_k)
         if top_k not in self._fishers:
@@ -53,5 +53,5 @@ class TrainingData:
         return self._fishers[top_k]
 
     def responses(self) -> Tensor:
-        """The training responses as rows of the states, int64, ascending."""
+        """List the training responses as rows of the states, int64, ascending."""
         return torch.cat([self.train.chosen, self.train.rejected]).unique()

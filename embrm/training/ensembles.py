@@ -11,50 +11,53 @@ if TYPE_CHECKING:
 Combine = Literal["mean", "min", "uwo", "lcb"]
 
 PENALTY = 0.5
-"""λ of best of n in arXiv 2310.02743."""
+"""Default weight of the penalty: λ of best-of-n selection in arXiv 2310.02743."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What members are standardised on: mean and population standard deviation of the rewards of
-    each over the responses of the training pairs, float32 [members]. A member that never varies has
-    z = 0 there, and no part in the scale s of `Combination`."""
+    """Mean and population standard deviation of each member's rewards, float32 [members].
+
+    Both are over the responses of the training pairs. A member whose rewards are all equal there
+    gets z = 0 for them, and is left out of the scale s of `Combination`.
+    """
 
     mean: Tensor
     sd: Tensor
 
     @classmethod
     def of(cls, rewards: Tensor) -> Self:
-        """Of rewards [members, n]."""
+        """Compute the moments of rewards [members, n]."""
         wide = rewards.double()
         mean = wide.mean(1, keepdim=True)
         sd = (wide - mean).square().mean(1).sqrt()
         return cls(mean[:, 0].float(), sd.float())
 
     def standardised(self, rewards: Tensor) -> Tensor:
-        """z = (r - mean) / sd, float64 [members, n], of rewards [members, n]."""
+        """Standardise rewards r [members, n]: z = (r - mean) / sd, float64 [members, n]."""
         sd = self.sd.double().where(self.sd > 0, 1.0)
         return (rewards.double() - self.mean.double()[:, None]) / sd[:, None]
 
     def disagreement(self, rewards: Tensor) -> Tensor:
-        """Population standard deviation of z over the members, float64 [n], of rewards
-        [members, n]."""
+        """Measure how far rewards [members, n] disagree: the population standard deviation of z
+        over the members, float64 [n]."""
         return _variance(self.standardised(rewards)).sqrt()
 
 
 @dataclass(frozen=True)
 class Combination:
-    """How the rewards r_i of a run's heads become one.
+    """Combines the rewards r_i of an ensemble's members into one.
 
-    mean: the mean of r_i. The others standardise the members first, so that none weighs more for
-    its scale, and give the result the scale that rewards have, with m the mean of the members'
-    means and s that of their standard deviations:
+    Kind "mean" averages r_i. The other kinds first standardise the members, so that none has more
+    weight because of its scale, and then return to the scale of rewards: m is the mean of the
+    members' means, and s the mean of their standard deviations.
 
         min  m + s·min z_i, the worst case (arXiv 2310.02743)
         uwo  m + s·(mean z_i - penalty·variance of z_i) (arXiv 2310.02743)
         lcb  m + s·(mean z_i - penalty·standard deviation of z_i) (arXiv 2401.16635)
 
-    Both moments are the population's. reference: for these three.
+    Variance and standard deviation are the population's, over the members. These three kinds need
+    `reference`.
     """
 
     kind: Combine = "mean"
@@ -62,10 +65,10 @@ class Combination:
     reference: Reference | None = None
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """float32 [n], of rewards float32 [members, n]."""
+        """Combine rewards float32 [members, n] into float32 [n]."""
         if self.kind == "mean":
             return rewards.mean(0)
-        assert self.reference is not None  # the weights of such a run come with it
+        assert self.reference is not None  # It is stored with the weights of such runs.
         z = self.reference.standardised(rewards)
         if self.kind == "min":
             combined = z.amin(0)

@@ -1,4 +1,4 @@
-"""Losses and heads that users define in modules of their own, beside the built-in ones."""
+"""Losses, heads and regularizers that users define in modules of their own."""
 
 import hashlib
 import inspect
@@ -14,16 +14,16 @@ from embrm.core.files import sha256
 T = TypeVar("T")
 
 REGISTER_FIRST = " (one of your own is registered from Python, by importing its module)"
-"""Clause of the error for an unknown name."""
+"""Added to the error for an unknown name."""
 
 
 @dataclass(frozen=True)
 class Extension:
-    """Where a user-defined part comes from, as the ledger records it.
+    """Where a user-defined loss, head or regularizer (a "part") comes from, for the ledger.
 
-    module: the module that registers it, or None where no other process could import it (a
-    notebook cell, a script's own code). digest: SHA-256 of the module's source file, or of the
-    definition alone where there is no module.
+    module: the module that registers it, or None if no other process could import it, as from a
+    notebook or a script. digest: SHA-256 of the module's source file, or of the source of the
+    definition alone if there is no module.
     """
 
     module: str | None
@@ -31,7 +31,7 @@ class Extension:
 
     @classmethod
     def of(cls, source: Any, what: str, name: str) -> Self:
-        """Of a function, class or module. Raises: UserError when it has no source."""
+        """Find the source of a function, class or module. Raises: UserError when it has none."""
         module = source if inspect.ismodule(source) else inspect.getmodule(source)
         path = getattr(module, "__file__", None)
         # A notebook's or a script's code is the module __main__, which others cannot import.
@@ -47,10 +47,10 @@ class Extension:
 
 
 class Extensions(Mapping[str, T], Generic[T]):
-    """Parts of one kind by name: those built in, and those that users register."""
+    """Name → part of one kind, such as all losses: built-in ones, and those that users register."""
 
     def __init__(self, what: str, built_in: Mapping[str, T]) -> None:
-        """what: how errors call a part, such as "loss"."""
+        """what: the word for such a part in errors, such as "loss"."""
         self._what = what
         self._parts = dict(built_in)
         self._built_in = frozenset(built_in)
@@ -66,9 +66,9 @@ class Extensions(Mapping[str, T], Generic[T]):
         return len(self._parts)
 
     def register(self, name: str, part: T, source: Extension) -> None:
-        """Add a user's part, or replace the one of that name.
+        """Add a user's part, or replace the user's part of that name.
 
-        Raises: UserError for a name that is built in, or that a spec could not hold.
+        Raises: UserError for the name of a built-in part, or one that a spec cannot contain.
         """
         if name in self._built_in:
             raise UserError(f"{self._what} {name!r} is built in: register yours under another name")
@@ -80,15 +80,15 @@ class Extensions(Mapping[str, T], Generic[T]):
         self._sources[name] = source
 
     def source(self, name: str) -> Extension | None:
-        """Where a user's part comes from; None for a part that is built in."""
+        """Return where a user's part comes from; None for a built-in part."""
         return self._sources.get(name)
 
 
 def check_function(function: Any, arguments: int, what: str, name: str) -> None:
-    """Check that a user's part is a function, with a source of its own, of so many arguments.
+    """Check that a user's part is a plain function that takes this number of arguments.
 
-    Raises: UserError otherwise: the digest of a partial or a library's function is not the
-    digest of what it computes.
+    Raises: UserError otherwise. A callable such as functools.partial is refused because the digest
+    of its source would not identify what it computes.
     """
     if not inspect.isfunction(function):
         raise UserError(
@@ -116,7 +116,7 @@ def check_recorded(
 ) -> None:
     """Compare the parts that a stored run used with those that are registered now.
 
-    Raises: UserError where a part's source is another than the one that the run was trained with.
+    Raises: UserError if the source of a part has changed since the run was trained.
     """
     for name, stored in recorded.items():
         now = used.get(name)
@@ -129,7 +129,7 @@ def check_recorded(
 
 
 def refuse_unimportable(used: Mapping[str, Extension]) -> None:
-    """Raises: UserError when worker processes could not import one of these parts."""
+    """Raise UserError if worker processes could not import one of these parts."""
     for name, extension in used.items():
         if extension.module is None:
             raise UserError(

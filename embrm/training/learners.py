@@ -1,7 +1,7 @@
-"""Learners that scikit-learn fits to their minimum, in place of a head trained step by step.
+"""Fit logistic regression, ridge or trees by scikit-learn, in place of training a head.
 
-Logistic regression and ridge end as linear heads. Trees have no weights that a file could hold
-without code, so their rewards of every response are kept instead.
+Logistic regression and ridge become linear heads. Fitted trees could only be stored as pickles, so
+the rewards that they give to every response of the cache are stored instead.
 """
 
 import warnings
@@ -25,18 +25,18 @@ from embrm.training.states import States
 Floats = NDArray[np.float64]
 
 _ROWS = 512
-"""States widened at a time."""
+"""Number of states that are converted to float64 at a time."""
 
 _TOLERANCE = 1e-8
-"""Largest component of the gradient at which logistic regression stops: far below what the float32
-of its weights can tell."""
+"""Logistic regression stops when no component of the gradient exceeds this, which is far below the
+precision of its float32 weights."""
 
 _ITERATIONS = 10_000
 
 
 @dataclass(frozen=True)
 class Gold:
-    """What ridge is fitted to. rows: int64 [n], of the states; score: float64 [n]."""
+    """Gold scores, float64 [n], that ridge is fitted to. rows: int64 [n], of the states."""
 
     rows: Tensor
     score: Tensor
@@ -45,10 +45,11 @@ class Gold:
 def fit(
     learner: Learner, preprocess: PreprocessKind, seed: int, data: TrainingData, gold: Gold | None
 ) -> TrainedRun:
-    """Fit `learner` on the training pairs of `data`, or on `gold`: as a run of one epoch.
+    """Fit `learner` to the training pairs of `data`, or ridge to `gold`.
 
-    Its row of the curve counts the solver's iterations as steps; the training loss has the penalty
-    in it where the learner is linear, and its scale is the mean over pairs, responses or ends.
+    Returns a run of one epoch. The steps in its curve are the solver's iterations. Its training
+    loss is a mean over pairs (logistic), responses (ridge) or the responses of pairs (boosting),
+    and includes the penalty of the two linear learners.
 
     Raises: UserError when there are too few rows, or no minimum is found.
     """
@@ -58,7 +59,7 @@ def fit(
         parameters, steps = {REWARDS: rewards[None]}, learner.iterations
     else:
         if isinstance(learner, Ridge):
-            assert gold is not None  # a sweep that has none is refused
+            assert gold is not None  # The sweep has checked this.
             X = _taken(data.states, fitted, gold.rows)
             w, loss = ridge(learner.alpha, X, gold.score.numpy())
             steps = 1
@@ -76,22 +77,23 @@ def fit(
 
 
 def fit_logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, int]:
-    """The w [d] that minimises ½‖w‖² - C·Σ weight·logsigmoid(X·w), its value over C·Σ weight, and
-    the iterations.
+    """Find the w [d] that minimises L = ½‖w‖² - C·Σ weight·logsigmoid(X·w).
 
-    X: [n, d], states of the better response minus those of the worse; changed. weight: [n].
-    Raises: UserError for fewer than two rows, and where no minimum is found.
+    X: [n, d], the better response's state minus the worse one's; it is overwritten. weight: [n].
+    Returns w, L / (C·Σ weight) and the number of iterations.
+
+    Raises: UserError for fewer than two rows, or when no minimum is found.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     if len(X) < 2:
         raise UserError("learner 'logistic' with one training pair: it needs at least two")
-    X[1::2] *= -1  # both classes must occur, and the loss is the same
+    X[1::2] *= -1  # scikit-learn wants both classes; this leaves the loss as it is.
     better = np.arange(len(X)) % 2 == 0
     regression = LogisticRegression(C=C, fit_intercept=False, tol=_TOLERANCE, max_iter=_ITERATIONS)
     with warnings.catch_warnings():
-        # Also given where rounding lets the loss fall no further, which is what we want.
+        # Also emitted where rounding prevents further progress, which is as good as convergence.
         warnings.simplefilter("ignore", ConvergenceWarning)
         regression.fit(X, better, sample_weight=weight)
     steps = int(regression.n_iter_[0])
@@ -107,9 +109,9 @@ def fit_logistic(C: float, X: Floats, weight: Floats) -> tuple[Floats, float, in
 
 
 def ridge(alpha: float, X: Floats, score: Floats) -> tuple[Floats, float]:
-    """The w [d] that minimises ‖score - X·w - b‖² + alpha·‖w‖² over w and b, and its value over n.
+    """Find the w [d] that, with some b, minimises L = ‖score - X·w - b‖² + alpha·‖w‖².
 
-    X: [n, d], changed. score: [n].
+    X: [n, d], states; it is overwritten. score: [n]. Returns w and L / n.
     """
     import sklearn.linear_model
 
@@ -132,7 +134,7 @@ class Trees:
     model: Any
 
     def rewards(self, X: Floats) -> Floats:
-        """Log-odds [n] of X [n, d], which is changed."""
+        """Compute the log-odds [n] of the states X [n, d], which are overwritten."""
         _bin(X, self.edges)
         found: Floats = self.model.decision_function(X)
         return found
@@ -141,10 +143,10 @@ class Trees:
 def boosting(
     learner: GradientBoosting, seed: int, X: Floats, won: NDArray[np.bool_], weight: Floats
 ) -> Trees:
-    """Trees that tell which rows of X [n, d] won; X is changed. weight: [n].
+    """Fit trees that classify the states X [n, d] by `won`; X is overwritten. weight: [n].
 
-    The bins hold equally many rows each. Left to itself scikit-learn would weigh the rows for that
-    too, which takes longer than all trees.
+    States are binned here, with equally many rows in each bin, because scikit-learn's own binning
+    takes the weights into account, which takes longer than growing all trees.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
@@ -159,7 +161,7 @@ def boosting(
         max_leaf_nodes=learner.leaves,
         l2_regularization=learner.l2,
         max_features=learner.features,
-        early_stopping=False,  # its rows would be responses to prompts that are trained on
+        early_stopping=False,  # It would hold out responses to prompts that are trained on.
         random_state=int(stream(seed if learner.seeded else 0, "learner").integers(2**31)),
     )
     return Trees(edges, model.fit(X, won, sample_weight=weight))
@@ -171,8 +173,8 @@ def _bin(X: Floats, edges: Floats) -> None:
 
 
 def _boosted(learner: GradientBoosting, seed: int, data: TrainingData) -> tuple[Tensor, float]:
-    """Rewards float32 of all states, and the mean loss of the pairs' ends."""
-    rows, won, lost = ends(data.train)
+    """Fit trees; returns the rewards float32 of all states, and the mean training loss."""
+    rows, won, lost = wins_and_losses(data.train)
     every = torch.cat([rows[won > 0], rows[lost > 0]])
     target = np.repeat([True, False], [int((won > 0).sum()), int((lost > 0).sum())])
     weight = np.concatenate([won[won > 0], lost[lost > 0]])
@@ -189,11 +191,14 @@ def _boosted(learner: GradientBoosting, seed: int, data: TrainingData) -> tuple[
     return rewards, float(weight @ losses / weight.sum())
 
 
-def ends(pairs: Pairs) -> tuple[Tensor, Floats, Floats]:
-    """Responses of the pairs, int64 ascending, and the weights with which each has won and lost.
+def wins_and_losses(pairs: Pairs) -> tuple[Tensor, Floats, Floats]:
+    """Sum the wins and losses of every response over its pairs.
 
-    A pair of label p and weight w is won by its chosen response with w·p, lost with w·(1 - p). A
-    response of many pairs so is one row, or two, and the loss the same.
+    A pair of label p and weight w counts as a win of its chosen response with weight w·p, and as a
+    loss with w·(1 - p); for its rejected response it is the reverse. Summing them makes at most two
+    rows of a response that occurs in many pairs, and does not change the loss.
+
+    Returns the responses, int64 ascending, and their weights of wins and of losses.
     """
     rows, places = torch.cat([pairs.chosen, pairs.rejected]).unique(return_inverse=True)
     label, weight = pairs.label.double().numpy(), pairs.weight.double().numpy()
@@ -206,8 +211,10 @@ def ends(pairs: Pairs) -> tuple[Tensor, Floats, Floats]:
 
 
 def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Floats, Floats]:
-    """Rows [n, d] and weights [n] for `fit_logistic`: a pair of label p counts with p in its own
-    direction and with 1 - p in the other."""
+    """Make X [n, d] and weights [n] for `fit_logistic`.
+
+    A pair of label p counts with weight p in its own direction and 1 - p in the other.
+    """
     pairs, states = data.train, data.states
     label, weight = pairs.label.double(), pairs.weight.double()
     own, other = (label > 0).nonzero()[:, 0], (label < 1).nonzero()[:, 0]
@@ -223,7 +230,7 @@ def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Flo
 
 
 def _taken(states: States, preprocess: Preprocess, rows: Tensor) -> Floats:
-    """States of the rows, float64 [n, d]."""
+    """Read and preprocess the states in `rows`, float64 [n, d]."""
     X = np.empty((len(rows), states.width))
     for some in _parts(len(X)):
         X[some] = preprocess(states.take(rows[some]).cpu()).numpy()

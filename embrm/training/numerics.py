@@ -1,9 +1,10 @@
 """The arithmetic of a process that trains: which instructions, how many threads, which device.
 
-On the CPU a run's bits depend on the run alone: one thread, and MKL's strict mode. By default MKL
-may pick another kernel for another position in a matrix, and small states then give a head other
-bits in slot 5 than in slot 0. In strict mode every element of a product is summed in one order,
-whatever its position; on one thread that costs next to nothing.
+On the CPU one thread and MKL's strict mode make a run's bits independent of the runs that it is
+trained with. By default MKL may choose different kernels for different positions in a matrix, so
+that the same head can get other bits in slot 5 than in slot 0. In strict mode every element of a
+product is summed in the same order, whatever its position; on one thread that costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ else:
     torch = LazyModule("torch")
 
 Numerics = Literal["native", "portable", "cuda", "cuda-tf32", "mps"]
-"""native: this CPU's widest instructions. portable: AVX2 alone, so that x86 machines agree. cuda:
-an NVIDIA GPU in full float32; cuda-tf32: with its shorter products. mps: an Apple GPU. On a GPU,
-and on CPUs without MKL, runs repeat within a tolerance and not to the bit."""
+"""native: this CPU's widest instructions. portable: AVX2 only, which gives the same bits on all x86
+machines. cuda: an NVIDIA GPU in full float32. cuda-tf32: the same with TF32 products. mps: an Apple
+GPU. On a GPU, and on CPUs without MKL, runs repeat within a tolerance, not to the bit."""
 
 _MKL_CBWR_ALL, _MKL_CBWR_STRICT = -1, 0x10000
-"""MKL's constants: ask for all of its reproducibility mode, and the flag of strict mode in it."""
+"""MKL's constants: the argument that queries the whole reproducibility mode, and the bit of strict
+mode in the answer."""
 
 _STEADY = {
     "OMP_NUM_THREADS": "1",
@@ -46,9 +48,9 @@ _STEADY = {
 
 
 def settings(numerics: Numerics) -> dict[str, str]:
-    """Environment of a process that trains, to be set before it loads any library.
+    """List the environment variables that a training process needs before it loads any library.
 
-    With native numerics a value the user has set for MKL_CBWR wins.
+    With native numerics, a value of MKL_CBWR that the user has set is kept.
     """
     if numerics == "portable":
         return _STEADY | {
@@ -62,7 +64,7 @@ def settings(numerics: Numerics) -> dict[str, str]:
 
 
 def _beyond_avx2() -> list[str]:
-    """Names of what numpy would use here beside AVX2; naming what it has not would be refused."""
+    """List the instruction sets beyond AVX2 that numpy finds here; it refuses to disable others."""
     config: Any = np.show_config(mode="dicts")
     found = config["SIMD Extensions"].get("found", [])
     return [name for name in found if name.startswith(("AVX512", "X86_V4"))]
@@ -70,7 +72,7 @@ def _beyond_avx2() -> list[str]:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Variables that child processes started within the block inherit."""
+    """Set environment variables within the block, for the child processes started there."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -89,12 +91,12 @@ def on_cpu(numerics: Numerics) -> bool:
 
 
 def device(numerics: Numerics) -> torch.device:
-    """Where these numerics compute."""
+    """Return the torch device that these numerics use."""
     return torch.device("cpu" if on_cpu(numerics) else numerics.partition("-")[0])
 
 
 def why_unavailable(numerics: Numerics) -> str | None:
-    """What this machine lacks for these numerics, if anything."""
+    """Say what this machine lacks for these numerics; None if it has all."""
     if numerics.startswith("cuda") and not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
     if numerics == "mps" and not torch.backends.mps.is_available():
@@ -105,7 +107,7 @@ def why_unavailable(numerics: Numerics) -> str | None:
 
 
 def begin(numerics: Numerics) -> None:
-    """Make this process compute so; its environment must have been `settings`."""
+    """Apply the numerics to this process, which was started with the environment `settings`."""
     torch.set_num_threads(1)
     short = numerics == "cuda-tf32"
     torch.backends.cuda.matmul.allow_tf32 = short
@@ -113,7 +115,7 @@ def begin(numerics: Numerics) -> None:
 
 
 def in_use(numerics: Numerics) -> str:
-    """What a worker computes with, as the ledger records it."""
+    """Describe the numerics and the hardware that a worker uses, for the ledger."""
     where = device(numerics)
     if where.type == "cuda":
         return f"{numerics} {torch.cuda.get_device_name()}"
@@ -127,12 +129,12 @@ def in_use(numerics: Numerics) -> str:
 
 @contextmanager
 def begin_here(numerics: Numerics) -> Iterator[None]:
-    """Compute as a worker does in a process that was not started as one, within the block.
+    """Within the block, compute as a sweep's worker does, in a process that is none.
 
-    One thread is used, and MKL is asked for its strict mode, which it accepts until it is first
-    used. Where it was used before, results are right but may differ from a sweep's in the last
-    bits; a warning says so. Where MKL accepts, this process stays in strict mode and MKL_CBWR stays
-    set, so that its child processes compute as it does.
+    One thread is used, and MKL is asked for its strict mode. MKL accepts that only before its first
+    product; after it, results are correct but may differ from a sweep's in the last bits, and a
+    warning says so. If MKL accepts, this process stays in strict mode, and MKL_CBWR stays set so
+    that its child processes compute as it does.
 
     Raises: UserError for portable numerics, which must be set before torch is loaded.
     """
@@ -150,7 +152,7 @@ def begin_here(numerics: Numerics) -> Iterator[None]:
     asked = "MKL_CBWR" not in os.environ
     os.environ.setdefault("MKL_CBWR", wanted["MKL_CBWR"])
     if _strict() is False:
-        if asked:  # neither the ledger nor later child processes are told what does not hold here
+        if asked:  # It did not take effect, so the ledger must not record it.
             del os.environ["MKL_CBWR"]
         warnings.warn(
             "torch has multiplied matrices before embrm could ask for reproducible bits: results "
@@ -167,7 +169,7 @@ def begin_here(numerics: Numerics) -> Iterator[None]:
 
 
 def _strict() -> bool | None:
-    """Whether MKL is in strict mode; None where torch has no MKL, or does not tell."""
+    """Whether MKL is in strict mode; None if torch has no MKL, or this cannot be found out."""
     if not torch.backends.mkl.is_available():
         return None
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"

@@ -1,4 +1,4 @@
-"""Which pairs make up each minibatch: a seeded shuffle whose reads stay close together."""
+"""The order of the pairs in an epoch: a seeded shuffle that reads the states window by window."""
 
 from collections.abc import Iterator
 
@@ -11,12 +11,11 @@ from embrm.training.states import WINDOW_BLOCKS, States
 
 
 class Order:
-    """The minibatches of every epoch, from the seed and the places of the pairs alone.
+    """Divides the pairs into minibatches; the result depends only on the seed and their rows.
 
-    A pair belongs to the block of states that holds its chosen response. An epoch shuffles the
-    blocks, takes `WINDOW_BLOCKS` of them at a time and shuffles the pairs within; where there are
-    no more blocks than that, this is a plain shuffle of all pairs. Other responses than the chosen
-    one may lie anywhere; mostly they lie beside it.
+    A pair belongs to the block of states that holds its chosen response; the rejected one usually
+    lies beside it. An epoch shuffles the blocks, takes `WINDOW_BLOCKS` of them at a time and
+    shuffles the pairs of these. With no more blocks than that, it is a plain shuffle of all pairs.
     """
 
     def __init__(self, chosen: Tensor, states: States, seed: int) -> None:
@@ -26,8 +25,10 @@ class Order:
         self._places = places.reshape(-1)
 
     def minibatches(self, epoch: int, batch: int) -> Iterator[Tensor]:
-        """Numbers of the pairs of one minibatch after the other, int64 [batch]; the last one may
-        be smaller. Between windows, states are read ahead and let go of."""
+        """Yield the pair numbers of every minibatch, int64 [batch]; the last one may be smaller.
+
+        Between windows, the pages of the last are released and the next window is read ahead.
+        """
         random = stream(self._seed, "order", epoch)
         shuffled = random.permutation(len(self._places))
         turn = random.permutation(len(self._blocks))

@@ -25,18 +25,18 @@ class Pairs:
 
     @property
     def relative_weight(self) -> Tensor:
-        """Weights divided by their mean, so that their scale changes no step; float32 [N]."""
+        """Divide the weights by their mean, so that their scale changes no step; float32 [N]."""
         return self.weight / self.weight.mean()
 
     def take(self, rows: Tensor) -> "Pairs":
-        """The pairs with these numbers, int64; a number may occur several times."""
+        """Select the pairs with these numbers, int64; a number may occur several times."""
         margin = None if self.margin is None else self.margin[rows]
         return Pairs(
             self.chosen[rows], self.rejected[rows], self.label[rows], self.weight[rows], margin
         )
 
     def to(self, device: torch.device) -> "Pairs":
-        """The same pairs on another device."""
+        """Copy the pairs to a device."""
         margin = None if self.margin is None else self.margin.to(device)
         return Pairs(
             self.chosen.to(device),
@@ -62,6 +62,6 @@ class PairRewards:
 
     @classmethod
     def of(cls, chosen: Tensor, rejected: Tensor, totals: Tensor, means: Tensor) -> "PairRewards":
-        """From the rewards of the chosen and the rejected responses, both [P, B]."""
+        """Combine the rewards of the chosen and the rejected responses, both [P, B]."""
         total = chosen + rejected
         return cls(chosen - rejected, total[totals], total[means].mean(1) / 2)

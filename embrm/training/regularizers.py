@@ -1,10 +1,10 @@
-"""Regularizers through the frozen LM head, which a run adds to its loss.
+"""Regularizers that limit how an adapter changes the language model's predictions.
 
-They read token rows of a minibatch's responses (`embrm.training.token_rows`), and what an adapter's
-shift δ_t changes about the cached language model there. Formulas and sources are in
-`docs/methods.md`. On frozen states they act on an adapter alone: a plain head moves no state, so
-that grm-* would only rescale the pair loss (a test proves it), and a spec without an adapter is
-refused.
+They read token rows of a minibatch's responses (`embrm.training.token_rows`) and compute, through
+the frozen LM head, how an adapter's shift δ_t of the states changes the predictions there. Formulas
+and sources are in `docs/methods.md`. All kinds but "fisher" need an adapter, and a spec without one
+is refused: a plain head moves no state, so that grm-* would only rescale the pair loss (a test
+proves it).
 
 A kind of regularizer is one function and one entry of `KINDS`.
 """
@@ -36,19 +36,22 @@ else:
     torch, F = LazyModule("torch"), LazyModule("torch.nn.functional")
 
 WHOLE_VOCABULARY = 1 << 15
-"""Largest vocabulary for which top_k = "all" is allowed: all logits of a minibatch are held."""
+"""Largest vocabulary for which top_k = "all" is allowed, since memory must hold all logits of a
+minibatch."""
 
 
 @dataclass(frozen=True)
 class RegularizerKind:
-    """What a kind computes; exactly one of the three, or none of them for "fisher".
+    """The function that a kind of regularizer computes: of pairs or of positions, never both.
 
-    of_pair: of grm-*, (spec, S, change, better, worse) → the value of each pair, [B]; S and change
-        are log-probabilities of responses and their change since the reference, better and worse
-        numbers of responses.
-    of_position: of preserve-*, (tokens, moved) → the value at each sampled position, [n].
-    one_sided: whether `of_pair` reads the better response alone. reads_S: whether it reads the
-    cached log-probability S itself, and not its change alone.
+    of_pair: for grm-*, (spec, S, change, better, worse) → the value of each pair, [B]. S [m] are
+        log-probabilities of responses and change [m] what the adapter changed about them; better
+        and worse [B] are numbers of responses.
+    of_position: for preserve-*, (tokens, moved) → the value at each sampled position, [n].
+    Neither is given for "fisher", which is computed from the head alone.
+
+    one_sided: whether `of_pair` reads only the better response. reads_S: whether it reads the
+    cached log-probability S itself, and not only its change.
     """
 
     of_pair: Callable[[Regularizer, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
@@ -74,7 +77,7 @@ def _dpo_noref(spec: Regularizer, S: Tensor, _: Tensor, better: Tensor, worse: T
 
 
 def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """KL(p_t ‖ p̃_t) at each sampled position, [n], in nats: log Σ p e^Δz - Σ p Δz.
+    """Compute KL(p_t ‖ p̃_t) at each sampled position, [n], in nats: log Σ p e^Δz - Σ p Δz.
 
     moved: the changes of the candidates' w·h, [n, C].
     """
@@ -84,7 +87,7 @@ def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
 
 
 def half_variance(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """½·Var_{j~p_t}(∂z_j/∂h·δ_t) at each position, [n]: `divergence` to second order in δ."""
+    """Compute `divergence` to second order in δ: ½·Var_{j~p_t}(∂z_j/∂h·δ_t), [n]."""
     p, first_order = tokens.log_p.exp(), tokens.slopes() * moved
     mean = (p * first_order).sum(1, keepdim=True)
     return (p * (first_order - mean).square()).sum(1) / 2
@@ -121,12 +124,12 @@ def register_regularizer(name: str, kind: RegularizerKind) -> None:
 
 
 class Sampling(NamedTuple):
-    """What a regularizer reads of a minibatch."""
+    """Which token rows of a minibatch a regularizer reads."""
 
     both: bool
-    """Whether it reads both responses of a pair, or the better one alone."""
+    """Whether it reads both responses of a pair, or only the better one."""
     rows: int | None
-    """Token rows of a response that are read at most; None: all."""
+    """Largest number of token rows of a response; None: all."""
     top_k: TopK
 
 
@@ -138,29 +141,29 @@ class Regularizer(Spec):
       grm-sft: R = mean -logsigmoid(β·S̃_c); grm-sft-unsquashed: R = mean -S̃_c;
       grm-dpo: R = mean -logsigmoid(β·((S̃_c - S_c) - (S̃_r - S_r)));
       grm-dpo-noref: R = mean -logsigmoid(β·(S̃_c - S̃_r)).
-    A pair whose chosen response is better with probability p has p times this, and 1-p times the
-    same with c and r exchanged, as in the pair loss.
+    With a label p, the value of a pair is p times this plus 1-p times the same with c and r
+    exchanged, as in the pair loss.
     preserve-*: loss + weight·R, over the token rows of all responses:
       preserve-kl: R = mean KL(p_t ‖ p̃_t); preserve-fisher: R = mean ½·Var_{j~p_t}(z̃_j - z_j), its
       second order.
     fisher, for linear heads without an adapter: loss + weight·vᵀF̄v, F̄ the mean over responses of
-      Cov_{j~p_t}(∂z_j/∂h): what moving all states along v would do.
+      Cov_{j~p_t}(∂z_j/∂h): to second order, twice the KL that shifting all states by v causes.
     """
 
     kind: str
     """grm-sft, grm-sft-unsquashed, grm-dpo, grm-dpo-noref, preserve-kl, preserve-fisher, fisher."""
     alpha: float = Field(default=0.01, ge=0, lt=1)
-    """α of grm-*. With 0 nothing is added, to the bit."""
+    """α of grm-*. With 0, results have the same bits as without a regularizer."""
     beta: float = Field(default=0.1, gt=0)
     """β of grm-*."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of preserve-* and fisher."""
     token_rows: int | Literal["all"] = 2
-    """Sampled positions of a response that a minibatch reads, drawn anew in each epoch; all: every
-    cached one."""
+    """Number of a response's cached positions that a minibatch reads, drawn anew in each epoch;
+    all: every cached one."""
     top_k: int | Literal["all"] | None = None
-    """Candidate tokens at a position beside its target: this many of the largest cached logits, all
-    cached ones (None), or "all": the whole vocabulary, exactly."""
+    """Candidate tokens at a position, besides its target: this many of the largest cached logits,
+    all cached logits (None), or the whole vocabulary ("all")."""
 
     @field_validator("kind")
     @classmethod
@@ -178,7 +181,7 @@ class Regularizer(Spec):
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        # model_fields_set does not help: a stored spec, which a replay reads, names every field.
+        # model_fields_set would not do: the stored spec that a replay reads sets every field.
         fields = type(self).model_fields
         given = {name for name in fields if getattr(self, name) != fields[name].default}
         if self.is_grm and "weight" in given:
@@ -193,17 +196,17 @@ class Regularizer(Spec):
 
     @property
     def is_grm(self) -> bool:
-        """Whether it is one of arXiv 2406.10216, which are weighted (1 - α) and α."""
+        """Whether it weights loss and R by 1 - α and α, as those of arXiv 2406.10216 do."""
         return KINDS[self.kind].of_pair is not None
 
     @property
     def reads_S(self) -> bool:  # noqa: N802
-        """Whether it reads the cached log-probability S itself; grm-dpo reads its change alone."""
+        """Whether it reads the cached log-probability S itself; grm-dpo reads only its change."""
         return KINDS[self.kind].reads_S
 
     @property
     def moves_states(self) -> bool:
-        """Whether it acts on the states that an adapter moves; "fisher" acts on a plain head."""
+        """Whether it needs an adapter, which moves the states; "fisher" acts on a plain head."""
         kind = KINDS[self.kind]
         return kind.of_pair is not None or kind.of_position is not None
 
@@ -224,21 +227,23 @@ class Regularizer(Spec):
 
     @property
     def sampling(self) -> Sampling:
-        """What it reads of a minibatch. Runs that read the same may share a pack."""
+        """Which token rows it reads. Runs that read the same ones may share a pack."""
         rows = None if self.token_rows == "all" else self.token_rows
         return Sampling(not KINDS[self.kind].one_sided, rows, self.top_k)
 
-    def weighed(self, responses: int, chosen: Tensor, rejected: Tensor, label: Tensor) -> Tensor:
-        """Which of a minibatch's responses R depends on, bool [responses].
+    def responses_read(
+        self, responses: int, chosen: Tensor, rejected: Tensor, label: Tensor
+    ) -> Tensor:
+        """Mark the responses of a minibatch that R depends on, bool [responses].
 
         chosen, rejected: int64 [B], numbers of the pairs' responses. label: of the pairs.
         """
         if not KINDS[self.kind].one_sided:
             return torch.ones(responses, dtype=torch.bool, device=label.device)
-        weighed = torch.zeros(responses, dtype=torch.bool, device=label.device)
-        weighed[chosen[label > 0]] = True
-        weighed[rejected[label < 1]] = True
-        return weighed
+        read = torch.zeros(responses, dtype=torch.bool, device=label.device)
+        read[chosen[label > 0]] = True
+        read[rejected[label < 1]] = True
+        return read
 
 
 def regularize(
@@ -250,11 +255,14 @@ def regularize(
     label: Tensor,
     weight: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """R of P slots, float32 [P], and the gradients of Σ value_factor·R at outputs of the adapters.
+    """Compute R of P slots, and its gradients with respect to the outputs of their adapters.
 
     parameters: of these slots, with an adapter. chosen, rejected: int64 [B], the pairs' responses
-    as numbers of the m responses of `tokens`. label, weight: [B], weights of mean 1. Slots are
-    differentiated one after another, so that intermediate values of one slot are kept at a time.
+    as numbers of the m responses of `tokens`. label, weight: [B], weights of mean 1.
+
+    Returns R float32 [P], the adapters' outputs, and the gradients of Σ value_factor·R with respect
+    to them. Slots are differentiated one after another, so that memory holds the intermediate
+    values of only one.
     """
     inner = adapter_inner(parameters, tokens.X)
     readouts = adapter_readouts(parameters, tokens.vectors)
@@ -279,7 +287,7 @@ def slot_value(
     label: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """R of one slot, a scalar; see `Regularizer` for the formulas.
+    """Compute R of one slot, a scalar, by the formulas of `Regularizer`.
 
     moved: the changes of the candidates' w·h, [n, C].
     """
@@ -299,28 +307,30 @@ def grm(
     label: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """R of grm-*, a scalar: the weighted mean over B pairs (arXiv 2406.10216).
+    """Compute R of grm-*, a scalar: the weighted mean over B pairs (arXiv 2406.10216).
 
-    S, change: float32 [m], log-probabilities of responses, and their change since the reference.
+    S, change: float32 [m], log-probabilities of responses, and what the adapter changed about them.
     chosen, rejected: int64 [B], numbers of responses. label, weight: [B].
     """
     of_pair = KINDS[spec.kind].of_pair
-    assert of_pair is not None  # callers ask for grm-* alone
+    assert of_pair is not None  # Callers pass only grm-*.
     forward = of_pair(spec, S, change, chosen, rejected)
     swapped = of_pair(spec, S, change, rejected, chosen)
     return ((label * forward + (1 - label) * swapped) * weight).mean()
 
 
 def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """ℓ̃_t - ℓ_t of the targets, [n]; exactly 0 where nothing has moved, because both logsumexps are
-    computed by the same arithmetic."""
+    """Compute ℓ̃_t - ℓ_t of the targets, [n].
+
+    It is exactly 0 if nothing has moved, because both logsumexps are computed in the same way.
+    """
     changes = tokens.changes(moved)
     own = changes.gather(1, tokens.target[:, None])[:, 0]
     return own - _normaliser_change(tokens, changes)
 
 
 def summed_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """Estimate of S̃ - S, [m]: (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k sampled positions."""
+    """Estimate S̃ - S, [m], by (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k sampled positions."""
     each = tokens.share * log_probability_change(tokens, moved)
     return each.new_zeros(len(tokens.S)).index_add(0, tokens.response, each)
 
@@ -330,9 +340,10 @@ def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
 
 
 def moved(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
-    """The change of w_j·h_t at the candidates j of each position t, [n, C]: readouts[j]·inner[t].
+    """Compute the change of w_j·h_t at the candidates j of each position t, [n, C].
 
-    inner [n, r], readouts [U, r]: of `adapter_inner` and `adapter_readouts`.
+    It is readouts[j]·inner[t], of inner [n, r] from `adapter_inner` and readouts [U, r] from
+    `adapter_readouts`.
     """
     from embrm.training.candidate_products import CandidateProducts
 
@@ -342,18 +353,18 @@ def moved(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
 
 
 _FISHER_RESPONSES = 4096
-"""Responses that F̄ is averaged over, evenly spaced: it costs d² operations a token vector."""
+"""Most responses that F̄ is averaged over, evenly spaced; each token vector costs d² operations."""
 
 FISHER_AT_ONCE = 512
-"""Of them, read at a time."""
+"""Number of these responses that are read at a time."""
 
 
 def mean_fisher(data: TokenStore, responses: Tensor, top_k: TopK) -> Tensor:
-    """F̄ float32 [d, d]: mean over responses of the mean over their token rows of
-    Cov_{j~p_t}(∂z_j/∂h) = E[g gᵀ] - E[g] E[g]ᵀ, g = ∂z_j/∂h, with a tail as one token of mean g.
+    """Average Cov_{j~p_t}(∂z_j/∂h) over each response's token rows, then over responses: F̄ [d, d].
 
-    responses: int64, distinct. The reward position is no token row: its next token is near
-    certain, and F near 0 there.
+    With g = ∂z_j/∂h, the covariance is E[g gᵀ] - E[g] E[g]ᵀ; the tail counts as one token, with the
+    mean of its tokens' g. The result is float32. responses: int64, distinct. Reward positions are
+    not token rows; their next token is nearly certain, so that they would add almost nothing.
     """
     step = -(-len(responses) // _FISHER_RESPONSES)
     some = responses[::step].numpy()
@@ -379,5 +390,5 @@ def mean_fisher(data: TokenStore, responses: Tensor, top_k: TopK) -> Tensor:
 
 
 def direction_penalty(fisher: Tensor, weights: Tensor) -> Tensor:
-    """vᵀF̄v [P] of linear heads v [P, d]; fisher: [d, d]."""
+    """Compute vᵀF̄v, [P], of linear heads v [P, d]. fisher: F̄ [d, d]."""
     return (weights * product(fisher, weights).T.contiguous()).sum(1)

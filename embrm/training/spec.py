@@ -1,4 +1,4 @@
-"""What one run asks for: objective, head, regularizer and optimisation; read without torch."""
+"""The spec of one run: objective, head, regularizer and optimisation. It loads no torch."""
 
 import operator
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +16,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSpec(Objective):
-    """One run: objective, head, regularizer and optimisation."""
+    """The spec of one run: objective, head, regularizer and optimisation."""
 
     head: HeadSpec = HeadSpec()
     """A table: see below."""
@@ -41,7 +41,7 @@ class TrainSpec(Objective):
     """How the learning rate falls to 0 over all epochs; constant: it does not."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of all steps in which the learning rate rises linearly to lr."""
-    # A field that came later is recorded only where it is set, so that other runs keep their ids.
+    # Fields that were added later are recorded only if set, so that other runs keep their ids.
     data_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=operator.not_)
     """β of iterative data smoothing: after every epoch each label becomes (1-β)·label + β·p, with p
     the run's own probability of the pair (arXiv 2401.16335)."""
@@ -81,7 +81,7 @@ class TrainSpec(Objective):
 
     @property
     def active_regularizer(self) -> Regularizer | None:
-        """The regularizer, if it adds anything."""
+        """Return the regularizer if its weight is not 0, else None."""
         return self.regularizer if self.regularizer and self.regularizer.active else None
 
     def pack_key(self) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ class TrainSpec(Objective):
         return self.head, self.preprocess, self.batch_pairs, self.seed, tokens, moving
 
     def extensions(self) -> dict[str, Extension]:
-        """The user-defined parts that the run uses: "loss focal" → where it comes from."""
+        """Find the user-defined parts that the run uses: "loss focal" → where it comes from."""
         found = {
             f"loss {self.loss}": LOSSES.source(self.loss),
             f"head {self.head.kind}": HEADS.source(self.head.kind),

@@ -1,7 +1,7 @@
-"""States of responses as training reads them, in memory or mapped from a file larger than it.
+"""The states that training reads, in memory or mapped from a file that may be larger than memory.
 
-A flat file of rows is mapped by every process that trains: they share its pages, and pages that
-are let go of can be read again. Nothing a run computes depends on how much stays in memory.
+All processes that train map the same flat file of rows and share its pages; released pages are read
+again when needed. No result depends on how much of the file stays in memory.
 """
 
 import mmap
@@ -16,26 +16,26 @@ BLOCK_BYTES = 8 << 20
 """States are shuffled and read ahead in blocks of about this size."""
 
 WINDOW_BLOCKS = 16
-"""Blocks whose pairs are shuffled together."""
+"""Number of blocks whose pairs are shuffled together."""
 
 WINDOW_BYTES = WINDOW_BLOCKS * BLOCK_BYTES
-"""States that are best kept in memory at a time."""
+"""Bytes of a window: reading is fastest if so much of the states stays in memory."""
 
 _PART_BYTES = 512 << 10
 
 _MAPPED_BYTES = 2 << 20
-"""Linux may map this much around a page that is touched."""
+"""Linux may map this many bytes around a page when it is first read."""
 
 
 class States:
-    """[responses, width] in their stored dtype, widened to float32 as they are taken.
+    """States [responses, width] in their stored dtype, converted to float32 when they are taken.
 
-    Shapes: rows and row numbers are int64 [n].
+    Arguments called rows are row numbers, int64 [n].
     """
 
     def __init__(self, values: Tensor, mapping: mmap.mmap | None = None, resident: int = 0) -> None:
-        """values: the states, on the device that trains. mapping: the file they are mapped from,
-        if no more than `resident` bytes of it shall stay in memory."""
+        """values: the states, on the device that trains. mapping: the file that they are mapped
+        from, if at most `resident` bytes of it may stay in memory."""
         self.values = values
         self._mapping, self._resident = mapping, resident
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -45,31 +45,32 @@ class States:
     def of_file(
         cls, path: Path, shape: tuple[int, int], dtype: torch.dtype, *, resident: int | None
     ) -> "States":
-        """Map a file of rows. resident: bytes of it to keep in memory; None: as many as the system
-        lets us."""
+        """Map a file of rows. resident: the bytes of it that may stay in memory; None: no limit."""
         with path.open("rb") as file:
-            # Copy on write, because torch wants a buffer it could write to; it never does.
+            # Copy on write, because torch wants a writable buffer; nothing is written to it.
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         values = torch.frombuffer(mapping, dtype=dtype).reshape(shape)
         return cls(values) if resident is None else cls(values, mapping, resident)
 
     @property
     def width(self) -> int:
-        """Components of a state."""
+        """Number of components of a state."""
         return self.values.shape[1]
 
     @property
     def block_rows(self) -> int:
-        """Rows of a block: it depends on the states' shape and dtype alone."""
+        """Number of rows in a block; it depends on the shape and dtype of the states alone."""
         return max(1, BLOCK_BYTES // self._row_bytes)
 
     def take(self, rows: Tensor, spare: int = 0) -> Tensor:
-        """float32 [n + spare, width], in a buffer that the next call overwrites; what the spare
-        rows at its end hold is the caller's affair."""
+        """Read states into float32 [n + spare, width], a buffer that the next call overwrites.
+
+        The last `spare` rows are uninitialised, for the caller to fill.
+        """
         rows = rows.to(self.values.device)
         whole = self._buffer(torch.float32, len(rows) + spare)
         wide = whole[: len(rows)]
-        # In parts that stay in the processor's cache between being read and being widened.
+        # In parts that stay in the processor's cache until they are converted.
         size = max(1, _PART_BYTES // self._row_bytes) if rows.device.type == "cpu" else len(rows)
         for some, part in zip(rows.split(size), wide.split(size), strict=True):
             if self.values.dtype == torch.float32:
@@ -81,7 +82,7 @@ class States:
         return whole
 
     def read_ahead(self, blocks: Iterable[int]) -> None:
-        """Have the system fetch these blocks while others are worked on."""
+        """Ask the system to load these blocks in the background."""
         if self._mapping is not None:
             size = self.block_rows * self._row_bytes
             for block in blocks:
@@ -100,9 +101,9 @@ class States:
         return self.width * self.values.element_size()
 
     def _read(self, rows: Tensor, out: Tensor) -> None:
-        """Copy rows to `out`; let go of others first when too many pages would be mapped."""
+        """Copy rows to `out`; first release the mapped pages if they would become too many."""
         if self._mapping is not None:
-            # What is mapped around a page is aligned in memory, not in the file.
+            # Linux aligns what it maps around a page in memory, not in the file.
             start = self.values.data_ptr() % _MAPPED_BYTES + rows.numpy() * self._row_bytes
             end = start + self._row_bytes - 1
             wanted = np.unique([start // _MAPPED_BYTES, end // _MAPPED_BYTES])

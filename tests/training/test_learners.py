@@ -15,7 +15,7 @@ from embrm.training.bank import train
 from embrm.training.data import TrainingData
 from embrm.training.heads import REWARDS, score_states
 from embrm.training.learner_specs import GradientBoosting, Learner, Logistic, Ridge
-from embrm.training.learners import Gold, boosting, ends, fit, fit_logistic, ridge
+from embrm.training.learners import Gold, boosting, fit, fit_logistic, ridge, wins_and_losses
 from embrm.training.pairs import Pairs
 from embrm.training.spec import TrainSpec
 from embrm.training.states import States
@@ -132,7 +132,7 @@ def test_a_response_of_many_pairs_is_one_row_that_won_and_one_that_lost() -> Non
         torch.tensor([5, 2, 5]), torch.tensor([2, 5, 9]), torch.tensor([1.0, 0.25, 0.5]),
         torch.tensor([1.0, 4.0, 2.0]), None,
     )  # fmt: skip
-    rows, won, lost = ends(pairs)
+    rows, won, lost = wins_and_losses(pairs)
     assert rows.tolist() == [2, 5, 9]
     assert won.tolist() == [1.0, 1 + 3 + 1, 1.0]
     assert lost.tolist() == [1 + 3, 1 + 1, 1.0]

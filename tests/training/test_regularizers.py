@@ -667,8 +667,8 @@ def test_only_grm_sft_may_leave_out_a_response(kind: str) -> None:
     """Of hard labels: that of nobody's better response. With soft ones R depends on all."""
     pairs = torch.tensor([0, 1, 2]), torch.tensor([1, 3, 4])
     regularizer = Regularizer(kind=kind)
-    hard = regularizer.weighed(6, *pairs, torch.tensor([1.0, 1.0, 0.0])).tolist()
-    soft = regularizer.weighed(5, *pairs, torch.tensor([0.9, 0.5, 0.1])).tolist()
+    hard = regularizer.responses_read(6, *pairs, torch.tensor([1.0, 1.0, 0.0])).tolist()
+    soft = regularizer.responses_read(5, *pairs, torch.tensor([0.9, 0.5, 0.1])).tolist()
     assert soft == [True] * 5
     assert hard == ([True, True, False, False, True, False] if "sft" in kind else [True] * 6)
 
