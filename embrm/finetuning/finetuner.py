@@ -24,7 +24,7 @@ from embrm.finetuning.inputs import FinetuneInputs, run_spec
 from embrm.finetuning.model import load_tuned
 from embrm.finetuning.setup import build_trainer, memory_remedies, micro_pairs_of, out_of_memory
 from embrm.finetuning.trainer import RewardTrainer, Validation
-from embrm.metrics.geometry import drift, shape
+from embrm.metrics.geometry import drift, norms_and_rank
 from embrm.sweeps.evaluation import Evaluation, ledger_row, part_tables
 from embrm.sweeps.geometry import measured_row, samples
 from embrm.sweeps.ledger import GEOMETRY_SCHEMA, TABLES, parquet
@@ -185,7 +185,7 @@ class Finetuner:
         after, rows = torch.from_numpy(states), []
         for split, sample in self._samples.items():
             places = np.searchsorted(self._sampled_rows, sample.rows.numpy())
-            found = shape(after[places])
+            found = norms_and_rank(after[places])
             if self._inputs.spec.tune != "frozen":
                 found["drift"] = drift(self._states_before[places], after[places])
             r = rewards[np.searchsorted(self._evaluation.rows, sample.rows.numpy())]

@@ -1,4 +1,5 @@
-"""Metrics of a run on a split, and the per-prompt sums that intervals are made of."""
+"""Metrics of one run on an evaluation split (accuracy, NLL, Brier score, ECE, Kendall's τ-b), and
+the sums per prompt that the bootstrap of `embrm.metrics.intervals` resamples."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -21,24 +22,27 @@ PROMPTS: dict[str, pl.DataType] = {
     "length_wins": pl.Float64(),
     "length_ties": pl.Float64(),
 }
-"""What no run changes: sums over the pairs of a (subset, prompt)."""
+"""Columns of the prompt table, one row per (subset, prompt). The sums over its pairs depend on the
+data alone, not on a run."""
 
 OUTCOMES = ("wins", "ties", "nll", "brier", "tau")
-"""What a run did on each (subset, prompt): sums over its pairs, and Kendall's τ-b of its group."""
+"""What is stored of a run for each (subset, prompt): the sums over its pairs of the terms in
+`EvaluationSplit.evaluate`, and Kendall's τ-b of its group."""
 
 _KEYS = ["subset", "prompt_id"]
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSplit:
-    """A split's pairs and groups, made ready once for the rewards of many runs.
+    """The pairs and groups of an evaluation split, prepared once and used for many runs.
 
-    rows: int64 [n], the distinct responses that are rewarded, ascending.
-    prompts: one row a (subset, prompt_id), sorted by them, nulls last; columns `PROMPTS`, where
-        pairs is the total weight, hence the number of pairs when no weights are given, and
-        length_wins and length_ties are of "the longer response in tokens is better".
-
-    The other fields number pairs, responses (places in `rows`) and prompts (rows of `prompts`).
+    rows: int64 [n], the distinct responses that need a reward, ascending.
+    prompts: one row per (subset, prompt_id), sorted by them with nulls last, with the columns
+        `PROMPTS`: pairs is the total weight of the pairs (their number where weights are 1),
+        length_wins and length_ties are the wins and ties of token counts used as rewards.
+    chosen, rejected: int64 [pairs], positions in `rows`.
+    prompt_of: int64 [pairs], rows of `prompts`.
+    weight: float64 [pairs].
     """
 
     rows: Indices
@@ -48,19 +52,20 @@ class EvaluationSplit:
     prompt_of: Indices
     weight: Floats
     agreeing: Floats
-    """Weight times label: of the two labels that a pair can have, the share of "chosen"."""
+    """weight·q, float64 [pairs], q being the label: the probability that chosen is better."""
     opposing: Floats
+    """weight·(1-q), float64 [pairs]."""
     rankings: Rankings
     fixed: dict[str, float]
-    """Metrics that no run changes."""
+    """Metrics that are the same for all runs: pairs, prompts and length_accuracy."""
 
     @classmethod
     def of(cls, pairs: pl.DataFrame, members: pl.DataFrame, n_response: NDArray[np.int32]) -> Self:
-        """Of the pairs and group members of one split.
+        """Prepare a split.
 
-        pairs: chosen, rejected (responses), prompt_id, subset, label, weight.
-        members: response, prompt_id, subset, gold.
-        n_response: tokens of every response, int32 [responses].
+        pairs: columns chosen, rejected (numbers of responses), prompt_id, subset, label, weight.
+        members: the members of groups, with columns response, prompt_id, subset, gold.
+        n_response: int32 [responses], the number of tokens of every response.
         """
         sides = [
             table[column].to_numpy().astype(np.int64)
@@ -107,27 +112,30 @@ class EvaluationSplit:
     def evaluate(
         self, rewards: NDArray[np.float32], temperature: float
     ) -> tuple[dict[str, float], dict[str, NDArray[np.float32]]]:
-        """Score one run's `rewards` float32 [n], those of `rows`.
+        """Compute the metrics of one run.
 
-        temperature: fitted on other pairs, NaN where none fits.
+        rewards: float32 [n], of the responses `rows`. temperature: T of `fit_temperature`, fitted
+        on other pairs; NaN where it could not be fitted.
 
-        With Δ = r_chosen - r_rejected and q = label, the probability that chosen is better, a
-        pair adds, times its weight:
+        With Δ = r_chosen - r_rejected and the label q, the probability that chosen is better, each
+        pair contributes, times its weight:
             wins     q·[Δ > 0] + (1-q)·[Δ < 0], the expected agreement with a label drawn from q
             ties     [Δ = 0]
-            nll      -q·logsigmoid(Δ) - (1-q)·logsigmoid(-Δ)
-            brier    q·(1-sigmoid(Δ))² + (1-q)·sigmoid(Δ)², the expected squared error
+            nll      -q·logsigmoid(Δ) - (1-q)·logsigmoid(-Δ), the Bradley-Terry loss
+            brier    q·(1-sigmoid(Δ))² + (1-q)·sigmoid(Δ)², the expected squared error (Brier 1950)
             margin   (2q-1)·Δ
 
-        Returns the metrics, and `OUTCOMES` float32 [prompts] in the order of `prompts`: these
-        sums without the margin, and tau, NaN where it is undefined. Metrics are computed in
-        float64:
-            accuracy = wins / (pairs - ties), so a tie is neither right nor wrong; ties = share of
-            pairs; nll, brier, margin = means; *_calibrated at Δ/temperature; ece of 15 bins;
-            length_accuracy of "longer is better", its ties apart too; tau = mean over the prompts
-            where it is defined; reward_mean and reward_sd (population) over `rows`.
-            NaN where nothing is defined.
-        Sums run in a fixed order, so the same input gives the same bits.
+        Returns the metrics, and for each name in `OUTCOMES` float32 [prompts], in the order of
+        `prompts`: the sums of these terms (margin excepted), and tau. Metrics are float64, NaN
+        where undefined:
+            accuracy         Σ wins / Σ (weight - ties), so ties count as neither right nor wrong
+            ties, nll, brier, margin    weighted means over pairs
+            nll_calibrated, brier_calibrated, ece_calibrated    with Δ/T in place of Δ
+            ece              `expected_calibration_error` with `BINS` bins
+            tau              mean over the prompts where `Rankings.taus` is defined
+            length_accuracy  accuracy with token counts in place of rewards
+            reward_mean, reward_sd      over `rows`; population standard deviation
+        Sums are taken in a fixed order, so the same input always gives the same bits.
 
         Raises: UserError when a reward is not finite.
         """
@@ -135,7 +143,7 @@ class EvaluationSplit:
         bad = rewards64.size - np.count_nonzero(np.isfinite(rewards64))
         if bad:
             raise UserError(
-                f"{bad} of {rewards64.size} rewards are not finite: the run diverged; "
+                f"{bad} of {rewards64.size} rewards are not finite, the run diverged: "
                 "lower its learning rate"
             )
         margins = rewards64[self.chosen] - rewards64[self.rejected]
@@ -183,16 +191,17 @@ class EvaluationSplit:
                 "brier_calibrated": _ratio(float(brier.sum()), pairs),
                 "ece_calibrated": expected_calibration_error(confidence, correct, self.weight),
             }
-        with np.errstate(over="ignore"):  # a loss beyond float32 is stored as infinite
+        with np.errstate(over="ignore"):  # a loss too large for float32 is stored as inf
             outcomes = {name: values.astype(np.float32) for name, values in sums.items()}
         return metrics, outcomes | {"tau": taus.astype(np.float32)}
 
     def _errors(self, distance: Floats, won: Floats, lost: Floats) -> tuple[Floats, Floats, Floats]:
-        """Confidence sigmoid(|Δ|), and weighted nll and brier, each [pairs].
+        """Confidence sigmoid(|Δ|), and weighted nll and brier, each float64 [pairs].
 
-        won, lost: weight of the label that the sign of Δ agrees with, and of the other one. From
-        e = exp(-|Δ|), which cannot overflow: sigmoid(|Δ|) = 1/(1+e), sigmoid(-|Δ|) = e/(1+e) and
-        -logsigmoid(|Δ|) = log1p(e), -logsigmoid(-|Δ|) = log1p(e) + |Δ|.
+        distance: |Δ|. won, lost: the weight of the label that the sign of Δ agrees with, and that
+        of the other label. All follow from e = exp(-|Δ|), which cannot overflow:
+        sigmoid(|Δ|) = 1/(1+e), sigmoid(-|Δ|) = e/(1+e), -logsigmoid(|Δ|) = log1p(e) and
+        -logsigmoid(-|Δ|) = log1p(e) + |Δ|.
         """
         e = np.exp(-distance)
         confidence = 1 / (1 + e)
@@ -205,7 +214,7 @@ class EvaluationSplit:
 
 
 def _numbered(pairs: pl.DataFrame, members: pl.DataFrame) -> tuple[pl.DataFrame, Indices, Indices]:
-    """Distinct (subset, prompt_id), sorted; and the number of each pair's and member's."""
+    """The distinct (subset, prompt_id), sorted, and their row number for each pair and member."""
     keys = (
         pl.concat([pairs.select(_KEYS), members.select(_KEYS)])
         .unique()

@@ -1,23 +1,23 @@
-"""How far the ranking by one stage tells the ranking by another: frozen states against full tuning.
+"""Agreement of two rankings of the same configurations: heads on frozen states (the frozen stage)
+against fine-tuned backbones (the full stage), with bootstrap intervals.
 
 Both stages evaluate the same configurations on the same prompts. Every statistic is computed from
-the means over seeds, and again in every replicate of the bootstrap of `embrm.metrics.intervals`:
-a replicate has the same prompts in both stages, and draws seeds anew within each configuration of
-each stage. What a seed does to all configurations of a stage alike moves no statistic here, and is
-taken out before seeds are drawn: the mean, over the K configurations that have the seed, of their
-deviations. It takes a K-th of each configuration's own variance with it, so what is left is scaled
-by √(K/(K-1)); of a seed that one configuration has nothing is taken. With one seed there is nothing
-to draw, and the interval covers prompts only. Configurations are not resampled: they were chosen,
-and another choice may agree otherwise.
+means over seeds, and again in every replicate of the bootstrap of `embrm.metrics.intervals`, which
+uses the same prompts in both stages and draws seeds separately for each configuration and stage.
 
-The observed means are noisy, and a replicate adds as much noise once more. Noise draws a rank
-correlation towards 0, and a regret up: a replicate's is on average as far from the observed one, b,
-as that is from the one of noise-free means. The percentile interval is therefore widened by 2b on
-the side from which noise draws; unwidened it misses the agreement of noise-free means more often
-than not where that is close to perfect. Widened it still falls short there, the more the closer the
-configurations: noise hides more than the doubled noise shows. docs/methods.md has its coverage in
-simulations. The values themselves are as observed: what noise of the seeds leaves of perfect
-agreement is the ceiling, `halves`.
+Before seeds are drawn, the effect that a seed has on all configurations of a stage alike is
+subtracted, since it cannot change any of these statistics: the mean deviation of the K
+configurations that have the seed. This removes 1/K of each configuration's own variance, so the
+remainder is scaled by √(K/(K-1)). With one seed per configuration the intervals cover prompts only.
+Configurations are not resampled: the intervals are about those that were chosen.
+
+Noise in the observed means biases a rank correlation towards 0 and a regret upwards, and a
+replicate has this noise twice. The mean of the replicates therefore differs from the observed
+value, by b, about as much as the observed value differs from that of noise-free means. The
+percentile interval is widened by 2b in that direction. Where the stages agree almost perfectly and
+configurations are close, it still covers less than 95 %: docs/methods.md tabulates its coverage in
+simulations. The statistics themselves are not corrected for noise; `halves` estimates the highest
+ρ that the noise of the seeds permits.
 """
 
 import itertools
@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from embrm.core.streams import blake2b_number
-from embrm.metrics.intervals import Replicates, over_seeds
+from embrm.metrics.intervals import Replicates, mean_over_seeds
 
 Floats = NDArray[np.float64]
 
 FEWEST = 4
-"""Configurations that a rank correlation or a line through their gains needs: of three, two orders
-in six agree by chance with |ρ| = 1."""
+"""Fewest configurations for a rank correlation, or a line through their gains: with three, two of
+the six possible orders have |ρ| = 1 by chance."""
 
 LOWER_IS_BETTER = ("nll", "brier")
 
@@ -44,7 +44,7 @@ STATISTICS = (
     *("spearman", "kendall", "ordered", "regret", "slope", "intercept", "bias"),
     *("halves_full", "halves_frozen"),
 )
-"""What `agreement` tells of a split, in its order."""
+"""Rows of the table that `agreement` returns, in order."""
 
 _BOUNDS = {
     "spearman": (-1.0, 1.0),
@@ -62,19 +62,23 @@ _SCHEMA = {
 }
 
 _HALVED = 8
-"""Common seeds of which every halving is taken, at most 70 of them."""
+"""`halves` uses at most this many common seeds, which can be halved in 70 ways."""
 
 _DIGITS = 12
-"""Means equal to this many digits are tied: sums over seeds in another order are not more equal."""
+"""Decimals to which means over seeds are rounded, so that means that differ only by the rounding of
+sums in another order tie."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One metric of the same configurations in one stage; larger is better.
+    """One metric of the configurations in one stage, signed so that larger is better.
 
-    names: of the configurations, where two may be one; values: float64 [configurations], means
-    over seeds; draws: float64 [replicates, configurations], resampled over prompts and seeds;
-    seeds: float64 [common seeds, configurations]; prompts: how many were resampled.
+    names: of the configurations; a name may occur twice, where two frozen configurations share one
+        fine-tune.
+    values: float64 [configurations], means over seeds.
+    draws: float64 [replicates, configurations], bootstrap replicates over prompts and seeds.
+    seeds: float64 [seeds, configurations], for the seeds that all configurations have.
+    prompts: number of prompts that were resampled.
     """
 
     names: tuple[str, ...]
@@ -87,10 +91,10 @@ class Stage:
     def of(
         cls, replicates: Replicates, runs: pl.DataFrame, names: Sequence[str], metric: str, of: str
     ) -> "Stage":
-        """The configurations `names`, each of which has a run.
+        """Average the runs of the configurations `names`, each of which has at least one.
 
-        runs: name and seed, one row per column of `replicates`. of: what the stage is called: its
-        seeds are drawn apart from another's.
+        runs: name and seed, one row per column of `replicates`. of: name of the stage; the seeds of
+        stages with different names are drawn independently.
         """
         columns: dict[str, dict[int, int]] = {}
         for column, (name, seed) in enumerate(runs.select("name", "seed").iter_rows()):
@@ -98,19 +102,22 @@ class Stage:
         sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
         estimates, draws = sign * replicates.estimates, sign * replicates.draws
         once = {name: columns[name] for name in names}
-        luck: dict[int, list[float]] = {}
+        deviations: dict[int, list[float]] = {}  # of all configurations, by seed
         for own in once.values():
             middle = estimates[[*own.values()]].mean()
             for seed, column in own.items():
-                luck.setdefault(seed, []).append(estimates[column] - middle)
+                deviations.setdefault(seed, []).append(estimates[column] - middle)
         resampled = {}
         for name, own in once.items():
             places = [*own.values()]
             middle = estimates[places].mean()
             alone = np.array(
-                [_own(estimates[column] - middle, luck[seed]) for seed, column in own.items()]
+                [
+                    _without_shared(estimates[column] - middle, deviations[seed])
+                    for seed, column in own.items()
+                ]
             )
-            resampled[name] = over_seeds(alone, draws[:, places], _stream(of, name))
+            resampled[name] = mean_over_seeds(alone, draws[:, places], _stream(of, name))
         common = sorted(set.intersection(*(set(own) for own in once.values())))
         return cls(
             names=tuple(names),
@@ -121,61 +128,68 @@ class Stage:
         )
 
 
-def _own(deviation: float, luck: Sequence[float]) -> float:
-    """What of a configuration's deviation in a seed is its own. luck: the deviations in this seed
-    of all configurations that have it."""
-    K = len(luck)
-    return deviation if K == 1 else float((deviation - np.mean(luck)) * np.sqrt(K / (K - 1)))
+def _without_shared(deviation: float, deviations: Sequence[float]) -> float:
+    """A configuration's deviation with a seed from its mean, minus the part that is shared with
+    all configurations that have the seed. deviations: theirs, its own among them."""
+    K = len(deviations)
+    return deviation if K == 1 else float((deviation - np.mean(deviations)) * np.sqrt(K / (K - 1)))
 
 
 def spearman(x: Floats, y: Floats) -> Floats:
-    """Spearman's ρ over the last axis, ties at their mean rank; NaN where one side is constant."""
+    """Spearman's ρ over the last axis: Pearson's r of the ranks, with tied entries at their mean
+    rank (Spearman 1904). NaN where one side is constant."""
     x, y = (rankdata(side, axis=-1) for side in (x, y))
     x, y = (side - side.mean(axis=-1, keepdims=True) for side in (x, y))
     return _ratio((x * y).sum(axis=-1), np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1)))
 
 
 def kendall(x: Floats, y: Floats) -> Floats:
-    """Kendall's τ-b over the last axis; NaN where one side is constant."""
+    """Kendall's τ-b over the last axis: (C - D)/√(P_x·P_y), with C concordant and D discordant
+    pairs, P_x pairs not tied in x and P_y not tied in y (Kendall 1945). NaN where one side is
+    constant."""
     of_x, of_y = _signs(x), _signs(y)
     decided = np.abs(of_x).sum(axis=-1) * np.abs(of_y).sum(axis=-1)
     return _ratio((of_x * of_y).sum(axis=-1), np.sqrt(decided))
 
 
 def ordered(x: Floats, y: Floats) -> Floats:
-    """Share of the pairs along the last axis that both sides order, ordered alike; NaN for none."""
+    """C/(C + D) over the last axis: the share of concordant pairs among those that tie in neither x
+    nor y. NaN where there are none."""
     alike = _signs(x) * _signs(y)
     return _ratio((alike > 0).sum(axis=-1), (alike != 0).sum(axis=-1))
 
 
 def regret(x: Floats, y: Floats) -> Floats:
-    """Best y minus the y of the best by x (several: their mean), over the last axis."""
+    """max y - y[argmax x] over the last axis: what choosing by x loses. Where several entries have
+    the largest x, their mean y counts."""
     best = x == x.max(axis=-1, keepdims=True)
     return y.max(axis=-1) - (y * best).sum(axis=-1) / best.sum(axis=-1)
 
 
 def slope(x: Floats, y: Floats) -> Floats:
-    """Of the least-squares line of y on x, over the last axis; NaN where x is constant."""
+    """Slope of the least-squares line of y on x over the last axis, Σ(x-x̄)y / Σ(x-x̄)²; NaN where x
+    is constant."""
     centred = x - x.mean(axis=-1, keepdims=True)
     return _ratio((centred * y).sum(axis=-1), (centred * centred).sum(axis=-1))
 
 
 def intercept(x: Floats, y: Floats) -> Floats:
-    """Of that line: y where x = 0."""
+    """Intercept of the least-squares line of y on x over the last axis, ȳ - slope·x̄."""
     return y.mean(axis=-1) - slope(x, y) * x.mean(axis=-1)
 
 
 def bias(x: Floats, y: Floats) -> Floats:
-    """Mean of x - y over the last axis: above 0 where x promises too much."""
+    """Mean of x - y over the last axis: above 0 where x overestimates y."""
     return (x - y).mean(axis=-1)
 
 
 def halves(stage: Stage) -> float:
-    """The ρ that noise of the seeds leaves: between two halves of the seeds that all have.
+    """Split-half reliability: Spearman's ρ between the means over two halves of the seeds that all
+    configurations have, averaged over all ways of halving them.
 
-    Mean over all ways of halving them; every configuration counts once. Each half has half the
-    seeds, so the means over all of them are less noisy than this tells; the prompts are the same,
-    so their noise is not in it. NaN with fewer than two seeds.
+    Each configuration name counts once. It underestimates the reliability of the means over all
+    seeds, because a half has half of them, and does not contain the noise of the prompts, which
+    both halves share. NaN with fewer than two common seeds.
     """
     _, once = np.unique(stage.names, return_index=True)
     seeds = stage.seeds[:_HALVED]
@@ -190,25 +204,23 @@ def halves(stage: Stage) -> float:
 
 
 def agreement(frozen: Stage, full: Stage, baseline: int | None) -> pl.DataFrame:
-    """`STATISTICS` of one split, a row each: statistic, value, low and high (95 %), reason.
+    """Compute `STATISTICS` for one split: one row each, with the columns statistic, value, low and
+    high (95 % interval), and reason (why value is null).
 
-    frozen, full: the same configurations in the same order, at least two; some may be one and the
-    same in full. baseline: the column that gains are measured from, if it is there.
+    frozen, full: the same configurations in the same order, at least two.
+    baseline: position of the baseline, from which gains are measured; None where it was not
+        fine-tuned.
 
-    spearman, kendall, ordered: of the two rankings, `ordered` the share of pairs ordered alike.
-    regret: the best full value minus that of the configuration the frozen stage ranks first.
-    slope, intercept: of the line of full on frozen gains over the baseline; a cheap stage that
-    tells gains exactly has 1 and 0. bias: mean frozen minus mean full gain.
-    halves_full, halves_frozen: `halves` of each stage, without an interval.
-    Gains and regret are in the metric's units, positive where better.
-
-    Undefined values are null, with the reason.
+    spearman, kendall, ordered, regret: the functions of that name, with x the frozen and y the full
+    values. slope, intercept, bias: the same with the gains over the baseline; gains that the frozen
+    stage predicts exactly give 1, 0 and 0. halves_full, halves_frozen: `halves` of each stage,
+    without an interval. Regret, intercept and bias are in the metric's units.
     """
     distinct = len(set(full.names))
     few = f"{distinct} fine-tuned configurations: it needs {FEWEST}" if distinct < FEWEST else ""
     if np.isnan(frozen.values).any() or np.isnan(full.values).any():
         return pl.DataFrame(
-            [_row(name, reason="a configuration has no value here") for name in STATISTICS],
+            [_row(name, reason="a configuration lacks a value here") for name in STATISTICS],
             schema=_SCHEMA,
         )
     usable = ~(np.isnan(frozen.draws).any(axis=1) | np.isnan(full.draws).any(axis=1))
@@ -228,7 +240,7 @@ def agreement(frozen: Stage, full: Stage, baseline: int | None) -> pl.DataFrame:
             return _row(name, reason="the baseline has no fine-tuned run")
         value = float(of(*inputs[0]))
         if np.isnan(value):
-            return _row(name, reason="all configurations are level in a stage")
+            return _row(name, reason="all configurations have the same value in a stage")
         draws = of(*inputs[1])
         draws = draws[~np.isnan(draws)]
         if not resampled or not len(draws):
@@ -253,7 +265,11 @@ def agreement(frozen: Stage, full: Stage, baseline: int | None) -> pl.DataFrame:
         if few:
             rows.append(_row(name, reason=few))
         elif np.isnan(value):
-            why = "fewer than two seeds that all have" if len(stage.seeds) < 2 else "level seeds"
+            why = (
+                "fewer than two seeds that all configurations have"
+                if len(stage.seeds) < 2
+                else "all configurations have the same value with some seeds"
+            )
             rows.append(_row(name, reason=why))
         else:
             rows.append(_row(name, value))
@@ -271,7 +287,7 @@ def _row(
 
 
 def _interval(value: float, draws: Floats, bounds: tuple[float, float]) -> tuple[float, float]:
-    """Percentiles of `draws`, widened by twice their bias on its side, within `bounds`."""
+    """Percentile interval of `draws`, extended by twice their bias against it, within `bounds`."""
     low, high = np.quantile(draws, [0.025, 0.975])
     correction = 2 * (value - draws.mean())
     low, high = np.clip([low + min(correction, 0), high + max(correction, 0)], *bounds)
@@ -279,12 +295,12 @@ def _interval(value: float, draws: Floats, bounds: tuple[float, float]) -> tuple
 
 
 def _gains(values: Floats, baseline: int) -> Floats:
-    """Of all others over the configuration in the column `baseline`."""
+    """Gains of all other configurations over the one at position `baseline`."""
     return np.delete(values - values[..., [baseline]], baseline, axis=-1)
 
 
 def _signs(values: Floats) -> NDArray[np.int8]:
-    """Which of every two entries of the last axis is larger, int8 [..., pairs]."""
+    """Sign of the difference of every two entries along the last axis, int8 [..., pairs]."""
     first, second = np.triu_indices(values.shape[-1], k=1)
     one, other = values[..., first], values[..., second]
     return np.subtract(one > other, one < other, dtype=np.int8)

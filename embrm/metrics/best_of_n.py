@@ -1,12 +1,15 @@
-"""Best of n under a proxy: what is expected of the response that a reward would choose.
+"""Best-of-n sampling under a proxy reward: the expected gold score of the response it selects, the
+KL divergence from the policy, and Gao's over-optimization curve.
 
-Of a prompt's pool of N responses n are drawn, and the one the proxy rewards most is taken. With
-the pool in ascending order of the proxy, the i-th is taken in C(i-1, n-1) of the C(N, n) subsets:
+From a prompt's pool of N responses n are drawn without replacement, and the one with the highest
+proxy is selected. With the pool in ascending order of the proxy, the i-th response is selected in
+C(i-1, n-1) of the C(N, n) subsets, so
 
     E[gold of the best of n] = Σ_{i≥n} C(i-1, n-1)/C(N, n) · gold_(i),
 
-exact for this pool and unbiased for a fresh one, at every n from a single sort. Responses that tie
-are taken with equal chances, so each counts with the mean gold of its block.
+which is exact for this pool, unbiased for n fresh responses, and needs one sort for all n.
+Responses that tie are selected with equal probability, so each counts with the mean gold of those
+it ties with.
 
 Sources: Nakano et al. 2021 (WebGPT, arXiv 2112.09332) and Hilton and Gao 2022 (Measuring Goodhart's
 law) on the estimator; Beirami et al. 2024 (arXiv 2401.01879) on the divergence; Gao et al. 2022
@@ -29,17 +32,18 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """Pools in ascending order of a proxy. Create it with `by`."""
+    """Pools of responses in ascending order of a proxy reward. Create it with `by`."""
 
     order: Indices  # [..., N]
+    """Numbers of the responses, ascending by proxy."""
     proxy: Floats  # [..., N]
-    """In that order."""
+    """Their proxy rewards, in that order."""
     tied: NDArray[np.bool_]  # [..., N]
-    """Whether the response before has the same proxy."""
+    """Whether a response has the same proxy as the one before it in that order."""
 
     @classmethod
     def by(cls, proxy: NDArray[np.floating]) -> Self:
-        """proxy: [..., N], any number of pools of equal size, under any number of heads.
+        """Sort pools of N responses by `proxy` [..., N]; leading dimensions are pools and heads.
 
         Raises: UserError when a reward is not finite.
         """
@@ -55,11 +59,12 @@ class Ranking:
         return cls(order, ranked.astype(np.float64), tied)
 
     def expected(self, values: Floats, ns: Sequence[int]) -> Floats:
-        """Expected value of the response taken, for each n: float64 [..., n].
+        """Expected value of the selected response for each n in `ns`, by the module's formula:
+        float64 [..., len(ns)].
 
-        values: float64 [..., N] of the responses in the order they were given in; leading
-        dimensions that are missing are the same for all heads.
-        Raises: UserError for an n that is not in 1 … N.
+        values: float64 [..., N], such as gold, in the order of the proxy given to `by`; broadcast
+            over missing leading dimensions.
+        Raises: UserError for an n outside 1 … N.
         """
         values = np.broadcast_to(values, self.order.shape)
         ranked = np.take_along_axis(values, self.order, axis=-1)
@@ -69,27 +74,28 @@ class Ranking:
         return ranked @ weights(self.order.shape[-1], ns)
 
     def expected_proxy(self, ns: Sequence[int]) -> Floats:
-        """Expected proxy of the response taken, for each n: float64 [..., n]."""
+        """Expected proxy reward of the selected response for each n: float64 [..., len(ns)]."""
         return self.proxy @ weights(self.order.shape[-1], ns)
 
 
 def _pooled(values: Floats, tied: NDArray[np.bool_]) -> Floats:
-    """Every value replaced by the mean of its block of ties; [pools, N] both."""
-    starts = np.flatnonzero(~tied)  # a pool's first response ties with none before, so starts one
+    """Replace every value by the mean over its block of ties. Both: [pools, N]."""
+    starts = np.flatnonzero(~tied)  # no block crosses pools: the first of a pool is never tied
     lengths = np.diff(starts, append=tied.size)
     means = np.add.reduceat(values.ravel(), starts) / lengths
     return np.repeat(means, lengths).reshape(values.shape)
 
 
 def weights(size: int, ns: Sequence[int]) -> Floats:
-    """Probability that the i-th of a pool of `size`, ascending, is the best of n: [size, n].
+    """Probability C(i-1, n-1)/C(N, n) that the i-th response of a pool of N = `size`, in ascending
+    order, is the best of n: float64 [size, len(ns)]. Each column sums to 1.
 
-    From the top, w_N = n/N and w_{i-1} = w_i·(i-n)/(i-1): nothing overflows, and each column sums
-    to 1. Raises: UserError for an n that is not in 1 … size.
+    Computed from the top, w_N = n/N and w_{i-1} = w_i·(i-n)/(i-1), which cannot overflow.
+    Raises: UserError for an n outside 1 … size.
     """
     wrong = next((n for n in ns if not 1 <= n <= size), None)
     if wrong is not None:
-        raise UserError(f"n = {wrong}: a pool of {size} has the best of 1 to {size}: change n")
+        raise UserError(f"n = {wrong}: choose 1 to {size}, the pools have {size} responses")
     n = np.asarray(ns, dtype=np.float64)
     ranks = np.arange(size, 1, -1, dtype=np.float64)[:, None]
     steps = np.maximum(ranks - n, 0) / (ranks - 1)
@@ -97,20 +103,23 @@ def weights(size: int, ns: Sequence[int]) -> Floats:
 
 
 def kl_bound(ns: Sequence[int]) -> Floats:
-    """KL(best of n ‖ the policy), nats: at most ln n - (n-1)/n, and that where no response is
-    likely. float64 [n]."""
+    """Upper bound of KL(best of n ‖ policy), ln n - (n-1)/n, in nats: float64 [len(ns)].
+
+    It is approached as all responses become improbable (Beirami et al. 2024, arXiv 2401.01879).
+    """
     n = np.asarray(ns, dtype=np.float64)
     return np.log(n) - (n - 1) / n
 
 
 def kl_estimate(n: int, S: Floats) -> Floats:
-    """The divergence at responses of log-probability S (nats, at most 0) under the policy.
+    """Terms whose mean over the selected responses estimates KL(best of n ‖ policy), in nats.
 
-    With ε = exp(S) and q = (1-ε)^n,
-        q·[ln n + (n-1)·ln(1-ε) - (n-1)/n] + (1-q)·ln[(1-q)/ε];
-    its mean over the responses taken estimates KL(best of n ‖ the policy). As ε → 0 it becomes
-    `kl_bound`; a response that is certain adds 0. Written with ln[(1-q)/ε] = ln n + ln[(1-q)/(nε)],
-    whose last term vanishes with ε, so that even an ε too small for a float costs no digits.
+    S: log-probabilities of the selected responses under the policy, nats, at most 0. With
+    ε = exp(S) and q = (1-ε)^n a term is (Beirami et al. 2024, arXiv 2401.01879)
+        q·[ln n + (n-1)·ln(1-ε) - (n-1)/n] + (1-q)·ln[(1-q)/ε].
+    It tends to `kl_bound` as ε → 0, and is 0 at ε = 1. Computed with
+    ln[(1-q)/ε] = ln n + ln[(1-q)/(nε)], whose last term vanishes with ε, so that no precision is
+    lost where ε underflows.
     """
     probability = np.exp(np.minimum(S, 0.0))
     with np.errstate(divide="ignore"):
@@ -123,29 +132,31 @@ def kl_estimate(n: int, S: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """Gao's curve of best of n, gain = d·(α - β·d) at distance d = √KL. alpha, beta: [...]."""
+    """Gao's curve for best-of-n, gain = d·(α - β·d) at the distance d = √KL (Gao et al. 2022, arXiv
+    2210.10760). alpha, beta: float64 [...]."""
 
     alpha: Floats
     beta: Floats
 
     @property
     def peak(self) -> Floats:
-        """The distance α/2β from which on gold falls; NaN where the curve has no peak."""
+        """The distance d = α/2β of the curve's maximum; NaN unless α and β are positive."""
         peaked = (self.alpha > 0) & (self.beta > 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(peaked, self.alpha / (2 * self.beta), np.nan)
 
     def drop(self, distance: float) -> Floats:
-        """How much lower the curve is at `distance` than at its highest before."""
+        """Maximum of the curve up to `distance`, minus its value there."""
         with np.errstate(divide="ignore", invalid="ignore"):
             highest = np.where(self.peak < distance, np.square(self.alpha) / (4 * self.beta), 0.0)
         return np.maximum(highest - distance * (self.alpha - self.beta * distance), 0.0)
 
 
 def gao_fit(ns: Sequence[int], gains: Floats) -> Fit:
-    """Least squares over n of gains [..., n]: gold of the best of n, minus that of the best of 1.
+    """Fit Gao's curve by least squares over `ns`, at the distances √`kl_bound`.
 
-    Distances are √`kl_bound`. NaN with fewer than two n above 1.
+    gains: float64 [..., len(ns)], expected gold of the best of n minus that of the best of 1.
+    NaN where `ns` has fewer than two different n above 1.
     """
     d = np.sqrt(kl_bound(ns))
     if np.count_nonzero(np.unique(d)) < 2:

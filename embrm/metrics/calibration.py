@@ -1,7 +1,8 @@
-"""Calibration: how honest is sigmoid(Δ) as the probability that the chosen response is better.
+"""Calibration of sigmoid(Δ) as the probability that the chosen response is better: temperature
+scaling and the expected calibration error (Guo et al. 2017, arXiv 1706.04599).
 
-Everywhere Δ = reward(chosen) - reward(rejected), float64 [pairs]. `weights` are float64 [pairs],
-default 1. A soft label q is two weighted rows: Δ with weight q and -Δ with weight 1 - q.
+Δ = r_chosen - r_rejected, float64 [pairs]; `weights` are float64 [pairs], by default 1. Pass a soft
+label q as two entries: Δ with weight q and -Δ with weight 1 - q.
 """
 
 import numpy as np
@@ -12,22 +13,23 @@ from scipy.special import expit
 Floats = NDArray[np.float64]
 
 BINS = 15
-"""Of confidence, in the calibration error."""
+"""Number of bins of the expected calibration error."""
 
 _SEARCH_FACTOR = 1e3
-"""The temperature lies within this factor of the root mean square margin, either way."""
+"""Temperatures are sought between the root mean square margin divided and multiplied by this."""
 
 
 def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
-    """The T > 0 that minimises mean -logsigmoid(Δ/T) (Guo et al. 2017, arXiv 1706.04599, eq. 9).
+    """Fit the temperature T > 0 that minimises mean -logsigmoid(Δ/T) (temperature scaling, Guo et
+    al. 2017, arXiv 1706.04599, eq. 9).
 
-    The loss is convex in 1/T, so the root of its derivative, sought on a log scale by Brent's
-    method, is the one minimum. T scales with the margins: fit(cΔ) = c·fit(Δ).
+    The loss is convex in 1/T, so the root of its derivative, found on a log scale by Brent's
+    method, is the only minimum. T scales with the margins: T(c·Δ) = c·T(Δ).
 
-    NaN where nothing can be fitted: no pairs, or all margins zero; every pair right (the smaller
-    T the better, which says nothing about other pairs); no better than chance (the larger T the
-    better). The last two are told by a minimum outside the search, a factor 1,000 from the root
-    mean square margin.
+    NaN where there is no minimum: without pairs, with all margins zero, when every pair is right
+    (the loss falls as T → 0), and when the rewards are no better than chance (it falls as T → ∞).
+    The last two are recognised by a minimum more than a factor of 1,000 from the root mean square
+    margin.
     """
     margins = np.asarray(margins, dtype=np.float64)
     weights = np.ones_like(margins) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -41,7 +43,7 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
     scaled /= scale
 
     def slope(log_temperature: float) -> float:
-        """-d loss / d(1/T), up to a positive factor: its sign says which way T must move."""
+        """-d loss/d(1/T), up to a positive factor; its root is the minimum."""
         return float(weights @ (scaled * expit(-scaled * np.exp(-log_temperature))))
 
     edge = float(np.log(_SEARCH_FACTOR))
@@ -54,11 +56,14 @@ def fit_temperature(margins: Floats, weights: Floats | None = None) -> float:
 def expected_calibration_error(
     confidence: Floats, correct: Floats, weights: Floats, bins: int = BINS
 ) -> float:
-    """Weighted mean over bins of |accuracy - mean confidence| (Guo et al. 2017, eq. 3).
+    """Expected calibration error Σ_b (n_b/n)·|accuracy_b - mean confidence_b| (Guo et al. 2017,
+    arXiv 1706.04599, eq. 3); NaN without pairs.
 
-    confidence: max(p, 1 - p) with p = sigmoid(Δ/temperature), in `bins` equal widths of [0.5, 1].
-    correct: the part of a pair's weight whose label the sign of Δ agrees with; for a tie half its
-    weight, what a coin toss would earn, so that it lies on the diagonal. NaN without pairs.
+    Pairs are binned by confidence into `bins` bins of equal width over [0.5, 1]; n is the weight.
+
+    confidence: float64 [pairs], max(p, 1 - p) with p = sigmoid(Δ/T).
+    correct: float64 [pairs], the part of a pair's weight whose label agrees with the sign of Δ;
+        half of its weight for a tie, whose confidence is 0.5.
     """
     total = float(weights.sum())
     if total == 0:
@@ -70,5 +75,5 @@ def expected_calibration_error(
 
 
 def bins_of(confidence: Floats, bins: int = BINS) -> NDArray[np.int64]:
-    """The bin of each, from 0: `bins` equal widths of [0.5, 1]."""
+    """The bin of each confidence, numbered from 0: `bins` bins of equal width over [0.5, 1]."""
     return np.minimum(((confidence - 0.5) * (2 * bins)).astype(np.int64), bins - 1)

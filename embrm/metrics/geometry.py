@@ -1,6 +1,6 @@
-"""Geometry of states: how long they are, how many directions they fill, how far they were moved.
+"""Geometry of hidden states: norms, effective rank, and how far an adapter or fine-tune moves them.
 
-Measured on a sample of a split's responses, the same for every run: see `sample`.
+Measured on a sample of a split's responses that is the same for every run: see `sample`.
 """
 
 from __future__ import annotations
@@ -22,36 +22,40 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 SAMPLE = 256
-"""Responses of a split that are measured. The effective rank cannot exceed it."""
+"""Largest number of responses measured on a split, hence the largest possible effective rank."""
 
 MEASURES = (
     *("norm", "norm_sd", "norm_cv", "effective_rank", "drift", "drift_tokens"),
     *("kl_tokens", "kl_reward", "corr_length", "corr_S"),
 )
-"""Of a run on a split; formulas and what has none: `docs/methods.md`."""
+"""Measures of a run on a split. docs/methods.md (Geometry) has all formulas, and the runs for which
+a measure is undefined."""
 
 GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it modulo 1 are spread evenly, and keep in step with no other period."""
+"""Inverse golden ratio. Its multiples modulo 1 are a low-discrepancy sequence, which does not
+resonate with a period in the data."""
 
 
 def spread(count: int) -> Floats:
-    """So many numbers in [0, 1), evenly spread in every stretch of them; no random ones."""
+    """A deterministic low-discrepancy sequence of `count` numbers in [0, 1): the multiples of
+    `GOLDEN` modulo 1 (an additive recurrence)."""
     return np.modf(np.arange(count, dtype=np.float64) * GOLDEN)[0]
 
 
 def sample(rows: Indices) -> Indices:
-    """At most `SAMPLE` of `rows`, ascending, one of each of as many equal stretches.
+    """At most `SAMPLE` of `rows`, ascending: one from each of as many equally long stretches.
 
-    Which one of a stretch is spread over its places: every second response may be a rejected one.
+    The position within a stretch varies by `spread`, because a fixed one might always meet the
+    rejected response where chosen and rejected ones alternate.
     """
     taken = min(len(rows), SAMPLE)
     ends = np.arange(taken + 1) * len(rows) // max(1, taken)
     return rows[ends[:-1] + (spread(taken) * np.diff(ends)).astype(np.int64)]
 
 
-def shape(states: Tensor) -> dict[str, float]:
-    """Mean, population sd and CV (sd / mean) of the norms of states [n, d], and `effective_rank`;
-    all NaN where there are none."""
+def norms_and_rank(states: Tensor) -> dict[str, float]:
+    """Mean, population standard deviation and coefficient of variation (sd/mean) of the Euclidean
+    norms of states float [n, d], and their `effective_rank`; NaN without states."""
     wide = states.double()
     norms = wide.norm(dim=1)
     mean, sd = float(norms.mean()), float(norms.std(correction=0))
@@ -64,17 +68,17 @@ def shape(states: Tensor) -> dict[str, float]:
 
 
 def effective_rank(states: Tensor) -> float:
-    """exp(-Σ p ln p), p the singular values of states float64 [n, d] divided by their sum; NaN
-    where all are 0 (Roy and Vetterli 2007). The states are not centred: a mean counts as one
-    direction.
+    """Effective rank exp(-Σ p_i·ln p_i) of states float64 [n, d], p being their singular values
+    divided by the sum of these (Roy and Vetterli 2007); NaN where all are 0.
 
-    The singular values are the roots of the eigenvalues of the smaller Gram matrix.
+    The states are not centred, so their mean counts as a direction. The singular values are
+    computed as square roots of the eigenvalues of the smaller Gram matrix.
     """
     gram = states @ states.T if len(states) <= states.shape[1] else states.T @ states
     if not gram.any():
         return float("nan")
     squares = torch.linalg.eigvalsh(gram)
-    # What is below the rounding of the largest is none: its root would count.
+    # Eigenvalues below the rounding error of the largest are taken as 0: their roots would count.
     least = squares[-1] * len(squares) * torch.finfo(squares.dtype).eps
     values = squares[squares > least].sqrt()
     p = values / values.sum()
@@ -82,13 +86,14 @@ def effective_rank(states: Tensor) -> float:
 
 
 def drift(before: Tensor, after: Tensor) -> float:
-    """Mean ‖after - before‖ / ‖before‖ of states [n, d]."""
+    """Mean over states [n, d] of ‖after - before‖/‖before‖."""
     moved = (after - before).double().norm(dim=1)
     return float((moved / before.double().norm(dim=1)).mean())
 
 
 def correlation(x: Floats, y: Floats) -> float:
-    """Pearson's, over the entries where both are finite; NaN where either does not vary."""
+    """Pearson's r = Σ(x-x̄)(y-ȳ)/√(Σ(x-x̄)²·Σ(y-ȳ)²) over the entries where both are finite; NaN
+    where one is constant."""
     both = np.isfinite(x) & np.isfinite(y)
     if both.sum() < 2:
         return float("nan")

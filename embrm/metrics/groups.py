@@ -1,4 +1,4 @@
-"""Rank agreement inside groups: all responses of one prompt, each with a gold score."""
+"""Kendall's τ-b between rewards and gold scores within groups: all responses of one prompt."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -10,22 +10,23 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 _BATCHED = 128
-"""Members up to which every two are compared: at most 64 bytes of gold signs a response."""
+"""Largest group whose members are compared pair by pair, with at most 64 bytes of stored signs per
+response. Larger groups go to scipy."""
 
 _CELLS = 1 << 16
-"""Comparisons made at once, so that they stay in the processor's cache."""
+"""Number of comparisons in a batch, small enough for the processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Groups of equal size, every two members of which are compared."""
+    """Groups of equal size, with the signs of all pairwise differences in gold."""
 
     groups: Indices  # [groups]
     members: Indices  # [size, groups]
     first: Indices  # [comparisons], rows of members
     second: Indices  # [comparisons]
-    signs: NDArray[np.int8]  # [comparisons, groups], of the differences in gold
-    decided: Indices  # [groups], comparisons that gold decides
+    signs: NDArray[np.int8]  # [comparisons, groups], signs of the differences in gold
+    decided: Indices  # [groups], number of comparisons in which gold does not tie
 
     def taus(self, rewards: Floats) -> Floats:
         values = rewards[self.members]
@@ -39,17 +40,20 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class Rankings:
-    """The gold order inside groups, against which any number of rewards is compared."""
+    """The order of gold within groups, prepared once to compare the rewards of many runs with."""
 
     count: int
     batches: tuple[_Batch, ...]
     large: tuple[tuple[int, Indices, Floats], ...]
-    """Groups too large to compare every two: number, members, gold."""
+    """Groups with more than `_BATCHED` members: number, members, gold."""
 
     @classmethod
     def of(cls, responses: Indices, gold: Floats, groups: Indices, count: int) -> Self:
-        """Responses int64 [n], each with its gold score float64 [n] and the number of its group
-        int64 [n], 0 ≤ group < count."""
+        """Prepare groups.
+
+        responses: int64 [n], numbers of the members. gold: float64 [n], their gold scores. groups:
+        int64 [n], the numbers of their groups, 0 ≤ group < count.
+        """
         order = np.argsort(groups, kind="stable")
         sizes = np.bincount(groups, minlength=count)
         starts = np.cumsum(sizes) - sizes
@@ -71,11 +75,13 @@ class Rankings:
         return cls(count, tuple(batches), tuple(large))
 
     def taus(self, rewards: Floats) -> Floats:
-        """Kendall's τ-b of every group: float64 [count]; `rewards` float64 of all responses.
+        """Kendall's τ-b of every group: float64 [count].
 
-        τ-b = Σ s·t / √(Σ s² · Σ t²) over every two responses of a group, with s and t the signs
-        of their differences in reward and gold: the cosine between the two (Kendall 1945). NaN
-        where it is undefined: fewer than two responses, or one side constant.
+        rewards: float64 [responses], of all responses.
+
+        τ-b = Σ s·t / √(Σ s² · Σ t²) over the pairs of responses of a group, where s and t are the
+        signs of the pair's differences in reward and in gold (Kendall 1945). NaN where undefined:
+        with fewer than two responses, or all rewards or all gold scores equal.
         """
         taus = np.full(self.count, np.nan)
         for batch in self.batches:
@@ -83,6 +89,6 @@ class Rankings:
         if self.large:
             from scipy.stats import kendalltau  # slow to load, and large groups are rare
         for group, members, gold in self.large:
-            # Not method="auto": only the p value differs, and nobody asks for it.
+            # The method concerns the p value only, which is not used; this one is fast.
             taus[group] = kendalltau(rewards[members], gold, method="asymptotic").statistic
         return taus

@@ -1,20 +1,21 @@
-"""Intervals: bootstrap over prompts, jointly with seeds, and differences to a baseline.
+"""Bootstrap intervals over prompts and seeds, and paired differences to a baseline.
 
-The pairs of one prompt are not independent, so prompts are resampled, never pairs. Replicate b
-gives prompt p the count c[b,p] ~ Poisson(1) (the Poisson bootstrap; for ratios it has the same
-variance as drawing prompts with replacement). The counts depend on nothing but the prompt's id,
-so all runs and all splits that contain the prompt share them: differences between runs are
-paired, and a mean over splits knows which splits overlap. A metric is a ratio of sums, recomputed
-in every replicate: accuracy = Σ c·wins / Σ c·(pairs - ties).
+The pairs of one prompt are not independent, so prompts are resampled, never pairs (a cluster
+bootstrap). Replicate b gives prompt p the count c[b,p] ~ Poisson(1): the Poisson bootstrap, which
+for ratios has the same variance as drawing prompts with replacement. A count depends on nothing but
+b and the prompt's id, so all runs and all splits that contain a prompt share its counts.
+Differences between runs are therefore paired, and a mean over splits accounts for prompts that
+several of them contain. A metric is a ratio of sums, recomputed in every replicate:
+accuracy = Σ c·wins / Σ c·(pairs - ties).
 
-Seeds are a second, crossed source of variance. With k seeds the statistic is the mean over them,
-and every replicate adds the mean of k draws, with replacement, from the observed deviations of
-the seeds from their mean. Such draws have variance (k-1)/k · s²/k, with s² the unbiased variance
-between seeds, so the deviations are inflated by √(k/(k-1)) to make it s²/k. With one seed there
-is nothing to draw and the interval covers prompts only. What a seed and a prompt do together is
-counted in both terms, so intervals err on the wide side (95 to 98 % where that dominates); with
-two or three seeds and large seed variance they err on the narrow side, as any bootstrap of three
-values does.
+Seeds are a second source of variance, crossed with prompts. With k seeds the statistic is the mean
+over them, and every replicate adds the mean of k draws, with replacement, from the observed
+deviations of the seeds from their mean. The mean of such draws has variance (k-1)/k · s²/k, with s²
+the unbiased variance between seeds, so the deviations are multiplied by √(k/(k-1)) to make it
+s²/k. With one seed the interval covers prompts only. An interaction of seed and prompt is counted
+in both terms, so 95 % intervals are somewhat wide (they cover 95 to 98 % where it dominates); with
+two or three seeds and a large variance between seeds they are too narrow, as a bootstrap of two or
+three values is.
 
 Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps; Chamandy et al. 2012 on the
 Poisson bootstrap; Holm 1979 on the adjusted p.
@@ -39,7 +40,8 @@ REPLICATES = 2000
 
 _UNBOUNDED = (-np.inf, np.inf)
 _BOUNDS = {"accuracy": (0.0, 1.0), "length_accuracy": (0.0, 1.0), "tau": (-1.0, 1.0)}
-"""Lowest and highest value of a metric: draws of seeds added to draws of prompts can pass them."""
+"""Lowest and highest value of a metric. Replicates can lie beyond them, because seed deviations are
+added to a value, so intervals are clipped."""
 
 _COMPARISON: dict[str, pl.DataType] = {
     "name": pl.String(),
@@ -55,16 +57,19 @@ _COMPARISON: dict[str, pl.DataType] = {
 }
 
 _FIXED_POINT = 2.0**26
-"""Sums of multiples of 2^-26 are exact up to 2^27, so their bits depend on no order or thread."""
+"""Terms are rounded to multiples of 2^-26, whose float64 sums are exact up to 2^27: the order of
+summation and the number of threads cannot change a bit."""
 
 
 @dataclass(frozen=True)
 class Replicates:
-    """A metric of every run, observed and resampled over prompts.
+    """A metric of every run, with its bootstrap replicates over prompts.
 
-    estimates: float64 [runs]; draws: float64 [replicates, runs]; prompts: how many were
-    resampled; bounds: lowest and highest value the metric can have. NaN where a denominator is
-    zero.
+    estimates: float64 [runs], the observed values.
+    draws: float64 [replicates, runs], the replicates.
+    prompts: number of prompts that were resampled.
+    bounds: lowest and highest value that the metric can have.
+    Values are NaN where a denominator is zero.
     """
 
     estimates: Floats
@@ -74,7 +79,10 @@ class Replicates:
 
 
 def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> NDArray[np.uint8]:
-    """Poisson(1) counts, uint8 [replicates, prompts]; a column depends on its prompt id alone."""
+    """Poisson(1) counts of the bootstrap, uint8 [replicates, prompts].
+
+    Each column is seeded by its prompt id alone (Chamandy et al. 2012 on the Poisson bootstrap).
+    """
     counts = np.empty((replicates, len(prompt_ids)), dtype=np.uint8)
     for column, prompt_id in enumerate(prompt_ids):
         key = blake2b_number(prompt_id, 128, "little", b"embrm-bootstrap")
@@ -87,16 +95,16 @@ def _kept(prompt_ids: tuple[str, ...], replicates: int) -> NDArray[np.uint8]:
     return prompt_counts(prompt_ids, replicates)
 
 
-def kept_counts(prompt_ids: tuple[str, ...], replicates: int) -> Floats:
-    """`prompt_counts` as float64, drawn once for callers that ask for the same prompts again."""
+def cached_prompt_counts(prompt_ids: tuple[str, ...], replicates: int) -> Floats:
+    """`prompt_counts` as float64, kept for calls that ask for the same prompts again."""
     return _kept(prompt_ids, replicates).astype(np.float64)
 
 
 def replicate(outcomes: Outcomes, metric: str, replicates: int = REPLICATES) -> Replicates:
-    """Resample one metric on one split for all runs at once.
+    """Resample one metric on one split for all runs.
 
-    Columns of the result follow the runs; one alone where all runs are alike.
-    metric: accuracy, nll, brier, length_accuracy or tau.
+    The result's columns are the runs, or a single one for length_accuracy, which no run changes.
+    metric: accuracy, nll, brier, length_accuracy or tau, as the ratios of `Outcomes.ratio`.
     """
     return resample(
         outcomes.prompts["prompt_id"],
@@ -114,11 +122,12 @@ def resample(
     bounds: tuple[float, float] = _UNBOUNDED,
     replicates: int = REPLICATES,
 ) -> Replicates:
-    """Resample ratios of sums over prompts: the columns of `above` to those of `below`.
+    """Resample ratios Σ_p c_p·above_p / Σ_p c_p·below_p over prompts p, column by column, with the
+    counts c of `prompt_counts`; c = 1 gives the estimates.
 
-    above: float64 [rows, columns], below: the same or [rows, 1]; a row belongs to the prompt at its
-    place in `prompt_ids`, and rows of the same prompt are added up. Numbers should be neither far
-    below 1 nor above a thousand: they are rounded to multiples of 2^-26.
+    prompt_ids: the prompt of each row; rows of the same prompt are added up first.
+    above: float64 [rows, columns]. below: the same, or [rows, 1] for all columns.
+    Terms are rounded to multiples of 2^-26, so they should be neither far below 1 nor above 1,000.
     """
     ids = prompt_ids.to_numpy()
     order = np.argsort(ids, kind="stable")
@@ -127,9 +136,9 @@ def resample(
     above, below = (
         np.add.reduceat(_fixed_point(terms)[order], starts, axis=0) for terms in (above, below)
     )
-    useful = below.any(axis=1)  # a prompt with nothing to count cannot inform an interval
+    useful = below.any(axis=1)  # prompts whose terms are all 0 are not counted as resampled
     above, below = above[useful], below[useful]
-    weights = kept_counts(tuple(ids[starts][useful].tolist()), replicates)
+    weights = cached_prompt_counts(tuple(ids[starts][useful].tolist()), replicates)
     with np.errstate(divide="ignore", invalid="ignore"):
         return Replicates(
             estimates=above.sum(axis=0) / below.sum(axis=0),
@@ -140,7 +149,7 @@ def resample(
 
 
 def mean(parts: Iterable[Replicates]) -> Replicates:
-    """The unweighted mean of one metric over several splits."""
+    """Unweighted mean of one metric over several splits, replicate by replicate."""
     parts = list(parts)
     lows, highs = zip(*(part.bounds for part in parts), strict=True)
     return Replicates(
@@ -152,20 +161,21 @@ def mean(parts: Iterable[Replicates]) -> Replicates:
 
 
 def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
-    """Estimates with 95 % intervals, and paired differences to the configuration `baseline`.
+    """Average each configuration over its seeds, with 95 % intervals and paired differences to the
+    configuration `baseline`.
 
     runs: name (of the configuration) and seed, one row per column of `replicates`.
 
     Returns one row per configuration, sorted by name:
-        name, seeds, estimate, low, high: the mean over the seeds and its interval, cut at the
-            metric's bounds;
-        difference, difference_low, difference_high: configuration minus baseline, over the
-            seeds both have (common_seeds of them);
-        p: two-sided, from the difference over the standard deviation of its replicates (counting
-            replicates cannot resolve below 1/2000, and the adjustment for hundreds of
-            configurations needs that);
-        p_holm: adjusted so that the chance of any false claim in the table stays below 5 %.
-    Null where undefined: intervals with fewer than two prompts, differences of the baseline
+        name, seeds (their number), estimate, low, high: the mean over seeds and the 2.5 and 97.5
+            percentiles of its replicates, clipped to the metric's bounds;
+        common_seeds, difference, difference_low, difference_high: configuration minus baseline,
+            over the seeds that both have (common_seeds of them);
+        p: two-sided, 2·Φ(-|difference|/sd), sd being the standard deviation of the difference's
+            replicates. The share of replicates beyond 0 would not resolve below 1/2000, which is
+            too coarse for Holm's adjustment over hundreds of configurations;
+        p_holm: p adjusted by Holm's method over the table (`holm`).
+    Null where undefined: intervals with fewer than two prompts, and differences for the baseline
     itself, without common seeds, or without a baseline.
     """
     seeds_of: dict[str, dict[int, int]] = {}
@@ -205,7 +215,11 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
 
 
 def holm(p: pl.Series) -> pl.Series:
-    """Holm's step-down adjusted p values; nulls stay null and are not counted as tests."""
+    """p values adjusted by Holm's step-down method (Holm 1979), which bounds the chance of any
+    false rejection: the i-th smallest of m becomes max_{j≤i} min(1, (m-j+1)·p_(j)).
+
+    Nulls stay null and are not counted in m.
+    """
     tests = p.drop_nulls().to_numpy()
     order = np.argsort(tests, kind="stable")
     steps = np.minimum(tests[order] * np.arange(len(tests), 0, -1), 1.0)
@@ -217,7 +231,8 @@ def holm(p: pl.Series) -> pl.Series:
 
 
 def _interval(estimates: Floats, draws: Floats, prompts: int) -> tuple[float, float, float, float]:
-    """Mean over seeds [k], its 2.5 and 97.5 percentiles, and the deviation of its replicates."""
+    """Mean over seeds [k], the 2.5 and 97.5 percentiles of its replicates, and their standard
+    deviation."""
     k = len(estimates)
     nan = float("nan")
     if k == 0 or np.isnan(estimates).any():
@@ -225,22 +240,23 @@ def _interval(estimates: Floats, draws: Floats, prompts: int) -> tuple[float, fl
     estimate = float(estimates.mean())
     if prompts < 2:
         return estimate, nan, nan, nan
-    values = over_seeds(estimates, draws)
+    values = mean_over_seeds(estimates, draws)
     values = values[~np.isnan(values)]
-    if not values.size:  # a statistic of the replicates, which has none of its own
+    if not values.size:  # such as the separability of PPE, which is computed from all replicates
         return estimate, nan, nan, nan
     low, high = np.quantile(values, [0.025, 0.975])
     return estimate, float(low), float(high), float(values.std())
 
 
-def over_seeds(estimates: Floats, draws: Floats, stream: int = 0) -> Floats:
-    """Replicates of the mean over k seeds: prompts and seeds resampled. float64 [replicates].
+def mean_over_seeds(estimates: Floats, draws: Floats, stream: int = 0) -> Floats:
+    """Replicates, over prompts and seeds, of the mean over k seeds: float64 [replicates].
 
-    estimates: float64 [k]; draws: float64 [replicates, k]. stream: below 2^64; configurations of
-    one stream and equally many seeds draw the same seeds, those of others draw their own.
+    estimates: float64 [k]. draws: float64 [replicates, k], replicates over prompts. stream: below
+    2^64; configurations with the same stream and number of seeds draw the same seeds, others draw
+    independently. The module's docstring has the formula.
     """
     k = len(estimates)
-    # Not draws.mean(axis=1): that sums in an order that depends on the memory layout.
+    # draws.mean(axis=1) would sum in an order that depends on the memory layout.
     values = np.add.reduce([draws[:, seed] for seed in range(k)]) / k
     if k > 1:
         deviations = (estimates - float(estimates.mean())) * np.sqrt(k / (k - 1))
@@ -249,7 +265,7 @@ def over_seeds(estimates: Floats, draws: Floats, stream: int = 0) -> Floats:
 
 
 def _seed_draws(k: int, replicates: int, stream: int) -> Floats:
-    """Share of each of k seeds among k draws with replacement, float64 [replicates, k]."""
+    """Share of each of k seeds among k draws with replacement: float64 [replicates, k]."""
     random = generator(k + (stream << 64))
     return random.multinomial(k, np.full(k, 1 / k), replicates) / k
 
@@ -257,7 +273,7 @@ def _seed_draws(k: int, replicates: int, stream: int) -> Floats:
 def _p_value(difference: float, deviation: float) -> float:
     if difference == 0:
         return 1.0
-    # A deviation of zero (every prompt alike) carries no information about other prompts.
+    # Where all prompts have the same difference, its variance over other prompts is unknown.
     return float(2 * ndtr(-abs(difference) / deviation)) if deviation > 0 else float("nan")
 
 

@@ -1,4 +1,5 @@
-"""What many runs did on one split, prompt by prompt: the numbers that intervals are made of."""
+"""Outcomes of many runs on one split, prompt by prompt: the terms of the metrics' ratios, which the
+bootstrap resamples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,16 +17,22 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """prompts: a row a (subset, prompt_id), as in `accuracy.EvaluationSplit`; values: for each of
-    `accuracy.OUTCOMES` float32 [runs, prompts]."""
+    """Outcomes of runs on the prompts of one split.
+
+    prompts: one row per (subset, prompt_id), as in `accuracy.EvaluationSplit`.
+    values: for each name in `accuracy.OUTCOMES` float32 [runs, prompts].
+    """
 
     prompts: pl.DataFrame
     values: dict[str, NDArray[np.float32]]
 
     @classmethod
     def of(cls, prompts: pl.DataFrame, outcomes: pl.DataFrame, run_ids: Sequence[str]) -> Self:
-        """From stored tables, reduced to one split: prompts; and outcomes, one row per run with
-        lists in their order. Runs follow `run_ids`.
+        """Build it from the stored tables, both filtered to one split.
+
+        prompts: the columns `accuracy.PROMPTS`. outcomes: run_id and the lists `accuracy.OUTCOMES`,
+        one row per run, with one entry per prompt. The result has the runs `run_ids`, in that
+        order.
 
         Raises: UserError when a run has no outcomes, or not one for each prompt.
         """
@@ -34,7 +41,7 @@ class Outcomes:
         shape = (len(run_ids), prompts.height)
         if not (rows["wins"].list.len() == prompts.height).fill_null(False).all():
             raise UserError(
-                "outcomes.parquet and prompts.parquet are not of the same sweep: "
+                "outcomes.parquet and prompts.parquet do not belong to the same sweep: "
                 "run the sweep again, finished runs are kept"
             )
         return cls(
@@ -43,26 +50,29 @@ class Outcomes:
 
     @classmethod
     def side_by_side(cls, parts: Sequence[Self]) -> Self:
-        """The runs of several, one part after another, which have the same prompts."""
+        """Join the runs of several parts, which must have the same prompts."""
         values = {name: np.concatenate([part.values[name] for part in parts]) for name in OUTCOMES}
         return cls(parts[0].prompts, values)
 
     def on(self, prompts: pl.Series) -> Self:
-        """On the prompts where the boolean `prompts` holds."""
+        """Keep the prompts where the boolean series `prompts` is true."""
         kept = prompts.to_numpy()
         values = {name: value[:, kept] for name, value in self.values.items()}
         return type(self)(self.prompts.filter(prompts), values)
 
     def by(self, runs: Sequence[int]) -> Self:
-        """Of the runs in these places."""
+        """Keep the runs at these positions, in this order."""
         values = {name: value[list(runs)] for name, value in self.values.items()}
         return type(self)(self.prompts, values)
 
     def ratio(self, metric: str) -> tuple[Floats, Floats]:
-        """Numerator and denominator of accuracy, nll, brier, length_accuracy or tau at each prompt.
+        """Terms of a metric at each prompt: the metric is Σ first / Σ second, over prompts.
 
-        float64 [prompts, runs]; [prompts, 1] where all runs are alike. The metric is the sum of
-        the one over prompts divided by the sum of the other.
+        Both float64 [prompts, runs], or [prompts, 1] where they do not depend on the run. metric:
+            accuracy           wins / (pairs - ties)
+            nll, brier         nll / pairs, brier / pairs
+            length_accuracy    length_wins / (pairs - length_ties)
+            tau                τ-b / 1, over the prompts where it is defined
         """
         if metric == "tau":
             tau = self.values["tau"].T
@@ -73,7 +83,7 @@ class Outcomes:
             return wins[:, None], pairs - ties[:, None]
         if metric == "accuracy":
             above, ties = self.values["wins"].T, self.values["ties"].T
-            # Rounded as the ties are, so that where all pairs tie exactly nothing is left.
+            # Rounded to float32 as ties are, so that the difference is 0 where all pairs tie.
             below = pairs.astype(np.float32) - ties if ties.any() else pairs
         else:
             above, below = self.values[metric].T, pairs

@@ -1,4 +1,5 @@
-"""Reliability: how often heads that are so sure are right (arXiv 1706.04599, fig. 1)."""
+"""Reliability diagrams: predicted probability against observed accuracy, in bins (Guo et al. 2017,
+arXiv 1706.04599, fig. 1)."""
 
 import numpy as np
 import polars as pl
@@ -10,25 +11,29 @@ from embrm.metrics.calibration import BINS, bins_of
 from embrm.metrics.intervals import resample
 
 FEW = 10
-"""Prompts a bin needs for an interval: the bootstrap of fewer is no guide."""
+"""Fewest prompts in a bin for an interval: the bootstrap is not reliable with fewer."""
 
 
 def reliability(
     split: EvaluationSplit, rewards: NDArray[np.float32], temperatures: NDArray[np.float64]
 ) -> pl.DataFrame:
-    """The bins of the calibration error: a pair counts in the direction that the head prefers, so
-    its predicted probability sigmoid(|Δ|/T) is at least one half.
+    """Compute the reliability diagram of one configuration, in the bins of
+    `calibration.expected_calibration_error`.
 
-    rewards: float32 [seeds, rows of the split]; temperatures: float64 [seeds], 1 for none.
+    A pair counts in the direction of the head's preference, with the predicted probability
+    sigmoid(|Δ|/T) ≥ ½.
 
-    Columns: bin (from 0), lowest and highest (its edges), pairs (mean over seeds), prompts,
-    predicted (mean probability), observed (share of the labels that agree, a tie being half a
-    pair), low and high (95 %, over prompts, seeds added up; null of fewer than `FEW` prompts, or
-    where all are right or all wrong).
-    Empty bins are left out. With one seed Σ pairs·|observed - predicted| / Σ pairs is its ece.
+    rewards: float32 [seeds, n], of `split.rows`. temperatures: float64 [seeds], T; 1 for none.
+
+    Returns one row per bin that is not empty, with the columns bin (from 0), lowest and highest
+    (its edges), pairs (mean over seeds), prompts, predicted (mean probability), observed (share of
+    labels that agree with the preference; a tie counts half), low and high (95 % bootstrap interval
+    of observed over prompts, with the pairs of all seeds added up; null with fewer than `FEW`
+    prompts, or where all pairs are right or all wrong). With one seed,
+    Σ pairs·|observed - predicted| / Σ pairs is the expected calibration error.
     """
     prompts = split.prompts.height
-    sums = np.zeros((3, prompts * BINS))  # of weight, predicted, and what is right
+    sums = np.zeros((3, prompts * BINS))  # of weight, weight·predicted, and the weight that agrees
     for own, temperature in zip(rewards.astype(np.float64), temperatures, strict=True):
         margins = own[split.chosen] - own[split.rejected]
         predicted = expit(np.abs(margins) / temperature)
@@ -63,5 +68,5 @@ def reliability(
         "high": high,
     }
     table = pl.DataFrame(columns).filter(pl.Series(filled))
-    told = pl.col("low") < pl.col("high")  # where all are alike the bootstrap says nothing
-    return table.with_columns(pl.when(told).then(pl.col("low", "high").fill_nan(None)))
+    varies = pl.col("low") < pl.col("high")  # without variance the bootstrap has no interval
+    return table.with_columns(pl.when(varies).then(pl.col("low", "high").fill_nan(None)))

@@ -1,4 +1,8 @@
-"""How much configurations lose: on unseen prompts and models, and to wrong labels."""
+"""Changes of a metric from the easiest to the hardest condition: over scenarios (unseen prompts and
+response models) and over rates of label noise, with intervals.
+
+A change is the hardest minus the easiest condition, paired by prompt and seed.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,10 +25,12 @@ def scenario_falls(
     runs: pl.DataFrame,
     baseline: str | None,
 ) -> pl.DataFrame:
-    """The last of the `scenarios` minus the first: metric and the columns of `intervals.compare`.
+    """Accuracy and τ-b on the last of `scenarios` minus those on the first: metric and the columns
+    of `intervals.compare`, one row per metric and configuration.
 
-    resampled: of (split, metric), one column per run. runs: name and seed. Empty where not both of
-    them have a metric."""
+    resampled: (split, metric) → replicates, one column per run. scenarios: splits, the nearest to
+    training first. runs: name and seed. Empty where neither metric exists on both splits.
+    """
     found = []
     for metric in ("accuracy", "tau"):
         having = [split for split in scenarios if (split, metric) in resampled]
@@ -39,10 +45,11 @@ def scenario_falls(
 
 
 def noise_lines(ledger: pl.DataFrame) -> pl.DataFrame:
-    """Configurations that a grid of `label_noise` made, and that differ in nothing else: line (what
-    their names share), label_noise and name, sorted by line and rate. Empty where there are none.
+    """Find configurations that a spec's grid over `label_noise` made and that differ in nothing
+    else. Those that share everything but the rate form a line, as in a plot of metric by rate.
 
-    ledger: name and spec.
+    ledger: name and spec of the runs. Returns line (the common part of the names), label_noise and
+    name, sorted by line and rate; empty where there are none.
     """
     rows = []
     for name, text in ledger.select("name", "spec").unique("name").iter_rows():
@@ -58,7 +65,8 @@ def noise_lines(ledger: pl.DataFrame) -> pl.DataFrame:
 
 
 def _without_noise(name: str) -> str | None:
-    """bt[lr=0.1] of bt[lr=0.1,label_noise=0.2], as a grid names it; None without a rate."""
+    """The name that a grid gives, without the rate: bt[lr=0.1] for bt[lr=0.1,label_noise=0.2]; None
+    where it has no rate."""
     base, _, labels = name.removesuffix("]").rpartition("[")
     parts = labels.split(",")
     kept = [part for part in parts if not part.startswith(f"{_NOISE}=")]
@@ -70,11 +78,11 @@ def _without_noise(name: str) -> str | None:
 def noise_falls(
     lines: pl.DataFrame, result: Replicates, runs: pl.DataFrame, baseline: str | None
 ) -> pl.DataFrame:
-    """The metric at the highest rate minus that at the lowest: the columns of
-    `intervals.compare`, name being the line; differences are to the baseline's line.
+    """A metric at the highest rate of label noise minus that at the lowest: the columns of
+    `intervals.compare`, where name is the line and differences are to the baseline's line.
 
-    Only of lines that have both the highest and the lowest of all rates, so that falls compare.
-    lines: as of `noise_lines`. result: one column per run. runs: name and seed.
+    Only for lines that have both the highest and the lowest rate of all lines, so that they can be
+    compared. lines: from `noise_lines`. result: one column per run. runs: name and seed.
     """
     places = {key: place for place, key in enumerate(runs.select("name", "seed").iter_rows())}
     rate = pl.col(_NOISE)
@@ -96,7 +104,7 @@ def noise_falls(
 
 
 def _minus(one: Replicates, other: Replicates) -> Replicates:
-    """Of the same runs; paired where they share prompts."""
+    """Difference of two results of the same runs; replicates are paired, as they share counts."""
     return Replicates(
         estimates=one.estimates - other.estimates,
         draws=one.draws - other.draws,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from embrm.core.errors import UserError
 from embrm.core.text import quoted
 from embrm.metrics.best_of_n import Ranking
-from embrm.metrics.intervals import Replicates, kept_counts, mean, resample
+from embrm.metrics.intervals import Replicates, cached_prompt_counts, mean, resample
 from embrm.suites.rows import list_of
 from embrm.suites.suite import Layout, Row, Suite
 
@@ -163,7 +163,7 @@ def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
     of_prompt = questions["prompt_id"].replace_strict(
         prompts, range(len(prompts)), return_dtype=pl.Int64
     )
-    counts = kept_counts(tuple(prompts), replicates)[:, of_prompt.to_numpy()]
+    counts = cached_prompt_counts(tuple(prompts), replicates)[:, of_prompt.to_numpy()]
     counts = np.concatenate([np.ones((1, questions.height)), counts])
     positives = np.bincount(owners, correct, questions.height)
     negatives = np.bincount(owners, 1.0 - correct, questions.height)

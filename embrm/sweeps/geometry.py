@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embrm.lm.head import LmHead
 from embrm.metrics.accuracy import EvaluationSplit
-from embrm.metrics.geometry import MEASURES, correlation, drift, shape, spread
+from embrm.metrics.geometry import MEASURES, correlation, drift, norms_and_rank, spread
 from embrm.metrics.geometry import sample as evenly
 from embrm.sweeps.ledger import GEOMETRY_SCHEMA, training_name
 from embrm.sweeps.spec import RunSpec
@@ -159,7 +159,7 @@ class Geometry:
         key = spec.state, spec.preprocess, cut if preprocess.mean is not None else None
         known = self._shapes.setdefault(key, {})
         if split not in known:
-            known[split] = shape(preprocess(states.take(self.samples[split].rows).cpu()))
+            known[split] = norms_and_rank(preprocess(states.take(self.samples[split].rows).cpu()))
         return known[split]
 
     def _divergences(
@@ -250,7 +250,7 @@ def _mean(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _moved_by(parameters: Parameters, X: Tensor) -> dict[str, float]:
     after = adapted(parameters, X)
-    return {**shape(after), "drift": drift(X, after)}
+    return {**norms_and_rank(after), "drift": drift(X, after)}
 
 
 def _divergence(tokens: TokenBatch, parameters: Parameters) -> float:

@@ -45,7 +45,7 @@ def evaluate(
     rewards: np.ndarray,
     temperature: float,
 ) -> tuple[dict[str, float], pl.DataFrame]:
-    """Metrics, and one table of all that is known of each prompt. Rewards of all responses."""
+    """Metrics, and one table of the prompts with their outcomes. rewards: of all responses."""
     split = EvaluationSplit.of(pairs, members, lengths)
     metrics, outcomes = split.evaluate(rewards[split.rows], temperature)
     assert tuple(outcomes) == OUTCOMES
@@ -83,7 +83,7 @@ def random_split(seed: int, count: int = 400) -> tuple[pl.DataFrame, pl.DataFram
 LENGTHS = np.array([10, 20, 30, 20], dtype=np.int32)
 
 
-def test_by_hand() -> None:
+def test_four_pairs_by_hand() -> None:
     rewards = np.array([1.0, 0.0, 3.0, 1.0], dtype=np.float32)
     pairs = pair_rows([(0, 1, "x", "s"), (1, 2, "x", "s"), (0, 3, "y", None), (2, 0, "y", None)])
     metrics, prompts = evaluate(pairs, NO_MEMBERS, LENGTHS, rewards, 2.0)
@@ -96,7 +96,7 @@ def test_by_hand() -> None:
     assert metrics["nll_calibrated"] == pytest.approx(np.log1p(np.exp(-margins / 2)).mean())
     assert metrics["brier"] == pytest.approx(np.square(1 - expit(margins)).mean())
     assert metrics["brier_calibrated"] == pytest.approx(np.square(1 - expit(margins / 2)).mean())
-    # every confidence has a bin of its own; the tie lies on the diagonal
+    # every confidence has a bin of its own; the tie has confidence ½ and counts half
     correct = np.array([1, 0, 0.5, 1])
     for name, scale in (("ece", 1), ("ece_calibrated", 2)):
         gaps = correct - expit(np.abs(margins) / scale)
@@ -164,7 +164,7 @@ def test_tau_equals_scipy_prompt_by_prompt() -> None:
     assert len(taus) < members["prompt_id"].n_unique()  # the undefined case did occur
 
 
-def test_groups_alone() -> None:
+def test_a_split_of_groups_without_pairs() -> None:
     members = pl.DataFrame(
         [(0, "x", None, 1.0), (1, "x", None, 2.0), (2, "y", None, 3.0)], MEMBERS, orient="row"
     )
@@ -179,7 +179,7 @@ def test_groups_alone() -> None:
     assert prompts["pairs"].to_list() == [0.0, 0.0]
 
 
-def test_nothing_at_all() -> None:
+def test_an_empty_split() -> None:
     metrics, prompts = evaluate(NO_PAIRS, NO_MEMBERS, LENGTHS, np.zeros(4, np.float32), 1.0)
     assert metrics.pop("pairs") == metrics.pop("prompts") == 0
     assert np.isnan([*metrics.values()]).all()
@@ -202,7 +202,7 @@ def test_all_ties_are_neither_right_nor_wrong() -> None:
     assert prompts["wins"].sum() == 0
 
 
-def test_a_certain_wrong_reward_has_a_finite_loss() -> None:
+def test_a_very_wrong_reward_has_a_finite_loss() -> None:
     rewards = np.array([-1e30, 1e30, 0, 0], dtype=np.float32)
     pairs = pair_rows([(0, 1, "x", None)])
     metrics, _ = evaluate(pairs, NO_MEMBERS, LENGTHS, rewards, 1.0)
@@ -262,7 +262,7 @@ def test_scaling_rewards_and_temperature_together_changes_no_calibrated_metric()
     assert scaled["reward_sd"] == pytest.approx(8 * once["reward_sd"])
 
 
-def test_without_a_temperature_only_the_calibrated_metrics_go() -> None:
+def test_without_a_temperature_only_the_calibrated_metrics_are_nan() -> None:
     pairs, members, rewards = random_split(4)
     lengths = np.arange(300, dtype=np.int32)
     known, prompts = evaluate(pairs, members, lengths, rewards, 1.5)
@@ -273,7 +273,7 @@ def test_without_a_temperature_only_the_calibrated_metrics_go() -> None:
     assert all(found[name] == known[name] for name in known.keys() - gone)
 
 
-def test_same_input_same_bits_and_row_order_only_rounds() -> None:
+def test_the_same_input_gives_the_same_bits_and_row_order_changes_rounding_only() -> None:
     pairs, members, rewards = random_split(5)
     lengths = np.ones(300, np.int32)
     first, first_prompts = evaluate(pairs, members, lengths, rewards, 1.5)
@@ -294,7 +294,7 @@ def test_same_input_same_bits_and_row_order_only_rounds() -> None:
 def textbook(
     pairs: pl.DataFrame, lengths: np.ndarray, rewards: np.ndarray, temperature: float
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Each formula as it is written, in float64: metrics, and terms of every pair."""
+    """Every formula as documented, in float64: the metrics, and the terms of every pair."""
     margins = rewards[pairs["chosen"]].astype(float) - rewards[pairs["rejected"]]
     longer = lengths[pairs["chosen"]].astype(float) - lengths[pairs["rejected"]]
     q, weight = pairs["label"].to_numpy(), pairs["weight"].to_numpy()
@@ -310,7 +310,7 @@ def textbook(
         return weight * (q * expit(-values) ** 2 + (1 - q) * expit(values) ** 2)
 
     def ece(values: np.ndarray) -> float:
-        """Of every pair twice, with each of its labels; ties half right."""
+        """Every pair counts twice, once with each label; a tie is half right."""
         both = np.concatenate([values, -values])
         confidence = expit(np.abs(both))
         right = np.where(both == 0, 0.5, both > 0)
@@ -370,7 +370,7 @@ def test_equals_the_textbook(seed: int, scale: float) -> None:
         np.testing.assert_allclose(both[name], both[f"{name}_expected"], rtol=1e-6, atol=1e-12)
 
 
-def test_bits_of_a_run_depend_on_no_other_and_survive_pickling() -> None:
+def test_bits_of_a_run_do_not_depend_on_other_runs_or_on_pickling() -> None:
     pairs, members, rewards = random_split(6)
     lengths = np.arange(300, dtype=np.int32)
     split = EvaluationSplit.of(pairs, members, lengths)
@@ -384,10 +384,10 @@ def test_bits_of_a_run_depend_on_no_other_and_survive_pickling() -> None:
     split.evaluate(other, 0.2)
     split.evaluate(10 * other, float("nan"))
     assert bits(split) == alone
-    assert bits(pickle.loads(pickle.dumps(split))) == alone  # how it reaches a worker
+    assert bits(pickle.loads(pickle.dumps(split))) == alone  # workers receive it pickled
 
 
-def test_rewards_of_the_rows_are_all_that_is_needed() -> None:
+def test_only_the_rewards_of_rows_are_needed() -> None:
     pairs, members, rewards = random_split(7, count=40)
     lengths = np.arange(300, dtype=np.int32) % 11
     split = EvaluationSplit.of(pairs, members, lengths)

@@ -22,7 +22,7 @@ def arrays(points: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def enumerated(proxy: np.ndarray, gold: np.ndarray, n: int) -> float:
-    """Mean over every subset of n of the gold of its best, ties broken by a fair die."""
+    """Mean over all subsets of n of the gold of the best, ties averaged."""
     taken = []
     for subset in combinations(range(len(proxy)), n):
         best = max(proxy[list(subset)])
@@ -58,7 +58,9 @@ def test_agrees_with_sampling() -> None:
 
 @given(pools)
 @settings(max_examples=100, deadline=None)
-def test_one_is_the_mean_and_all_is_the_top_block(points: list[tuple[int, int]]) -> None:
+def test_best_of_1_is_the_mean_and_best_of_all_is_the_highest_block(
+    points: list[tuple[int, int]],
+) -> None:
     proxy, gold = arrays(points)
     first, last = Ranking.by(proxy).expected(gold, (1, len(points)))
     assert first == pytest.approx(gold.mean(), abs=1e-12)
@@ -72,7 +74,7 @@ def test_only_the_order_of_the_proxy_matters(points: list[tuple[int, int]]) -> N
     ns = range(1, len(points) + 1)
     found = Ranking.by(proxy).expected(gold, ns)
     np.testing.assert_allclose(Ranking.by(np.exp(proxy) - 7).expected(gold, ns), found, atol=1e-12)
-    # Under the gold itself more can only be better, and no proxy is better.
+    # With gold as the proxy the curve cannot fall, and no other proxy is better.
     ideal = Ranking.by(gold).expected(gold, ns)
     assert (np.diff(ideal) >= -1e-12).all()
     assert (ideal >= found - 1e-12).all()
@@ -107,9 +109,9 @@ def test_zeros_of_both_signs_tie() -> None:
     assert ranking.expected(np.array([1.0, 3.0, 9.0]), (3,)) == pytest.approx([2.0])
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_n_and_rewards_that_are_not_finite_are_refused() -> None:
     ranking = Ranking.by(np.zeros(5))
-    with pytest.raises(UserError, match=r"n = 6: a pool of 5 has the best of 1 to 5"):
+    with pytest.raises(UserError, match=r"n = 6: choose 1 to 5, the pools have 5 responses"):
         ranking.expected(np.zeros(5), (1, 6))
     with pytest.raises(UserError, match="n = 0"):
         ranking.expected_proxy((0,))
@@ -147,7 +149,7 @@ def test_limits_of_the_divergence(n: int) -> None:
 
 
 def test_the_divergence_of_two_equal_responses() -> None:
-    """A coin's best of n has KL(n) = H: (1-2^-n) on one side, compared with the truth."""
+    """The best of n of a policy with two equally likely responses: 1 - 2^-n has the better one."""
     for n in (1, 2, 5, 30):
         top = 1 - 0.5**n
         truth = top * np.log(2 * top) + (1 - top) * np.log(2 * (1 - top))

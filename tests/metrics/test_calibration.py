@@ -18,7 +18,7 @@ def ece(
     bins: int = 15,
     weights: np.ndarray | None = None,
 ) -> float:
-    """Of hard labels."""
+    """With hard labels."""
     weights = np.ones(len(margins)) if weights is None else weights
     correct = weights * np.where(margins == 0, 0.5, margins > 0)
     confidence = expit(np.abs(margins) / temperature)
@@ -77,7 +77,7 @@ def test_margins_without_a_minimum_have_no_temperature(scale: float) -> None:
     assert np.isfinite(fit_temperature(scale * np.array([1.0, 2.0, -0.5])))
 
 
-def test_nothing_to_fit_has_no_temperature() -> None:
+def test_no_margins_have_no_temperature() -> None:
     assert np.isnan(fit_temperature(np.zeros(4)))
     assert np.isnan(fit_temperature(np.array([])))
     assert np.isnan(fit_temperature(np.array([3.0, 0.0]), weights=np.array([0.0, 1.0])))
@@ -110,7 +110,7 @@ def test_calibration_error_against_a_loop() -> None:
     assert ece(margins, bins=10) == pytest.approx(expected)
 
 
-def test_certainty_falls_into_the_last_bin() -> None:
+def test_confidence_1_is_in_the_last_bin() -> None:
     assert ece(np.array([1e6, 1e6])) == 0.0
     assert ece(np.array([1e6, -1e6])) == pytest.approx(0.5)
 

@@ -1,4 +1,4 @@
-"""Geometry of states: closed forms, and numpy as the oracle."""
+"""Geometry of states against closed forms and numpy."""
 
 import math
 
@@ -8,7 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embrm.metrics.geometry import SAMPLE, correlation, drift, effective_rank, sample, shape
+from embrm.metrics.geometry import (
+    SAMPLE,
+    correlation,
+    drift,
+    effective_rank,
+    norms_and_rank,
+    sample,
+)
 
 
 def orthonormal(n: int, width: int) -> torch.Tensor:
@@ -22,7 +29,7 @@ def test_orthonormal_states_have_full_rank(n: int, width: int) -> None:
     states = orthonormal(n, width)
     assert effective_rank(states) == pytest.approx(n, rel=1e-12)
     assert effective_rank(torch.cat([states, states])) == pytest.approx(n, rel=1e-6)
-    found = shape(states)
+    found = norms_and_rank(states)
     assert found["norm"] == pytest.approx(1)
     assert found["norm_sd"] == pytest.approx(0, abs=1e-12)
 
@@ -31,7 +38,7 @@ def test_orthonormal_states_have_full_rank(n: int, width: int) -> None:
 def test_rank_one_states_have_rank_one_and_their_factors_norms(n: int, width: int) -> None:
     factors = torch.linspace(0.5, 3, n, dtype=torch.float64)
     direction = torch.full((width,), width**-0.5, dtype=torch.float64)
-    found = shape(torch.outer(factors, direction))
+    found = norms_and_rank(torch.outer(factors, direction))
     assert found["effective_rank"] == pytest.approx(1, abs=1e-6)
     assert found["norm"] == pytest.approx(factors.mean().item())
     assert found["norm_sd"] == pytest.approx(factors.numpy().std())
@@ -48,7 +55,7 @@ def test_the_effective_rank_is_that_of_the_singular_values() -> None:
 
 def test_scale_changes_norms_and_neither_cv_nor_rank() -> None:
     states = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
-    one, four = shape(states), shape(4 * states)
+    one, four = norms_and_rank(states), norms_and_rank(4 * states)
     assert four["norm"] == 4 * one["norm"]
     assert four["norm_sd"] == 4 * one["norm_sd"]
     assert four["norm_cv"] == one["norm_cv"] > 0
@@ -57,12 +64,12 @@ def test_scale_changes_norms_and_neither_cv_nor_rank() -> None:
 
 def test_a_common_mean_lowers_the_rank() -> None:
     states = torch.randn(200, 10, generator=torch.Generator().manual_seed(1))
-    assert shape(states + 30)["effective_rank"] < shape(states)["effective_rank"] - 2
+    assert effective_rank(states + 30) < effective_rank(states) - 2
 
 
-def test_states_that_are_none_have_no_geometry() -> None:
-    assert math.isnan(shape(torch.zeros(3, 4))["effective_rank"])
-    assert math.isnan(shape(torch.zeros(3, 4))["norm_cv"])
+def test_zero_states_have_no_rank_and_no_cv() -> None:
+    assert math.isnan(norms_and_rank(torch.zeros(3, 4))["effective_rank"])
+    assert math.isnan(norms_and_rank(torch.zeros(3, 4))["norm_cv"])
 
 
 def test_drift_is_relative_to_every_state() -> None:
@@ -85,7 +92,7 @@ def test_correlation_is_numpys(seed: int, n: int) -> None:
     assert correlation(x, missing) == pytest.approx(correlation(x[1:], y[1:]))
 
 
-def test_what_does_not_vary_has_no_correlation() -> None:
+def test_constant_values_have_no_correlation() -> None:
     x = np.arange(5.0)
     assert math.isnan(correlation(x, np.full(5, 0.25)))
     assert math.isnan(correlation(x, np.full(5, np.nan)))
@@ -93,7 +100,7 @@ def test_what_does_not_vary_has_no_correlation() -> None:
 
 
 @given(n=st.integers(0, 3000), step=st.integers(1, 3))
-def test_a_sample_takes_one_of_every_equal_stretch(n: int, step: int) -> None:
+def test_a_sample_takes_one_row_of_every_equal_stretch(n: int, step: int) -> None:
     rows = np.arange(n) * step + 7
     found = sample(rows)
     assert len(found) == min(n, SAMPLE)
@@ -107,7 +114,7 @@ def test_a_sample_takes_one_of_every_equal_stretch(n: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("period", [2, 4, 8])
-def test_a_sample_keeps_in_step_with_no_period(period: int) -> None:
+def test_a_sample_does_not_resonate_with_a_period(period: int) -> None:
     """Chosen and rejected responses often alternate."""
     counts = np.bincount(sample(np.arange(16 * SAMPLE)) % period)
     assert counts.min() > 0.9 * SAMPLE / period

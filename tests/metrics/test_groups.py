@@ -32,7 +32,7 @@ def test_equals_scipy_with_many_ties(points: list[tuple[int, int]]) -> None:
     assert kendall_tau(rewards, gold) == pytest.approx(oracle, nan_ok=True, abs=1e-12)
 
 
-def test_closed_forms() -> None:
+def test_orders_with_a_known_tau() -> None:
     up = np.arange(5.0)
     assert kendall_tau(up, 10 * up) == 1.0
     assert kendall_tau(up, -up) == -1.0
@@ -40,13 +40,13 @@ def test_closed_forms() -> None:
     assert kendall_tau(np.array([0.0, 1, 2, 2]), np.arange(4.0)) == pytest.approx(5 / np.sqrt(30))
 
 
-def test_undefined_is_nan() -> None:
+def test_tau_is_nan_where_undefined() -> None:
     assert np.isnan(kendall_tau(np.array([1.0]), np.array([2.0])))
     assert np.isnan(kendall_tau(np.ones(3), np.arange(3.0)))
     assert np.isnan(kendall_tau(np.array([]), np.array([])))
 
 
-def test_groups_are_told_apart_in_any_order() -> None:
+def test_groups_are_separated_whatever_the_order_of_rows() -> None:
     generator = np.random.default_rng(0)
     rewards, gold = generator.normal(size=(2, 300))
     groups = generator.integers(0, 12, size=300)
@@ -70,7 +70,7 @@ def test_no_groups() -> None:
 
 @pytest.mark.parametrize("cells", [1, 1 << 16])
 def test_groups_of_every_size_equal_scipy(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many of one size, some alone, one too large to compare every two, in batches or not."""
+    """Many groups of one size, single members, one group too large to compare pair by pair."""
     monkeypatch.setattr(module, "_CELLS", cells)
     generator = np.random.default_rng(1)
     sizes = np.array([4] * 30 + [1, 0, 2, 2, 128, 129, 1500])
@@ -88,7 +88,7 @@ def test_groups_of_every_size_equal_scipy(cells: int, monkeypatch: pytest.Monkey
 
 
 def test_a_large_group_by_hand() -> None:
-    """1,000 members in order but for the first, which comes last: 999 of 499,500 disagree."""
+    """1,000 members in order except that the first comes last: 999 of 499,500 pairs disagree."""
     up = np.arange(1000.0)
     assert kendall_tau(np.roll(up, 1), up) == pytest.approx(1 - 2 * 999 / 499_500)
     assert np.isnan(kendall_tau(np.ones(1000), up))

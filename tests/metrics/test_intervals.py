@@ -14,8 +14,8 @@ from embrm.metrics.intervals import Replicates, compare, holm, mean, prompt_coun
 from embrm.metrics.outcomes import Outcomes
 
 
-def sums(wins: np.ndarray, pairs: np.ndarray, **others: np.ndarray) -> Outcomes:
-    """Of wins [prompts, runs] out of pairs [prompts]; others [prompts, runs] by name."""
+def outcomes(wins: np.ndarray, pairs: np.ndarray, **others: np.ndarray) -> Outcomes:
+    """Outcomes with wins [prompts, runs] of pairs [prompts]; others: [prompts, runs]."""
     known = {"wins": wins, **others}
     empty = {name: np.nan if name == "tau" else 0.0 for name in OUTCOMES}
     prompts = pl.DataFrame(
@@ -37,7 +37,7 @@ def seeds(names: list[str], numbers: list[int]) -> pl.DataFrame:
 def test_equal_prompts_reproduce_the_closed_form() -> None:
     generator = np.random.default_rng(0)
     wins = generator.binomial(10, 0.7, size=(400, 1))
-    result = replicate(sums(wins, np.full(400, 10)), "accuracy")
+    result = replicate(outcomes(wins, np.full(400, 10)), "accuracy")
     row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
     shares = wins[:, 0] / 10
     half = 1.96 * shares.std() / np.sqrt(400)
@@ -50,7 +50,7 @@ def test_ratio_variance_matches_the_delta_method() -> None:
     generator = np.random.default_rng(1)
     pairs = generator.integers(1, 60, size=500)
     wins = generator.binomial(pairs, generator.beta(4, 3, size=500))[:, None]
-    result = replicate(sums(wins, pairs), "accuracy")
+    result = replicate(outcomes(wins, pairs), "accuracy")
     ratio = wins.sum() / pairs.sum()
     residuals = wins[:, 0] - ratio * pairs
     expected = np.sqrt(np.square(residuals).sum()) / pairs.sum()
@@ -72,8 +72,8 @@ def test_seed_variance_is_unbiased() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5])
-def test_intervals_cover_the_truth_and_rows_would_not(k: int) -> None:
-    """Clustered pairs: 95 % intervals over prompts hold; the binomial over pairs does not."""
+def test_intervals_over_prompts_cover_the_truth_and_intervals_over_pairs_do_not(k: int) -> None:
+    """Pairs of a prompt are correlated, so binomial intervals over pairs are too narrow."""
     generator = np.random.default_rng(k)
     prompts, pairs, truth, trials = 60, 20, 0.7, 300
     covered = covered_by_rows = 0
@@ -83,7 +83,7 @@ def test_intervals_cover_the_truth_and_rows_would_not(k: int) -> None:
         difficulty = generator.uniform(0.4, 1.0, size=(prompts, 1))
         skill = generator.normal(0.0, 0.02 if k > 1 else 0.0, size=(1, k))
         wins = generator.binomial(pairs, np.clip(difficulty + skill, 0, 1))
-        frame = sums(wins, np.full(prompts, pairs))
+        frame = outcomes(wins, np.full(prompts, pairs))
         result = replicate(frame, "accuracy", replicates=500)
         row = compare(result, seeds(["a"] * k, list(range(k))), None).row(0, named=True)
         covered += row["low"] <= truth <= row["high"]
@@ -103,7 +103,7 @@ def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
         difficulty = generator.uniform(0.3, 0.9, size=(prompts, 1))
         seed = generator.normal(0.0, 0.01, size=(1, k))  # shared by the two: paired by seed
         share = np.concatenate([difficulty + seed, difficulty + seed + gain], axis=1)
-        frame = sums(generator.binomial(pairs, np.clip(share, 0, 1)), np.full(prompts, pairs))
+        frame = outcomes(generator.binomial(pairs, np.clip(share, 0, 1)), np.full(prompts, pairs))
         result = replicate(frame, "accuracy", 400)
         table = compare(result, seeds(names, numbers), "base")
         base, better = table.row(0, named=True), table.row(1, named=True)
@@ -115,10 +115,10 @@ def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
 
 
 def test_an_accuracy_interval_stays_within_0_and_1() -> None:
-    """Seeds at 1.0 and 0.7 are drawn around 0.85 by 0.21: past the end without a bound."""
+    """Seeds at 1.0 and 0.7 deviate from 0.85 by 0.21 after scaling, beyond 1 unless clipped."""
     wins = np.tile([10.0, 7.0, 3.0, 0.0], (9, 1))
     runs = seeds(["good", "good", "bad", "bad"], [0, 1, 0, 1])
-    found = replicate(sums(wins, np.full(9, 10)), "accuracy")
+    found = replicate(outcomes(wins, np.full(9, 10)), "accuracy")
     for result in (found, mean([found, found])):
         bad, good = compare(result, runs, "bad").rows(named=True)
         assert (good["high"], bad["low"]) == (1, 0)
@@ -129,7 +129,7 @@ def test_an_accuracy_interval_stays_within_0_and_1() -> None:
 
 def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
     tau = np.tile([0.9, -0.9, -0.9, 0.9], (9, 1))
-    frame = sums(np.zeros((9, 4)), np.zeros(9), tau=tau)
+    frame = outcomes(np.zeros((9, 4)), np.zeros(9), tau=tau)
     table = compare(replicate(frame, "tau"), seeds(["a"] * 2 + ["b"] * 2, [0, 1] * 2), "b")
     row = table.row(0, named=True)
     assert (row["low"], row["high"]) == (-1, 1)
@@ -138,7 +138,9 @@ def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
 
 def test_baseline_and_missing_seeds() -> None:
     generator = np.random.default_rng(2)
-    result = replicate(sums(generator.binomial(5, 0.6, size=(30, 4)), np.full(30, 5)), "accuracy")
+    result = replicate(
+        outcomes(generator.binomial(5, 0.6, size=(30, 4)), np.full(30, 5)), "accuracy"
+    )
     table = compare(result, seeds(["base", "base", "half", "none"], [0, 1, 1, 7]), "base")
     base, half, none = table.rows(named=True)
     assert (base["seeds"], base["common_seeds"], base["difference"], base["p"]) == (
@@ -154,16 +156,16 @@ def test_baseline_and_missing_seeds() -> None:
     assert compare(result, seeds(["a", "b", "c", "d"], [0] * 4), None)["difference"].is_null().all()
 
 
-def test_a_copy_of_the_baseline_differs_by_exactly_nothing() -> None:
+def test_a_copy_of_the_baseline_differs_by_exactly_0() -> None:
     wins = np.repeat(np.random.default_rng(3).binomial(9, 0.7, size=(25, 1)), 2, axis=1)
-    result = replicate(sums(wins, np.full(25, 9)), "accuracy")
+    result = replicate(outcomes(wins, np.full(25, 9)), "accuracy")
     copy = compare(result, seeds(["base", "copy"], [0, 0]), "base").row(1, named=True)
     assert (copy["difference"], copy["difference_low"], copy["difference_high"]) == (0, 0, 0)
     assert copy["p"] == copy["p_holm"] == 1
 
 
 def test_one_prompt_has_an_estimate_and_no_interval() -> None:
-    result = replicate(sums(np.array([[3, 4]]), np.array([4])), "accuracy")
+    result = replicate(outcomes(np.array([[3, 4]]), np.array([4])), "accuracy")
     table = compare(result, seeds(["a", "b"], [0, 0]), "a")
     assert table["estimate"].to_list() == [0.75, 1.0]
     assert table["low"].to_list() == [None, None]
@@ -173,13 +175,13 @@ def test_one_prompt_has_an_estimate_and_no_interval() -> None:
 
 def test_all_ties_give_no_accuracy() -> None:
     pairs = np.full(6, 0.1)  # which float32 rounds
-    result = replicate(sums(np.zeros((6, 1)), pairs, ties=pairs[:, None]), "accuracy")
+    result = replicate(outcomes(np.zeros((6, 1)), pairs, ties=pairs[:, None]), "accuracy")
     row = compare(result, seeds(["a"], [0]), None).row(0, named=True)
     assert (row["estimate"], row["low"], row["high"]) == (None, None, None)
 
 
 def test_a_common_shift_of_seeds_cancels_in_the_difference() -> None:
-    """Same draws for both configurations: only what differs between them is left."""
+    """Both configurations draw the same seeds, so only their difference is left."""
     generator = np.random.default_rng(4)
     draws = generator.normal(0.7, 0.02, size=(500, 2))
     result = Replicates(
@@ -193,13 +195,13 @@ def test_a_common_shift_of_seeds_cancels_in_the_difference() -> None:
 
 def test_tau_is_a_mean_over_the_prompts_where_it_is_defined() -> None:
     tau = np.array([[0.5], [np.nan], [-0.1], [0.2]])
-    result = replicate(sums(np.zeros((4, 1)), np.zeros(4), tau=tau), "tau")
+    result = replicate(outcomes(np.zeros((4, 1)), np.zeros(4), tau=tau), "tau")
     assert result.prompts == 3
     assert result.estimates[0] == pytest.approx(0.2)
 
 
-def test_subsets_of_a_prompt_stay_one_cluster() -> None:
-    one = sums(np.array([[4.0], [3.0]]), np.array([6, 6]))
+def test_subsets_of_a_prompt_are_resampled_together() -> None:
+    one = outcomes(np.array([[4.0], [3.0]]), np.array([6, 6]))
     prompts = one.prompts.with_columns(pairs=3.0)
     halves = Outcomes(
         pl.concat(prompts.with_columns(subset=pl.lit(half)) for half in ("easy", "hard")),
@@ -211,7 +213,7 @@ def test_subsets_of_a_prompt_stay_one_cluster() -> None:
     np.testing.assert_array_equal(whole.draws, split.draws)
 
 
-def test_counts_are_poisson_and_depend_on_the_prompt_alone() -> None:
+def test_counts_are_poisson_and_depend_only_on_the_prompt() -> None:
     counts = prompt_counts(["a", "b", "c"])
     np.testing.assert_array_equal(counts[:, [2, 0]], prompt_counts(["c", "a"]))
     np.testing.assert_array_equal(counts[:10], prompt_counts(["a", "b", "c"], 10))
@@ -227,7 +229,7 @@ def test_rows_and_runs_in_any_order_give_the_same_bits() -> None:
     shape = (50, 3)
     ties = generator.binomial(1, 0.3, size=shape) * 0.1
     nll = generator.gamma(3.0, size=shape)
-    whole = sums(generator.binomial(7, 0.6, size=shape), np.full(50, 7), nll=nll, ties=ties)
+    whole = outcomes(generator.binomial(7, 0.6, size=shape), np.full(50, 7), nll=nll, ties=ties)
     order = generator.permutation(50)
     mixed = whole.by([2, 0, 1])
     mixed = Outcomes(mixed.prompts[order], {k: v[:, order] for k, v in mixed.values.items()})
@@ -255,19 +257,19 @@ def test_mean_over_splits() -> None:
     assert mean(within).bounds == (-0.5, 1)
 
 
-def test_the_same_split_twice_is_not_two_samples() -> None:
+def test_averaging_a_split_with_itself_does_not_narrow_its_interval() -> None:
     wins = np.random.default_rng(8).binomial(8, 0.6, size=(40, 1))
-    once = replicate(sums(wins, np.full(40, 8)), "accuracy")
+    once = replicate(outcomes(wins, np.full(40, 8)), "accuracy")
     np.testing.assert_array_equal(mean([once, once]).draws, once.draws)
 
 
-def test_no_prompts_give_no_numbers() -> None:
-    result = replicate(sums(np.zeros((0, 2)), np.zeros(0)), "accuracy")
+def test_no_prompts_give_nan() -> None:
+    result = replicate(outcomes(np.zeros((0, 2)), np.zeros(0)), "accuracy")
     assert result.prompts == 0
     assert np.isnan(result.estimates).all()
 
 
-def test_holm_textbook() -> None:
+def test_holm_by_hand() -> None:
     adjusted = holm(pl.Series("p", [0.01, None, 0.04, 0.03, 0.005]))
     assert adjusted.to_list() == pytest.approx([0.03, None, 0.06, 0.06, 0.02])
     assert holm(pl.Series("p", [], dtype=pl.Float64)).to_list() == []

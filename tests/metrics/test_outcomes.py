@@ -1,4 +1,4 @@
-"""Stored outcomes of a split as matrices, in the order of the runs asked for."""
+"""Stored outcomes of a split as matrices, in the order of the requested runs."""
 
 import numpy as np
 import polars as pl
@@ -52,7 +52,7 @@ def test_ratios_by_hand() -> None:
             np.testing.assert_array_equal(side, numbers)
 
 
-def test_some_runs_and_some_prompts() -> None:
+def test_selecting_runs_and_prompts() -> None:
     found = Outcomes.of(PROMPT_TABLE, TWO, ["a", "b"])
     part = found.by([1]).on(PROMPT_TABLE["prompt_id"] == "x")
     assert part.prompts["subset"].to_list() == ["s", None]
@@ -61,7 +61,7 @@ def test_some_runs_and_some_prompts() -> None:
 
 
 @pytest.mark.parametrize("run_ids", [["a", "c"], ["short"]])
-def test_tables_that_do_not_fit_are_one_line(run_ids: list[str]) -> None:
+def test_tables_that_do_not_match_are_refused(run_ids: list[str]) -> None:
     outcomes = pl.concat([TWO, stored(short=[1.0, 1.0])])
-    with pytest.raises(UserError, match="not of the same sweep"):
+    with pytest.raises(UserError, match="do not belong to the same sweep"):
         Outcomes.of(PROMPT_TABLE, outcomes, run_ids)

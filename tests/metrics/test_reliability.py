@@ -1,4 +1,4 @@
-"""Reliability against scikit-learn's calibration curve, and what must not change it."""
+"""Reliability diagrams against scikit-learn's calibration curve and closed forms."""
 
 import numpy as np
 import polars as pl
@@ -16,7 +16,7 @@ MEMBERS = pl.DataFrame(
 
 
 def split_of(pairs: int, per_prompt: int = 4, **columns: object) -> EvaluationSplit:
-    """Pair i is of responses 2i and 2i + 1."""
+    """A split whose pair i has the responses 2i and 2i + 1."""
     table = pl.DataFrame(
         {
             "chosen": [2 * pair for pair in range(pairs)],
@@ -41,7 +41,7 @@ def test_bins_are_those_of_scikit_learn_and_sum_to_the_calibration_error() -> No
     for temperature in (1.0, 0.5, 3.0):
         found = reliability(split, rewards, np.array([temperature]))
         sure = expit(np.abs(margins.astype(np.float64)) / temperature)
-        # The upper half of twice as many bins: no probability of a preferred response is lower.
+        # scikit-learn's bins cover [0, 1]; the preferred response is never below ½.
         observed, predicted = calibration_curve(margins > 0, sure, n_bins=2 * BINS)
         assert found["observed"].to_numpy() == pytest.approx(observed, abs=1e-7)
         assert found["predicted"].to_numpy() == pytest.approx(predicted)
@@ -66,7 +66,7 @@ def test_labels_weights_and_ties_have_closed_forms() -> None:
 
 
 def test_intervals_are_over_prompts() -> None:
-    """Four equal pairs of a prompt, or four equal seeds, say no more than one."""
+    """Four equal pairs per prompt, or four equal seeds, give the intervals of one."""
     margins = np.random.default_rng(1).normal(0.3, 1.0, 600)
     once = reliability(split_of(600, 1), rewards_of(margins), np.ones(1))
     pairs = reliability(split_of(2400, 4), rewards_of(np.repeat(margins, 4)), np.ones(1))

@@ -1,4 +1,4 @@
-"""Scenarios and label noise: falls from their definition, and what is drawn is what is tabled."""
+"""Changes over scenarios and label noise by definition; figures show what the tables say."""
 
 import json
 
@@ -25,7 +25,7 @@ SWEEP = small_sweep()
 
 
 def noisy(extra: dict[str, object] | None = None) -> SmallSweep:
-    """The small sweep as two lines of two rates; extra: fields of the first line's noisy runs."""
+    """The small sweep as two lines of two rates. extra: keys of the first line's noisy runs."""
     names = {name: new for name, (new, _) in NOISY.items()}
     specs = [
         json.dumps({"seed": seed, "epochs": 9, "patience": 3, "label_noise": NOISY[name][1]}
@@ -50,7 +50,7 @@ def accuracy(run_id: str, split: str) -> float:
 NOISE = compared(noisy(), "bt[label_noise=0]")
 
 
-def test_lines_are_what_names_share() -> None:
+def test_lines_are_named_by_the_common_part_of_names() -> None:
     lines = NOISE.noise.filter(split=MEAN).select("line", "label_noise", "name").rows()
     assert lines == [
         ("bt", 0.0, "bt[label_noise=0]"),
@@ -69,17 +69,19 @@ def test_lines_are_what_names_share() -> None:
         (("label_noise=0", "label_noise=1"), (0.0, 0.2)),
     ],
 )
-def test_no_grid_no_lines(names: tuple[str, ...], rates: tuple[float, ...]) -> None:
+def test_configurations_without_a_grid_form_no_line(
+    names: tuple[str, ...], rates: tuple[float, ...]
+) -> None:
     specs = [json.dumps({"label_noise": rate}) for rate in rates]
     assert noise_lines(pl.DataFrame({"name": names, "spec": specs})).is_empty()
 
 
-def test_a_line_that_differs_in_more_is_none() -> None:
+def test_configurations_that_differ_in_more_than_the_rate_form_no_line() -> None:
     found = compared(noisy({"lr": 0.1}), "bt[label_noise=0]").noise
     assert found["line"].unique().to_list() == [f"{ODD}[lr=0.01]"]
 
 
-def test_noise_is_what_the_report_says_of_the_configurations() -> None:
+def test_the_noise_table_repeats_the_report_on_its_configurations() -> None:
     ranked = {row["name"]: row for row in NOISE.ranking.iter_rows(named=True)}
     scored = {
         (row["split"], row["name"]): row
@@ -93,7 +95,7 @@ def test_noise_is_what_the_report_says_of_the_configurations() -> None:
         ]
 
 
-def test_falls_are_of_the_seeds_that_both_ends_have() -> None:
+def test_changes_use_the_seeds_that_both_rates_have() -> None:
     """The last seed of "bad" diverged."""
     for split in SPLITS[:3]:
         falls = {row["name"]: row for row in NOISE.noise_falls.filter(split=split).to_dicts()}
@@ -129,7 +131,7 @@ def test_the_noise_figure_draws_the_table() -> None:
     assert tables[0].rows[-1][-1] == "baseline"
 
 
-def test_one_line_without_the_baseline() -> None:
+def test_a_table_without_a_baseline() -> None:
     alone = compared(noisy(), None)
     table = noise_tables(alone, 1)[0]
     assert len(table.rows) == 1
@@ -195,13 +197,13 @@ def test_the_scenario_figure_draws_the_table() -> None:
 
 
 def test_many_configurations_show_the_best_and_the_baseline() -> None:
-    """Only what is in the figure is cut; of the table the caller says."""
+    """`top` limits the rows of the table; the baseline is added."""
     (table,) = scenario_tables(SCENARIOS, 1)
     assert [row[0] for row in table.rows] == [SCENARIOS.ranking["name"][0], "bt"]
 
 
 def test_a_metric_needs_two_scenarios() -> None:
-    """id has pairs alone, groups no pairs."""
+    """The split id has only pairs, the split groups only groups."""
     one = compared(SWEEP, "bt", "id", "groups")
     assert scenario_figure(one) is None
     assert scenario_tables(one, 20) == []
