@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import open_cache
-from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.schema import ShardRows, Stored, TokenRows
 from embrm.cache.tensors import to_stored, to_tensor
 from embrm.cache.writer import open_writer
 from embrm.core.progress import progress
@@ -230,7 +230,7 @@ def _lm_head(tokens: Tokens | None, width: int) -> dict[str, Tensor]:
     return {"weight": weight, "scale": torch.ones(1)}
 
 
-def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenTable:
+def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows[Stored]:
     random = np.random.default_rng(first)
     count = len(states) * tokens.rows
     # Ranks whose probability falls as 1/(2.7 + rank), by the inverse of its integral.
@@ -244,14 +244,14 @@ def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenTable:
     tail_means = None
     if tokens.tail_mean:
         tail_means = torch.randn(values.shape, generator=generator).mul_(values.shape[1] ** -0.5)
-    return TokenTable(
+    return TokenRows(
         response=np.repeat(np.arange(first, first + len(states), dtype=np.int32), tokens.rows),
         position=np.tile(np.arange(tokens.rows, dtype=np.int32), len(states)),
         target=ids[:, -1].copy(),
         target_logit=np.full(count, -3, np.float32),
         logsumexp=np.full(count, 1.2, np.float32),
-        states=to_stored(values),
+        state=to_stored(values),
         top_ids=ids[:, :-1].copy(),
         top_logits=logits,
-        tail_means=None if tail_means is None else to_stored(tail_means.to(states.dtype)),
+        tail_mean=None if tail_means is None else to_stored(tail_means.to(states.dtype)),
     )

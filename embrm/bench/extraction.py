@@ -222,7 +222,7 @@ def _batches(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
         other = read(bench.engine, requests, budget)
         state = own.states["last"].float()
         error = (other.states["last"].float() - state).norm(dim=1) / state.norm(dim=1)
-        logsumexp = (other.tokens["logsumexp"] - own.tokens["logsumexp"]).abs()
+        logsumexp = np.abs(other.tokens.logsumexp - own.tokens.logsumexp)
         rows.append(
             {
                 "tokens a batch": budget,

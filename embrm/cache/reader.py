@@ -31,7 +31,7 @@ from embrm.cache.schema import (
     TOKEN_SCALARS,
     ShardLayout,
     Stored,
-    TokenTable,
+    TokenRows,
     all_finite,
     damaged,
     from_parquet,
@@ -132,7 +132,7 @@ class Cache:
 
     @cached_property
     def n_token_rows(self) -> NDArray[np.int64]:
-        """Sampled positions of every response, int64 [responses], read from one column."""
+        """Token rows of every response, int64 [responses], read from one column."""
         schema, count = self.layout.tokens(), self.manifest.n_responses
         owners = [
             self._read(tokens_file(index), shard.tokens, ["response"], schema)["response"]
@@ -166,26 +166,24 @@ class Cache:
 
     @cached_property
     def tokens(self) -> pl.DataFrame:
-        """One row per sampled position: response, position, target, target_logit, logsumexp, and
+        """One line per token row: response, position, target, target_logit, logsumexp, and
         where logits are kept `top_ids` and `top_logits`, arrays of k values.
 
-        Raises: UserError when no positions were sampled.
+        Raises: UserError when the cache has no token rows.
         """
-        table = self.token_table()
-        columns: dict[str, Any] = {name: getattr(table, name) for name in TOKEN_SCALARS}
-        if self.layout.top_k:
-            columns |= {"top_ids": table.top_ids, "top_logits": table.top_logits}
-        return pl.DataFrame(columns)
+        columns = self.token_rows().columns()
+        names = [*TOKEN_SCALARS, *(("top_ids", "top_logits") if self.layout.top_k else ())]
+        return pl.DataFrame({name: columns[name] for name in names})
 
-    def token_table(self) -> TokenTable:
-        """All sampled positions with their states, logits and tail means.
+    def token_rows(self) -> TokenRows[Stored]:
+        """All token rows with their states, logits and tail means.
 
-        Raises: UserError when no positions were sampled.
+        Raises: UserError when the cache has no token rows.
         """
-        return TokenTable.joined([*self.token_shards()])
+        return TokenRows.joined([*self.token_shards()])
 
-    def token_shards(self) -> Iterator[TokenTable]:
-        """`token_table` shard by shard."""
+    def token_shards(self) -> Iterator[TokenRows[Stored]]:
+        """`token_rows` shard by shard."""
         if self.layout.top_k is None:
             raise UserError(
                 f"{self.folder} has no sampled token positions: extract with some, "
@@ -196,22 +194,19 @@ class Cache:
             assert shard.tokens is not None  # the layout has tokens, so every shard has
             yield self._token_shard(tokens_file(index), shard.tokens)
 
-    def _token_shard(self, name: str, entry: FileEntry) -> TokenTable:
-        k, schema = self.layout.top_k, self.layout.tokens()
+    def _token_shard(self, name: str, entry: FileEntry) -> TokenRows[Stored]:
+        schema = self.layout.tokens()
         table = self._read(name, entry, schema.names, schema)
-
-        def largest(column: str, dtype: type) -> NDArray[Any]:
-            if not k:
-                return np.empty((table.num_rows, 0), dtype)
-            return vectors_of(table[column], np.dtype(dtype), k)
-
-        return TokenTable(
-            **{column: table[column].to_numpy() for column in TOKEN_SCALARS},
-            states=self._vectors(table["state"], name),
-            top_ids=largest("top_ids", np.int32),
-            top_logits=largest("top_logits", np.float32),
-            tail_means=self._vectors(table["tail_mean"], name) if self.layout.tail_mean else None,
-        )
+        columns: dict[str, Stored] = {own: table[own].to_numpy() for own in TOKEN_SCALARS}
+        for own, (dtype, width) in self.layout.token_vectors().items():
+            if width:
+                columns[own] = vectors_of(table[own], dtype, width)
+            else:  # a cache with top_k = 0, whose file lacks the column
+                columns[own] = np.empty((table.num_rows, 0), dtype)
+        self._check_finite(columns["state"], name)
+        if "tail_mean" in columns:
+            self._check_finite(columns["tail_mean"], name)
+        return TokenRows(**columns)
 
     @cached_property
     def vocabulary(self) -> int:
@@ -267,9 +262,12 @@ class Cache:
 
     def _vectors(self, column: pa.ChunkedArray, name: str) -> Stored:
         vectors = vectors_of(column, self.layout.storage, self.width)
+        self._check_finite(vectors, name)
+        return vectors
+
+    def _check_finite(self, vectors: Stored, name: str) -> None:
         if not all_finite(vectors):
             raise damaged(self.folder / name, "it holds a vector that is NaN or infinite")
-        return vectors
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -63,48 +63,60 @@ class ShardRows:
     """View name → Euclidean norms [rows], taken before the states were cast to the storage type."""
 
 
-@dataclass(frozen=True)
-class TokenTable:
-    """Sampled response positions ("token rows") as named columns: of one shard or a whole cache."""
+Column = TypeVar("Column")
+Other = TypeVar("Other")
 
-    response: NDArray[np.int32]
-    """Index of the response among all responses of the cache, [rows]."""
-    position: NDArray[np.int32]
-    """Position whose state predicts `target`, counted from 0, [rows]."""
-    target: NDArray[np.int32]
-    """Token id that follows the position, [rows]."""
-    target_logit: NDArray[np.float32]
-    """Logit of the target, [rows]."""
-    logsumexp: NDArray[np.float32]
-    """Over the whole vocabulary, [rows]; log-probability = target_logit - logsumexp."""
-    states: Stored
+
+@dataclass(frozen=True)
+class TokenRows(Generic[Column]):
+    """Sampled positions of responses, one per row: of a batch, of a shard or of a whole cache.
+
+    Its fields are the columns of a shard's file of token rows, under the same names. They are
+    numpy arrays (`TokenRows[Stored]`), or tensors where an engine computes them.
+    """
+
+    response: Column
+    """Index of the response among all of the cache (of a batch: among its requests), int32 [rows].
+    """
+    position: Column
+    """Position whose state predicts `target`, counted from 0, int32 [rows]."""
+    target: Column
+    """Token id that follows the position, int32 [rows]."""
+    target_logit: Column
+    """Logit of the target, float32 [rows]."""
+    logsumexp: Column
+    """Over the whole vocabulary, float32 [rows]; log-probability = target_logit - logsumexp."""
+    state: Column
     """States after the final norm, [rows, width]."""
-    top_ids: NDArray[np.int32]
-    """Token ids of the k largest logits, [rows, k]."""
-    top_logits: NDArray[np.float32]
-    """The k largest logits, descending, [rows, k]."""
-    tail_means: Stored | None = None
+    top_ids: Column
+    """Token ids of the k largest logits, int32 [rows, k]."""
+    top_logits: Column
+    """The k largest logits, descending, float32 [rows, k]."""
+    tail_mean: Column | None = None
     """Mean of ∂logit/∂state over the tail, [rows, width]: every token that is neither the target
     nor among the k largest, weighted by its probability. Zero where the tail's probability is under
     1e-6. None where the cache has none."""
 
-    def take(self, rows: NDArray[np.bool_]) -> "TokenTable":
-        """The rows where `rows`, bool [rows], is true."""
-        return _by_column(lambda columns: columns[0][rows], [self])
+    def columns(self) -> dict[str, Column]:
+        """The columns by name, without a tail mean that is None."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in found.items() if column is not None}
+
+    def map(self, change: Callable[[Column], Other]) -> "TokenRows[Other]":
+        """The table whose columns are `change` of these."""
+        return TokenRows(**{name: change(column) for name, column in self.columns().items()})
+
+    def take(self: "TokenRows[Stored]", rows: NDArray[Any]) -> "TokenRows[Stored]":
+        """Some rows: their numbers, or bool [rows]."""
+        return self.map(lambda column: column[rows])
 
     @staticmethod
-    def joined(parts: Sequence["TokenTable"]) -> "TokenTable":
+    def joined(parts: "Sequence[TokenRows[Stored]]") -> "TokenRows[Stored]":
         """One table after another; all have tail means, or none."""
-        return _by_column(np.concatenate, parts)
-
-
-def _by_column(make: Callable[[list[Stored]], Stored], parts: Sequence[TokenTable]) -> TokenTable:
-    """The table each of whose columns is made of that column of every part."""
-    made: dict[str, Any] = {}
-    for field in fields(TokenTable):
-        columns = [getattr(part, field.name) for part in parts]
-        made[field.name] = None if columns[0] is None else make(columns)
-    return TokenTable(**made)
+        columns = [part.columns() for part in parts]
+        return TokenRows(
+            **{name: np.concatenate([own[name] for own in columns]) for name in columns[0]}
+        )
 
 
 def known_views(views: tuple[str, ...]) -> tuple[str, ...]:
@@ -143,15 +155,15 @@ class ShardLayout(Spec):
         return known_views(views)
 
     @classmethod
-    def of(cls, rows: ShardRows, tokens: TokenTable | None) -> "ShardLayout":
+    def of(cls, rows: ShardRows, tokens: TokenRows[Stored] | None) -> "ShardLayout":
         """The layout of one shard.
 
         Raises: ValueError when its vectors differ in type or width, or a norm is missing.
         """
         vectors = [*rows.states.values()]
         if tokens:
-            vectors += [tokens.states]
-            vectors += [] if tokens.tail_means is None else [tokens.tail_means]
+            vectors += [tokens.state]
+            vectors += [] if tokens.tail_mean is None else [tokens.tail_mean]
         shapes = {(storage_name(array), array.shape[1]) for array in vectors}
         if len(shapes) != 1 or rows.states.keys() != rows.norms.keys():
             raise ValueError(
@@ -163,7 +175,7 @@ class ShardLayout(Spec):
             width=width,
             views=tuple(sorted(rows.states)),
             top_k=tokens.top_ids.shape[1] if tokens else None,
-            tail_mean=bool(tokens and tokens.tail_means is not None),
+            tail_mean=bool(tokens and tokens.tail_mean is not None),
         )
 
     @property
@@ -180,15 +192,23 @@ class ShardLayout(Spec):
         )
 
     def tokens(self) -> pa.Schema:
-        """Columns of a file of sampled positions. `top_ids` and `top_logits` are absent when
-        top_k = 0, and `tail_mean` in a cache without tail means."""
-        top = pa.binary(4 * (self.top_k or 0))
+        """Columns of a file of token rows. `top_ids` and `top_logits` are absent when top_k = 0."""
+        vectors = self.token_vectors().items()
         return self._schema(
             *_TOKEN_COLUMNS,
-            ("state", self._vector()),
-            *([("top_ids", top), ("top_logits", top)] if self.top_k else []),
-            *([("tail_mean", self._vector())] if self.tail_mean else []),
+            *((name, pa.binary(kind.itemsize * size)) for name, (kind, size) in vectors if size),
         )
+
+    def token_vectors(self) -> dict[str, tuple[np.dtype[Any], int]]:
+        """The columns of `TokenRows` that hold a vector per row → type and number of components."""
+        state, k = (self.storage, self.width), self.top_k or 0
+        vectors = {
+            "state": state,
+            "top_ids": (np.dtype("<i4"), k),
+            "top_logits": (np.dtype("<f4"), k),
+            "tail_mean": state,
+        }
+        return {name: of for name, of in vectors.items() if self.tail_mean or name != "tail_mean"}
 
     def _vector(self) -> pa.DataType:
         return pa.binary(self.width * self.storage.itemsize)
@@ -218,7 +238,7 @@ _TOKEN_COLUMNS = (
 RESPONSE_SCALARS = [name for name, _ in _RESPONSE_COLUMNS]
 """Columns of a file of responses that hold one value a row and are there in every cache."""
 TOKEN_SCALARS = [name for name, _ in _TOKEN_COLUMNS]
-"""Columns of a file of sampled positions that hold one value a row."""
+"""Columns of a file of token rows that hold one value a row."""
 
 
 def responses_table(rows: ShardRows, layout: ShardLayout) -> pa.Table:
@@ -227,24 +247,23 @@ def responses_table(rows: ShardRows, layout: ShardLayout) -> pa.Table:
     if rows.S is None:
         columns[RESPONSE_SCALARS.index("S")] = np.full(len(rows.response_id), np.nan)
     columns += [rows.norms[view] for view in layout.views]
-    columns += [binary_column(rows.states[view]) for view in layout.views]
+    columns += [rows.states[view] for view in layout.views]
     return _table(columns, layout.responses())
 
 
-def tokens_table(tokens: TokenTable, layout: ShardLayout) -> pa.Table:
-    """One row per sampled position. Raises: pyarrow.ArrowInvalid when columns differ in length."""
-    columns = [getattr(tokens, name) for name in TOKEN_SCALARS]
-    columns.append(binary_column(tokens.states))
-    if layout.top_k:
-        columns.append(binary_column(tokens.top_ids.astype(np.int32, copy=False)))
-        columns.append(binary_column(tokens.top_logits.astype(np.float32, copy=False)))
-    if tokens.tail_means is not None:
-        columns.append(binary_column(tokens.tail_means))
-    return _table(columns, layout.tokens())
+def tokens_table(tokens: TokenRows[Stored], layout: ShardLayout) -> pa.Table:
+    """One row per token row. Raises: pyarrow.ArrowInvalid when columns differ in length."""
+    schema, columns = layout.tokens(), tokens.columns()
+    return _table([columns[name] for name in schema.names], schema)
 
 
 def _table(columns: list, schema: pa.Schema) -> pa.Table:
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    arrays = [
+        binary_column(column)
+        if pa.types.is_fixed_size_binary(field.type)
+        else pa.array(column, field.type)
+        for column, field in zip(columns, schema, strict=True)
+    ]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 

@@ -32,7 +32,8 @@ from embrm.cache.schema import (
     STORAGE,
     ShardLayout,
     ShardRows,
-    TokenTable,
+    Stored,
+    TokenRows,
     all_finite,
     responses_table,
     to_parquet,
@@ -69,11 +70,11 @@ class CacheWriter:
         """Number of shards that the cache will have."""
         return len(self._manifest.shards)
 
-    def write_shard(self, index: int, rows: ShardRows, tokens: TokenTable | None) -> None:
+    def write_shard(self, index: int, rows: ShardRows, tokens: TokenRows[Stored] | None) -> None:
         """Store shard `index`; its entry reaches the manifest after its files are safely on disk.
 
-        Pass `tokens` for every shard or for none; a shard without a sampled position passes a table
-        of zero rows.
+        Pass `tokens` for every shard or for none; a shard without token rows passes a table of
+        zero rows.
         Raises: UserError when a number is not finite or the shard's layout is not the cache's.
         """
         expected = self._manifest.rows_of(index)
@@ -281,16 +282,19 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def _refuse_non_finite(rows: ShardRows, tokens: TokenTable | None) -> None:
+def _refuse_non_finite(rows: ShardRows, tokens: TokenRows[Stored] | None) -> None:
     numbers: dict[str, NDArray[Any]] = {} if rows.S is None else {"S": rows.S}
     numbers |= {f"state {view!r}": states for view, states in rows.states.items()}
     numbers |= {f"norm {view!r}": norms for view, norms in rows.norms.items()}
     _refuse_rows(numbers, rows.response_id)
     if tokens:
         owners = [rows.response_id[index - rows.first] for index in tokens.response]
-        names = ["states", "target_logit", "logsumexp", "top_logits"]
-        names += ["tail_means"] if tokens.tail_means is not None else []
-        _refuse_rows({f"token {name}": getattr(tokens, name) for name in names}, owners)
+        floats = {  # or the bits of bfloat16, as uint16
+            f"token {name}": column
+            for name, column in tokens.columns().items()
+            if column.dtype != np.int32
+        }
+        _refuse_rows(floats, owners)
 
 
 def _refuse_rows(numbers: Mapping[str, NDArray[Any]], owners: Sequence[str]) -> None:

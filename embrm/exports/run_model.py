@@ -196,7 +196,7 @@ def load_backbone(model: Any, backbone: dict[str, Tensor], name: str) -> None:
 def _token_means(batch: Batch, requests: Sequence[Request]) -> Tensor:
     """The mean of each request's token rows, [n, d], as `embrm.sweeps.views` pools cached ones."""
     counts = torch.tensor([len(request.positions) for request in requests])
-    owner = torch.arange(len(requests)).repeat_interleave(counts)
-    states = batch.tokens["states"]
+    owner = torch.from_numpy(batch.tokens.response).long()
+    states = to_tensor(batch.tokens.state)
     total = torch.zeros(len(requests), states.shape[1]).index_add_(0, owner, states.float())
     return (total / counts[:, None]).to(states.dtype)

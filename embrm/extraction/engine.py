@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embrm.cache.schema import Stored, TokenRows
 from embrm.lm.head import LmHead
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -40,15 +41,14 @@ class Batch:
 
     states: view → [n, d] in the model's dtype, the mean view included. norms: view → float32 [n],
     taken before the cast to that dtype. S: float64 [n], log-probability of the response in nats.
-    tokens: the token rows of all requests, one request after another, as columns named like those
-    of `TokenTable`: target, target_logit, logsumexp, top_ids, top_logits, states, and tail_means
-    where they were asked for.
+    tokens: the token rows of all requests, one request after another, with tail means where they
+    were asked for; `response` is the index of the request.
     """
 
     states: dict[str, Tensor]
     norms: dict[str, Tensor]
     S: NDArray[np.float64]
-    tokens: dict[str, Tensor]
+    tokens: TokenRows[Stored]
 
 
 class Engine(Protocol):

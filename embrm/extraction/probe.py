@@ -107,7 +107,7 @@ def probe(
         batch = read(reader, requests, budget)
         found = {view: batch.states[view].double().numpy() for view in cache.views}
         found["S"] = batch.S[:, None]
-        found["logsumexp"] = batch.tokens["logsumexp"].double().numpy()[:, None]
+        found["logsumexp"] = batch.tokens.logsumexp.astype(np.float64)[:, None]
         deviations += [
             _deviation(quantity, budget, stored[quantity], found[quantity], pairs)
             for quantity in stored

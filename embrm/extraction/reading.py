@@ -2,10 +2,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from embrm.cache.schema import TokenRows
 from embrm.core.errors import UserError
 from embrm.extraction.engine import Batch, Engine, Request
 
@@ -55,31 +57,29 @@ def read_shards(
         advance(sum(len(requests[index].ids) for index in order[len(parts)]))
         parts.append(part)
         if len(parts) == len(order):
-            answer = _in_order(requests, order, parts)
+            answer = _in_order(order, parts)
             # Released now, so that they are not in memory while the answer is written.
             parts = []
             asked.popleft()
             yield requests, answer
 
 
-def _in_order(
-    requests: Sequence[Request], batches: Sequence[Sequence[int]], parts: Sequence[Batch]
-) -> Batch:
+def _in_order(batches: Sequence[Sequence[int]], parts: Sequence[Batch]) -> Batch:
     """One answer in the order of the requests. batches: the requests' indices; parts: the answers
     to them."""
     order = [index for batch in batches for index in batch]
     back = torch.from_numpy(np.argsort(order))
-    owner = np.repeat(order, [len(requests[index].positions) for index in order])
-    back_tokens = torch.from_numpy(np.argsort(owner, kind="stable"))
-
+    tokens = TokenRows.joined(
+        [
+            replace(part.tokens, response=np.array(batch, np.int32)[part.tokens.response])
+            for batch, part in zip(batches, parts, strict=True)
+        ]
+    )
     return Batch(
         states={v: torch.cat([part.states[v] for part in parts])[back] for v in parts[0].states},
         norms={v: torch.cat([part.norms[v] for part in parts])[back] for v in parts[0].norms},
         S=np.concatenate([part.S for part in parts])[back.numpy()],
-        tokens={
-            name: torch.cat([part.tokens[name] for part in parts])[back_tokens]
-            for name in parts[0].tokens
-        },
+        tokens=tokens.take(np.argsort(tokens.response, kind="stable")),
     )
 
 

@@ -1,19 +1,19 @@
 """Extraction: from a spec to a cache that can be resumed at any moment."""
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.schema import ShardRows, Stored, TokenRows
 from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.extraction.choice import load_engine_for, with_engine
-from embrm.extraction.engine import Batch, Engine, Request
+from embrm.extraction.engine import Batch, Engine
 from embrm.extraction.parts import Share
 from embrm.extraction.reading import check_batch_tokens, read_shards
 from embrm.extraction.spec import ExtractSpec
@@ -113,11 +113,11 @@ def fill(
             left = [index for index in shards if index not in writer.done]
             asked = (prepared.requests(ranges[index]) for index in left)
             answers = read_shards(engine, asked, batch_tokens, bar.advance)
-            for index, (requests, batch) in zip(left, answers, strict=True):
+            for index, (_, batch) in zip(left, answers, strict=True):
                 start = time.perf_counter()
                 writing.result()
                 waited += time.perf_counter() - start
-                shard = _shard(prepared, ranges[index], requests, batch)
+                shard = _shard(prepared, ranges[index], batch)
                 writing = thread.submit(writer.write_shard, index, *shard)
             writing.result()
         writer.finish()
@@ -125,8 +125,8 @@ def fill(
 
 
 def _shard(
-    prepared: PreparedTexts, rows: range, requests: Sequence[Request], batch: Batch
-) -> tuple[ShardRows, TokenTable | None]:
+    prepared: PreparedTexts, rows: range, batch: Batch
+) -> tuple[ShardRows, TokenRows[Stored] | None]:
     encoded = [prepared.encoded[row] for row in rows]
     responses = prepared.dataset.responses[rows.start : rows.stop]
     shard = ShardRows(
@@ -144,9 +144,4 @@ def _shard(
     )
     if not prepared.spec.token_rows:
         return shard, None
-    counts = [len(request.positions) for request in requests]
-    return shard, TokenTable(
-        response=np.repeat(np.array(rows, dtype=np.int32), counts),
-        position=np.concatenate([request.positions for request in requests]),
-        **{name: to_stored(column) for name, column in batch.tokens.items()},
-    )
+    return shard, replace(batch.tokens, response=batch.tokens.response + np.int32(rows.start))

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from embrm.cache.schema import TokenRows
 from embrm.lm.head import LmHead
 
 _LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 64 << 20}
@@ -24,21 +25,25 @@ _NO_TAIL = 1e-6
 """Tail probability below which float32 logits hold nothing to average."""
 
 
-def token_statistics(
+def response_statistics(
     head: LmHead,
     states: Tensor,
     targets: Tensor,
+    spans: Sequence[range],
+    positions: Sequence[ArrayLike],
     top_k: int = 0,
     *,
     tail_mean: bool = False,
-    among: NDArray[np.int64] | None = None,
-) -> dict[str, Tensor]:
-    """Statistics of n states [n, d] whose next tokens are targets int64 [n].
+) -> tuple[Tensor, TokenRows[Tensor]]:
+    """The log-probabilities of all response tokens, and the token rows of the responses.
 
-    Returns float32 target_logit [n] and logsumexp [n], so that log p(target) = target_logit -
-    logsumexp; the k largest logits, descending, as float32 top_logits [m, k] with their int32
-    top_ids [m, k]; and with `tail_mean`, in the states' dtype, tail_means [m, d]. among: int64 [m],
-    ascending, the rows whose largest logits and tail means are wanted; None: all.
+    states: [n, d], all states that predict a response token, one response after another. targets:
+    int64 [n], the tokens they predict. spans: of each response, the positions of these states in
+    its sequence. positions: of each response, ascending, those of them that are its token rows.
+
+    Returns log p of every token, float32 [n], whose sum over a response is S, and the token rows,
+    whose `response` counts the responses given. They have the k = `top_k` largest logits, or the
+    whole vocabulary where it is smaller, and with `tail_mean` tail means in the states' dtype.
 
     A tail mean is E_tail[∂z_j/∂h] = Σ_j p_j·slope_j·w_j / Σ_j p_j over the tail, every token that
     is neither the target nor among the k largest: p is the softmax over the whole vocabulary, w_j
@@ -50,7 +55,11 @@ def token_statistics(
     n, vocabulary, device = len(states), head.weight.shape[0], states.device
     rows = max(_LOGIT_ROWS, _LOGIT_BYTES[device.type] // (4 * vocabulary))
     k = min(top_k, vocabulary)
-    among = np.arange(n) if among is None else among
+    firsts = np.cumsum([0, *map(len, spans)])[:-1]
+    asked = [np.asarray(own, dtype=np.int64) for own in positions]
+    among = np.concatenate(
+        [own - span.start + first for own, span, first in zip(asked, spans, firsts, strict=True)]
+    )
     target_logit = torch.empty(n, dtype=torch.float32, device=device)
     logsumexp = torch.empty_like(target_logit)
     top_logits = torch.empty(len(among), k, dtype=torch.float32, device=device)
@@ -79,13 +88,20 @@ def token_statistics(
             tail = p.sum(1, keepdim=True)
             means = _weighted_sum(p.mul_(slopes), head.weight) / tail
             tail_means[kept] = means.where(tail >= _NO_TAIL, 0.0)
-    found = {
-        "target_logit": target_logit,
-        "logsumexp": logsumexp,
-        "top_ids": top_ids,
-        "top_logits": top_logits,
-    }
-    return found if tail_means is None else found | {"tail_means": tail_means}
+    tokens = TokenRows(
+        response=torch.arange(len(asked), dtype=torch.int32).repeat_interleave(
+            torch.tensor([len(own) for own in asked])
+        ),
+        position=torch.from_numpy(np.concatenate(asked).astype(np.int32)),
+        target=targets[among_there].int(),
+        target_logit=target_logit[among_there],
+        logsumexp=logsumexp[among_there],
+        state=states[among_there],
+        top_ids=top_ids,
+        top_logits=top_logits,
+        tail_mean=tail_means,
+    )
+    return target_logit - logsumexp, tokens
 
 
 def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
@@ -96,40 +112,6 @@ def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
         block = slice(start, start + size)
         out.addmm_(weights[:, block], rows[block].float())
     return out
-
-
-def response_statistics(
-    head: LmHead,
-    states: Tensor,
-    targets: Tensor,
-    spans: Sequence[int],
-    positions: Sequence[ArrayLike],
-    top_k: int = 0,
-    *,
-    tail_mean: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The log-probabilities of all response tokens, and the token rows of the responses.
-
-    states: [n, d], all states that predict a response token, one response after another. targets:
-    int64 [n], the tokens they predict. spans: number of these per response. positions: for each
-    response, ascending, which of its own states are its token rows.
-
-    Returns log p of every token, float32 [n], whose sum over a response is S, and the token rows as
-    columns named like those of `TokenTable`: states [rows, d], target int32 [rows] and what
-    `token_statistics` returns. Logits are computed once for both.
-    """
-    firsts = np.cumsum([0, *spans])[:-1]
-    own = [first + np.asarray(some) for first, some in zip(firsts, positions, strict=True)]
-    among = np.concatenate(own).astype(np.int64)
-    found = token_statistics(head, states, targets, top_k, tail_mean=tail_mean, among=among)
-    at = to_device(among, states.device)
-    every = {"target_logit", "logsumexp"}  # of all states; the rest is of the token rows alone
-    rows = {
-        "states": states[at],
-        "target": targets[at].int(),
-        **{name: column[at] if name in every else column for name, column in found.items()},
-    }
-    return found["target_logit"] - found["logsumexp"], rows
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:

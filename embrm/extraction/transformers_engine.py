@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from embrm.cache.schema import TokenRows
+from embrm.cache.tensors import to_stored
 from embrm.core.errors import UserError
 from embrm.extraction import packing
 from embrm.extraction.engine import TOLERANCE, Batch, EngineSettings, Request
@@ -217,26 +219,21 @@ class TransformersEngine:
         }
         predicting = [own[s.start : s.stop] for own, s in zip(places, spans, strict=True)]
         targets = [r.ids[s.start + 1 : s.stop + 1] for r, s in zip(requests, spans, strict=True)]
-        counts = [len(span) for span in spans]
-        terms, rows = response_statistics(
+        terms, tokens = response_statistics(
             self.head,
             post[_joined(predicting, post.device)],
             _joined(targets, post.device),
-            counts,
-            [request.positions - s.start for request, s in zip(requests, spans, strict=True)],
+            spans,
+            [request.positions for request in requests],
             self._top_k,
             tail_mean=self._tail_mean,
         )
         return _Answer.copied(
-            {
-                **{f"state {view}": state.to(dtype) for view, state in pooled.items()},
-                **{f"norm {view}": state.float().norm(dim=1) for view, state in pooled.items()},
-                "terms": terms,
-                **rows,
-            },
-            self._views,
-            tuple(rows),
-            counts,
+            states={view: state.to(dtype) for view, state in pooled.items()},
+            norms={view: state.float().norm(dim=1) for view, state in pooled.items()},
+            terms=terms,
+            tokens=tokens,
+            spans=spans,
         )
 
     @torch.inference_mode()
@@ -405,44 +402,55 @@ class TransformersEngine:
 class _Answer:
     """The answer to a batch while it is copied from the device.
 
-    found: complete once `arrived` has happened (None: it is). "terms" are log p of every predicted
-    token; `spans` says how many belong to each request. columns: names of the token rows' columns.
+    states, norms, tokens: as in `Batch`; complete once `arrived` has happened (None: they are).
+    terms: log p of every predicted token; the lengths of `spans` say how many each request has.
     """
 
-    found: dict[str, Tensor]
-    views: tuple[str, ...]
-    columns: tuple[str, ...]
-    spans: list[int]
+    states: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    terms: Tensor
+    tokens: TokenRows[Tensor]
+    spans: Sequence[range]
     arrived: torch.cuda.Event | None
 
     @classmethod
     def copied(
         cls,
-        tensors: dict[str, Tensor],
-        views: tuple[str, ...],
-        columns: tuple[str, ...],
-        spans: list[int],
+        *,
+        states: dict[str, Tensor],
+        norms: dict[str, Tensor],
+        terms: Tensor,
+        tokens: TokenRows[Tensor],
+        spans: Sequence[range],
     ) -> "_Answer":
         """Copy the tensors to the CPU; from a GPU without waiting until it has computed them."""
-        on_gpu = tensors["terms"].is_cuda
-        found = {name: each.to("cpu", non_blocking=on_gpu) for name, each in tensors.items()}
-        arrived = None
-        if on_gpu:
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(tensors["terms"].device))
-        return cls(found, views, columns, spans, arrived)
+        on_gpu = terms.is_cuda
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to("cpu", non_blocking=on_gpu)
+
+        found = cls(
+            {view: copy(each) for view, each in states.items()},
+            {view: copy(each) for view, each in norms.items()},
+            copy(terms),
+            tokens.map(copy),
+            spans,
+            torch.cuda.Event() if on_gpu else None,
+        )
+        if found.arrived:
+            found.arrived.record(torch.cuda.current_stream(terms.device))
+        return found
 
     def batch(self) -> Batch:
         """Wait for the copies, and sum the log-probabilities of each response to S."""
         if self.arrived:
             self.arrived.synchronize()
-        found = self.found
-        terms = found["terms"].double()
+        terms = self.terms.double().split([len(span) for span in self.spans])
         return Batch(
-            states={view: found[f"state {view}"] for view in self.views},
-            norms={view: found[f"norm {view}"] for view in self.views},
-            S=np.array([float(part.sum()) for part in terms.split(self.spans)]),
-            tokens={name: found[name] for name in self.columns},
+            states=self.states,
+            norms=self.norms,
+            S=np.array([float(part.sum()) for part in terms]),
+            tokens=self.tokens.map(to_stored),
         )
 
 

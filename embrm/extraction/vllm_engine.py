@@ -18,6 +18,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from embrm.cache.schema import TokenRows
+from embrm.cache.tensors import to_stored
 from embrm.core.errors import UserError
 from embrm.extraction import packing
 from embrm.extraction.engine import Batch, EngineSettings, Request
@@ -354,12 +356,18 @@ class VllmEngine:
             return torch.cat([answer[name] for answer in answers])
 
         views = self._selection.views
-        pooled = {"S", *(f"{kind}.{view}" for kind in ("state", "norm") for view in views)}
+        columns = {
+            name.removeprefix("tokens."): to_stored(joined(name))
+            for name in answers[0]
+            if name.startswith("tokens.")
+        }
+        counts = [len(answer["tokens.response"]) for answer in answers]
+        columns["response"] = np.repeat(np.arange(len(answers), dtype=np.int32), counts)
         return Batch(
             states={view: joined(f"state.{view}") for view in views},
             norms={view: joined(f"norm.{view}") for view in views},
             S=joined("S").numpy(),
-            tokens={name: joined(name) for name in answers[0] if name not in pooled},
+            tokens=TokenRows(**columns),
         )
 
     def _refuse_unreadable(self, requests: Sequence[Request]) -> None:

@@ -69,7 +69,8 @@ def wanted_rows(request: Request) -> dict[str, Any]:
 
     Places are counted from the end of the sequence, because a prefix that vLLM finds in its cache
     is missing at the start. targets: the predicted tokens. n_response: tokens of the response.
-    final: distance of the pooled token from the last. positions: indices among the targets.
+    final: distance of the pooled token from the last. start: position whose state predicts the
+    first target. positions: of the token rows.
     """
     length = len(request.ids)
     predicting = predicting_positions(request.n_prompt, length)
@@ -77,7 +78,8 @@ def wanted_rows(request: Request) -> dict[str, Any]:
         "targets": request.ids[predicting.start + 1 :].tolist(),
         "n_response": length - request.n_prompt,
         "final": length - 1 - request.final_position,
-        "positions": (request.positions - predicting.start).tolist(),
+        "start": predicting.start,
+        "positions": request.positions.tolist(),
     }
 
 
@@ -86,7 +88,7 @@ class RowSelection:
     """What is kept of the states of a sequence.
 
     head: on the device of the states. views: some of "last" and "mean". top_k, tail_mean: see
-    `token_statistics`.
+    `response_statistics`.
     """
 
     head: LmHead
@@ -100,9 +102,9 @@ class RowSelection:
         """One answer per sequence, from the post-norm states [rows, d] of its last rows.
 
         wanted: of each sequence, what `wanted_rows` returned. An answer holds, on the CPU, S as
-        float64 [1], state.VIEW [1, d] and norm.VIEW float32 [1] per view, and the columns of its
-        token rows as in `Batch.tokens`. It is None where a needed row is missing because the
-        sequence's prefix was in vLLM's cache.
+        float64 [1], state.VIEW [1, d] and norm.VIEW float32 [1] per view, and tokens.COLUMN per
+        column of its token rows. It is None where a needed row is missing because the sequence's
+        prefix was in vLLM's cache.
         """
         whole = [
             index
@@ -132,11 +134,18 @@ class RowSelection:
             dtype=torch.int64,
             device=device,
         )
-        terms, kept = response_statistics(
-            self.head, predicting, targets, spans, positions, self.top_k, tail_mean=self.tail_mean
+        ranges = [
+            range(wanted_of["start"], wanted_of["start"] + n)
+            for wanted_of, n in zip(wanted, spans, strict=True)
+        ]
+        terms, tokens = response_statistics(
+            self.head, predicting, targets, ranges, positions, self.top_k, tail_mean=self.tail_mean
         )
         counts = [len(own) for own in positions]
-        rows = {name: tensor.cpu().split(counts) for name, tensor in kept.items()}
+        rows = {
+            f"tokens.{name}": column.cpu().split(counts)
+            for name, column in tokens.columns().items()
+        }
         one = [1] * len(wanted)
         for view in self.views:
             state = torch.stack(

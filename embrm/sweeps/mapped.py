@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from embrm.cache.reader import Cache
-from embrm.cache.schema import TokenTable
+from embrm.cache.schema import Stored, TokenRows
 from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import Progress
@@ -123,7 +123,7 @@ def first_tokens(cache: Cache) -> TokenStore:
     return in_memory(cache, next(cache.token_shards()))
 
 
-def in_memory(cache: Cache, rows: TokenTable) -> TokenStore:
+def in_memory(cache: Cache, rows: TokenRows[Stored]) -> TokenStore:
     """Some token rows of a cache, ascending by response, as a store in memory."""
     head = lm_head_tensors(cache)
     matrices = {"weight": head["weight"]} | _matrices(rows)
@@ -135,14 +135,14 @@ _MATRICES = ("states", "packed_logits", "tail_means", "weight")
 """Names of the matrices of a `TokenStore`."""
 
 
-def _matrices(rows: TokenTable) -> dict[str, torch.Tensor]:
+def _matrices(rows: TokenRows[Stored]) -> dict[str, torch.Tensor]:
     """The matrices of a `TokenStore` with one row per token row."""
     packed = PackedLogits.pack(
         rows.target, rows.target_logit, rows.logsumexp, rows.top_ids, rows.top_logits
     )
-    found = {"states": to_tensor(rows.states), "packed_logits": packed.matrix}
-    if rows.tail_means is not None:
-        found["tail_means"] = to_tensor(rows.tail_means)
+    found = {"states": to_tensor(rows.state), "packed_logits": packed.matrix}
+    if rows.tail_mean is not None:
+        found["tail_means"] = to_tensor(rows.tail_mean)
     return found
 
 

@@ -93,7 +93,7 @@ class View:
                     "no token row: take state = 'last' or 'mean'"
                 )
             total = torch.zeros(count, self.cache.width).index_add_(
-                0, owner, tensors.to_tensor(rows.states).float()
+                0, owner, tensors.to_tensor(rows.state).float()
             )
             first += count
             yield (total / held[:, None]).to(self.dtype)

@@ -22,11 +22,11 @@ def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: b
     folder = synthetic(tmp_path / "cache", {"train": 200}, 8, tokens=tokens)
     assert verify(folder) == []
     cache = open_cache(folder)
-    rows = cache.token_table()
+    rows = cache.token_rows()
     assert len(rows.target) == 3 * 400
     assert rows.top_ids.shape == (1200, 5)
     assert 0 <= rows.top_ids.min() < rows.top_ids.max() < 40
-    assert (rows.tail_means is not None) == tail_mean
+    assert (rows.tail_mean is not None) == tail_mean
     assert lm_head_tensors(cache)["weight"].shape == (40, 8)
 
 

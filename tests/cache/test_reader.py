@@ -68,9 +68,9 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
         column = cache.responses[name].to_numpy()
         assert column.dtype == expected.dtype
         np.testing.assert_array_equal(column, expected)
-    got = cache.token_table()
-    assert got.tail_means is not None
-    assert to_tensor(got.tail_means).dtype == getattr(torch, dtype)
+    got = cache.token_rows()
+    assert got.tail_mean is not None
+    assert to_tensor(got.tail_mean).dtype == getattr(torch, dtype)
     for field in fields(got):
         expected = np.concatenate([getattr(tokens, field.name) for _, tokens in shards])
         assert getattr(got, field.name).dtype == expected.dtype
@@ -133,17 +133,17 @@ def test_without_sampled_positions(tmp_path: Path) -> None:
             writer.write_shard(index, shard(index)[0], None)
         writer.finish()
     with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
-        open_cache(tmp_path).token_table()
+        open_cache(tmp_path).token_rows()
 
 
 def test_without_tail_means(tmp_path: Path) -> None:
     with opened(tmp_path) as writer:
         for index in range(writer.n_shards):
             rows, tokens = shard(index)
-            writer.write_shard(index, rows, replace(tokens, tail_means=None))
+            writer.write_shard(index, rows, replace(tokens, tail_mean=None))
         writer.finish()
     assert '"tail_mean"' not in (tmp_path / NAME).read_text()
-    assert open_cache(tmp_path).token_table().tail_means is None
+    assert open_cache(tmp_path).token_rows().tail_mean is None
 
 
 def test_an_unknown_view_names_the_nearest(folder: Path) -> None:
@@ -206,8 +206,8 @@ def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, nam
 def everything(cache: Cache) -> list[bytes]:
     """All content, as bytes."""
     frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
-    tokens = cache.token_table()
-    assert tokens.tail_means is not None
+    tokens = cache.token_rows()
+    assert tokens.tail_mean is not None
     head = lm_head_tensors(cache)["weight"].numpy()
     arrays = [*map(cache.stored_states, cache.views), head, *vars(tokens).values()]
     return [frame.write_csv().encode() for frame in frames] + [a.tobytes() for a in arrays]
@@ -253,14 +253,14 @@ def test_a_flipped_state_is_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_flipped_tail_mean_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     path = copy / tokens_file(3)
-    tail_means = shard(3)[1].tail_means
+    tail_means = shard(3)[1].tail_mean
     assert tail_means is not None
     vector = binary_column(tail_means)[2].as_py()
     content = path.read_bytes()
     assert content.count(vector) == 1
     path.write_bytes(content.replace(vector, bytes([vector[0] ^ 1]) + vector[1:]))
     with pytest.raises(UserError, match=r"tokens/part-00003\.parquet is damaged \(.*CRC.*\)"):
-        open_cache(copy).token_table()
+        open_cache(copy).token_rows()
 
 
 @pytest.mark.parametrize("flipped", [b"dtyp\xff", b"dtypf"])

@@ -103,16 +103,16 @@ def test_a_shard_survives_parquet(tmp_path: Path, dtype: str) -> None:
     schema = layout.tokens()
     table = from_parquet(path, schema.names, schema)
     states = vectors_of(table["state"], layout.storage, layout.width)
-    np.testing.assert_array_equal(states, tokens.states)
+    np.testing.assert_array_equal(states, tokens.state)
     top_ids = vectors_of(table["top_ids"], np.dtype(np.int32), 3)
     np.testing.assert_array_equal(top_ids, tokens.top_ids)
     tail_means = vectors_of(table["tail_mean"], layout.storage, layout.width)
-    np.testing.assert_array_equal(tail_means, tokens.tail_means)
+    np.testing.assert_array_equal(tail_means, tokens.tail_mean)
 
 
 def test_without_tail_means_files_are_as_before_them() -> None:
     rows, tokens = shard(0)
-    layout = ShardLayout.of(rows, replace(tokens, tail_means=None))
+    layout = ShardLayout.of(rows, replace(tokens, tail_mean=None))
     assert layout.model_dump(mode="json").keys() == {"dtype", "width", "views", "top_k"}
     assert layout.tokens().names[-3:] == ["state", "top_ids", "top_logits"]
 
@@ -146,10 +146,10 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
 
 def test_states_that_disagree_are_refused() -> None:
     rows, tokens = shard(0)
-    assert tokens.tail_means is not None
-    for narrow in (tokens.tail_means.astype(np.float16), tokens.tail_means[:, 1:]):
+    assert tokens.tail_mean is not None
+    for narrow in (tokens.tail_mean.astype(np.float16), tokens.tail_mean[:, 1:]):
         with pytest.raises(ValueError, match="differ"):
-            ShardLayout.of(rows, replace(tokens, tail_means=narrow))
+            ShardLayout.of(rows, replace(tokens, tail_mean=narrow))
     rows.states["mean"] = rows.states["mean"].astype(np.uint16)
     with pytest.raises(ValueError, match="differ"):
         ShardLayout.of(rows, tokens)

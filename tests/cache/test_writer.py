@@ -309,16 +309,16 @@ def test_a_non_finite_state_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "field", ["S", "norm 'mean'", "token states", "token top_logits", "token tail_means"]
+    "field", ["S", "norm 'mean'", "token state", "token top_logits", "token tail_mean"]
 )
 def test_other_non_finite_numbers_are_refused_too(tmp_path: Path, field: str) -> None:
     rows, tokens = shard(2)
     places: dict[str, Any] = {
         "S": rows.S,
         "norm 'mean'": rows.norms["mean"],
-        "token states": tokens.states,
+        "token state": tokens.state,
         "token top_logits": tokens.top_logits,
-        "token tail_means": tokens.tail_means,
+        "token tail_mean": tokens.tail_mean,
     }
     places[field][1] = np.nan
     with (
@@ -338,7 +338,7 @@ def test_a_shard_of_another_layout_is_refused(tmp_path: Path) -> None:
             writer.write_shard(1, shard(1)[0], None)
         rows, tokens = shard(1)
         with pytest.raises(UserError, match="tail_mean = True, not False:"):
-            writer.write_shard(1, rows, dataclasses.replace(tokens, tail_means=None))
+            writer.write_shard(1, rows, dataclasses.replace(tokens, tail_mean=None))
 
 
 def test_of_two_first_shards_one_says_the_layout(

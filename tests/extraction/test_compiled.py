@@ -45,7 +45,7 @@ def near_eager(folder: Path) -> None:
         for view in VIEWS:
             error = (found.states[view] - expected.states[view]).abs().max()
             assert error <= 1e-4 * expected.states[view].abs().max()
-        assert found.tokens["logsumexp"] == pytest.approx(expected.tokens["logsumexp"], rel=1e-4)
+        assert found.tokens.logsumexp == pytest.approx(expected.tokens.logsumexp, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mistral"])

@@ -57,10 +57,10 @@ def test_the_plan_prices_every_part_to_the_byte(
         "lm_head": sum(tensor.nbytes for tensor in lm_head_tensors(opened).values()),
     }
     if spec.token_rows:
-        tokens = opened.token_table()
-        vectors["token_states"] = tokens.states.nbytes
+        tokens = opened.token_rows()
+        vectors["token_states"] = tokens.state.nbytes
         vectors["top_logits"] = tokens.top_ids.nbytes + tokens.top_logits.nbytes
-        vectors["tail_means"] = 0 if tokens.tail_means is None else tokens.tail_means.nbytes
+        vectors["tail_means"] = 0 if tokens.tail_mean is None else tokens.tail_mean.nbytes
     assert (vectors["tail_means"] > 0) == spec.tail_mean
     scalars = priced["scalars"]
     assert priced == vectors | {"scalars": scalars, "total": sum(vectors.values()) + scalars}

@@ -46,13 +46,12 @@ def test_a_shared_prompt_changes_no_state(kind: str, tmp_path: Path) -> None:
         assert (together.states[view] - expected).abs().max() <= 1e-5 * expected.abs().max()
     S = np.concatenate([one.S for one in alone])
     assert np.allclose(together.S, S, rtol=1e-5)
-    rows = torch.cat([one.tokens["states"] for one in alone])
-    assert (together.tokens["states"] - rows).abs().max() <= 1e-5 * rows.abs().max()
-    assert torch.equal(
-        together.tokens["target"], torch.cat([one.tokens["target"] for one in alone])
-    )
-    logits = torch.cat([one.tokens["top_logits"] for one in alone])
-    assert (together.tokens["top_logits"] - logits).abs().max() <= 1e-5 * logits.abs().max()
+    rows = np.concatenate([one.tokens.state for one in alone])
+    assert np.abs(together.tokens.state - rows).max() <= 1e-5 * np.abs(rows).max()
+    targets = np.concatenate([one.tokens.target for one in alone])
+    assert np.array_equal(together.tokens.target, targets)
+    logits = np.concatenate([one.tokens.top_logits for one in alone])
+    assert np.abs(together.tokens.top_logits - logits).max() <= 1e-5 * np.abs(logits).max()
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150, 10_000])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embrm.cache.schema import TokenRows
 from embrm.extraction.engine import Batch, Request
 from embrm.extraction.reading import batches_by_length, read_shards
 from embrm.lm.head import LmHead
@@ -34,7 +35,7 @@ def test_reading_in_batches_keeps_order_and_budget(
     assert list(range(len(lengths))) == S
     states = torch.cat([batch.states["last"] for _, batch in answers])
     assert states[:, 0].tolist() == list(range(len(lengths)))
-    targets = torch.cat([batch.tokens["target"] for _, batch in answers])
+    targets = np.concatenate([batch.tokens.target for _, batch in answers])
     assert targets.tolist() == [i for i in range(len(lengths)) for _ in range(i % 3)]
     assert sum(seen) == sum(lengths)
     for shape in engine.shapes:
@@ -65,19 +66,21 @@ class _Echo:
     def _answer(self, requests):
         self.shapes.append((len(requests), max(len(r.ids) for r in requests)))
         first = torch.tensor([float(r.ids[0]) for r in requests])
-        tokens = torch.cat(
-            [first[i : i + 1].expand(len(r.positions)) for i, r in enumerate(requests)]
-        )
+        counts = [len(r.positions) for r in requests]
+        response = np.repeat(np.arange(len(requests), dtype=np.int32), counts)
+        own = first.numpy()[response]
         return Batch(
             states={"last": first[:, None]},
             norms={"last": first},
             S=first.double().numpy(),
-            tokens={
-                "states": tokens[:, None],
-                "target": tokens.int(),
-                "target_logit": tokens,
-                "logsumexp": tokens,
-                "top_logits": tokens[:, None],
-                "top_ids": tokens.int()[:, None],
-            },
+            tokens=TokenRows(
+                response=response,
+                position=np.concatenate([r.positions for r in requests]),
+                target=own.astype(np.int32),
+                target_logit=own,
+                logsumexp=own,
+                state=own[:, None],
+                top_ids=own.astype(np.int32)[:, None],
+                top_logits=own[:, None],
+            ),
         )

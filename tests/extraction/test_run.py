@@ -54,7 +54,7 @@ def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], extracted:
 
 def test_token_rows_belong_to_their_responses(world: dict[str, str], extracted: Path) -> None:
     opened, prepared = open_cache(extracted), prepare_texts(spec_of(world))
-    tokens = opened.token_table()
+    tokens = opened.token_rows()
     assert (np.diff(tokens.response) >= 0).all()
     assert np.bincount(tokens.response).max() == 3
     assert tokens.top_ids.shape == (len(tokens.response), 4)
@@ -63,15 +63,15 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], extracted: 
         assert entry.n_prompt - 1 <= position < len(entry.ids) - 1
         assert tokens.target[row] == entry.ids[position + 1]
     head = lm_head_tensors(opened)
-    logits = to_tensor(tokens.states) @ head["weight"].T * head["scale"]
+    logits = to_tensor(tokens.state) @ head["weight"].T * head["scale"]
     assert logits.logsumexp(1).numpy() == pytest.approx(tokens.logsumexp, rel=1e-4)
     chosen = logits[torch.arange(len(logits)), torch.from_numpy(tokens.target).long()]
     assert chosen.numpy() == pytest.approx(tokens.target_logit, rel=1e-3, abs=1e-4)
     tail = logits.softmax(1).scatter(1, torch.from_numpy(tokens.top_ids).long(), 0)
     tail = tail.scatter(1, torch.from_numpy(tokens.target).long()[:, None], 0)
     expected = tail @ head["weight"] / tail.sum(1, keepdim=True)
-    assert tokens.tail_means is not None
-    assert torch.allclose(to_tensor(tokens.tail_means), expected, rtol=1e-3, atol=1e-4)
+    assert tokens.tail_mean is not None
+    assert torch.allclose(to_tensor(tokens.tail_mean), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
@@ -93,7 +93,7 @@ def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
     }
     assert "engine" not in opened.manifest.identity
     assert "tail" not in (tmp_path / "plain" / "manifest.json").read_text()
-    assert opened.token_table().tail_means is None
+    assert opened.token_rows().tail_mean is None
     for name in content(extracted):
         if name.startswith("responses"):
             assert (tmp_path / "plain" / name).read_bytes() == (extracted / name).read_bytes()
@@ -207,7 +207,7 @@ def test_other_batch_sizes_change_rounding_only(
     whole = open_cache(extracted)
     assert other.cache_id == whole.cache_id
     assert np.allclose(other.states("mean"), whole.states("mean"), rtol=1e-4, atol=1e-5)
-    assert (other.token_table().position == whole.token_table().position).all()
+    assert (other.token_rows().position == whole.token_rows().position).all()
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
     assert opened.dtype == "bfloat16"
     assert opened.views == ("layer:1", "prenorm")
     with pytest.raises(UserError, match="no sampled"):
-        opened.token_table()
+        opened.token_rows()
 
 
 def test_nan_states_are_refused_with_the_response(world: dict[str, str], tmp_path: Path) -> None:

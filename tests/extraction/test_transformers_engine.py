@@ -10,6 +10,7 @@ from dense_lm import dense_tail_mean
 from extract_models import CONFIGS, VOCABULARY
 from transformers import AutoModelForCausalLM
 
+from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
 from embrm.extraction.engine import Request
 from embrm.extraction.positions import token_positions
@@ -86,17 +87,18 @@ def test_states_s_and_token_rows_equal_a_plain_forward(
             logits = expected["logits"][position]
             target = int(request.ids[position + 1])
             for batch in (together, alone):
-                assert int(batch.tokens["target"][row]) == target
-                _near(batch.tokens["states"][row], expected["post"][position])
-                _near(batch.tokens["target_logit"][row], logits[target], scale=logits)
-                _near(batch.tokens["logsumexp"][row], logits.logsumexp(0))
-                _near(batch.tokens["top_logits"][row], logits.topk(5).values)
-                _near(logits[batch.tokens["top_ids"][row].long()], logits.topk(5).values)
-                top_ids = batch.tokens["top_ids"][row]
+                tokens = batch.tokens.map(to_tensor)
+                assert int(tokens.target[row]) == target
+                _near(tokens.state[row], expected["post"][position])
+                _near(tokens.target_logit[row], logits[target], scale=logits)
+                _near(tokens.logsumexp[row], logits.logsumexp(0))
+                _near(tokens.top_logits[row], logits.topk(5).values)
+                _near(logits[tokens.top_ids[row].long()], logits.topk(5).values)
+                top_ids = tokens.top_ids[row]
                 tail = dense_tail_mean(engine.head, expected["post"][position], target, top_ids)
-                _near(batch.tokens["tail_means"][row], tail)
+                _near(tokens.tail_mean[row], tail)
             row += 1
-    assert row == len(together.tokens["target"]) > 0
+    assert row == len(together.tokens.target) > 0
 
 
 def _near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> None:

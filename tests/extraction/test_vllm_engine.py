@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PhiConfig
 
 from embrm.cache.manifest import NAME
 from embrm.cache.reader import open_cache
+from embrm.cache.tensors import to_tensor
 from embrm.core.errors import UserError
 from embrm.extraction import vllm_engine
 from embrm.extraction.choice import with_engine
@@ -164,12 +165,12 @@ def assert_parity(engine: VllmEngine, folder: Path) -> None:
     found = next(engine.forward([requests()]))
     reference = load_engine(folder, dtype="float32", device="cpu", **WANTED)
     expected = next(reference.forward([requests()]))
-    assert torch.equal(found.tokens["target"], expected.tokens["target"])
+    own, others = (each.tokens.map(to_tensor).columns() for each in (found, expected))
+    assert torch.equal(own["target"], others["target"])
     assert pytest.approx(expected.S, abs=1e-4) == found.S
-    pairs = [(found.tokens["states"], expected.tokens["states"])]
-    pairs += [(found.states[view], expected.states[view]) for view in WANTED["views"]]
+    pairs = [(found.states[view], expected.states[view]) for view in WANTED["views"]]
     pairs += [(found.norms[view], expected.norms[view]) for view in WANTED["views"]]
-    pairs += [(found.tokens[name], part) for name, part in expected.tokens.items()]
+    pairs += [(own[name], part) for name, part in others.items()]
     for left, right in pairs:
         assert left.dtype == right.dtype
         assert torch.allclose(left, right, rtol=1e-4, atol=1e-5)
@@ -270,7 +271,8 @@ def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
     assert asked["dtype"] == "bfloat16"
     assert asked["max_model_len"] == LONGEST
     assert asked["enforce_eager"]
-    assert engine.head.weight.dtype == next(engine.forward([requests()])).tokens["states"].dtype
+    tokens = next(engine.forward([requests()])).tokens
+    assert engine.head.weight.dtype == to_tensor(tokens.state).dtype
     monkeypatch.setattr(sys.modules["vllm.platforms"].current_platform, "device_type", "cuda")
     asked = load(model_folders["llama-tied"])._llm.arguments
     assert asked["gpu_memory_utilization"] == pytest.approx(0.9 - VOCABULARY * 32 * 4 / 10**6)

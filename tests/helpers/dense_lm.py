@@ -1,8 +1,29 @@
 """Language-model quantities computed over the whole vocabulary."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from embrm.cache.schema import TokenRows
+from embrm.extraction.statistics import response_statistics
 from embrm.lm.head import LmHead
+
+
+def statistics_of(
+    head: LmHead,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    top_k: int = 0,
+    *,
+    tail_mean: bool = False,
+    among: NDArray[np.int64] | None = None,
+) -> TokenRows[torch.Tensor]:
+    """The token rows of one response that consists of these states; `among`: which are sampled."""
+    positions = np.arange(len(states)) if among is None else among
+    spans = [range(len(states))]
+    return response_statistics(
+        head, states, targets, spans, [positions], top_k, tail_mean=tail_mean
+    )[1]
 
 
 def dense_tail_mean(

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from embrm.cache.schema import ShardRows, Stored, TokenTable
+from embrm.cache.schema import ShardRows, Stored, TokenRows
 from embrm.cache.tensors import to_stored
 from embrm.cache.writer import CacheWriter, open_writer
 
@@ -45,7 +45,7 @@ def lm_head() -> dict[str, torch.Tensor]:
     return {"weight": torch.arange(8 * WIDTH, dtype=torch.float32).reshape(8, WIDTH)}
 
 
-def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenTable]:
+def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenRows[Stored]]:
     first = index * SHARD_ROWS
     n = min(SHARD_ROWS, RESPONSES - first)
     random = np.random.default_rng(index)
@@ -77,16 +77,16 @@ def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenTable]:
         },
     )
     m = 0 if index == 1 else n  # one shard without a sampled position
-    tokens = TokenTable(
+    tokens = TokenRows(
         response=np.arange(first, first + m, dtype=np.int32),
         position=counts[0][:m],
         target=counts[1][:m],
         target_logit=random.standard_normal(m).astype(np.float32),
         logsumexp=random.standard_normal(m).astype(np.float32),
-        states=stored(states[:m] * 3),
+        state=stored(states[:m] * 3),
         top_ids=random.integers(0, 8, (m, TOP_K), dtype=np.int32),
         top_logits=random.standard_normal((m, TOP_K)).astype(np.float32),
-        tail_means=stored(states[:m] / 7),
+        tail_mean=stored(states[:m] / 7),
     )
     return rows, tokens
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from dense_lm import statistics_of
 
-from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.schema import ShardRows, Stored, TokenRows
 from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.specs import content_id
-from embrm.extraction.statistics import token_statistics
 from embrm.lm.head import LmHead
 
 _NO_EXCLUSIONS = pl.DataFrame(schema={"row": pl.Int64})
@@ -132,31 +132,34 @@ def toy_cache(
     return folder
 
 
-def _token_rows(rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int) -> TokenTable:
+def _token_rows(
+    rows: ShardRows, head: LmHead, most: int, top_k: int, seed: int
+) -> TokenRows[Stored]:
     """At most so many token rows of every response, of states drawn for them."""
     random = np.random.default_rng([seed, 2])
     held = np.minimum(rows.n_response, most)
     count, width = int(held.sum()), head.weight.shape[1]
     states = torch.from_numpy(random.standard_normal((count, width)) * 2).bfloat16()
     target = random.integers(0, VOCABULARY, count).astype(np.int32)
-    found = token_statistics(
+    found = statistics_of(
         LmHead(head.weight.float()),
         states.float(),
         torch.from_numpy(target).long(),
         top_k,
         tail_mean=True,
     )
+    assert found.tail_mean is not None
     ends = np.cumsum(held)
-    return TokenTable(
+    return TokenRows(
         response=np.repeat(np.arange(len(held)), held).astype(np.int32),
         position=(rows.n_prompt[0] + np.arange(count) - np.repeat(ends - held, held)).astype(
             np.int32
         ),
         target=target,
-        target_logit=found["target_logit"].numpy(),
-        logsumexp=found["logsumexp"].numpy(),
-        states=to_stored(states),
-        top_ids=found["top_ids"].numpy(),
-        top_logits=found["top_logits"].numpy(),
-        tail_means=to_stored(found["tail_means"].bfloat16()),
+        target_logit=found.target_logit.numpy(),
+        logsumexp=found.logsumexp.numpy(),
+        state=to_stored(states),
+        top_ids=found.top_ids.numpy(),
+        top_logits=found.top_logits.numpy(),
+        tail_mean=to_stored(found.tail_mean.bfloat16()),
     )

@@ -56,8 +56,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Cache:
                                      "top_ids", "top_logits")
                         for value in [getattr(tokens, name)]
                     },
-                    states=np.concatenate([tokens.states[:1] * 5, tokens.states]),
-                    tail_means=np.concatenate([tokens.tail_means[:1], tokens.tail_means]),
+                    state=np.concatenate([tokens.state[:1] * 5, tokens.state]),
+                    tail_mean=np.concatenate([tokens.tail_mean[:1], tokens.tail_mean]),
                 )  # fmt: skip
             writer.write_shard(index, rows, tokens)
         writer.finish()
@@ -65,8 +65,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 
 def _mean_of_rows(cache: Cache) -> torch.Tensor:
-    rows = cache.token_table()
-    states, owner = to_tensor(rows.states), torch.from_numpy(rows.response)
+    rows = cache.token_rows()
+    states, owner = to_tensor(rows.state), torch.from_numpy(rows.response)
     return torch.stack([states[owner == i].mean(0) for i in range(RESPONSES)])
 
 
@@ -89,8 +89,8 @@ def test_every_view_alone_and_with_s(small: Cache) -> None:
 
 def test_views_of_16_bits_keep_s_in_32(tmp_path: Path) -> None:
     cache = open_cache(toy_cache(tmp_path / "toy", token_rows=3, S=-1234.567))
-    pooled, rows = open_view(cache, "tokens"), cache.token_table()
-    first = to_tensor(rows.states[rows.response == 7]).float().mean(0)
+    pooled, rows = open_view(cache, "tokens"), cache.token_rows()
+    first = to_tensor(rows.state[rows.response == 7]).float().mean(0)
     assert pooled.dtype == torch.bfloat16
     assert torch.equal(pooled.read()[7], first.bfloat16())
     assert pooled.size == pooled.read().numel() * 2
@@ -110,10 +110,10 @@ def test_a_response_without_token_rows_has_no_mean_of_them(tmp_path: Path) -> No
 def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: Path) -> None:
     with progress("", 5, "shards") as bar:
         files = TokenFiles.write(small, tmp_path, None, bar)
-    data, rows = files.open(), small.token_table()
-    assert torch.equal(data.states.values, to_tensor(rows.states))
+    data, rows = files.open(), small.token_rows()
+    assert torch.equal(data.states.values, to_tensor(rows.state))
     assert data.tail_means is not None
-    assert torch.equal(data.tail_means.values, to_tensor(rows.tail_means))
+    assert torch.equal(data.tail_means.values, to_tensor(rows.tail_mean))
     assert data.starts.tolist() == [0, *range(2, RESPONSES + 2)]
     scalars = small.responses
     positions = scalars["n_response"].to_numpy().copy()
@@ -134,7 +134,7 @@ def test_token_files_hold_the_token_rows_of_all_shards(small: Cache, tmp_path: P
     assert written - table == pytest.approx(TokenFiles.size(small), abs=1000)  # safetensors' header
     with progress("", 5, "shards") as bar:
         half = TokenFiles.write(small, tmp_path, 0.5, bar)
-    assert half.matrices["states"].resident == rows.states.nbytes // 2
+    assert half.matrices["states"].resident == rows.state.nbytes // 2
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2"])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from embrm.cache.reader import Cache, open_cache
-from embrm.cache.schema import TokenTable
+from embrm.cache.schema import TokenRows
 from embrm.core.errors import UserError
 from embrm.core.sampling import evenly_spaced
 from embrm.core.streams import stream
@@ -155,7 +155,7 @@ def _sampled(cache: Cache, size: int) -> TokenStore:
     """The token rows of `size` evenly spaced responses."""
     chosen = evenly_spaced(cache.manifest.n_responses, size)
     shards = [rows.take(np.isin(rows.response, chosen)) for rows in cache.token_shards()]
-    data = in_memory(cache, TokenTable.joined(shards))
+    data = in_memory(cache, TokenRows.joined(shards))
     return replace(
         data,
         starts=np.append(data.starts[chosen], data.starts[-1]),

@@ -11,14 +11,14 @@ import polars as pl
 import pytest
 import torch
 from command_line import Outcome, refused
+from dense_lm import statistics_of
 from torch import Tensor
 from toy_cache import toy_cache
 
-from embrm.cache.schema import ShardRows, TokenTable
+from embrm.cache.schema import ShardRows, TokenRows
 from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
-from embrm.extraction.statistics import token_statistics
 from embrm.lm.head import LmHead
 from embrm.studies.estimators import measure as estimators
 from embrm.studies.estimators.measure import (
@@ -68,7 +68,7 @@ def make(
     counts = np.minimum(n_response - (n_prompt == 0), rows)
     states = torch.randn(int(counts.sum()), WIDTH, generator=random).to(dtype)
     targets = head.logits(states.float()).softmax(1).multinomial(1, generator=random)[:, 0]
-    found = token_statistics(head, states.float(), targets, top_k, tail_mean=tail_mean)
+    found = statistics_of(head, states.float(), targets, top_k, tail_mean=tail_mean)
     response = np.repeat(np.arange(RESPONSES, dtype=np.int32), counts)
     stored = {name: value for name, value in head.tensors().items() if name != without}
     none = pl.DataFrame(schema={"split": pl.String})
@@ -88,7 +88,7 @@ def make(
             n = part.stop - first
             own = (response >= first) & (response < part.stop)
             last = torch.ones(n, WIDTH, dtype=dtype)
-            tails = found.get("tail_means")
+            tails = found.tail_mean
             writer.write_shard(
                 index,
                 ShardRows(
@@ -104,16 +104,16 @@ def make(
                     states={"last": to_stored(last)},
                     norms={"last": last.float().norm(dim=1).numpy()},
                 ),
-                TokenTable(
+                TokenRows(
                     response=response[own],
                     position=np.zeros(int(own.sum()), np.int32),
                     target=targets.numpy().astype(np.int32)[own],
-                    target_logit=found["target_logit"].numpy()[own],
-                    logsumexp=found["logsumexp"].numpy()[own],
-                    states=to_stored(states[own]),
-                    top_ids=found["top_ids"].numpy()[own],
-                    top_logits=found["top_logits"].numpy()[own],
-                    tail_means=None if tails is None else to_stored(tails[own].to(dtype)),
+                    target_logit=found.target_logit.numpy()[own],
+                    logsumexp=found.logsumexp.numpy()[own],
+                    state=to_stored(states[own]),
+                    top_ids=found.top_ids.numpy()[own],
+                    top_logits=found.top_logits.numpy()[own],
+                    tail_mean=None if tails is None else to_stored(tails[own].to(dtype)),
                 )
                 if rows
                 else None,
