@@ -1,4 +1,4 @@
-"""Descriptions of caches, complete or not, from their manifests."""
+"""Describes caches, complete or not, from their manifests."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ _COUNTS = ("pairs", "prompts", "responses")
 
 
 def describe_cache(folder: Path) -> dict[str, Any]:
-    """Describe the cache at `folder`, finished or not, by what its manifest says.
+    """Describe the cache at `folder`, finished or not, from its manifest.
 
     Raises: UserError when there is no cache, or its manifest is damaged.
     """
@@ -89,7 +89,7 @@ def splits(folder: Path) -> list[dict[str, Any]]:
     """One row per split of the cache at `folder`, with its counts and what was left out of it.
 
     Keys: split, pairs, prompts, responses, `left out` (such as "3 over_long, 1 empty_response") and
-    `seen in training` (prompts). Of a cache in parts, only the first part knows what was left out.
+    `seen in training` (prompts). If a cache is made in parts, only part 0 has the last two.
     """
     manifest = read_manifest(folder)
     counts: dict[str, dict[str, int]] = manifest.data.get("splits", {})

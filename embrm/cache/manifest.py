@@ -35,7 +35,7 @@ class ShardEntry(Spec):
 
 
 class Part(Spec):
-    """The part of a cache that one of several processes makes: shards `first` to `stop` - 1.
+    """The part of a cache that one of several processes makes: its shards `first` to `stop` - 1.
 
     Part 0 also holds the files that are not sharded: the tables and the LM head.
     """
@@ -66,11 +66,11 @@ class Manifest(Spec):
     cache_id: str
     """`content_id` of `identity`."""
     identity: dict[str, Any]
-    """Everything that defines the content of the cache."""
+    """Everything that determines the content of the cache."""
     environments: tuple[dict[str, Any], ...]
-    """Machines and package versions that made it, each once, in order."""
+    """The machines and package versions that wrote the cache, without repetitions, in order."""
     extraction: dict[str, Any]
-    """Spec with which it can be extracted again."""
+    """The spec with which the states can be extracted again."""
     data: dict[str, Any]
     """Counts of the dataset's splits and exclusions."""
     n_responses: PositiveInt
@@ -109,18 +109,18 @@ class Manifest(Spec):
 
     @property
     def share(self) -> range:
-        """Indices of the shards that this folder is to hold: all, or those of its part."""
+        """Indices of the shards that belong into this folder: all, or those of its part."""
         return self.part.shards if self.part else range(len(self.shards))
 
     @property
     def finished(self) -> bool:
-        """Whether every file that this folder is to hold is there."""
+        """Whether all files that belong into this folder are finished."""
         unsharded = self.lm_head is not None and self.tables.keys() == {*TABLES}
         return self.done == {*self.share} and (unsharded or not self.has_tables)
 
     @property
     def has_tables(self) -> bool:
-        """Whether this folder is to hold the tables and the head, as only the first part does."""
+        """Whether tables and LM head belong into this folder: a whole cache, or part 0."""
         return self.part is None or self.part.index == 0
 
     def rows_of(self, index: int) -> range:
@@ -168,7 +168,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the cache at `folder`, checked to be byte for byte as it was written.
+    """Read the manifest of the cache at `folder`, and check that no byte of it was changed.
 
     Raises: UserError when there is none, when it is damaged, or when a newer embrm wrote it.
     """
@@ -187,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
         body = json.loads(raw)
         if body["format"] == "embrm-cache" and body["version"] > VERSION:
             raise UserError(
-                f"{folder} has cache format version {body['version']}, this embrm reads up to "
+                f"{folder} has cache format version {body['version']}, but this embrm reads up to "
                 f"{VERSION}: upgrade embrm"
             )
         del body["digest"]

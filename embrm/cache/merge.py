@@ -1,4 +1,4 @@
-"""Joining the parts that several processes made into one cache."""
+"""Joins the parts that several processes made into one cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
 
     The result has the bytes that one process would have written. Its files are hard links of the
     parts' files, or copies where links are not possible; each is checked by its SHA-256. The parts
-    are left unchanged. The manifest is written last, so that a merge that was stopped at any moment
-    ends with the same bytes when it is run again.
+    are left unchanged. The manifest is written last, so that a merge that was interrupted at any
+    moment can be run again and ends with the same bytes.
 
     Raises: UserError when a part is missing, unfinished, damaged, named twice or of another
-    extraction, when `out` holds something else, or when the disk is full.
+    extraction, when `out` contains something else, or when the disk is full.
     """
     pieces = sorted((_piece(folder) for folder in folders), key=lambda piece: piece.part.index)
     _refuse_unlike(pieces)
@@ -54,7 +54,7 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
 
 
 def _refuse_other(out: Path, stored: Manifest, whole: Manifest) -> None:
-    """Raises: UserError unless `out` was merged from these parts or holds no finished file."""
+    """Raises: UserError unless `out` was merged from these parts or has no finished file."""
     found = difference(defining(stored), defining(whole))
     if not found and stored.files() and stored != whole:
         found = f"{len(stored.done)} finished shards of its own"

@@ -1,6 +1,6 @@
-"""Reading a finished cache, without torch.
+"""Reads a finished cache, without torch.
 
-Everything is checked as it is read: sizes, checksums, row counts, and that vectors are finite.
+All content is checked when it is read: sizes, checksums, row counts, and that vectors are finite.
 """
 
 import hashlib
@@ -56,12 +56,12 @@ class Cache:
 
     @property
     def cache_id(self) -> str:
-        """Digest of everything that defines the content."""
+        """Digest of everything that determines the content."""
         return self.manifest.cache_id
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What `cache_id` is the digest of: model, tokenizer, template, dtype, views, data, ..."""
+        """What determines the content: model, tokenizer, template, dtype, views, data and so on."""
         return self.manifest.identity
 
     def __repr__(self) -> str:
@@ -78,12 +78,12 @@ class Cache:
 
     @property
     def width(self) -> int:
-        """Components of a state."""
+        """Length of a state vector."""
         return self.layout.width
 
     @property
     def views(self) -> tuple[str, ...]:
-        """Names that `states` takes, sorted."""
+        """Names of the stored views, sorted: the arguments of `states`."""
         return self.layout.views
 
     @cached_property
@@ -105,7 +105,7 @@ class Cache:
 
     @cached_property
     def exclusions(self) -> pl.DataFrame:
-        """Source rows that were left out, with the reason."""
+        """Rows, pairs and members that were left out, with the reason."""
         return self._table("exclusions")
 
     @cached_property
@@ -126,13 +126,13 @@ class Cache:
 
     @cached_property
     def n_response(self) -> NDArray[np.int32]:
-        """Tokens of every response, int32 [responses], without reading the rest of `responses`."""
+        """Number of tokens of each response, int32 [responses]; reads only that column."""
         parts = self._read_responses(["n_response"])
         return np.concatenate([part.column(0).to_numpy() for part in parts])
 
     @cached_property
     def n_token_rows(self) -> NDArray[np.int64]:
-        """Token rows of every response, int64 [responses], read from one column."""
+        """Number of token rows of each response, int64 [responses]; reads one column."""
         schema, count = self.layout.tokens(), self.manifest.n_responses
         owners = [
             self._read(tokens_file(index), shard.tokens, ["response"], schema)["response"]
@@ -149,7 +149,7 @@ class Cache:
         return widened(self.stored_states(view))
 
     def stored_states(self, view: str) -> Stored:
-        """The states of one view as they are stored, [responses, width]; errors as of `states`."""
+        """The states of one view as they are stored, [responses, width]. Raises: as `states`."""
         out = np.empty((self.manifest.n_responses, self.width), self.layout.storage)
         first = 0
         for part in self.stored_shards(view):
@@ -158,7 +158,7 @@ class Cache:
         return out
 
     def stored_shards(self, view: str) -> Iterator[Stored]:
-        """`stored_states` shard by shard, for a cache larger than memory."""
+        """Yield `stored_states` shard by shard, for a cache that is larger than memory."""
         if view not in self.views:
             raise UserError(f"view {view!r} is not in {self.folder}: {nearest(view, self.views)}")
         for index, table in enumerate(self._read_responses([f"state.{view}"])):
@@ -166,8 +166,8 @@ class Cache:
 
     @cached_property
     def tokens(self) -> pl.DataFrame:
-        """One line per token row: response, position, target, target_logit, logsumexp, and
-        where logits are kept `top_ids` and `top_logits`, arrays of k values.
+        """One line per token row: response, position, target, target_logit, logsumexp and, if
+        logits were stored, `top_ids` and `top_logits`, arrays of k values.
 
         Raises: UserError when the cache has no token rows.
         """
@@ -183,11 +183,11 @@ class Cache:
         return TokenRows.joined([*self.token_shards()])
 
     def token_shards(self) -> Iterator[TokenRows[Stored]]:
-        """`token_rows` shard by shard."""
+        """Yield `token_rows` shard by shard."""
         if self.layout.top_k is None:
             raise UserError(
-                f"{self.folder} has no sampled token positions: extract with some, "
-                "into another folder"
+                f"{self.folder} has no sampled token positions: extract with token_rows into "
+                "another folder"
             )
         for index, shard in enumerate(self.manifest.shards):
             assert shard is not None  # open_cache refuses an incomplete cache
@@ -210,7 +210,7 @@ class Cache:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Tokens that the LM head knows, 0 without a head; only the file's header is read."""
+        """Vocabulary size of the LM head, 0 without a head; reads only the header of its file."""
         path, entry = self.folder / LM_HEAD, self.manifest.lm_head
         assert entry is not None  # open_cache refuses an incomplete cache
         problem = wrong_size(path, entry)
@@ -234,7 +234,7 @@ class Cache:
         return _frame(pq.read_table(pa.BufferReader(content)))
 
     def _checked(self, name: str, entry: FileEntry) -> bytes:
-        """A whole file, whose digest is the recorded one."""
+        """The content of a file, checked against its recorded digest."""
         path = self.folder / name
         if problem := wrong_size(path, entry):
             raise problem
@@ -267,7 +267,7 @@ class Cache:
 
     def _check_finite(self, vectors: Stored, name: str) -> None:
         if not all_finite(vectors):
-            raise damaged(self.folder / name, "it holds a vector that is NaN or infinite")
+            raise damaged(self.folder / name, "a vector is NaN or infinite")
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:
@@ -277,7 +277,7 @@ def _frame(table: pa.Table) -> pl.DataFrame:
 
 
 def open_cache(folder: Path) -> Cache:
-    """Open a complete cache. File sizes are checked now, their content as it is read.
+    """Open a complete cache. File sizes are checked now, contents when they are read.
 
     Raises: UserError when there is none, or it is incomplete, damaged or from a newer version.
     """

@@ -1,6 +1,6 @@
-"""The rows of one shard as numpy arrays, and their translation to and from Parquet.
+"""The rows of one shard as numpy arrays, and their conversion to and from Parquet.
 
-Nothing here needs torch. numpy has no bfloat16, so a bfloat16 vector is held as uint16: its bits,
+Nothing here needs torch. numpy has no bfloat16, so a bfloat16 vector is stored as uint16: its bits,
 which are the upper half of a float32. `embrm.cache.tensors` gives the same memory as torch tensors.
 """
 
@@ -55,8 +55,8 @@ class ShardRows:
     final_token: NDArray[np.int32]
     """Token id at the final position."""
     S: NDArray[np.float64] | None
-    """Summed log-probability of the response tokens, in nats. None, which is stored as NaN, where
-    no language model is known."""
+    """Summed log-probability of the response tokens, in nats. None, stored as NaN, for adopted
+    states, whose language model is unknown."""
     states: dict[str, Stored]
     """View name → states [rows, width]."""
     norms: dict[str, NDArray[np.float32]]
@@ -98,21 +98,21 @@ class TokenRows(Generic[Column]):
     1e-6. None where the cache has none."""
 
     def columns(self) -> dict[str, Column]:
-        """The columns by name, without a tail mean that is None."""
+        """The columns by name, without `tail_mean` if it is None."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: column for name, column in found.items() if column is not None}
 
     def map(self, change: Callable[[Column], Other]) -> "TokenRows[Other]":
-        """The table whose columns are `change` of these."""
+        """A table with `change` applied to each column."""
         return TokenRows(**{name: change(column) for name, column in self.columns().items()})
 
     def take(self: "TokenRows[Stored]", rows: NDArray[Any]) -> "TokenRows[Stored]":
-        """Some rows: their numbers, or bool [rows]."""
+        """Select rows by their numbers, or by a mask, bool [rows]."""
         return self.map(lambda column: column[rows])
 
     @staticmethod
     def joined(parts: "Sequence[TokenRows[Stored]]") -> "TokenRows[Stored]":
-        """One table after another; all have tail means, or none."""
+        """Concatenate tables; either all have tail means or none."""
         columns = [part.columns() for part in parts]
         return TokenRows(
             **{name: np.concatenate([own[name] for own in columns]) for name in columns[0]}
@@ -139,8 +139,8 @@ class ShardLayout(Spec):
     top_k: int | None
     """Logits kept at a sampled position; None in a cache without sampled positions."""
     tail_mean: bool = Field(default=False, exclude_if=operator.not_)
-    """Whether sampled positions have tail means. The key is written only when true, so that the
-    manifests of caches made before there were tail means keep their bytes."""
+    """Whether sampled positions have tail means. Serialized only when true, so that manifests of
+    older caches, which have none, keep their bytes."""
 
     @field_validator("dtype")
     @classmethod
@@ -236,9 +236,9 @@ _TOKEN_COLUMNS = (
     ("logsumexp", pa.float32()),
 )
 RESPONSE_SCALARS = [name for name, _ in _RESPONSE_COLUMNS]
-"""Columns of a file of responses that hold one value a row and are there in every cache."""
+"""Columns with one value per row that every file of responses has."""
 TOKEN_SCALARS = [name for name, _ in _TOKEN_COLUMNS]
-"""Columns of a file of token rows that hold one value a row."""
+"""Columns with one value per row that every file of token rows has."""
 
 
 def responses_table(rows: ShardRows, layout: ShardLayout) -> pa.Table:
@@ -283,7 +283,7 @@ def binary_column(vectors: NDArray[Any]) -> pa.FixedSizeBinaryArray:
 
 
 def vectors_of(column: pa.ChunkedArray, dtype: np.dtype[Any], width: int) -> NDArray[Any]:
-    """A fixed-size binary column → [rows, width] in memory of its own."""
+    """A fixed-size binary column → a copy as an array [rows, width]."""
     out = np.empty((len(column), width), dtype)
     size = width * out.itemsize
     target = out.view(np.uint8)
@@ -336,7 +336,7 @@ def to_parquet(table: pa.Table, sink: Any) -> None:
 
 
 def from_parquet(path: Path, columns: Sequence[str], layout_schema: pa.Schema) -> pa.Table:
-    """Named columns of a shard, with the checksums of their pages verified.
+    """Read the named columns of a shard, and verify the checksums of their pages.
 
     Raises: UserError when the file is missing, damaged, or has other columns than the schema.
     """
@@ -351,7 +351,7 @@ def from_parquet(path: Path, columns: Sequence[str], layout_schema: pa.Schema) -
     # No checksum covers a file's footer, and code that reads the table trusts its metadata.
     expected = pa.schema([layout_schema.field(name) for name in columns], layout_schema.metadata)
     if not table.schema.equals(expected, check_metadata=True):
-        raise damaged(path, "its columns are not those the manifest announces")
+        raise damaged(path, "its columns are not those of the manifest")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The arrays of a cache as torch tensors that share their memory."""
+"""Converts the arrays of a cache to torch tensors that share their memory, and back."""
 
 import safetensors.torch
 import torch
@@ -9,13 +9,13 @@ from embrm.cache.schema import STORAGE, Stored
 
 
 def to_tensor(vectors: Stored) -> Tensor:
-    """Stored vectors as a tensor of their real type (uint16 bits become bfloat16), not copied."""
+    """Stored vectors as a tensor without a copy; uint16 bits become bfloat16."""
     tensor = torch.from_numpy(vectors)
     return tensor.view(torch.bfloat16) if vectors.dtype == STORAGE["bfloat16"] else tensor
 
 
 def to_stored(tensor: Tensor) -> Stored:
-    """A float32, bfloat16 or float16 tensor as stored vectors, not copied if it is on the CPU."""
+    """A float32, bfloat16 or float16 tensor as stored vectors, without a copy on the CPU."""
     bfloat16 = tensor.dtype == torch.bfloat16
     stored: Stored = (tensor.view(torch.uint16) if bfloat16 else tensor).numpy(force=True)
     return stored
@@ -28,7 +28,7 @@ def torch_dtype(cache: Cache) -> torch.dtype:
 
 
 def lm_head_tensors(cache: Cache) -> dict[str, Tensor]:
-    """The tensors of the language model's LM head, as `LmHead.tensors` names them.
+    """The tensors of the LM head, with the names of `LmHead.tensors`.
 
     Empty in an adopted cache. Raises: UserError when the file is missing or damaged.
     """

@@ -1,4 +1,4 @@
-"""Checking all of a cache: every byte of every file, and that indices and numbers are valid."""
+"""Verifies a cache: every byte of every file, and that indices and numbers are valid."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from embrm.core.files import TEMPORARY
 
 
 def verify(folder: Path) -> list[str]:
-    """Problems of the cache at `folder`, one line each; empty when it is sound."""
+    """List the problems of the cache at `folder`, one line each; empty if it is sound."""
     try:
         manifest = read_manifest(folder)
     except UserError as error:
@@ -18,7 +18,7 @@ def verify(folder: Path) -> list[str]:
     problems = [*_listing(folder, manifest)]
     damaged = [*_bytes(folder, manifest)]
     if manifest.complete and not damaged:
-        # The bytes are the recorded ones, so only a writer's mistake can make the content wrong.
+        # The bytes are as recorded, so the content can only be wrong by a mistake of the writer.
         try:
             problems += _content(open_cache(folder))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Writing a cache shard by shard. Finished shards survive however the process ends."""
+"""Writes a cache shard by shard. Finished shards are kept however the process ends."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PIECE_BYTES = 256 << 10
-"""Size of the pieces in which a file is digested and written, so that a piece is still in the
+"""Size of the pieces in which a file is hashed and written, so that a piece is still in the
 processor's cache when it is written. Linux puts writes of 2 MB and more into huge pages, which took
 ten times as long on a virtual machine whose host had to allocate them."""
 
@@ -118,9 +118,9 @@ class CacheWriter:
         tables: Mapping[str, pl.DataFrame],
         lm_head: "Callable[[], dict[str, Tensor]]",
     ) -> None:
-        """Store the tables and the LM head unless they are there.
+        """Store the tables and the LM head, unless they are stored already.
 
-        lm_head: returns the head's tensors; called only when they are needed.
+        lm_head: returns the head's tensors; called only if they are needed.
         """
         have = self._manifest
         if not have.has_tables:
@@ -157,10 +157,10 @@ class CacheWriter:
 
 
 class _Digested:
-    """A stream that counts and digests the bytes that pass through it.
+    """A stream that counts and hashes the bytes that are written to it.
 
-    Size and digest are of the bytes that were meant to be written, so that reading finds out when a
-    disk stored others.
+    Size and digest are those of the intended bytes, so that reading detects when a disk stored
+    others.
     """
 
     closed = False
@@ -169,7 +169,7 @@ class _Digested:
         self.sha256, self.bytes = hashlib.sha256(), 0
 
     def onto(self, stream: IO[bytes]) -> "_Digested":
-        """This stream, which now writes to `stream`."""
+        """Make this object write to `stream`; returns it."""
         self._stream = stream
         return self
 
@@ -201,13 +201,13 @@ def open_writer(
 ) -> Iterator[CacheWriter]:
     """Begin or resume the cache at `folder`; no other process can write it until this one is done.
 
-    identity: defines the content; the cache id is its digest. environment, extraction, data:
+    identity: determines the content; the cache id is its digest. environment, extraction, data:
     recorded in the manifest. tables: the dataset's pairs, members, exclusions and leaks. lm_head:
-    returns the tensors of the LM head. part: the folder is to hold only this part of the cache, for
-    `merge` to join.
+    returns the tensors of the LM head. part: write only this part of the cache, for `merge` to join
+    with the others.
 
-    Raises: UserError when the folder holds something else, another identity or a damaged
-    manifest, when another process writes it, or when the disk is full.
+    Raises: UserError when the folder contains anything else, a cache of another identity or a
+    damaged manifest, when another process is writing it, or when the disk is full.
     """
     refuse_foreign(folder)
     with exclusive(folder):
@@ -234,7 +234,7 @@ def open_writer(
 
 
 def _resumed(folder: Path, fresh: Manifest) -> Manifest:
-    """The stored manifest, rewritten without entries whose files are missing or truncated."""
+    """The stored manifest, rewritten without the entries of missing or truncated files."""
     stored = read_manifest(folder)
     differs = difference(defining(stored), defining(fresh))
     if differs:
@@ -271,14 +271,14 @@ def _has_size(path: Path, size: int) -> bool:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raises: UserError when `folder` is a file, or a folder that holds anything but a cache."""
+    """Raises: UserError when `folder` is a file, or a folder with anything but a cache."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: name a folder for the cache")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = sorted(n for n in names if n != ".lock" and not n.startswith(TEMPORARY))
     if foreign and NAME not in names:
         raise UserError(
-            f"{folder} holds {foreign[0]!r} and no {NAME}: it is not a cache; choose another --out"
+            f"{folder} is not a cache (it has {foreign[0]!r} but no {NAME}): choose another --out"
         )
 
 
@@ -317,16 +317,16 @@ def _arrow(table: pl.DataFrame) -> pa.Table:
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as JSON returns it, so that it can be compared with a stored manifest."""
+    """The value after a round trip through JSON, to compare it with a stored manifest."""
     plain: dict[str, Any] = json.loads(canonical_json(value))
     return plain
 
 
 def defining(manifest: Manifest) -> dict[str, Any]:
-    """The fields in which two manifests agree if they list files of one extraction."""
+    """The fields that are equal in all manifests of the same extraction."""
     part = manifest.part
     return {
-        "engine": "transformers",  # the engine of identities that name none
+        "engine": "transformers",  # unless the identity names another
         **manifest.identity,
         "n_responses": manifest.n_responses,
         "shard_rows": manifest.shard_rows,
@@ -347,9 +347,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def difference(was: dict[str, Any] | ShardLayout, given: dict[str, Any] | ShardLayout) -> str:
-    """The first field that differs, with both values, and the names of others; "" if equal."""
+    """The first field that differs, with both values, and the names of further ones; "" if none."""
     stored, given = _flat(was), _flat(given)
-    # Digests of the data differ whenever a setting does. They explain least, so they come last.
+    # Digests of the data differ whenever any setting does, and explain least, so they come last.
     known = sorted(stored.keys() | given.keys(), key=lambda name: (name.startswith("data."), name))
     names = [
         name

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from embrm.core.errors import UserError, nearest
 from embrm.exports.model import has_linear_score, quiet
 from embrm.exports.modeling_embrm import EmbrmRewardModel
-from embrm.lm.loading import attention, find_device, longest
+from embrm.lm.loading import attention, find_device, length_limit
 from embrm.lm.tokens import Encoded, TokenPolicy, load_tokenizer, reason_of, token_policy
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -147,7 +147,7 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
     policy = token_policy(
         tokenizer,
         template=about.get("template", "auto"),
-        max_length=about.get("max_length") or longest(config, None),
+        max_length=about.get("max_length") or length_limit(config, None),
         truncation=about.get("truncation", "drop"),
         pad_token=tokenizer.convert_ids_to_tokens(text.pad_token_id),
         allow_pad_eos=True,

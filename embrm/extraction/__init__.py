@@ -1,0 +1,1 @@
+"""Extraction: runs a causal LM over preference data and caches its hidden states."""

@@ -1,4 +1,4 @@
-"""Which engine runs an extraction, and loading it."""
+"""Chooses the engine that runs an extraction, and loads it."""
 
 from pathlib import Path
 
@@ -32,9 +32,9 @@ def made_by(manifest: Manifest) -> str:
 def load_engine_for(
     texts: PreparedTexts, device: str, tensor_parallel: int = 1, *, compiled: bool = False
 ) -> Engine:
-    """Load the engine that the texts' spec names; the reference engine where it says "auto".
+    """Load the engine that the spec of the texts names; for "auto", the reference engine.
 
-    tensor_parallel: GPUs that share the model. compiled: whether torch.compile runs it.
+    tensor_parallel: GPUs that share the model. compiled: whether to use torch.compile.
     Raises: UserError when the engine does not support one of these or refuses the model.
     """
     spec = texts.spec

@@ -1,4 +1,4 @@
-"""A dry run: what an extraction would write, and how long it would take. Nothing is written."""
+"""Dry run: estimates what an extraction would write, and its duration, without writing anything."""
 
 import time
 from dataclasses import dataclass
@@ -14,25 +14,25 @@ from embrm.extraction.spec import ExtractSpec
 from embrm.extraction.texts import PreparedTexts, prepare_texts
 
 _SAMPLE_TOKENS = 1 << 16
-"""Most tokens of the sample that is timed: seconds on a GPU."""
+"""Maximum tokens of the sample that is timed; it takes seconds on a GPU."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an extraction would do."""
+    """The estimate for an extraction."""
 
     responses: int
     prompts: int
     splits: dict[str, dict[str, int]]
-    """Split → pairs, prompts, responses."""
+    """For each split, its numbers of pairs, prompts and responses."""
     tokens: int
     cache_bytes: dict[str, int]
-    """Part of the cache → its size, and the total: all but Parquet's headers and the tables."""
+    """Size of each part of the cache, and the total, without Parquet headers and small tables."""
     exclusions: dict[str, int]
-    """Reason → source rows left out."""
+    """For each reason, the number of rows that are left out."""
     leaks: pl.DataFrame
     tokens_per_second: float
-    """Measured on a sample of the data; prompts that many responses share are faster."""
+    """Measured on a sample of the data. Data with many responses per prompt may run faster."""
     seconds: float
 
 
@@ -44,7 +44,7 @@ def dry_run(
     tensor_parallel: int = 1,
     compiled: bool = False,
 ) -> DryRun:
-    """What `extract` would do, with its speed measured on a sample of the responses.
+    """Estimate what `extract` would do, from its speed on a sample of the responses.
 
     Raises: see `extract`.
     """
@@ -53,7 +53,7 @@ def dry_run(
     engine = load_engine_for(prepared, device, tensor_parallel, compiled=compiled)
     budget = engine.batch_tokens if batch_tokens is None else batch_tokens
     lengths = prepared.lengths
-    # Every n-th response by length, one batch budget in total, represents all of them.
+    # Every n-th response in order of length represents all of them; in total about one batch.
     share = max(1, int(lengths.sum() // min(budget, _SAMPLE_TOKENS)))
     share = min(share, len(lengths))  # a response longer than the budget is read alone
     sample = [int(row) for row in np.argsort(lengths, kind="stable")[share // 2 :: share]]
@@ -75,7 +75,7 @@ def dry_run(
 
 
 def _cache_bytes(prepared: PreparedTexts, engine: Engine) -> dict[str, int]:
-    """Bytes of vectors and scalars: the cache but for Parquet's headers and the small tables."""
+    """Bytes of all vectors and scalars, without Parquet headers and small tables."""
     spec, rows = prepared.spec, len(prepared.encoded)
     width = engine.width * engine.head.weight.element_size()
     sampled = sum(

@@ -1,7 +1,7 @@
-"""What an extraction engine offers: how it is loaded, what it reads and what it returns.
+"""The interface of extraction engines: how they are loaded, what they read and return.
 
-An engine is a module named in `embrm.extraction.engines.ENGINES` that offers the three functions of
-`EngineModule`; `open_engine` returns an object that offers what `Engine` says.
+An engine is a module that is listed in `embrm.extraction.engines.ENGINES` and has the functions of
+`EngineModule`; its `open_engine` returns an object with the interface `Engine`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from embrm.cache.schema import Stored, TokenRows
 from embrm.lm.head import LmHead
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Per dtype, the largest relative difference that the order of arithmetic alone may cause."""
+"""Largest relative difference, per dtype, that may be due to the order of arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Request:
 
     ids: int32 [length], prompt then response. n_prompt: how many of them are the prompt.
     final_position: position of the token whose state is pooled. positions: int32, sorted, where
-    token rows are wanted; the state at position p predicts the token at p + 1.
+    token rows are to be stored; the state at position p predicts the token at p + 1.
     """
 
     ids: NDArray[np.int32]
@@ -52,35 +52,35 @@ class Batch:
 
 
 class Engine(Protocol):
-    """A loaded language model. What it returns for a request must not depend on the requests that
-    share its batch, up to the order of arithmetic."""
+    """A loaded language model. Its answer to a request must not depend on the other requests in the
+    batch, except for rounding."""
 
     head: LmHead
     width: int
-    """Components of a state."""
+    """Length of a state vector."""
     batch_tokens: int
-    """Tokens of a batch, padding included, that suit the device."""
+    """Default token budget of a batch on this device, padding included."""
     environment: dict[str, Any]
-    """What the manifest records of the engine: its name, device and settings."""
+    """Engine name, device and settings, as recorded in the cache's manifest."""
 
     def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-        """Partition the requests into batches, given as their indices; a function of the requests
-        and the budget alone."""
+        """Partition the requests into batches, given as lists of their indices. The result must
+        depend on the requests and the budget only."""
         ...
 
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
-        """Read the batches in their order. It may start the next batch before it yields one."""
+        """Yield the answer to each batch, in order. The next batch may be started before that."""
         ...
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is loaded with.
+    """Arguments for loading an engine.
 
     folder: a model saved by save_pretrained. dtype: float32, bfloat16 or float16. device: auto,
-    cpu, cuda, cuda:1 or mps. views, top_k, tail_mean: what to keep of a request, as in an
-    extraction's spec. max_length: tokens of the longest request. tensor_parallel: GPUs that share
-    the model. compiled: whether to run it through torch.compile.
+    cpu, cuda, cuda:1 or mps. views, top_k, tail_mean: what to compute for a request, as in
+    `ExtractSpec`. max_length: tokens of the longest request. tensor_parallel: GPUs that share
+    the model. compiled: whether to use torch.compile.
     """
 
     folder: Path
@@ -96,7 +96,7 @@ class EngineSettings:
 
 
 class EngineModule(Protocol):
-    """The functions that the module of an engine offers."""
+    """The functions that the module of an engine must have."""
 
     def suits(self, views: Sequence[str], device: str) -> bool:
         """Whether `engine = "auto"` chooses this engine for these views on this machine."""

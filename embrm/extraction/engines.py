@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class EngineEntry(NamedTuple):
     """An engine that a user can name.
 
-    module: it offers what `EngineModule` says. chosen: when `engine = "auto"` chooses it, for help
-    texts.
+    module: a module with the functions of `EngineModule`. chosen: when `engine = "auto"` chooses
+    the engine, as shown in help texts.
     """
 
     name: str
@@ -29,11 +29,11 @@ ENGINES = (
     EngineEntry("vllm", "embrm.extraction.vllm_engine", "where it is installed on CUDA"),
     EngineEntry("transformers", "embrm.extraction.transformers_engine", "otherwise"),
 )
-"""In the order in which "auto" tries them; the last one suits every machine."""
+"""All engines, in the order in which "auto" tries them; the last one works on every machine."""
 
 REFERENCE = "transformers"
-"""The engine of caches that name none: identities say which engine made a cache only since there
-is a second one."""
+"""The engine of a cache whose identity names none. It was the first one, and identities name only
+the others, so that older caches keep their ids."""
 
 
 def engine_names() -> list[str]:
@@ -42,7 +42,7 @@ def engine_names() -> list[str]:
 
 
 def engine_help() -> str:
-    """A line for help texts that says which engines there are and when each is chosen."""
+    """One line for help texts: which engines there are, and when "auto" chooses each."""
     rules = ", ".join(f"{entry.name} {entry.chosen}" for entry in ENGINES)
     return f"{', '.join(engine_names())}; auto: {rules}"
 
@@ -63,7 +63,7 @@ def engine_module(name: str) -> "EngineModule":
 
 
 def choose_engine(name: str, views: Sequence[str], device: str) -> str:
-    """The engine that runs where `name` is asked for: the first that suits, for "auto".
+    """Resolve an engine name; for "auto", the first engine that suits the views and the device.
 
     Raises: UserError when the engine asked for is not installed or cannot give all the views.
     """

@@ -1,9 +1,9 @@
-"""Packing many texts into one sequence without padding, where texts with one prompt share it.
+"""Packs many texts into one sequence without padding; responses to the same prompt share it.
 
-Every layer but attention works on single tokens, so that only attention has to know where a text
+Attention is the only layer that mixes tokens, so only attention needs to know where each text
 begins. A shared prompt is computed once: its tokens precede those of the responses, and each
 response attends to the prompt and to itself. The states equal those of the texts read alone, up to
-the order of float arithmetic.
+rounding.
 """
 
 from collections.abc import Sequence
@@ -26,22 +26,22 @@ ATTENTION = "embrm-packed"
 """The name under which transformers finds `_attend`."""
 
 NOTED = "embrm-packed-noted"
-"""The name under which transformers finds `_attend_and_note`, which inspects sliding windows."""
+"""The name under which transformers finds `_attend_and_note`, which records sliding windows."""
 
-_WORTH = 8
-"""Fewest tokens of a prompt that is shared. Computing fewer again costs less than sharing, which
-adds a call to attention and a copy of keys and values in every layer."""
+_MIN_SHARED_PROMPT = 8
+"""Minimum length of a prompt to be shared. For a shorter one, sharing costs more than computing it
+again, because it adds a call to attention and a copy of keys and values in every layer."""
 
-_COPIES = 8
-"""How many times the token budget the texts of a batch may have when the prompt is counted in each:
-every layer copies a shared prompt's keys and values for each text."""
+_MAX_COPIES = 8
+"""Limit on the tokens of a batch when a shared prompt is counted in each text, as a multiple of the
+token budget. It bounds memory: every layer copies the prompt's keys and values for each text."""
 
 
 class Segment(NamedTuple):
     """Tokens start:stop of a packed sequence, consecutive tokens of one text.
 
-    They attend to each other, causally, and to tokens begin:end, a prompt shared with other texts
-    (begin = end: no prompt).
+    They attend to each other, causally, and to all tokens begin:end, a prompt shared with other
+    texts (begin = end: no shared prompt).
     """
 
     start: int
@@ -51,10 +51,11 @@ class Segment(NamedTuple):
 
 
 class _Offsets(NamedTuple):
-    """Segments in the form that the attention kernel for variable lengths takes.
+    """The segments as arguments of the attention kernel for variable lengths.
 
-    queries, keys: int32 [segments + 1], where those of each segment begin. most_queries, most_keys:
-    the most that a segment has. places: int64, places of all keys in the packed sequence.
+    queries, keys: int32 [segments + 1], cumulative numbers of queries and keys. most_queries,
+    most_keys: the largest numbers in a segment. places: int64, positions of all keys in the packed
+    sequence.
     """
 
     queries: Tensor
@@ -69,7 +70,8 @@ class Packed:
     """Requests as one sequence of T tokens.
 
     ids: int64 [1, T]. positions: int64 [1, T], of each token in its text. segments: cover the
-    sequence in its order. places: for each request, where its tokens are, int64 [length].
+    sequence, in order. places: for each request, the indices of its tokens in the sequence, int64
+    [length].
     """
 
     ids: Tensor
@@ -100,7 +102,7 @@ class Packed:
 
 
 def pack_texts(requests: Sequence[Request], device: torch.device) -> Packed:
-    """Pack the requests into one sequence, in which a prompt that several share stands once."""
+    """Pack the requests into one sequence, in which a shared prompt occurs once."""
     ids: list[npt.NDArray[np.int32]] = []
     positions: list[npt.NDArray[np.int64]] = []
     segments: list[Segment] = []
@@ -132,10 +134,10 @@ def pack_texts(requests: Sequence[Request], device: torch.device) -> Packed:
 def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
     """Partition requests into batches to pack, given as their indices.
 
-    A batch has at most `batch_tokens` tokens with a shared prompt counted once, and at most eight
-    times as many with it counted in each text; a longer request is alone in its batch. Texts that
-    share a prompt begin a new batch unless they all fit into the last one. Where they do not fit
-    into one batch, every further one reads the prompt again.
+    A batch has at most `batch_tokens` tokens if a shared prompt is counted once, and at most eight
+    times as many if it is counted in each text; a longer request is alone in its batch. Texts that
+    share a prompt begin a new batch unless they all fit into the last one. If they need several
+    batches, each of these reads the prompt again.
     """
     made: list[list[int]] = []
     room = copies = 0
@@ -144,12 +146,12 @@ def batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
         own = [len(requests[index].ids) - shared for index in group]
         if not made or (shared and room < shared + sum(own)):
             made.append([])
-            room, copies = batch_tokens, _COPIES * batch_tokens
+            room, copies = batch_tokens, _MAX_COPIES * batch_tokens
         room -= shared
         for index, tokens in zip(group, own, strict=True):
             if made[-1] and (tokens > room or shared + tokens > copies):
                 made.append([])
-                room, copies = batch_tokens - shared, _COPIES * batch_tokens
+                room, copies = batch_tokens - shared, _MAX_COPIES * batch_tokens
             made[-1].append(index)
             room -= tokens
             copies -= shared + tokens
@@ -167,7 +169,7 @@ def _by_prompt(requests: Sequence[Request]) -> list[list[int]]:
 def _shared(requests: Sequence[Request], group: Sequence[int]) -> int:
     """Number of leading tokens that the texts of one prompt share: the whole prompt, or 0."""
     n_prompt = requests[group[0]].n_prompt
-    return n_prompt if len(group) > 1 and n_prompt >= _WORTH else 0
+    return n_prompt if len(group) > 1 and n_prompt >= _MIN_SHARED_PROMPT else 0
 
 
 def _attend(
@@ -186,9 +188,9 @@ def _attend(
     """Attention within the texts of a packed sequence, as a transformers attention function.
 
     query: [1, heads, T, d]; key, value: [1, key heads, T, d], where the number of key heads divides
-    that of heads. Returns [1, T, heads, d] and no attention weights. softcap: scores become
-    softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2). sliding_window: number of
-    keys that a query sees, the last of which is its own; None: all keys up to its own.
+    that of heads. Returns [1, T, heads, d], and None for the attention weights. softcap: scores
+    become softcap·tanh(scores / softcap) (Gemma-2, arXiv 2408.00118, section 2). sliding_window:
+    number of keys that a query attends to, including its own; None: all keys up to its own.
     """
     if query.is_cuda and query.dtype != torch.float32 and softcap is None:
         out = _attend_at_once(query, key, value, packed.offsets, scaling, sliding_window)
@@ -198,8 +200,8 @@ def _attend(
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
         shared = end - begin
         window = sliding_window if sliding_window and sliding_window < shared + stop - start else 0
-        # A causal kernel skips the masked half, which a mask computes in vain. Where the prompt is
-        # shorter than the rest, computing its rows again costs less than a mask.
+        # A causal kernel skips the masked half of the scores; with an explicit mask, all of them
+        # are computed. If the prompt is shorter than the rest, reading it again is cheaper.
         again = 0 < shared < stop - start and softcap is None and not window
         if shared:
             k, v = (
@@ -226,7 +228,10 @@ def _attend(
 
 
 def _causal(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Causal mask, bool [queries, keys], aligned at the last key; window: keys seen, 0 for all."""
+    """Causal mask, bool [queries, keys], where the last query is at the last key.
+
+    window: keys that a query attends to, including its own; 0: no limit.
+    """
     queries, keys = query.shape[2], key.shape[2]
     mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     return mask.triu(keys - queries - window + 1) if window else mask
@@ -286,19 +291,19 @@ def _attend_and_note(
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """`_attend` that also appends to `windows` the sliding window of the model's mask (None: the
-    model made no mask) and the one passed to attention; 0 means no window."""
+    """Call `_attend`, and append to `windows` the sliding window of the model's mask (None: it made
+    no mask) and the one passed to attention; 0 means no window."""
     masked = None if attention_mask is None else int(attention_mask)
     windows.append((masked, sliding_window or 0))
     return _attend(module, query, key, value, None, sliding_window=sliding_window, **more)
 
 
 def _window_of_mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor:
-    """Returned in place of a mask: the size of the window or chunk that it would apply."""
+    """Replaces the mask function: returns the size of the window or chunk it would have applied."""
     return torch.full((1, 1, 1, 1), local_size or 0)
 
 
-# Not compiled, because it depends on where each text begins and every batch would be traced anew.
+# Not compiled, because it depends on where texts begin, so every batch would be traced again.
 AttentionInterface.register(ATTENTION, torch.compiler.disable(_attend))
 AttentionInterface.register(NOTED, _attend_and_note)
 AttentionMaskInterface.register(NOTED, _window_of_mask)

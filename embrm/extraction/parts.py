@@ -1,4 +1,4 @@
-"""Sharing one extraction among several processes, each of which makes whole shards."""
+"""Divides one extraction among several processes, each of which makes whole shards."""
 
 import re
 from collections.abc import Sequence
@@ -35,11 +35,12 @@ class Share:
         return Path(f"{out}.{self.index}-of-{self.count}")
 
     def part(self, tokens: Sequence[int]) -> Part:
-        """The shards of this part, given the tokens of every shard of the cache.
+        """The shards of this part, given the number of tokens of every shard of the cache.
 
-        The tokens are cut into `count` equal stretches, and a shard belongs to the stretch that its
-        middle lies in. So the parts are contiguous, cover all shards, and depend on the data alone;
-        none has more than an equal stretch and one shard's tokens. With few shards some are empty.
+        The sequence of all tokens is cut into `count` stretches of equal length, and a shard
+        belongs to the stretch that contains its middle. So the parts are contiguous, cover all
+        shards and depend on the data only. A part has at most one shard's tokens more than an equal
+        stretch. With few shards, some parts are empty.
         """
         ends = accumulate(tokens, initial=0)
         total = sum(tokens)

@@ -1,4 +1,4 @@
-"""Positions of a sequence whose states predict response tokens, and how token rows sample them."""
+"""Finds the positions whose states predict response tokens, and samples them for token rows."""
 
 from typing import Literal
 
@@ -12,10 +12,10 @@ PositionsRule = Literal["random", "spaced"]
 
 
 def predicting_positions(n_prompt: int, length: int) -> range:
-    """Positions whose states predict the response tokens: n_prompt - 1 to length - 2.
+    """Positions whose states predict the response tokens: n_prompt - 1 to length - 2, inclusive.
 
-    A response that begins the sequence (no BOS and no prompt token) has no state before its first
-    token, which is then left out of S and of the token rows.
+    With n_prompt = 0 (no BOS and no prompt token), no state predicts the first token of the
+    response, which is then left out of S and of the token rows.
     """
     return range(max(n_prompt - 1, 0), length - 1)
 
@@ -30,8 +30,8 @@ def token_positions(
 ) -> NDArray[np.int32]:
     """Sample k of a response's predicting positions, int32 and sorted; all if there are fewer.
 
-    The sample depends on seed and response id alone (a Philox stream is keyed by them), not on the
-    order of extraction. "random": without replacement, the positions of the k smallest raw 64-bit
+    The sample depends on seed and response id only (they key a Philox stream), not on the order of
+    extraction. "random": without replacement, the positions of the k smallest raw 64-bit
     draws. "spaced": evenly spaced from a random start (systematic sampling); every position is
     equally likely, as under "random", and a mean over the sample varies less where neighbouring
     positions are alike.

@@ -1,4 +1,4 @@
-"""Probe: whether a cache agrees with its model, at any batch size and with any engine.
+"""Probe: checks that a cache agrees with its model, for several batch sizes and any engine.
 
 A sample of its responses is extracted again, one at a time and in batches of several sizes, and
 compared with what is stored.
@@ -24,17 +24,17 @@ from embrm.extraction.spec import ExtractSpec
 from embrm.extraction.texts import PreparedTexts, prepare_texts
 
 BATCH_TOKENS = (1, 1024, 8192)
-"""Token budgets that are tried; with 1, every response is read alone."""
+"""Token budgets to try; with a budget of 1, every response is read alone."""
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """One quantity under one batch size, over the sample.
+    """How one quantity of the sample deviates from the cache under one batch size.
 
     quantity: a view's name, S, or the logsumexp of the sampled positions. absolute: the largest
     |new - stored| of any component. relative: the largest ‖new - stored‖ / ‖stored‖ over the
-    responses (for a number, |new - stored| / |stored|). orders_changed: pairs of the sample whose
-    responses change their order when ranked by S or, for a view, by a fixed random linear readout;
+    responses (for a number, |new - stored| / |stored|). orders_changed: number of pairs in the
+    sample whose two responses swap ranks, by S or, for a view, by a fixed random linear readout;
     None for the logsumexp, which is not a property of a response.
     """
 
@@ -47,12 +47,12 @@ class Deviation:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found. A sound cache is within tolerance."""
+    """The result of a probe. A sound cache is within the tolerance."""
 
     responses: int
     pairs: int
     engine: str
-    """The engine that read the sample; `made_by` is the engine that made the cache."""
+    """The engine that read the sample again; `made_by` is the engine that made the cache."""
     made_by: str
     dtype: str
     tolerance: float
@@ -75,8 +75,8 @@ def probe(
 ) -> ProbeResult:
     """Extract about `sample` responses of the cache at `folder` again and compare.
 
-    Model and data are read from where the extraction read them. engine: name of the engine that
-    reads them; None: the one that made the cache.
+    Model and data are read from the paths or hub ids that the extraction used. engine: the engine
+    to use; None: the one that made the cache.
 
     Raises: UserError when the cache cannot be opened, or when model, tokenizer or data are no
     longer those it was made from.
@@ -86,8 +86,8 @@ def probe(
     cache = open_cache(folder)
     if "model" not in cache.manifest.extraction:
         raise UserError(
-            f"{folder} names no model to extract its states again with: it was adopted; "
-            "embrm cache verify checks its bytes"
+            f"{folder} was adopted from arrays, so there is no model to extract its states again "
+            "with: check its bytes with embrm cache verify"
         )
     maker = made_by(cache.manifest)
     recorded = cache.manifest.extraction | {"engine": engine or maker}
@@ -134,16 +134,16 @@ def refuse_other(
         wanted = part != "engine" if parts is None else part in parts
         if wanted and prepared.identity.get(part) != expected:
             raise UserError(
-                f"{cache.folder}: the {part} its spec names is not the one it was made from "
-                "any more: restore it, or extract again into a new folder"
+                f"{cache.folder}: the {part} named in its spec has changed since the cache was "
+                "made: restore it, or extract again into a new folder"
             )
 
 
 def _sample(cache: Cache, size: int) -> tuple[list[int], npt.NDArray[np.int64]]:
-    """Rows of the sample, sorted, and its pairs as indices among them, int64 [pairs, 2].
+    """Choose the sample: its rows, sorted, and its pairs as indices into them, int64 [pairs, 2].
 
-    The sample is both responses of evenly spaced pairs, or evenly spaced responses where the cache
-    has no pairs.
+    The sample consists of both responses of evenly spaced pairs or, in a cache without pairs, of
+    evenly spaced responses.
     """
     ends = cache.pairs.select("chosen", "rejected").to_numpy().astype(np.int64)
     ends = ends[evenly_spaced(len(ends), max(size // 2, 1))]

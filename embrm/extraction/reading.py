@@ -1,4 +1,4 @@
-"""Reading any number of requests with an engine, shard by shard."""
+"""Reads any number of requests with an engine, shard by shard."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +16,7 @@ def check_batch_tokens(batch_tokens: int | None) -> None:
     """Raises: UserError for a token budget under 1; None means the engine's own."""
     if batch_tokens is not None and batch_tokens < 1:
         raise UserError(
-            f"batch_tokens = {batch_tokens}: a batch holds at least 1 token: leave it out"
+            f"batch_tokens = {batch_tokens}, but a batch has at least 1 token: leave it out"
         )
 
 
@@ -26,7 +26,7 @@ def read(
     batch_tokens: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Batch:
-    """Read any number of requests: see `read_shards`."""
+    """Read requests as if they were one shard: see `read_shards`."""
     [(_, answer)] = read_shards(engine, [requests], batch_tokens, advance)
     return answer
 
@@ -37,11 +37,11 @@ def read_shards(
     batch_tokens: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> Iterator[tuple[Sequence[Request], Batch]]:
-    """Yield the requests of each shard with the answer to all of them, in their order.
+    """Yield for each shard its requests and the answer to all of them, in their order.
 
     They are read in batches of at most `batch_tokens` tokens, padding included (a longer request is
-    read alone). No batch has requests of two shards, but the engine may begin the next shard while
-    the caller works on this one. `advance` is called with the tokens of each finished batch.
+    read alone). A batch never has requests of two shards, but the engine may begin the next shard
+    while the caller works on this one. `advance` is called with the tokens of each finished batch.
     """
     asked: deque[tuple[Sequence[Request], list[list[int]]]] = deque()
 
@@ -58,15 +58,17 @@ def read_shards(
         parts.append(part)
         if len(parts) == len(order):
             answer = _in_order(order, parts)
-            # Released now, so that they are not in memory while the answer is written.
+            # Release them now, so that they do not take memory while the caller writes the answer.
             parts = []
             asked.popleft()
             yield requests, answer
 
 
 def _in_order(batches: Sequence[Sequence[int]], parts: Sequence[Batch]) -> Batch:
-    """One answer in the order of the requests. batches: the requests' indices; parts: the answers
-    to them."""
+    """Merge the answers to batches into one, in the order of the requests.
+
+    batches: indices of requests; parts: the answer to each batch.
+    """
     order = [index for batch in batches for index in batch]
     back = torch.from_numpy(np.argsort(order))
     tokens = TokenRows.joined(

@@ -1,4 +1,4 @@
-"""Extraction: from a spec to a cache that can be resumed at any moment."""
+"""Runs an extraction: makes the cache that a spec describes, or resumes an interrupted run."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +20,7 @@ from embrm.extraction.spec import ExtractSpec
 from embrm.extraction.texts import PreparedTexts, prepare_texts
 
 SHARD_ROWS = 2048
-"""Responses of a shard."""
+"""Responses per shard."""
 
 
 def extract(
@@ -36,18 +36,17 @@ def extract(
 ) -> Path:
     """Make the cache of `spec` at `out`, or resume it, and return its folder.
 
-    Stopped at any moment and run again, an extraction keeps the finished shards and ends with the
-    same bytes as one that was never stopped (on the same machine, with the same `batch_tokens` and
-    `compiled`; otherwise within the dtype's tolerance).
+    An extraction that was interrupted at any moment and is run again keeps its finished shards and
+    ends with the same bytes as one that was never interrupted (on the same machine, with the same
+    `batch_tokens` and `compiled`; otherwise it agrees within the dtype's tolerance).
 
     device: auto, cpu, cuda, cuda:1 or mps. batch_tokens: token budget of a batch, padding included;
-    None: what suits the device. tensor_parallel: GPUs that share the model. compiled: run it
-    through torch.compile. share: this is one of several processes and makes only its part of the
-    cache, in a folder beside `out`, which is returned; `merge` joins the parts to the bytes that
-    one process writes.
+    None: the engine's default. tensor_parallel: GPUs that share the model. compiled: use
+    torch.compile. share: make only this process's part of the cache, in a folder beside `out`,
+    which is returned; `merge` joins the parts into the cache that a single process writes.
 
-    Raises: UserError for a wrong spec, model, data or device, and for a folder that holds anything
-    but an earlier run of this extraction.
+    Raises: UserError for an invalid spec, model, data or device, and for a folder with anything but
+    an earlier run of this extraction.
     """
     check_batch_tokens(batch_tokens)
     out = share.folder(out) if share else out

@@ -1,7 +1,7 @@
 """Language-model statistics of states: logits, their logsumexp and the log-probability of tokens.
 
-Every engine computes them here from its post-norm states, so that two engines can differ by the
-states alone.
+Every engine computes them here from its post-norm states, so that two engines can only differ in
+the states.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from embrm.cache.schema import TokenRows
 from embrm.lm.head import LmHead
 
 _LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 64 << 20}
-"""Bytes of a float32 block of logits: about the cache of a CPU, far below the memory of a GPU."""
+"""Bytes of a block of float32 logits, by device type: a CPU's cache, or some GPU memory."""
 
 _LOGIT_ROWS = 256
-"""Fewest rows of a block: with fewer, reading the head's weights takes longer than the product."""
+"""Minimum rows of a block: with fewer, reading the head's weights takes longer than the product."""
 
 _NO_TAIL = 1e-6
-"""Tail probability below which float32 logits hold nothing to average."""
+"""Tail probability below which float32 is too inaccurate for a tail mean, which is then zero."""
 
 
 def response_statistics(
@@ -38,12 +38,12 @@ def response_statistics(
     """The log-probabilities of all response tokens, and the token rows of the responses.
 
     states: [n, d], all states that predict a response token, one response after another. targets:
-    int64 [n], the tokens they predict. spans: of each response, the positions of these states in
-    its sequence. positions: of each response, ascending, those of them that are its token rows.
+    int64 [n], the tokens they predict. spans: for each response, the positions of these states in
+    its sequence. positions: for each response, ascending, those of them to make token rows of.
 
     Returns log p of every token, float32 [n], whose sum over a response is S, and the token rows,
-    whose `response` counts the responses given. They have the k = `top_k` largest logits, or the
-    whole vocabulary where it is smaller, and with `tail_mean` tail means in the states' dtype.
+    whose `response` numbers the responses of this call. They have the k = `top_k` largest logits
+    (all of a smaller vocabulary) and, with `tail_mean`, tail means in the states' dtype.
 
     A tail mean is E_tail[∂z_j/∂h] = Σ_j p_j·slope_j·w_j / Σ_j p_j over the tail, every token that
     is neither the target nor among the k largest: p is the softmax over the whole vocabulary, w_j
@@ -117,8 +117,8 @@ def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
     """The values as a tensor on the device.
 
-    A GPU gets them through pinned memory, because a copy from other memory waits until the GPU has
-    done all earlier work.
+    For a GPU they go through pinned memory, because a copy from pageable memory waits until the GPU
+    has finished all earlier work.
     """
     tensor = torch.from_numpy(values)
     if device.type != "cuda":

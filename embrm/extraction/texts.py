@@ -1,4 +1,4 @@
-"""The texts of an extraction: loaded, tokenised, and named by an identity, before a model runs."""
+"""Prepares the texts of an extraction before the model runs: loads, tokenizes, identifies them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from embrm.extraction.engine import Request
 from embrm.extraction.engines import REFERENCE
 from embrm.extraction.positions import PositionsRule, token_positions
 from embrm.extraction.spec import ExtractSpec
-from embrm.lm.loading import digest, load_config, longest, model_folder
+from embrm.lm.loading import digest, length_limit, load_config, model_folder
 from embrm.lm.tokens import Encoded, TokenPolicy, encode, load_tokenizer, token_policy
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.*", "merges.txt", "*.tiktoken")
@@ -32,8 +32,9 @@ _RULES: dict[PositionsRule, str] = {
 class PreparedTexts:
     """Everything that is known before the model runs.
 
-    folder: the model's. encoded: one entry per row of dataset.responses. leaks: evaluation prompts
-    that also occur in training. identity: what the cache id is the digest of.
+    folder: of the model. encoded: one entry per row of dataset.responses. leaks: evaluation prompts
+    that also occur in training. identity: everything that determines the content of the cache; the
+    cache id is its digest.
     """
 
     spec: ExtractSpec
@@ -81,7 +82,7 @@ def prepare_texts(spec: ExtractSpec) -> PreparedTexts:
     policy = token_policy(
         tokenizer,
         template=spec.template,
-        max_length=longest(config, spec.max_length),
+        max_length=length_limit(config, spec.max_length),
         truncation=spec.truncation,
         pad_token=spec.pad_token,
         allow_pad_eos=spec.allow_pad_eos,
@@ -93,7 +94,7 @@ def prepare_texts(spec: ExtractSpec) -> PreparedTexts:
     vocabulary = config.get_text_config().vocab_size
     if largest >= vocabulary:
         raise UserError(
-            f"model {spec.model}: its tokenizer gives token id {largest}, the model knows "
+            f"model {spec.model}: its tokenizer gives token id {largest}, but the vocabulary has "
             f"{vocabulary} ids: use the tokenizer the model was trained with"
         )
     identity = _identity(spec, folder, policy, dataset, kept)
@@ -109,7 +110,7 @@ def exclude(
 ) -> tuple[Dataset, list[Encoded]]:
     """Leave out the dropped responses, and pairs whose two responses have the same tokens.
 
-    encoded, drops: what `encode` returned. Returns the rest of both.
+    encoded, drops: as returned by `encode`. Returns the remaining dataset and encoded responses.
     """
     identical = []
     for pair, chosen, rejected in (
@@ -135,7 +136,7 @@ def _identity(
     dataset: Dataset,
     encoded: list[Encoded],
 ) -> dict[str, Any]:
-    """Everything that defines the content of the cache, and nothing else (no path, no device)."""
+    """Everything that determines the content of the cache; no paths and no device."""
     tokens = hashlib.sha256()
     for entry in encoded:
         tokens.update(f"{len(entry.ids)} {entry.n_prompt} {entry.final_position}\n".encode())
@@ -167,7 +168,7 @@ def _identity(
             "rows": spec.token_rows,
             "top_k": spec.top_k,
             "seed": spec.seed,
-            # Named only where it is set, so that caches made before it keep their ids.
+            # Present only when set, so that caches made before this option keep their ids.
             **({"tail_mean": True} if spec.tail_mean else {}),
         }
         if spec.token_rows

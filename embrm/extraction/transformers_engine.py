@@ -1,6 +1,6 @@
 """The transformers engine, the reference implementation, on CPU, CUDA or MPS.
 
-Its module functions are those of `EngineModule`.
+This module has the functions of `EngineModule`.
 """
 
 import sys
@@ -29,24 +29,24 @@ from embrm.lm.loading import load_model
 from embrm.lm.tokens import reason_of
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 16384}
-"""Tokens of a batch, padding included, that suit each kind of device."""
+"""Default token budget of a batch, padding included, by device type."""
 
 
 def suits(views: Sequence[str], device: str) -> bool:  # noqa: ARG001
-    """Always true: this engine reads every view on every device."""
+    """Always true: this engine gives every view on every device."""
     return True
 
 
 def refuse_unusable(views: Sequence[str]) -> None:
-    """Never raises: see `suits`. A view that a model lacks is refused when it is loaded."""
+    """Never raises: see `suits`. A view that the model lacks is refused on loading."""
 
 
 def open_engine(settings: EngineSettings) -> "TransformersEngine":
     """Load the engine for an extraction. Raises: UserError as `load_engine` does."""
     if settings.tensor_parallel > 1:
         raise UserError(
-            f"tensor_parallel = {settings.tensor_parallel} is for vLLM: add --engine vllm, or "
-            "leave it out"
+            f"tensor_parallel = {settings.tensor_parallel} is for vLLM only: add --engine vllm, "
+            "or leave it out"
         )
     return load_engine(
         settings.folder,
@@ -71,7 +71,7 @@ def load_engine(
     trust_remote_code: bool = False,
     compiled: bool = False,
 ) -> "TransformersEngine":
-    """Load the causal LM at `folder` as an engine. compiled: run it through torch.compile.
+    """Load the causal LM at `folder` as an engine. compiled: use torch.compile.
 
     Raises: UserError when the model cannot be loaded (see `load_model`), when the engine refuses it
     (see `TransformersEngine`), or when torch.compile fails on it.
@@ -91,8 +91,8 @@ class TransformersEngine:
     ) -> None:
         """Wrap a model that is in evaluation mode.
 
-        Raises: UserError when its logits are computed in a way embrm does not know, when its
-        states depend on what follows them, or when it lacks one of the views.
+        Raises: UserError when its logits are not those of `LmHead`, when a state depends on later
+        tokens, or when the model lacks one of the views.
         """
         self.head = LmHead.from_model(model)
         self.width: int = self.head.weight.shape[1]
@@ -112,7 +112,7 @@ class TransformersEngine:
         self._longest_packed = 0
         if model.base_model is model:
             raise UserError(
-                f"{type(model).__name__} does not say which part of it gives the states: "
+                f"{type(model).__name__} has no base model, whose output embrm caches: "
                 "use another architecture"
             )
         with torch.inference_mode():
@@ -124,20 +124,20 @@ class TransformersEngine:
             why_not = self._try_packing()
         if why_not:
             print(
-                f"warning: {type(model).__name__} is read padded and every prompt anew with each "
-                f"response: packed, {why_not}",
+                f"warning: {type(model).__name__} is read in padded batches, and a shared prompt "
+                f"again for each response: if texts were packed, {why_not}",
                 file=sys.stderr,
             )
         elif self._longest_packed < sys.maxsize:
             print(
-                f"warning: texts of over {self._longest_packed:,} tokens, the reach of "
-                f"{type(model).__name__}'s attention, are read padded and each with its prompt",
+                f"warning: texts of more than {self._longest_packed:,} tokens, the attention "
+                f"window of {type(model).__name__}, are read in padded batches, prompts included",
                 file=sys.stderr,
             )
         self.environment["batches"] = "padded" if why_not else "packed"
 
     def compile(self) -> None:
-        """Run the base model through torch.compile from now on, for batches of any size.
+        """Compile the base model with torch.compile, for batches of any size.
 
         Raises: UserError when compiling fails or changes the states.
         """
@@ -149,16 +149,17 @@ class TransformersEngine:
         try:
             if not self._close(self.hidden(requests)[0]["last"], expected):
                 reason = "it changes the states"
-        except Exception as error:  # no compiler, or whatever it cannot compile
+        except Exception as error:  # without a compiler, or for models it cannot compile
             reason = reason_of(error)
         if reason:
             raise UserError(
-                f"torch.compile fails on {type(self.model).__name__}, {reason}: leave out --compile"
+                f"torch.compile fails on {type(self.model).__name__} ({reason}): "
+                "leave out --compile"
             )
         self.environment["compiled"] = True
 
     def batches(self, requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-        """Batches to pack where the model allows it, of texts of similar length otherwise."""
+        """Batches to pack if the texts can be packed, else of texts of similar length."""
         lengths = [len(request.ids) for request in requests]
         some = [index for index, length in enumerate(lengths) if length <= self._longest_packed]
         rest = [index for index, length in enumerate(lengths) if length > self._longest_packed]
@@ -170,17 +171,17 @@ class TransformersEngine:
         ]
 
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
-        """Read each batch packed, or right-padded where a text is too long to be packed.
+        """Read each batch packed, or right-padded if a text is too long to be packed.
 
-        A GPU reads the next batch while the answer to one is copied and yielded. A model that needs
-        a number on the CPU in between (padded masks, longrope) starts the next batch later.
+        A GPU reads the next batch while an answer is copied and yielded, unless the model has to
+        wait for a value on the CPU (as padded masks and longrope do).
         """
         before: _Answer | None = None
         for requests in batches:
             try:
                 begun = self._begin(requests)
             except UserError:
-                if before:  # it may be the last of a shard, which is then complete
+                if before:  # yield it first: it may complete a shard
                     yield before.batch()
                 raise
             if before:
@@ -200,7 +201,7 @@ class TransformersEngine:
             ) from None
         except TorchDynamoException as error:  # a shape that compile() did not try
             raise UserError(
-                f"torch.compile fails on {type(self.model).__name__}, {reason_of(error)}: run "
+                f"torch.compile fails on {type(self.model).__name__} ({reason_of(error)}): run "
                 "again without --compile; finished shards are kept"
             ) from None
 
@@ -240,15 +241,15 @@ class TransformersEngine:
     def hidden(
         self, requests: Sequence[Request]
     ) -> tuple[dict[str, Tensor], list[npt.NDArray[np.int64]]]:
-        """Run the model alone on one batch.
+        """Run the model on one batch, without computing statistics.
 
-        Returns view → states [places, d], "last" always among them, and for each request the places
-        of its tokens, int64 [length].
+        Returns view → states [places, d], always with "last", and for each request the indices of
+        its tokens in them, int64 [length].
 
-        No attention mask is passed. In a padded batch causal attention keeps tokens from seeing the
-        padding to their right, positions count from the left, and without a mask the fast causal
-        kernels run; `_check_causality` tests that the model is causal. For packed batches see
-        `embrm.extraction.packing`.
+        No attention mask is passed. In a padded batch, causal attention keeps tokens from attending
+        to the padding on their right, and positions count from the left; without a mask, the fast
+        causal kernels are used. `_check_causality` tests that the model is causal. For packed
+        batches see `embrm.extraction.packing`.
         """
         device = self.model.device
         if max(len(request.ids) for request in requests) <= self._longest_packed:
@@ -256,23 +257,23 @@ class TransformersEngine:
             hidden = self._hidden_packed(packed)
             places = packed.places
         else:
-            self._attend_by(self._own_attention)
+            self._use_attention(self._own_attention)
             ids, places = padded(requests)
             hidden = self._hidden(to_device(ids.numpy(), device))
         return {view: states.flatten(0, 1) for view, states in hidden.items()}, places
 
-    def _attend_by(self, implementation: str) -> None:
+    def _use_attention(self, implementation: str) -> None:
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
 
     def _hidden_packed(
         self, packed: Packed, attention: str = packing.ATTENTION, **inputs: Any
     ) -> dict[str, Tensor]:
-        self._attend_by(attention)
+        self._use_attention(attention)
         return self._hidden(packed.ids, position_ids=packed.positions, packed=packed, **inputs)
 
     def _hidden(self, ids: Tensor, **inputs: Any) -> dict[str, Tensor]:
-        """View → states [n, length, d] of ids int64 [n, length]; "last" is always among them."""
+        """View → states [n, length, d] of ids int64 [n, length], always with "last"."""
         output = self.model.base_model(
             input_ids=ids, use_cache=False, output_hidden_states=bool(self._layers), **inputs
         )
@@ -288,12 +289,12 @@ class TransformersEngine:
         for layer in self._layers:
             if layer >= layers:
                 raise UserError(
-                    f"states: view 'layer:{layer}' is not in this model: valid: layer:0 "
-                    f"(embeddings) to layer:{layers - 1}; the output of the last layer is 'prenorm'"
+                    f"states: view 'layer:{layer}' is not in this model: use layer:0 (embeddings) "
+                    f"to layer:{layers - 1}; the output of the last layer is 'prenorm'"
                 )
 
     def _hook_final_norm(self) -> None:
-        """Keep the input of the final norm, the module whose output is the base model's output."""
+        """Record the input of the final norm: the module whose output is that of the base model."""
         produced: list[tuple[torch.nn.Module, Tensor]] = []
 
         def note(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -311,7 +312,7 @@ class TransformersEngine:
         norms = [module for module, output in produced if output.data_ptr() == last.data_ptr()]
         if not norms:
             raise UserError(
-                "states: view 'prenorm' is not in this model, whose last step is no norm: "
+                "states: view 'prenorm' is not in this model, which does not end with a norm: "
                 "leave it out"
             )
         norms[-1].register_forward_pre_hook(keep)
@@ -331,8 +332,8 @@ class TransformersEngine:
             )
         if not self._close(self.head.logits(self._hidden(ids)["last"][0]), expected):
             raise UserError(
-                f"{type(self.model).__name__} computes its logits in a way embrm does not know: "
-                "S and token rows would be wrong; use another architecture"
+                f"{type(self.model).__name__} computes its logits in a way that embrm does not "
+                "support, so S and token rows would be wrong: use another architecture"
             )
 
     def _check_causality(self) -> None:
@@ -341,14 +342,14 @@ class TransformersEngine:
         alone = self._hidden(ids[None, :6])["last"][0]
         if not self._close(self._hidden(both)["last"][1, :6], alone):
             raise UserError(
-                f"{type(self.model).__name__} is not causal: a token's state depends on what "
-                "follows it; use a causal LM"
+                f"{type(self.model).__name__} is not causal (a token's state depends on later "
+                "tokens): use a causal LM"
             )
 
     def _try_packing(self) -> str | None:
-        """Pack texts from now on if packed texts have the states that they have alone.
+        """Enable packing if packed texts have the same states as texts read alone.
 
-        Returns None, or why texts cannot be packed.
+        Returns None, or the reason why texts cannot be packed.
         """
         config = self.model.config.get_text_config()
         ids = self._probe_ids().cpu().numpy().astype(np.int32)
@@ -361,7 +362,7 @@ class TransformersEngine:
             packed = pack_texts(requests, self.model.device)
             hidden = self._hidden_packed(packed)["last"]
             # Llama 4 scales queries by their position in the sequence, in steps longer than these
-            # texts, so that the comparison below would not notice.
+            # texts, so the comparison below would not detect it.
             if getattr(config, "attn_temperature_tuning", False):
                 reason = "a token's attention would depend on where its text is packed"
             elif not self._close(hidden[0][np.concatenate(packed.places)], alone):
@@ -369,24 +370,24 @@ class TransformersEngine:
         except Exception as error:  # any error of a model that does not support packed texts
             reason = reason_of(error)
         if reason:
-            self._attend_by(self._own_attention)
+            self._use_attention(self._own_attention)
         else:
-            self._longest_packed = self._reach(packed)
+            self._longest_packed = self._longest_packable(packed)
         return reason
 
-    def _reach(self, packed: Packed) -> int:
-        """Tokens of the longest text whose attention is the same packed as alone.
+    def _longest_packable(self, packed: Packed) -> int:
+        """Maximum length of a text that can be packed.
 
-        Packed attention applies the sliding windows that the model passes to it. It cannot apply a
-        window or a chunk (Llama 4) that is only in the model's mask; texts up to that length are
-        not affected by it.
+        Packed attention applies the sliding windows that the model passes to it, but not a window
+        or chunk (Llama 4) that is only in the model's mask. Texts up to the length of that window
+        or chunk are not affected by it.
         """
         config = self.model.config.get_text_config()
         windows: list[tuple[int | None, int]] = []
         try:
             self._hidden_packed(packed, packing.NOTED, windows=windows)
             told = all(masked == own for masked, own in windows)
-        except Exception:  # a model that makes its own masks may fail in any way here
+        except Exception:  # models that make their own masks may raise anything here
             told = False
         window = None if told and windows else getattr(config, "sliding_window", None)
         chunk = getattr(config, "attention_chunk_size", None)
@@ -402,8 +403,8 @@ class TransformersEngine:
 class _Answer:
     """The answer to a batch while it is copied from the device.
 
-    states, norms, tokens: as in `Batch`; complete once `arrived` has happened (None: they are).
-    terms: log p of every predicted token; the lengths of `spans` say how many each request has.
+    states, norms, tokens: as in `Batch`; valid once the event `arrived` has happened (None: at
+    once). terms: log p of every predicted token; `spans` has as many positions for each request.
     """
 
     states: dict[str, Tensor]
@@ -423,7 +424,7 @@ class _Answer:
         tokens: TokenRows[Tensor],
         spans: Sequence[range],
     ) -> "_Answer":
-        """Copy the tensors to the CPU; from a GPU without waiting until it has computed them."""
+        """Copy the tensors to the CPU; from a GPU, without waiting until they are computed."""
         on_gpu = terms.is_cuda
 
         def copy(tensor: Tensor) -> Tensor:
@@ -457,7 +458,7 @@ class _Answer:
 def padded(requests: Sequence[Request]) -> tuple[Tensor, list[npt.NDArray[np.int64]]]:
     """Token ids of the requests, int64 [requests, longest], padded on the right with token 0.
 
-    Also returns, for each request, the places of its tokens in the flattened ids, int64 [length].
+    Also returns, for each request, the indices of its tokens in the flattened ids, int64 [length].
     """
     ids = np.zeros((len(requests), max(len(request.ids) for request in requests)), np.int64)
     for row, request in zip(ids, requests, strict=True):
@@ -474,7 +475,7 @@ def _joined(parts: Sequence[npt.NDArray[Any]], device: torch.device) -> Tensor:
 
 
 def _mean(states: Tensor, places: npt.NDArray[np.int64]) -> Tensor:
-    """Mean state of a response, whose tokens are adjacent both packed and padded."""
+    """Mean state of a response; its tokens are adjacent in packed and in padded batches."""
     return states[int(places[0]) : int(places[-1]) + 1].float().mean(0)
 
 

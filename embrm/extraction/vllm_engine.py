@@ -1,7 +1,7 @@
-"""The vLLM engine: prefix sharing and continuous batching on a GPU. Its module functions are those
-of `EngineModule`.
+"""The vLLM engine: prefix sharing and continuous batching on a GPU.
 
-vLLM is imported inside functions only, because it is optional and takes many seconds to import.
+This module has the functions of `EngineModule`. vLLM is imported inside functions only, because it
+is optional and takes many seconds to import.
 """
 
 import math
@@ -34,13 +34,13 @@ from embrm.lm.head import LmHead
 from embrm.lm.tokens import reason_of
 
 VIEWS = ("last", "mean")
-"""Views that vLLM's pooling runner can give: it returns states after the final norm alone."""
+"""Views that vLLM's pooling runner can give: it only returns states after the final norm."""
 
 _TESTED = "0.32"
-# Tokens of one call, inside which vLLM forms its own batches. On a GPU that is a whole shard, so
-# that its responses share every prefix they can.
+# Tokens per call to vLLM, which forms its own batches. On a GPU this is a whole shard, so that all
+# responses to a prompt share its prefix.
 _BATCH_TOKENS = {"cpu": 1 << 15, "cuda": 1 << 22}
-_STEP_TOKENS = 8192  # tokens that vLLM computes at a time
+_STEP_TOKENS = 8192  # tokens that vLLM computes per step
 _MEMORY = 0.9  # share of a GPU's memory for weights, activations and key-value cache
 _CPU_CACHE_BYTES = 1 << 30
 
@@ -56,9 +56,9 @@ def installed_version() -> str | None:
 
 
 def suits(views: Sequence[str], device: str) -> bool:
-    """Whether the tested version of vLLM is installed on CUDA and can give the views.
+    """Whether the tested version of vLLM is installed, on CUDA, and can give the views.
 
-    Where only the version differs, a warning says so, because the other engine is slower.
+    If only the version differs, a warning says so, because the other engine is slower.
     """
     found = installed_version()
     if (
@@ -71,13 +71,13 @@ def suits(views: Sequence[str], device: str) -> bool:
     if _release(found) == _release(_TESTED):
         return True
     remedy = (
-        "--engine vllm takes it all the same"
+        "add --engine vllm to use it anyway"
         if _release(found) > _release(_TESTED)
         else f"install vllm=={_TESTED}.*"
     )
     print(
-        f"warning: vLLM {found} is installed, embrm is tested with {_TESTED}: reading with "
-        f"transformers; {remedy}",
+        f"warning: vLLM {found} is installed, but embrm is tested with {_TESTED}: using "
+        f"transformers instead; {remedy}",
         file=sys.stderr,
     )
     return False
@@ -99,7 +99,7 @@ def refuse_unusable(views: Sequence[str]) -> None:
     other = [view for view in views if view not in VIEWS]
     if other:
         raise UserError(
-            f"states: view {other[0]!r} is not among those that vLLM gives, last and mean: "
+            f"states: view {other[0]!r} is not available with vLLM, which gives last and mean: "
             "use --engine transformers"
         )
 
@@ -112,8 +112,8 @@ def open_engine(settings: EngineSettings) -> "VllmEngine":
     """Load the engine for an extraction. Raises: UserError as `load_vllm` does."""
     if settings.compiled:
         raise UserError(
-            "--compile is for the transformers engine, and vLLM compiles by itself: leave it "
-            "out, or add --engine transformers"
+            "--compile is for the transformers engine (vLLM compiles by itself): leave it out, or "
+            "add --engine transformers"
         )
     assert settings.max_length is not None  # an extraction knows its texts
     return load_vllm(
@@ -144,11 +144,11 @@ def load_vllm(
 ) -> "VllmEngine":
     """Load the causal LM at `folder` into vLLM. dtype: float32, bfloat16 or float16.
 
-    max_length: tokens of the longest request to come. tensor_parallel: GPUs that share the model.
-    settings: arguments of `vllm.LLM` that take precedence over embrm's.
+    max_length: maximum tokens of a request. tensor_parallel: GPUs that share the model.
+    settings: arguments of `vllm.LLM` that override those chosen here.
 
-    Raises: UserError when vLLM is absent or refuses the model, when the device is not the one it
-    was built for, or when its logits are not those of the LM head in the model's folder.
+    Raises: UserError when vLLM is not installed or refuses the model, when it was built for another
+    device, or when it computes logits with another scale or soft cap than the model's LM head.
     """
     refuse_unusable(views)
     if _release(str(installed_version())) > _release(_TESTED):
@@ -184,7 +184,7 @@ def load_vllm(
 
 
 def _platform(device: str) -> Any:
-    """What vLLM was built for. Raises: UserError when that is not the device asked for."""
+    """The platform that vLLM was built for. Raises: UserError for another `device`."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm.platforms import current_platform
@@ -193,7 +193,7 @@ def _platform(device: str) -> Any:
     if device not in ("auto", kind):
         raise UserError(
             f"device = {device!r}: the vLLM installed here is built for {kind}: use --device auto "
-            "(CUDA_VISIBLE_DEVICES says which GPUs), or --engine transformers"
+            "(CUDA_VISIBLE_DEVICES selects GPUs), or --engine transformers"
         )
     return current_platform
 
@@ -210,9 +210,9 @@ def _arguments(platform: Any, head: LmHead, max_length: int) -> dict[str, Any]:
         "max_num_batched_tokens": max(_STEP_TOKENS, max_length),
         "enable_prefix_caching": True,
     }
-    if platform.device_type == "cpu":  # for trial runs: compiling takes minutes, and a compiler
+    if platform.device_type == "cpu":  # for trial runs: compiling needs a compiler and minutes
         return arguments | {"kv_cache_memory_bytes": _CPU_CACHE_BYTES, "enforce_eager": True}
-    # Every device gets a whole copy of the head after vLLM has sized its key-value cache.
+    # Leave room for the LM head: each device gets a copy after vLLM has sized its key-value cache.
     share = head.weight.nbytes / platform.get_device_total_memory()
     return arguments | {"gpu_memory_utilization": _MEMORY - share}
 
@@ -233,20 +233,20 @@ def _start(folder: Path, arguments: dict[str, Any]) -> Any:
 def _select_in_worker(
     llm: Any, folder: Path, dtype: str, selection: RowSelection, trust_remote_code: bool
 ) -> bool:
-    """Have every worker select the rows itself; returns whether they all can."""
+    """Make every worker select the needed rows itself; returns whether all of them can."""
     wanted = (str(folder), dtype, list(selection.views), selection.top_k, selection.tail_mean)
     in_worker = all(llm.collective_rpc("embrm_select", args=(*wanted, trust_remote_code)))
     if not in_worker:
         print(
-            f"warning: vLLM {installed_version()} has no pooler head where {_TESTED} has it: "
-            "every state crosses processes",
+            f"warning: vLLM {installed_version()} has no pooler head where {_TESTED} has one: "
+            "all states are copied between processes, which is slower",
             file=sys.stderr,
         )
     return in_worker
 
 
 def _reason(error: Exception) -> str:
-    """`reason_of`, also for a message inside a validation error."""
+    """`reason_of`, but for a validation error its first message."""
     if isinstance(error, ValidationError):
         error = ValueError(error.errors()[0]["msg"])
     return reason_of(error)
@@ -263,8 +263,8 @@ def _refuse_other_logits(llm: Any, head: LmHead) -> None:
     scale, softcap = rule
     if not math.isclose(scale, head.scale, rel_tol=1e-6) or (softcap or None) != head.softcap:
         raise UserError(
-            f"vLLM computes this model's logits with scale and soft cap {(scale, softcap)}, embrm "
-            f"with {mine}: use --engine transformers"
+            f"vLLM computes this model's logits with scale and soft cap {(scale, softcap)}, but "
+            f"embrm with {mine}: use --engine transformers"
         )
 
 
@@ -283,7 +283,7 @@ class VllmEngine:
         """Wrap a started `vllm.LLM`.
 
         in_worker: whether its workers select the rows; otherwise they return all states.
-        max_length: tokens of the longest request it was started for.
+        max_length: maximum tokens of a request that it was started for.
         """
         self.head: LmHead = selection.head
         self.width: int = self.head.weight.shape[1]
@@ -301,14 +301,15 @@ class VllmEngine:
     def forward(self, batches: Iterable[Sequence[Request]]) -> Iterator[Batch]:
         """Read each batch in one call, inside which vLLM forms its own batches.
 
-        Responses to one prompt are neighbours, so that vLLM finds the prompt in its prefix cache.
-        Where a cached prefix holds a row that is needed, the request is read again without cache.
+        Responses to one prompt are adjacent, so that vLLM finds the prompt in its prefix cache. If
+        a row that is needed lies in a cached prefix, for which vLLM returns no states, the
+        request is read again without the cache.
         """
         return map(self._answer, batches)
 
     def _answer(self, requests: Sequence[Request]) -> Batch:
         self._refuse_unreadable(requests)
-        # Earlier requests must not influence which rows are computed together.
+        # Earlier requests must not influence which rows are found in the cache.
         self._llm.reset_prefix_cache()
         answers: dict[int, dict[str, Tensor]] = {}
         waiting = sorted(range(len(requests)), key=lambda index: requests[index].ids.tobytes())
@@ -319,7 +320,7 @@ class VllmEngine:
                 waiting = [index for index in waiting if index not in answers]
         if waiting:
             raise UserError(
-                f"vLLM {installed_version()} gave fewer states than tokens for {len(waiting)} "
+                f"vLLM {installed_version()} returned fewer states than tokens for {len(waiting)} "
                 "responses: use --engine transformers"
             )
         return self._batch([answers[index] for index in range(len(requests))])
@@ -340,9 +341,9 @@ class VllmEngine:
                 pooling_task="token_embed",
                 use_tqdm=False,
             )
-        except Exception as error:  # mostly a lack of memory, which workers report in many ways
+        except Exception as error:  # mostly out of memory, which workers report in many ways
             raise UserError(
-                f"vLLM stopped ({reason_of(error)}): finished shards are kept; see its log above"
+                f"vLLM stopped ({reason_of(error)}): see its log above; finished shards are kept"
             ) from None
         rows = [output.outputs.data for output in outputs]
         if self._in_worker:
@@ -371,12 +372,12 @@ class VllmEngine:
         )
 
     def _refuse_unreadable(self, requests: Sequence[Request]) -> None:
-        """Raises: UserError for a request that vLLM refuses, which would fail the whole call."""
+        """Raises: UserError for a request that vLLM would refuse, along with the whole call."""
         for request in requests:
             length = len(request.ids)
             if not 0 < length <= self._max_length:
                 raise UserError(
-                    f"a response of {length} tokens: vLLM was started for 1 to "
+                    f"a response has {length} tokens, but vLLM was started for 1 to "
                     f"{self._max_length}: lower max_length"
                 )
             largest = int(np.max(request.ids))

@@ -1,9 +1,9 @@
 """The part of the vLLM engine that runs in vLLM's worker processes.
 
-vLLM passes every state of a finished sequence to the head of its token pooler. That head is
-replaced by one that computes the statistics where the states are and returns only the rows asked
-for, so that a few kilobytes per response cross processes instead of all states [length, d]. vLLM
-imports this module by its name; it does not import vLLM.
+vLLM passes all states of a finished sequence to the head of its token pooler. Here that head is
+replaced by one that computes the statistics in the worker and returns only the requested rows, so
+that a few kilobytes per response are copied between processes instead of all states [length, d].
+vLLM imports this module by its name; this module does not import vLLM.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from embrm.lm.tokens import reason_of
 def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> LmHead:
     """The LM head of the model at `folder`, on the CPU; no other weight is read.
 
-    A model built on torch's meta device says which tensors its head has, whether tied or not.
+    The model is built on torch's meta device to find which tensors its head has, tied or not.
 
     Raises: UserError when the model has no such head, or the folder no tensor of those names.
     """
@@ -39,9 +39,9 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **remote)
         head = LmHead.from_model(model)
-    except Exception as error:  # whatever an unusual architecture makes of being built this way
+    except Exception as error:  # unusual architectures may raise anything here
         raise UserError(
-            f"model {folder}: the LM head that vLLM leaves out is not found "
+            f"model {folder}: its LM head, which vLLM does not load, is not found "
             f"({reason_of(error)}): use --engine transformers"
         ) from None
 
@@ -56,8 +56,8 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
                     if name in held:
                         return file.get_tensor(name).to(getattr(torch, dtype))
         raise UserError(
-            f"model {folder}: no tensor {' or '.join(map(repr, names))} for the LM head that "
-            "vLLM leaves out: use --engine transformers"
+            f"model {folder}: no tensor {' or '.join(map(repr, names))} for the LM head, which "
+            "vLLM does not load: use --engine transformers"
         )
 
     bias = None if head.bias is None else stored(head.bias)
@@ -65,12 +65,12 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
 
 
 def wanted_rows(request: Request) -> dict[str, Any]:
-    """What `RowSelection` must know of a request, as plain numbers that vLLM can pass on.
+    """Describe for `RowSelection` what a request needs, as plain numbers that vLLM can pass on.
 
-    Places are counted from the end of the sequence, because a prefix that vLLM finds in its cache
-    is missing at the start. targets: the predicted tokens. n_response: tokens of the response.
-    final: distance of the pooled token from the last. start: position whose state predicts the
-    first target. positions: of the token rows.
+    The rows of a sequence are indexed from its end, because the states of a prefix that vLLM finds
+    in its cache are missing at the start. targets: the predicted tokens. n_response: number of
+    response tokens. final: distance of the pooled token from the last. start: position whose state
+    predicts the first target. positions: of the token rows.
     """
     length = len(request.ids)
     predicting = predicting_positions(request.n_prompt, length)
@@ -85,7 +85,7 @@ def wanted_rows(request: Request) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """What is kept of the states of a sequence.
+    """Selects what to keep of the states of a sequence.
 
     head: on the device of the states. views: some of "last" and "mean". top_k, tail_mean: see
     `response_statistics`.
@@ -101,9 +101,9 @@ class RowSelection:
     ) -> list[dict[str, Tensor] | None]:
         """One answer per sequence, from the post-norm states [rows, d] of its last rows.
 
-        wanted: of each sequence, what `wanted_rows` returned. An answer holds, on the CPU, S as
+        wanted: the result of `wanted_rows` for each sequence. An answer has, on the CPU, S as
         float64 [1], state.VIEW [1, d] and norm.VIEW float32 [1] per view, and tokens.COLUMN per
-        column of its token rows. It is None where a needed row is missing because the sequence's
+        column of its token rows. It is None if a needed row is missing because the sequence's
         prefix was in vLLM's cache.
         """
         whole = [
@@ -165,13 +165,13 @@ class RowSelection:
 
 
 def serialize(answer: dict[str, Tensor] | None) -> Tensor:
-    """An answer as uint8 [bytes], since vLLM passes on one tensor per request; None is empty."""
+    """An answer as uint8 [bytes], because vLLM passes on one tensor per request; None as empty."""
     content = safetensors.torch.save(answer) if answer else b""
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
 
 
 def deserialize(content: Tensor) -> dict[str, Tensor] | None:
-    """The answer that `serialize` was given."""
+    """The inverse of `serialize`."""
     return safetensors.torch.load(content.numpy().tobytes()) if len(content) else None
 
 
@@ -183,9 +183,9 @@ class SelectingHead(torch.nn.Module):
         self._selection = selection
 
     def forward(self, pooled_data: list[Tensor | None], pooling_metadata: Any) -> list[Any]:
-        """Serialized answers; None where a prefill is not finished.
+        """Return serialized answers; None for a request whose prefill is not finished.
 
-        It must not raise an error, which would end the engine for every request.
+        It must not raise an error, which would stop the engine for all requests.
         """
         finished = {index: rows for index, rows in enumerate(pooled_data) if rows is not None}
         wanted = [pooling_metadata.pooling_params[index].extra_kwargs for index in finished]
@@ -200,7 +200,7 @@ class WorkerExtension:
     model_runner: Any
 
     def embrm_logit_rule(self) -> tuple[float, float | None] | None:
-        """Scale and softcap of the model's own logits; None where the model does not say.
+        """Scale and softcap with which vLLM's model computes logits; None if they are unknown.
 
         The pooling runner does not load the head's weights, but keeps the object with these two.
         """
@@ -218,7 +218,7 @@ class WorkerExtension:
         tail_mean: bool,
         trust_remote_code: bool,
     ) -> bool:
-        """Install a `SelectingHead`; returns False where this vLLM has no head to replace."""
+        """Install a `SelectingHead`; returns False if this vLLM has no head to replace."""
         model = self.model_runner.get_model()
         poolers = getattr(model.pooler, "poolers_by_task", {})
         pooler: Any = poolers.get("token_embed")

@@ -1,0 +1,1 @@
+"""The language model: loading, the LM head, and tokenization."""

@@ -1,4 +1,4 @@
-"""The LM head: the map from final hidden states to logits, and how logits react to a shift."""
+"""The LM head: logits of final hidden states, and how logits change when states do."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class LmHead:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "LmHead":
-        """The head that `tensors` describes as `tensors()` names them; the bias becomes float32."""
+        """The inverse of `tensors()`; the bias becomes float32."""
         bias, softcap = tensors.get("bias"), tensors.get("softcap")
         return cls(
             tensors["weight"],
@@ -53,7 +53,7 @@ class LmHead:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a cache stores of the head: weight, scale, and bias and softcap where they exist."""
+        """The head as a cache stores it: weight, scale, and bias and softcap if they exist."""
         stored = {"weight": self.weight.detach().cpu().contiguous()}
         if self.bias is not None:
             stored["bias"] = self.bias.detach().cpu().contiguous()
@@ -75,14 +75,13 @@ class LmHead:
         return products
 
     def slopes(self, logits: Tensor) -> Tensor | float:
-        """∂z/∂(W h) at these logits: of their shape, or one number without a softcap."""
+        """∂z/∂(W h) at these logits, of the same shape; a single number without a softcap."""
         if self.softcap is None:
             return self.scale
         return self._slopes(logits / self.softcap)
 
     def uncapped(self, logits: Tensor) -> Tensor:
-        """The logits before soft-capping, scale·(W h + b); finite also where a logit is at its
-        cap."""
+        """The logits before soft-capping, scale·(W h + b); finite even for a logit at its cap."""
         if self.softcap is None:
             return logits
         share = (logits / self.softcap).clamp(-1 + 2**-23, 1 - 2**-23)
@@ -95,7 +94,7 @@ class LmHead:
         return self._slopes(torch.tanh(uncapped / self.softcap))
 
     def changes(self, uncapped: Tensor, moved: Tensor) -> Tensor:
-        """How much logits change when W h changes by `moved`, of the same shape as `uncapped`."""
+        """The change of the logits when W h changes by `moved`; all have the same shape."""
         change = moved if self.scale == 1 else moved * self.scale
         if self.softcap is None:
             return change

@@ -1,7 +1,8 @@
-"""Log-probabilities of tokens without the logits of all positions in memory at once.
+"""Log-probabilities of tokens, without the logits of all positions in memory at once.
 
-Logits are computed for a block of positions at a time, reduced to one number each and discarded;
-the backward step computes them again. Only the states and one logsumexp per position are kept.
+Logits are computed for one block of positions at a time, reduced to one number per position and
+discarded; the backward pass computes them again. Only the states and one logsumexp per position are
+kept.
 """
 
 from typing import Any
@@ -15,19 +16,19 @@ _LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 """Size of a block of float32 logits, by device type."""
 
 _LEAST_ROWS = 64
-"""Positions of a block at least, however large the vocabulary."""
+"""Minimum number of positions in a block, for any size of the vocabulary."""
 
 
 def log_probabilities(head: LmHead, states: Tensor, targets: Tensor) -> Tensor:
     """Return log softmax(z)[target], float32 [n], where z are the logits of `states` under `head`.
 
     states: [n, d]. targets: token ids int64 [n]. Differentiable in the states and in the head's
-    weight and bias. Under autocast the matrix products use its dtype; all else is in float32.
+    weight and bias. Under autocast the matrix products use its dtype, the rest float32.
     """
     kind = states.device.type
     weight, bias = head.weight, head.bias
     if torch.is_autocast_enabled(kind):
-        # Cast here, because the backward step runs outside of autocast and must compute the same.
+        # Cast here, because the backward pass runs outside of autocast and must compute the same.
         dtype = torch.get_autocast_dtype(kind)
         states, weight = states.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

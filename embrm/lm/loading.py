@@ -1,4 +1,4 @@
-"""Loading a causal LM: its files, weights and device, and the longest text it can read."""
+"""Loads a causal LM: finds its files and device, loads its weights, and limits text lengths."""
 
 import hashlib
 import sys
@@ -19,7 +19,7 @@ _ARITHMETIC = {
     "bfloat16": {"avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"},
     "float16": {"avx512_fp16", "amx_fp16", "avx10_2", "fp16_arith"},
 }
-"""A processor with arithmetic in a dtype has at least one of these capabilities (torch's names)."""
+"""CPU capabilities, by torch's names; native arithmetic in a dtype needs at least one of them."""
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 _HUB_IGNORED = ["original/*", "consolidated*", "onnx/*"]
@@ -28,7 +28,7 @@ _MAX_LENGTH = 2048
 
 
 def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model: `model` itself, or where files of that hub id are cached.
+    """The local folder of a model: `model` itself, or the download of that hub id.
 
     Raises: UserError when it is neither a folder nor a hub id, or has no safetensors weights.
     """
@@ -57,7 +57,7 @@ def model_folder(model: str, revision: str | None, *, trust_remote_code: bool = 
             f"model {model}: pickled weights ({pickled[0].name}) are refused: save the model with "
             "safe_serialization=True (safetensors)"
             if pickled
-            else f"model {model}: the folder holds no *.safetensors weights: check the path"
+            else f"model {model}: the folder has no *.safetensors weights: check the path"
         )
     return folder
 
@@ -72,7 +72,7 @@ def digest(folder: Path, *patterns: str) -> str:
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a causal LM.
 
-    Raises: UserError when there is none, or when its architecture has no LM head.
+    Raises: UserError when it cannot be read, or when the architecture has no LM head.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -149,8 +149,8 @@ def _warn_of_emulation(dtype: str) -> None:
     has = {name for name, value in torch.cpu.get_capabilities().items() if value}
     if dtype in _ARITHMETIC and not has & _ARITHMETIC[dtype]:
         print(
-            f"warning: dtype = {dtype!r}: this processor has no arithmetic in it, and by way of "
-            "float32 it can take many times as long as float32 itself",
+            f"warning: dtype = {dtype!r}: this processor has no {dtype} arithmetic, and its "
+            "emulation can take many times as long as float32",
             file=sys.stderr,
         )
 
@@ -160,7 +160,7 @@ def _remote(trust_remote_code: bool) -> dict[str, bool]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name: auto, cpu, cuda, cuda:1 or mps.
+    """Resolve a device name: auto, cpu, cuda, cuda:1 or mps.
 
     Raises: UserError when it is not available.
     """
@@ -185,15 +185,15 @@ def _causal_names() -> set[str]:
     return names
 
 
-def longest(config: Any, max_length: int | None) -> int:
-    """Most tokens of a text: `max_length`, or by default 2,048 or what the model reads if less.
+def length_limit(config: Any, max_length: int | None) -> int:
+    """Maximum tokens of a text: `max_length`; None: 2,048, or the model's limit if that is lower.
 
-    Raises: UserError when the model cannot read `max_length` tokens.
+    Raises: UserError when `max_length` exceeds the model's limit.
     """
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    # Beyond the original length, these rotary embeddings change with the longest sequence of a
-    # batch, so that a response's state would depend on the other responses in its batch.
+    # Beyond the original length, these rotary embeddings depend on the longest sequence of a batch,
+    # so that a response's state would depend on the other responses in its batch.
     rope = getattr(config, "rope_parameters", None) or {}
     varies = rope.get("rope_type") in ("dynamic", "longrope")
     original = rope.get("original_max_position_embeddings") or limit

@@ -1,12 +1,12 @@
-"""From texts to token ids: template, BOS and EOS, truncation, and the pooled position.
+"""Converts texts to token ids: template, BOS and EOS, truncation, and the pooled position.
 
 The rules, in the order they apply:
 
 - **Template.** "chat" renders the messages with the tokenizer's chat template, a plain-text row
   becoming one user and one assistant message. "plain" joins prompt and response as they are,
   without a separator (as TRL does). "auto" takes chat when the tokenizer has a template.
-- **BOS.** Exactly one when the tokenizer itself begins text with BOS; one that the template wrote
-  is kept; a doubled one is reduced to one.
+- **BOS.** If the tokenizer itself begins text with BOS, there is exactly one. A BOS that the
+  template writes is kept, and a doubled one reduced to one.
 - **EOS.** Plain text ends with exactly one EOS when the tokenizer has an EOS token. Rendered chat
   ends as its template ends it (a model served through that template sees nothing else), with a
   doubled EOS reduced to one.
@@ -14,7 +14,7 @@ The rules, in the order they apply:
   the prompt alone (with the template's generation prompt); every later token, including what the
   template appends after the answer, is a response token.
 - **Truncation.** A text longer than `max_length` is dropped, or loses tokens from the left of its
-  prompt, BOS and the response staying whole and at least one prompt token remaining.
+  prompt. BOS and the response stay whole; if no prompt token would remain, the text is dropped.
 - **Final position.** The rightmost token that is not the pad token: the rule of transformers'
   `AutoModelForSequenceClassification`, so an exported reward model reads the same position.
 """
@@ -37,7 +37,7 @@ from embrm.core.progress import progress
 Ids = npt.NDArray[np.int32]
 
 _CHUNK = 1024
-"""Texts tokenised at a time: enough for the parallel tokenizer, in little memory."""
+"""Texts tokenized per call: enough for the parallel tokenizer, in little memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Encoded:
     """One response with its prompt as token ids.
 
     ids: int32 [length], prompt then response. n_prompt: how many of them are the prompt.
-    final_position: index of the pooled token. truncated: whether the prompt lost its beginning.
+    final_position: index of the pooled token. truncated: whether the prompt was cut.
     """
 
     ids: Ids
@@ -66,7 +66,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """Every choice that decides how texts become token ids. Fields hold token ids, not tokens."""
+    """All settings that determine how texts become token ids. bos, eos and pad are token ids."""
 
     template: Literal["chat", "plain"]
     chat_template: str | None
@@ -102,7 +102,7 @@ def token_policy(
     pad_token: str | None = None,
     allow_pad_eos: bool = False,
 ) -> TokenPolicy:
-    """The policy for a tokenizer; arguments as in an extraction's spec.
+    """The policy for a tokenizer; the arguments are fields of `ExtractSpec`.
 
     Raises: UserError for a chat template or pad token that is missing, a pad token that is not in
     the vocabulary, and a pad token equal to EOS unless `allow_pad_eos`.
@@ -157,7 +157,7 @@ def _pad_id(tokenizer: Any, pad_token: str | None, eos: int | None, allow_pad_eo
         )
     if pad == eos and not allow_pad_eos:
         raise UserError(
-            f"pad token = EOS token (id {pad}): the final position would fall before the EOS; "
+            f"pad token = EOS token (id {pad}): the final position would be before the EOS; "
             "name another token with --pad-token, or accept it with --allow-pad-eos"
         )
     return pad
@@ -166,7 +166,7 @@ def _pad_id(tokenizer: Any, pad_token: str | None, eos: int | None, allow_pad_eo
 def encode(
     responses: pl.DataFrame, tokenizer: Any, policy: TokenPolicy
 ) -> tuple[list[Encoded | None], pl.DataFrame]:
-    """Tokenise every response of a dataset.
+    """Tokenize every response of a dataset.
 
     responses: columns kind, prompt and response (see embrm.data.dataset). Returns one entry per
     row, None where the row is dropped, and the table of dropped rows with the columns response
@@ -176,7 +176,7 @@ def encode(
     """
     if policy.template == "plain" and (responses["kind"] == "chat").any():
         raise UserError(
-            "the data holds conversations but this tokenizer's text is plain (no chat template, "
+            "the data has conversations, but texts are plain (the tokenizer has no chat template, "
             "or template = 'plain'): use a model with a chat template, or plain-text data"
         )
     encoded: list[Encoded | None] = []
@@ -217,7 +217,7 @@ def _add_prompts(
     tokenizer: Any,
     policy: TokenPolicy,
 ) -> None:
-    """Tokenise new prompts; where the template refuses one, its message is kept instead of ids."""
+    """Tokenize new prompts; if the template refuses one, keep its error message instead of ids."""
     new = [key for key in dict.fromkeys(_prompt_keys(chunk)) if key not in prompts]
     texts = []
     for key in new:
@@ -240,7 +240,7 @@ def _rendered(chunk: pl.DataFrame, tokenizer: Any, policy: TokenPolicy) -> list[
 def _render(
     tokenizer: Any, policy: TokenPolicy, kind: str, prompt: str, response: str | None
 ) -> tuple[str, str]:
-    """The text of a response, or of its prompt alone, and the template's error message or ""."""
+    """Render a response, or its prompt alone; returns the text and the template's error, or ""."""
     if policy.template == "plain":
         return prompt + (response or ""), ""
     messages = _messages(kind, prompt, "user")
@@ -276,7 +276,7 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[Ids]:
 
 
 def _assemble(prompt: Ids, whole: Ids, policy: TokenPolicy) -> Encoded | tuple[str, str]:
-    """Apply BOS, EOS, truncation and pooling to raw ids; or return why the row is dropped."""
+    """Apply BOS, EOS and truncation to raw ids; or return (reason, detail) of a dropped row."""
     prompt, whole = _with_bos(prompt, policy), _with_eos(_with_bos(whole, policy), policy)
     n_prompt = _common_prefix(prompt, whole)
     kept = np.flatnonzero(whole != policy.pad)
@@ -329,6 +329,6 @@ def _common_prefix(left: Ids, right: Ids) -> int:
 
 
 def reason_of(error: Exception) -> str:
-    """First line of a library's error message, cut to fit into a one-line message."""
+    """The first line of a library's error message, shortened, for use in a one-line message."""
     lines = str(error).strip().splitlines()
     return repr(lines[0][:100]) if lines else type(error).__name__

@@ -377,7 +377,7 @@ def test_an_adopted_cache_sweeps(
     assert [one["check"] for one in shown["lint"]] == ["axis order", "axis order"]
     code, _, err = embrm("cache", "probe", "cache")
     assert code == 2
-    assert "names no model to extract its states again with" in err
+    assert "was adopted from arrays, so there is no model" in err
     for index, (fields, message) in enumerate(REFUSED.items()):
         Path(f"bad-{index}.toml").write_text(f'{SWEEP}\n[[runs]]\nname = "bad"\n{fields}\n')
         code, _, err = embrm("sweep", f"bad-{index}.toml", "--cache", "cache", "--dry-run")

@@ -1,4 +1,4 @@
-"""What `embrm cache ls` and `show` say."""
+"""Tests of the descriptions that `embrm cache ls` and `embrm cache show` print."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from embrm.core.errors import UserError
 from embrm.core.specs import content_id
 
 
-def test_a_complete_cache(tmp_path: Path) -> None:
+def test_a_complete_cache_is_described(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     write_cache(folder, "bfloat16")
     shown = describe_cache(folder)
@@ -40,7 +40,7 @@ def test_a_complete_cache(tmp_path: Path) -> None:
     assert {name: shown[name] for name in expected} == expected
 
 
-def test_every_state_a_folder_may_be_in(tmp_path: Path) -> None:
+def test_caches_in_every_state_are_listed(tmp_path: Path) -> None:
     write_cache(tmp_path / "b-complete")
     with opened(tmp_path / "a-started") as writer:
         writer.write_shard(0, *shard(0))
@@ -66,7 +66,7 @@ def test_every_state_a_folder_may_be_in(tmp_path: Path) -> None:
     assert table["tokens"].to_list() == ["5, top 3, tail mean", "18, top 3, tail mean", "", None]
 
 
-def test_no_caches(tmp_path: Path) -> None:
+def test_a_folder_without_caches_is_an_empty_list(tmp_path: Path) -> None:
     assert list_caches(tmp_path).is_empty()
     with pytest.raises(UserError, match="no folder"):
         list_caches(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The manifest proves itself."""
+"""Tests of the manifest: round trip, and refusal of any change to it."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_survives_a_round_trip(folder: Path, tmp_path: Path) -> None:
+def test_a_written_manifest_is_read_back(folder: Path, tmp_path: Path) -> None:
     manifest = read_manifest(folder)
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
@@ -32,7 +32,7 @@ def test_cache_id_is_the_digest_of_the_identity(folder: Path) -> None:
     assert read_manifest(folder).cache_id == content_id(IDENTITY)
 
 
-def test_it_is_canonical_json_that_carries_the_digest_of_the_rest(folder: Path) -> None:
+def test_a_manifest_is_canonical_json_with_its_own_digest(folder: Path) -> None:
     text = (folder / NAME).read_text()
     body = json.loads(text)
     assert canonical_json(body) + "\n" == text
@@ -40,7 +40,7 @@ def test_it_is_canonical_json_that_carries_the_digest_of_the_rest(folder: Path) 
     assert hashlib.sha256(canonical_json(body).encode()).hexdigest() == digest
 
 
-def test_one_from_before_tail_means_opens(folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_from_before_tail_means_can_be_read(folder: Path, tmp_path: Path) -> None:
     body = json.loads((folder / NAME).read_text())
     body.pop("digest")
     assert body["layout"].pop("tail_mean") is True
@@ -52,7 +52,7 @@ def test_one_from_before_tail_means_opens(folder: Path, tmp_path: Path) -> None:
     assert layout.tail_mean is False
 
 
-def test_every_finished_file_is_named(folder: Path) -> None:
+def test_files_lists_every_finished_file(folder: Path) -> None:
     on_disk = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -62,7 +62,7 @@ def test_every_finished_file_is_named(folder: Path) -> None:
 
 
 @given(data=st.data())
-def test_truncated_anywhere_it_is_refused(folder: Path, data: st.DataObject) -> None:
+def test_a_truncated_manifest_is_refused(folder: Path, data: st.DataObject) -> None:
     path = folder / NAME
     raw = path.read_bytes()
     length = data.draw(st.integers(0, len(raw) - 1))
@@ -98,16 +98,16 @@ def test_garbage_is_refused(tmp_path: Path, content: bytes) -> None:
         read_manifest(tmp_path)
 
 
-def test_a_newer_version_is_refused_as_such(folder: Path, tmp_path: Path) -> None:
+def test_a_newer_format_version_is_refused(folder: Path, tmp_path: Path) -> None:
     body = json.loads((folder / NAME).read_text()) | {"version": 2, "novelty": 1}
     (tmp_path / NAME).write_text(json.dumps(body))
     with pytest.raises(
-        UserError, match="cache format version 2, this embrm reads up to 1: upgrade"
+        UserError, match="cache format version 2, but this embrm reads up to 1: upgrade"
     ):
         read_manifest(tmp_path)
 
 
-def test_no_manifest(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no cache at .*: check the path, or make it with embrm"):
         read_manifest(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
@@ -126,7 +126,7 @@ def test_no_manifest(tmp_path: Path) -> None:
     ],
 )
 def test_a_forged_manifest_is_refused(folder: Path, tmp_path: Path, change: dict) -> None:
-    # Its digest is right: only its consistency can tell.
+    # The digest is correct, so only the consistency checks can detect it.
     write_manifest(tmp_path, read_manifest(folder).model_copy(update=change))
     with pytest.raises(UserError, match="is damaged"):
         read_manifest(tmp_path)

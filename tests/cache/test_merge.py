@@ -1,4 +1,4 @@
-"""Parts joined are the bytes of one process, however the shards were shared out; or one line."""
+"""Tests of merge: the joined parts have the bytes of a single process; refusals in one line."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def write_part(folder: Path, part: Part, stop: int | None = None, **changes: Any
 
 
 def cut(*bounds: int) -> list[Part]:
-    """Parts between the bounds; they hold every shard."""
+    """Write parts with the given bounds, which together have every shard."""
     edges = [0, *bounds, SHARDS]
     count = len(edges) - 1
     return [
@@ -64,7 +64,7 @@ def parts(tmp_path: Path) -> list[Path]:
 
 
 def refused(folders: list[Path], out: Path, message: str) -> None:
-    """One line, and nothing begun."""
+    """Assert that the merge is refused in one line and writes nothing."""
     before = digests(out)
     with pytest.raises(UserError) as error:
         merge(folders, out)
@@ -110,7 +110,7 @@ def test_files_are_linked_or_copied(
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_interrupted_at_every_rename_it_merges_to_the_same_bytes(
+def test_a_merge_interrupted_at_any_rename_ends_with_the_same_bytes(
     parts: list[Path],
     whole: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
@@ -133,13 +133,13 @@ def test_interrupted_at_every_rename_it_merges_to_the_same_bytes(
     assert stops == 5 * 2 + 4 + 1 + 2
 
 
-def test_merged_again_nothing_changes(
+def test_merging_again_changes_nothing(
     tmp_path: Path, parts: list[Path], whole: dict[str, str]
 ) -> None:
     out = merge(parts, tmp_path / "out")
     merge(parts, out)
     assert digests(out) == whole
-    write_cache(out)  # and the extraction finds nothing left to do
+    write_cache(out)  # the extraction then has nothing left to do
     assert digests(out) == whole
 
 
@@ -157,12 +157,12 @@ def test_an_interrupted_merge_can_be_extracted_instead(
     assert digests(tmp_path / "out") == whole
 
 
-def test_disk_full_is_one_line_and_the_same_command_goes_on(
+def test_a_full_disk_is_a_one_line_error_and_the_merge_can_continue(
     parts: list[Path],
     whole: dict[str, str],
     small_disk: Callable[[int], Path],
 ) -> None:
-    disk = small_disk(128)  # another file system: files are copied
+    disk = small_disk(128)  # another file system, so files are copied
     ballast = disk / "ballast"
     ballast.write_bytes(bytes(4096 * 20))
     with pytest.raises(UserError, match=r"disk full while writing .*: finished work is kept"):
@@ -171,8 +171,8 @@ def test_disk_full_is_one_line_and_the_same_command_goes_on(
     assert digests(merge(parts, disk / "out")) == whole
 
 
-def test_environments_are_those_that_wrote(tmp_path: Path) -> None:
-    """In the order of the parts; what the first part records of spec and data is kept."""
+def test_environments_of_all_parts_that_wrote_a_file_are_kept(tmp_path: Path) -> None:
+    """In the order of the parts. Spec and data are those of the first part."""
     first, second, third = cut(2, 5)
     one, other, idle = (ENVIRONMENT | {"device": name} for name in ("cuda", "mps", "none"))
     write_part(tmp_path / "0", first, stop=1, environment=one)
@@ -184,7 +184,7 @@ def test_environments_are_those_that_wrote(tmp_path: Path) -> None:
     assert merged.extraction == {"model": "tiny"}
 
 
-def test_a_part_says_that_it_is_one(tmp_path: Path, parts: list[Path]) -> None:
+def test_opening_a_part_says_that_it_must_be_merged(tmp_path: Path, parts: list[Path]) -> None:
     for folder in parts:
         assert verify(folder) == []
     with pytest.raises(UserError) as error:
@@ -212,7 +212,7 @@ def test_a_part_says_that_it_is_one(tmp_path: Path, parts: list[Path]) -> None:
     assert [row["left out"] for row in splits(parts[1])] == ["see part 0"]
 
 
-def test_only_the_first_part_has_what_is_not_sharded(parts: list[Path]) -> None:
+def test_only_the_first_part_has_the_tables_and_the_head(parts: list[Path]) -> None:
     for folder, names in zip(
         parts, [{"pairs.parquet", "lm_head.safetensors"}, set()], strict=False
     ):
@@ -247,7 +247,7 @@ def test_a_part_resumes_as_the_same_part_alone(tmp_path: Path, whole: dict[str, 
     assert digests(merge([tmp_path / "0", tmp_path / "1"], tmp_path / "out")) == whole
 
 
-def test_a_manifest_names_a_part_only_where_it_is_one(tmp_path: Path, parts: list[Path]) -> None:
+def test_only_the_manifest_of_a_part_has_the_key_part(tmp_path: Path, parts: list[Path]) -> None:
     write_cache(tmp_path / "whole")
     assert '"part"' not in (tmp_path / "whole" / NAME).read_text()
     assert '"part":{"count":3,"first":2,"index":1,"stop":3}' in (parts[1] / NAME).read_text()
@@ -265,7 +265,7 @@ def test_a_forged_part_is_refused(parts: list[Path], change: dict[str, Any]) -> 
 # Refusals
 
 
-def test_a_missing_part(tmp_path: Path, parts: list[Path]) -> None:
+def test_a_missing_part_is_refused(tmp_path: Path, parts: list[Path]) -> None:
     out = tmp_path / "out"
     refused(
         [parts[2], parts[0]],
@@ -276,7 +276,7 @@ def test_a_missing_part(tmp_path: Path, parts: list[Path]) -> None:
     refused([parts[1]], out, r"^missing part 0/3 and 1 more beside ")
 
 
-def test_a_part_named_twice(tmp_path: Path, parts: list[Path]) -> None:
+def test_a_part_named_twice_is_refused(tmp_path: Path, parts: list[Path]) -> None:
     copy = Path(shutil.copytree(parts[1], tmp_path / "copy"))
     for folders, named in (
         ([*parts, parts[1]], f"{parts[1]} and {parts[1]}"),
@@ -285,7 +285,7 @@ def test_a_part_named_twice(tmp_path: Path, parts: list[Path]) -> None:
         refused(folders, tmp_path / "out", f"^{named} are both part 1/3: name each part once$")
 
 
-def test_parts_of_different_numbers(tmp_path: Path, parts: list[Path]) -> None:
+def test_parts_of_different_counts_are_refused(tmp_path: Path, parts: list[Path]) -> None:
     other = write_part(tmp_path / "other", cut(2)[1])
     message = f"^{parts[0]} is part 0/3 and {other} part 1/2: merge parts of the same number$"
     refused([parts[0], other], tmp_path / "out", message)
@@ -298,7 +298,7 @@ def test_parts_of_different_numbers(tmp_path: Path, parts: list[Path]) -> None:
         ({"n_responses": 22}, "n_responses = 23, not 22"),
     ],
 )
-def test_parts_of_different_extractions(
+def test_parts_of_different_extractions_are_refused(
     tmp_path: Path, parts: list[Path], changes: dict[str, Any], message: str
 ) -> None:
     other = tmp_path / "other"
@@ -308,7 +308,7 @@ def test_parts_of_different_extractions(
     refused([parts[0], other, parts[2]], tmp_path / "out", message)
 
 
-def test_parts_of_other_shards_or_layouts(tmp_path: Path, parts: list[Path]) -> None:
+def test_parts_with_other_shards_or_layouts_are_refused(tmp_path: Path, parts: list[Path]) -> None:
     with opened(tmp_path / "rows", part=cut(2, 3)[1], shard_rows=8, n_responses=23):
         pass
     message = r"shard_rows = 5, not 8 as in"
@@ -319,12 +319,12 @@ def test_parts_of_other_shards_or_layouts(tmp_path: Path, parts: list[Path]) -> 
     refused([parts[0], tmp_path / "half", parts[2]], tmp_path / "out", message)
 
 
-def test_an_unfinished_part(tmp_path: Path, parts: list[Path]) -> None:
+def test_an_unfinished_part_is_refused(tmp_path: Path, parts: list[Path]) -> None:
     first, _, last = cut(2, 3)
     started = write_part(tmp_path / "started", last, stop=1)
     message = r"started is only part 2/3 of a cache \(1 of 2 shards are finished\): run the command"
     refused([parts[0], parts[1], started], tmp_path / "out", message)
-    # As after a kill before the tables were there.
+    # The state after a kill before the tables were written.
     without = read_manifest(parts[0]).model_copy(update={"tables": {}})
     write_manifest(parts[0], without)
     message = r"part-0 is only part 0/3 of a cache \(2 of 2 shards are finished\): run the command"
@@ -333,7 +333,7 @@ def test_an_unfinished_part(tmp_path: Path, parts: list[Path]) -> None:
     merge(parts, tmp_path / "out")
 
 
-def test_shards_in_two_parts_or_in_none(tmp_path: Path, parts: list[Path]) -> None:
+def test_shards_in_two_parts_or_in_none_are_refused(tmp_path: Path, parts: list[Path]) -> None:
     for name, part, message in (
         ("twice", cut(1, 3)[1], rf"^shard 1 is in {parts[0]}, .*twice: these parts were not"),
         ("never", Part(index=1, count=3, first=2, stop=2), "^shard 2 is in no part: these"),
@@ -342,7 +342,7 @@ def test_shards_in_two_parts_or_in_none(tmp_path: Path, parts: list[Path]) -> No
         refused([parts[0], other, parts[2]], tmp_path / "out", message)
 
 
-def test_what_is_no_part(tmp_path: Path, parts: list[Path]) -> None:
+def test_folders_that_are_not_parts_are_refused(tmp_path: Path, parts: list[Path]) -> None:
     write_cache(tmp_path / "whole")
     out = tmp_path / "out"
     refused([*parts, tmp_path / "whole"], out, r"whole is a whole cache, not a part of one: name")
@@ -350,7 +350,7 @@ def test_what_is_no_part(tmp_path: Path, parts: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "lost"])
-def test_a_damaged_part_is_named_and_once_repaired_merges(
+def test_a_damaged_part_is_named_and_merges_after_repair(
     tmp_path: Path, parts: list[Path], whole: dict[str, str], how: str
 ) -> None:
     path, out = parts[2] / responses_file(3), tmp_path / "out"
@@ -368,11 +368,11 @@ def test_a_damaged_part_is_named_and_once_repaired_merges(
     assert digests(merge(parts, out)) == whole
 
 
-def test_a_folder_of_something_else(tmp_path: Path, parts: list[Path]) -> None:
+def test_an_output_folder_with_other_content_is_refused(tmp_path: Path, parts: list[Path]) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("precious")
-    refused(parts, foreign, r"holds 'thesis\.txt' and no manifest\.json")
+    refused(parts, foreign, r"is not a cache \(it has 'thesis\.txt' but no manifest\.json")
     write_cache(tmp_path / "other", identity=IDENTITY | {"dtype": "float16"})
     refused(parts, tmp_path / "other", r"holds another cache \(dtype = 'float16', not 'float32'\)")
     with opened(tmp_path / "begun") as writer:
@@ -383,6 +383,8 @@ def test_a_folder_of_something_else(tmp_path: Path, parts: list[Path]) -> None:
     refused(parts, parts[0], r"part-0 holds another cache \(part = '0/3, .*: choose another --out")
 
 
-def test_a_folder_that_is_being_written(tmp_path: Path, parts: list[Path]) -> None:
+def test_an_output_folder_that_is_being_written_is_refused(
+    tmp_path: Path, parts: list[Path]
+) -> None:
     with opened(tmp_path / "out"), pytest.raises(UserError, match="by another embrm process"):
         merge(parts, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What was written is what is read, or nothing is."""
+"""Tests of reading a cache: it gives what was written, or refuses damaged content."""
 
 import re
 import shutil
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_round_trip(tmp_path: Path, dtype: str) -> None:
+def test_a_written_cache_is_read_back(tmp_path: Path, dtype: str) -> None:
     write_cache(tmp_path, dtype)
     cache = open_cache(tmp_path)
     assert (cache.dtype, cache.width, cache.views) == (dtype, 6, ("last", "layer:1", "mean"))
@@ -82,7 +82,7 @@ def test_round_trip(tmp_path: Path, dtype: str) -> None:
     assert torch.equal(lm_head_tensors(cache)["weight"], torch.arange(48.0).reshape(8, 6))
 
 
-def test_the_vocabulary_is_known_without_reading_the_head(folder: Path, tmp_path: Path) -> None:
+def test_the_vocabulary_size_is_read_from_the_header_only(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     head = copy / "lm_head.safetensors"
@@ -132,7 +132,7 @@ def test_without_sampled_positions(tmp_path: Path) -> None:
         for index in range(writer.n_shards):
             writer.write_shard(index, shard(index)[0], None)
         writer.finish()
-    with pytest.raises(UserError, match="has no sampled token positions: extract with some"):
+    with pytest.raises(UserError, match="has no sampled token positions: extract with token_rows"):
         open_cache(tmp_path).token_rows()
 
 
@@ -164,7 +164,7 @@ def test_an_incomplete_cache_is_refused(tmp_path: Path, done: int) -> None:
         open_cache(tmp_path)
 
 
-def test_no_cache(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache at"):
         open_cache(tmp_path / "nowhere")
 
@@ -172,7 +172,7 @@ def test_no_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
 )
-def test_a_missing_or_cut_file_is_refused_on_opening(
+def test_a_missing_or_truncated_file_is_refused_on_opening(
     folder: Path, tmp_path: Path, name: str
 ) -> None:
     copy = tmp_path / "copy"
@@ -194,7 +194,9 @@ def test_a_missing_or_cut_file_is_refused_on_opening(
 @pytest.mark.parametrize(
     "name", [responses_file(1), tokens_file(4), "members.parquet", "lm_head.safetensors"]
 )
-def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_file_lost_after_opening_is_a_one_line_error(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     cache = open_cache(copy)
@@ -204,7 +206,7 @@ def test_a_file_lost_after_opening_is_one_line(folder: Path, tmp_path: Path, nam
 
 
 def everything(cache: Cache) -> list[bytes]:
-    """All content, as bytes."""
+    """The whole content of a cache, as bytes."""
     frames = [cache.pairs, cache.members, cache.exclusions, cache.leaks, cache.responses]
     tokens = cache.token_rows()
     assert tokens.tail_mean is not None
@@ -216,8 +218,8 @@ def everything(cache: Cache) -> list[bytes]:
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_a_flipped_byte_is_refused_or_changes_nothing(folder: Path, data: st.DataObject) -> None:
-    # Some bytes of a Parquet file say nothing (statistics, names of the writing program);
-    # `verify` finds those, a reader may pass them by.
+    # Some bytes of a Parquet file do not affect its content (statistics, the writer's name);
+    # `verify` finds changes there, but a reader may ignore them.
     intact = everything(open_cache(folder))
     name = data.draw(st.sampled_from(sorted(read_manifest(folder).files())))
     path = folder / name
@@ -277,7 +279,7 @@ def test_flipped_metadata_of_a_footer_is_refused(
 
 
 def forge(folder: Path, index: int, rows: ShardRows) -> None:
-    """Replace a shard behind the writer's back, with a manifest that agrees."""
+    """Replace a shard without the writer's checks, and update the manifest to match."""
     manifest = read_manifest(folder)
     assert manifest.layout is not None
     path = folder / responses_file(index)
@@ -299,7 +301,7 @@ def test_a_nan_that_another_program_wrote_is_refused(folder: Path, tmp_path: Pat
     rows, _ = shard(1)
     rows.states["last"][0, 0] = float("nan")
     forge(copy, 1, rows)
-    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(it holds a vector that"):
+    with pytest.raises(UserError, match=r"part-00001\.parquet is damaged \(a vector is NaN"):
         open_cache(copy).states("last")
 
 
@@ -311,7 +313,7 @@ def test_a_shard_of_another_length_is_refused(folder: Path, tmp_path: Path) -> N
         open_cache(copy).states("last")
 
 
-def test_a_manifest_from_the_future_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_newer_format_version_is_refused_on_opening(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     text = (copy / NAME).read_text()
@@ -320,7 +322,7 @@ def test_a_manifest_from_the_future_is_refused(folder: Path, tmp_path: Path) -> 
         open_cache(copy)
 
 
-def test_states_are_read_by_the_shard_and_not_by_the_row(tmp_path: Path) -> None:
+def test_work_depends_on_the_number_of_shards_not_of_rows(tmp_path: Path) -> None:
     """Eleven shards of 4 and of 4,096 rows take the same number of calls."""
 
     def calls_to_read(size: int) -> int:
@@ -381,7 +383,7 @@ def test_the_documentation_names_every_column_and_key(folder: Path) -> None:
         assert re.search(rf"[`\"]{name}\b", text), name
 
 
-def test_groups_are_one_row_a_prompt(tmp_path: Path) -> None:
+def test_groups_have_one_row_per_prompt(tmp_path: Path) -> None:
     cache = open_cache(toy_cache(tmp_path / "cache"))
     groups = cache.groups
     assert groups["prompt_id"].n_unique() == groups.height == 12
@@ -393,7 +395,7 @@ def test_groups_are_one_row_a_prompt(tmp_path: Path) -> None:
     )
 
 
-def test_a_cache_says_what_it_is(tmp_path: Path) -> None:
+def test_the_repr_of_a_cache_describes_it(tmp_path: Path) -> None:
     cache = open_cache(toy_cache(tmp_path / "cache"))
     assert cache.identity["toy"] == 0
     shown = repr(cache)

@@ -1,4 +1,4 @@
-"""Shards to Parquet and back."""
+"""Tests of the conversion of shards to Parquet and back."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_every_bit_pattern_survives_parquet_and_torch(
 
 
 @given(dtype=st.sampled_from(sorted(STORAGE)), seed=st.integers(0, 2**32 - 1))
-def test_finite_is_what_torch_says_is_finite(dtype: str, seed: int) -> None:
+def test_all_finite_agrees_with_torch(dtype: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     kind = STORAGE[dtype]
     edges = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, -torch.nan])
@@ -66,7 +66,7 @@ def raw_numbers(random: np.random.Generator, kind: np.dtype) -> np.ndarray:
     return random.integers(0, 256, 8 * kind.itemsize, np.uint8).view(kind)
 
 
-def test_values_are_little_endian_one_after_another() -> None:
+def test_vectors_are_stored_as_consecutive_little_endian_values() -> None:
     values = torch.tensor([[1.0, -2.0]])
     assert binary_column(to_stored(values))[0].as_py().hex() == "0000803f000000c0"
     assert binary_column(to_stored(values.bfloat16()))[0].as_py().hex() == "803f00c0"
@@ -110,7 +110,7 @@ def test_a_shard_survives_parquet(tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(tail_means, tokens.tail_mean)
 
 
-def test_without_tail_means_files_are_as_before_them() -> None:
+def test_files_without_tail_means_have_the_older_schema() -> None:
     rows, tokens = shard(0)
     layout = ShardLayout.of(rows, replace(tokens, tail_mean=None))
     assert layout.model_dump(mode="json").keys() == {"dtype", "width", "views", "top_k"}
@@ -144,7 +144,7 @@ def test_a_file_of_another_layout_is_refused(tmp_path: Path) -> None:
         from_parquet(path, ["state.last"], wider)
 
 
-def test_states_that_disagree_are_refused() -> None:
+def test_states_of_different_types_or_widths_are_refused() -> None:
     rows, tokens = shard(0)
     assert tokens.tail_mean is not None
     for narrow in (tokens.tail_mean.astype(np.float16), tokens.tail_mean[:, 1:]):
@@ -163,7 +163,7 @@ def test_states_that_disagree_are_refused() -> None:
         ({"width": 0}, "greater than 0"),
     ],
 )
-def test_a_wrong_layout_is_one_line(change: dict, message: str) -> None:
+def test_an_invalid_layout_is_a_one_line_error(change: dict, message: str) -> None:
     good = {"dtype": "float16", "width": 2, "views": ["last", "layer:12"], "top_k": None}
     assert ShardLayout.parse(good, "layout").views == ("last", "layer:12")
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Any byte of any file."""
+"""Tests of verify: a change to any byte of any file is found."""
 
 import shutil
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_any_cut_or_added_byte_is_found(folder: Path, data: st.DataObject) -> No
         path.write_bytes(raw)
 
 
-def test_every_file_is_missed(folder: Path, tmp_path: Path) -> None:
+def test_every_missing_file_is_found(folder: Path, tmp_path: Path) -> None:
     for name in [NAME, *read_manifest(folder).files()]:
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
@@ -107,7 +107,7 @@ def test_deleting_what_verify_names_and_extracting_again_repairs(copy: Path) -> 
     assert verify(copy) == []
 
 
-def test_an_incomplete_cache_says_so(tmp_path: Path) -> None:
+def test_an_incomplete_cache_is_reported(tmp_path: Path) -> None:
     with opened(tmp_path) as writer:
         writer.write_shard(0, *shard(0))
     [problem] = verify(tmp_path)
@@ -139,7 +139,7 @@ def test_a_missing_index_column_is_found(tmp_path: Path) -> None:
 
 
 def test_token_rows_of_another_shard_are_found(copy: Path) -> None:
-    # A writer refuses them: the shard and its entry are forged.
+    # The writer would refuse them, so the shard and its entry are forged.
     manifest = read_manifest(copy)
     assert manifest.layout is not None
     _, tokens = shard(2)
@@ -167,6 +167,6 @@ def test_a_wrong_row_count_is_found(copy: Path) -> None:
     assert "leaks has 0 rows instead of 3" in problem
 
 
-def test_no_cache(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_a_problem(tmp_path: Path) -> None:
     [problem] = verify(tmp_path)
     assert problem.startswith(f"no cache at {tmp_path}")

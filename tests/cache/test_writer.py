@@ -1,4 +1,4 @@
-"""Kill it, fill the disk, change the settings: finished shards stay and the bytes are the same."""
+"""Tests of writing a cache: resumed after kills, full disks and lost files with the same bytes."""
 
 import dataclasses
 import os
@@ -52,7 +52,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path, whole: dict[str, str]) ->
     assert digests(tmp_path / "again") == whole
 
 
-def test_shards_may_come_in_any_order(tmp_path: Path, whole: dict[str, str]) -> None:
+def test_shards_may_be_written_in_any_order(tmp_path: Path, whole: dict[str, str]) -> None:
     with opened(tmp_path) as writer:
         for index in (4, 0, 3, 1, 2):
             writer.write_shard(index, *shard(index))
@@ -60,16 +60,16 @@ def test_shards_may_come_in_any_order(tmp_path: Path, whole: dict[str, str]) -> 
     assert digests(tmp_path) == whole
 
 
-def test_shards_may_come_from_several_threads(tmp_path: Path, whole: dict[str, str]) -> None:
+def test_shards_may_be_written_by_several_threads(tmp_path: Path, whole: dict[str, str]) -> None:
     with opened(tmp_path) as writer:
         with ThreadPoolExecutor(5) as threads:
-            # list: what a thread raises is raised here
+            # list() raises here what a thread raised
             list(threads.map(lambda index: writer.write_shard(index, *shard(index)), range(5)))
         writer.finish()
     assert digests(tmp_path) == whole
 
 
-def test_files_of_many_pieces_are_digested_whole(
+def test_the_digest_covers_all_pieces_of_a_file(
     tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "_PIECE_BYTES", 7)
@@ -78,7 +78,7 @@ def test_files_of_many_pieces_are_digested_whole(
     assert verify(tmp_path) == []
 
 
-def test_resumed_it_is_byte_identical(tmp_path: Path, whole: dict[str, str]) -> None:
+def test_a_resumed_cache_is_byte_identical(tmp_path: Path, whole: dict[str, str]) -> None:
     for stop in range(5):
         with opened(tmp_path) as writer:
             assert writer.done == frozenset(range(stop))
@@ -88,7 +88,7 @@ def test_resumed_it_is_byte_identical(tmp_path: Path, whole: dict[str, str]) -> 
     assert digests(tmp_path) == whole
 
 
-def test_a_finished_cache_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_cache_is_not_changed(tmp_path: Path) -> None:
     write_cache(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
 
@@ -102,7 +102,7 @@ def test_a_finished_cache_is_left_alone(tmp_path: Path) -> None:
     assert {**before, lock: 0} == {**after, lock: 0}
 
 
-def test_interrupted_at_every_rename_it_resumes_to_the_same_bytes(
+def test_a_cache_interrupted_at_any_rename_resumes_to_the_same_bytes(
     whole: dict[str, str], stopped_at_every_rename: Callable[..., Iterator[Path]]
 ) -> None:
     stops = 0
@@ -118,7 +118,7 @@ def test_interrupted_at_every_rename_it_resumes_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
+def test_a_cache_killed_at_random_moments_resumes_to_the_same_bytes(
     tmp_path: Path, whole: dict[str, str]
 ) -> None:
     folder = tmp_path / "killed"
@@ -134,7 +134,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
             time.sleep(moments.uniform(0, seconds))
             child.kill()
             if "finished" in child.stdout.read():
-                # Too late: begin anew, and kill sooner.
+                # It finished before the kill: start again, and kill earlier.
                 assert digests(folder) == whole
                 shutil.rmtree(folder)
                 seconds /= 2
@@ -144,10 +144,10 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     assert digests(folder) == whole
 
 
-def test_resume_believes_the_manifest_not_the_files(tmp_path: Path, whole: dict[str, str]) -> None:
+def test_resuming_trusts_the_manifest_not_the_files(tmp_path: Path, whole: dict[str, str]) -> None:
     with opened(tmp_path) as writer:
         writer.write_shard(0, *shard(0))
-    # As after a kill between a file's rename and its entry, and in the middle of a write.
+    # The state after a kill between a file's rename and its entry, or in the middle of a write.
     (tmp_path / responses_file(1)).write_bytes(b"half a shard")
     (tmp_path / "tokens" / f"{TEMPORARY}part-00001.parquet").write_bytes(b"half")
     with opened(tmp_path) as writer:
@@ -228,13 +228,15 @@ def test_another_identity_is_refused(
     ("change", "message"),
     [({"shard_rows": 8}, "shard_rows = 5, not 8"), ({"n_responses": 22}, "n_responses = 23, not")],
 )
-def test_other_shards_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_another_division_into_shards_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     write_cache(tmp_path)
     with pytest.raises(UserError, match=message):
         write_cache(tmp_path, **change)
 
 
-def test_equal_identities_in_other_order_and_types_are_one(tmp_path: Path) -> None:
+def test_identities_are_compared_regardless_of_key_order_and_types(tmp_path: Path) -> None:
     write_cache(tmp_path)
     other = {**dict(reversed(IDENTITY.items())), "views": ("last",)}
     write_cache(tmp_path, identity=other)
@@ -249,7 +251,7 @@ def test_environment_and_extraction_do_not_change_the_id(tmp_path: Path) -> None
     assert b.environments == ({"engine": "b"},)
 
 
-def test_a_differing_environment_is_added_when_it_writes(tmp_path: Path) -> None:
+def test_a_new_environment_is_recorded_when_it_writes(tmp_path: Path) -> None:
     other = ENVIRONMENT | {"device": "cuda"}
     with opened(tmp_path) as writer:
         writer.write_shard(0, *shard(0))
@@ -262,15 +264,17 @@ def test_a_differing_environment_is_added_when_it_writes(tmp_path: Path) -> None
     assert read_manifest(tmp_path).environments == (ENVIRONMENT, other)
 
 
-def test_foreign_content_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     (tmp_path / f"{TEMPORARY}x").write_text("also precious")
-    with pytest.raises(UserError, match=r"holds 'thesis\.txt' and no manifest\.json: it is not a"):
+    with pytest.raises(
+        UserError, match=r"is not a cache \(it has 'thesis\.txt' but no manifest\.json\)"
+    ):
         write_cache(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{TEMPORARY}x", "thesis.txt"]
 
 
-def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     path.write_text("")
     with pytest.raises(UserError, match="is a file: name a folder"):
@@ -292,7 +296,7 @@ def test_a_damaged_manifest_stops_a_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("view", ["last", "layer:1"])
-def test_a_non_finite_state_is_refused_by_name(
+def test_the_error_about_a_non_finite_state_names_it(
     tmp_path: Path, dtype: str, value: float, view: str
 ) -> None:
     with opened(tmp_path) as writer:
@@ -341,10 +345,10 @@ def test_a_shard_of_another_layout_is_refused(tmp_path: Path) -> None:
             writer.write_shard(1, rows, dataclasses.replace(tokens, tail_mean=None))
 
 
-def test_of_two_first_shards_one_says_the_layout(
+def test_one_of_two_concurrent_first_shards_determines_the_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Neither is stored before both have been looked at.
+    # Neither shard is stored before the layouts of both are known.
     both = threading.Barrier(2, timeout=20)
     refuse = writer._refuse_non_finite
     monkeypatch.setattr(writer, "_refuse_non_finite", lambda *rows: (both.wait(), refuse(*rows)))
@@ -363,7 +367,7 @@ def test_of_two_first_shards_one_says_the_layout(
     assert "extract into a new folder" in max(errors)
 
 
-def test_wrong_calls_are_errors_of_the_caller(tmp_path: Path) -> None:
+def test_invalid_calls_raise_value_errors(tmp_path: Path) -> None:
     with opened(tmp_path) as writer:
         writer.write_shard(0, *shard(0))
         with pytest.raises(ValueError, match="shard 0 holds"):
@@ -376,7 +380,7 @@ def test_wrong_calls_are_errors_of_the_caller(tmp_path: Path) -> None:
             writer.finish()
 
 
-def test_no_sampled_positions_at_all(tmp_path: Path) -> None:
+def test_a_cache_may_have_no_sampled_positions(tmp_path: Path) -> None:
     with opened(tmp_path) as writer:
         for index in range(writer.n_shards):
             writer.write_shard(index, shard(index)[0], None)
@@ -385,7 +389,7 @@ def test_no_sampled_positions_at_all(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
 
 
-def test_sampled_positions_without_top_logits(tmp_path: Path) -> None:
+def test_sampled_positions_may_have_no_top_logits(tmp_path: Path) -> None:
     with opened(tmp_path) as writer:
         for index in range(writer.n_shards):
             rows, tokens = shard(index)
@@ -395,7 +399,7 @@ def test_sampled_positions_without_top_logits(tmp_path: Path) -> None:
     assert verify(tmp_path) == []
 
 
-def test_disk_full_keeps_what_is_finished(
+def test_a_full_disk_keeps_finished_shards(
     small_disk: Callable[[int], Path], whole: dict[str, str]
 ) -> None:
     disk = small_disk(128)

@@ -1,4 +1,4 @@
-"""torch.compile: the states of the model as it is, for batches of any size, or one line."""
+"""Tests of torch.compile: the same states for batches of any size, or a one-line error."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def near_eager(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mistral"])
-def test_compiled_states_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+def test_compiled_states_equal_those_of_the_model(kind: str, tmp_path: Path) -> None:
     torch.compiler.set_default_backend("eager")
     window = MistralConfig(**SIZES, sliding_window=24)
     near_eager(save_config(tmp_path, CONFIGS.get(kind, window), tokenizer()))
@@ -57,11 +57,11 @@ def test_compiled_states_are_those_of_the_model(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler {CXX} on this machine")
-def test_so_are_those_of_inductor(tmp_path: Path) -> None:
+def test_states_of_inductor_equal_those_of_the_model(tmp_path: Path) -> None:
     near_eager(save_config(tmp_path, CONFIGS["llama-tied"], tokenizer()))
 
 
-def test_a_cache_says_that_it_was_compiled(world: dict[str, str], tmp_path: Path) -> None:
+def test_the_manifest_records_compilation(world: dict[str, str], tmp_path: Path) -> None:
     torch.compiler.set_default_backend("eager")
     spec = spec_of(world, limit=4)
     manifests = [
@@ -73,7 +73,7 @@ def test_a_cache_says_that_it_was_compiled(world: dict[str, str], tmp_path: Path
     assert dry_run(spec, device="cpu", compiled=True).tokens_per_second > 0
 
 
-def test_without_a_compiler_the_remedy_is_named(
+def test_the_error_without_a_compiler_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_config(tmp_path / "model", CONFIGS["llama-tied"], tokenizer())
@@ -97,11 +97,11 @@ def test_states_that_compiling_changes_are_refused(tmp_path: Path) -> None:
 
     torch.compiler.set_default_backend(wrong)
     folder = save_config(tmp_path, CONFIGS["llama-tied"], tokenizer())
-    with pytest.raises(UserError, match="it changes the states: leave out --compile"):
+    with pytest.raises(UserError, match=r"\(it changes the states\): leave out --compile"):
         load_engine(folder, compiled=True, **WANTED)
 
 
-def test_what_cannot_be_compiled_later_is_one_line_too(tmp_path: Path) -> None:
+def test_a_later_failure_to_compile_is_a_one_line_error(tmp_path: Path) -> None:
     able = True
 
     def until_then(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A dry run says what an extraction does and how large its cache is."""
+"""Tests of the dry run: it predicts what an extraction does and how large its cache is."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from embrm.cache.tensors import lm_head_tensors
 from embrm.extraction.dry_run import dry_run
 
 
-def test_a_dry_run_samples_something_whatever_the_budget(world: dict[str, str]) -> None:
+def test_a_dry_run_times_a_sample_for_any_budget(world: dict[str, str]) -> None:
     assert dry_run(spec_of(world), device="cpu", batch_tokens=1).tokens_per_second > 0
 
 
-def test_the_plan_says_what_the_extraction_does(world: dict[str, str], extracted: Path) -> None:
+def test_the_estimate_agrees_with_the_extraction(world: dict[str, str], extracted: Path) -> None:
     planned = dry_run(spec_of(world), device="cpu")
     opened = open_cache(extracted)
     lengths = opened.responses["n_prompt"] + opened.responses["n_response"]
@@ -43,7 +43,7 @@ def test_the_plan_says_what_the_extraction_does(world: dict[str, str], extracted
         {"token_rows": 0, "tail_mean": False},
     ],
 )
-def test_the_plan_prices_every_part_to_the_byte(
+def test_the_estimated_sizes_are_exact(
     world: dict[str, str], tmp_path: Path, changes: dict
 ) -> None:
     spec = spec_of(world, **changes)

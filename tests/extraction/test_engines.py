@@ -1,4 +1,4 @@
-"""The list of engines decides what specs, help texts and errors name, and which engine runs."""
+"""Tests of the list of engines, from which specs, help texts, errors and "auto" are derived."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ SPEC: dict[str, Any] = {"model": "model", "data": [{"path": "pairs.jsonl"}]}
 
 
 @pytest.mark.parametrize("entry", ENGINES, ids=lambda entry: entry.name)
-def test_every_engine_offers_the_functions_of_the_protocol(entry: EngineEntry) -> None:
+def test_every_engine_module_has_the_functions_of_the_protocol(entry: EngineEntry) -> None:
     module = engine_module(entry.name)
     assert all(
         callable(getattr(module, name)) for name in ("suits", "refuse_unusable", "open_engine")
@@ -28,7 +28,7 @@ def test_every_engine_offers_the_functions_of_the_protocol(entry: EngineEntry) -
     assert entry.name in engine_help()
 
 
-def test_the_last_engine_suits_every_machine_and_names_no_cache() -> None:
+def test_the_last_engine_suits_every_machine_and_is_the_reference() -> None:
     assert ENGINES[-1].name == REFERENCE
     assert engine_module(REFERENCE).suits(["prenorm", "layer:3"], "mps")
 
@@ -38,7 +38,7 @@ def test_an_unknown_engine_names_the_nearest() -> None:
         ExtractSpec.parse(SPEC | {"engine": "vlm"}, "spec")
 
 
-def test_an_engine_is_a_module_and_an_entry(
+def test_an_engine_is_added_by_a_module_and_an_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[EngineSettings] = []

@@ -1,4 +1,4 @@
-"""Packing: what is shared is read once and changes no state; some models cannot be packed."""
+"""Tests of packing: a shared prompt is read once and changes no state; unsupported models."""
 
 from collections.abc import Callable
 from copy import copy
@@ -55,8 +55,8 @@ def test_a_shared_prompt_changes_no_state(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
-def test_the_model_reads_what_arithmetic_says(tmp_path: Path, budget: int) -> None:
-    """Ten responses to each of three prompts: the prompt of a batch passes once, nothing pads."""
+def test_the_number_of_tokens_read_is_as_computed(tmp_path: Path, budget: int) -> None:
+    """Ten responses to each of three prompts: a batch reads its prompt once and has no padding."""
     save_model(tmp_path, "llama-tied", tokenizer())
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     engine = TransformersEngine(model, ("last",), 0)
@@ -88,7 +88,7 @@ def test_the_model_reads_what_arithmetic_says(tmp_path: Path, budget: int) -> No
     budget=st.integers(1, 200),
 )
 @settings(max_examples=150, deadline=None)
-def test_batches_hold_every_request_once_within_the_budget(
+def test_batches_have_every_request_once_within_the_budget(
     groups: list[tuple[int, list[int]]], budget: int
 ) -> None:
     requests = texts([n for n, _ in groups], [own for _, own in groups])
@@ -108,19 +108,19 @@ def test_batches_hold_every_request_once_within_the_budget(
             assert packed.positions[0, places].tolist() == list(range(len(request.ids)))
 
 
-def test_a_prompt_that_fits_is_not_torn() -> None:
+def test_responses_that_fit_into_a_batch_are_not_separated() -> None:
     requests = texts([40, 20, 20], [[10], [10, 10, 10], [5]])
     assert batches(requests, 60) == [[0], [1, 2, 3], [4]]
 
 
 def test_copies_of_a_prompt_are_bounded() -> None:
-    """Beside the prompt, 40 responses fit into 80 tokens; their keys and values are 1,640."""
+    """40 responses fit beside their prompt, but with it have 1,640 keys and values in all."""
     made = batches(texts([40], [[1] * 40]), 80)
     assert [len(batch) for batch in made] == [15, 15, 10]  # of 41 tokens each, at most 640
 
 
-def test_offsets_say_what_the_segments_say() -> None:
-    """What the kernel of a GPU is given, which cannot run here."""
+def test_offsets_agree_with_the_segments() -> None:
+    """Checks the arguments of the GPU kernel, which cannot run here."""
     packed = pack_texts(SHARED, torch.device("cpu"))
     offsets = packed.offsets
     assert len(offsets.queries) == len(offsets.keys) == len(packed.segments) + 1
@@ -133,10 +133,10 @@ def test_offsets_say_what_the_segments_say() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 7, 24])
-def test_the_kernel_for_variable_lengths_is_asked_for_the_same(
+def test_the_variable_length_kernel_computes_the_same_attention(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    """It runs on GPUs alone: in its place, what its documentation says, a sequence at a time."""
+    """It runs on GPUs only; a stand-in does what its documentation says, one sequence at a time."""
 
     def documented(
         query: torch.Tensor,
@@ -164,7 +164,7 @@ def test_the_kernel_for_variable_lengths_is_asked_for_the_same(
             value.tensor_split(cu_seq_k[1:-1].long()),
             strict=True,
         ):
-            # The last query stands beside the last key.
+            # The last query is aligned with the last key.
             at = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))
             seen = (at >= 0) & ((at <= before) | (before < 0))
             heads = (each.transpose(0, 1)[None] for each in (q, k, v))
@@ -185,7 +185,7 @@ def test_the_kernel_for_variable_lengths_is_asked_for_the_same(
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def test_a_state_space_model_is_read_padded_and_says_so(
+def test_a_state_space_model_is_read_padded_with_a_warning(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     torch.manual_seed(0)
@@ -194,15 +194,15 @@ def test_a_state_space_model_is_read_padded_and_says_so(
     engine = TransformersEngine(model, ("last",), 0)
     assert engine.environment["batches"] == "padded"
     warning = capsys.readouterr().err.splitlines()[-1]
-    assert "MambaForCausalLM is read padded" in warning
+    assert "MambaForCausalLM is read in padded batches" in warning
     assert "depend on other texts" in warning
     _near_plain(engine, model, SHARED)
 
 
-def test_a_model_that_counts_tokens_from_the_start_of_a_pack_is_read_padded(
+def test_a_model_that_scales_attention_by_absolute_position_is_read_padded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As Llama 4 does, in steps far longer than the texts that packing is tried with."""
+    """As Llama 4 does, in steps far longer than the texts that the engine tries packing with."""
     config = MistralConfig(**SIZES)
     config.attn_temperature_tuning = True
     engine = TransformersEngine(AutoModelForCausalLM.from_config(config).eval(), ("last",), 0)
@@ -220,18 +220,18 @@ MIXED = WINDOW | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "
         MistralConfig(**SIZES, **WINDOW),
         Phi3Config(**SIZES, **WINDOW),
         Qwen2Config(**SIZES | MIXED, use_sliding_window=True),
-        # Whose scores are soft-capped, which is another way through packed attention.
+        # Soft-capped scores take another path through packed attention.
         Gemma2Config(**SIZES | MIXED),
         Gemma3TextConfig(**SIZES | MIXED),
-        # In which it is a stray setting that nothing reads.
+        # This model ignores the setting.
         LlamaConfig(**SIZES, **WINDOW),
     ],
     ids=lambda config: config.model_type,
 )
-def test_a_sliding_window_is_cut_where_texts_are_packed(
+def test_a_sliding_window_is_applied_to_packed_texts(
     config: PreTrainedConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Texts of up to 52 tokens, whose windows reach into shared prompts, not at all, or in part."""
+    """Texts of up to 52 tokens; windows reach shared prompts wholly, partly or not at all."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     engine = TransformersEngine(model, ("last",), 0)
@@ -260,7 +260,7 @@ def told_of_but_not_in_the_mask(_: pytest.MonkeyPatch) -> PreTrainedConfig:
 
 
 @pytest.mark.parametrize("made", [in_the_mask_alone, told_of_but_not_in_the_mask])
-def test_texts_beyond_a_window_that_mask_and_attention_disagree_on_are_read_padded(
+def test_texts_longer_than_a_window_that_is_only_in_the_mask_are_read_padded(
     made: Callable[[pytest.MonkeyPatch], PreTrainedConfig],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -268,7 +268,7 @@ def test_texts_beyond_a_window_that_mask_and_attention_disagree_on_are_read_padd
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(made(monkeypatch)).eval()
     engine = TransformersEngine(model, ("last",), 0)
-    assert "texts of over 24 tokens" in capsys.readouterr().err
+    assert "texts of more than 24 tokens" in capsys.readouterr().err
     batched = engine.batches(SHARED, 10_000)
     longest = [max(len(SHARED[index].ids) for index in batch) for batch in batched]
     assert longest[0] <= 24 < longest[1] == 52

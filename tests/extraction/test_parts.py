@@ -1,4 +1,4 @@
-"""One extraction shared out among processes: fair, and the bytes of one, even after a kill."""
+"""Tests of extraction by several processes: balanced, and the bytes of one, even after a kill."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def digests(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_shares_are_read_from_the_command_line() -> None:
+def test_shares_are_parsed_from_the_command_line() -> None:
     assert Share.parse("0/1") == Share(0, 1)
     assert Share.parse("3/12") == Share(3, 12)
     assert Share(3, 12).folder(Path("cache/big")) == Path("cache/big.3-of-12")
@@ -49,14 +49,14 @@ def test_shares_are_read_from_the_command_line() -> None:
     "text",
     ["4/4", "0/0", "1", "", "/", "-1/4", "1/-4", "1.0/4", "1/4/2", "a/b", " 1/4", "9" * 5000],
 )
-def test_other_shares_are_refused(text: str) -> None:
+def test_invalid_shares_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"write i/n with i from 0 to n - 1") as error:
         Share.parse(text)
     assert len(str(error.value)) < 200
 
 
 @given(tokens=st.lists(st.integers(1, 5000), min_size=1, max_size=60), count=st.integers(1, 70))
-def test_parts_hold_every_shard_once_and_their_share_of_the_tokens(
+def test_parts_have_every_shard_once_and_their_share_of_the_tokens(
     tokens: list[int], count: int
 ) -> None:
     parts = [share.part(tokens) for share in shares(count)]
@@ -66,7 +66,7 @@ def test_parts_hold_every_shard_once_and_their_share_of_the_tokens(
         assert sum(tokens[shard] for shard in part.shards) <= sum(tokens) / count + max(tokens)
 
 
-def test_equal_shards_are_shared_out_equally() -> None:
+def test_equal_shards_are_divided_equally() -> None:
     for count in range(1, 8):
         for each in range(1, 4):
             sizes = [len(share.part([9] * (count * each)).shards) for share in shares(count)]
@@ -118,12 +118,12 @@ def test_any_number_of_processes_gives_the_bytes_of_one(
     count: int,
     shard_rows: int,
 ) -> None:
-    """Also more processes than shards: the parts of some are empty."""
+    """Including more processes than shards, of which some have empty parts."""
     root = tmp_path_factory.mktemp("split")
     spec = spec_of(model, write_pairs(root / "data.jsonl", texts))
     prepared = run.prepare_texts(spec)
     engine = run.load_engine_for(prepared, "cpu")
-    with pytest.MonkeyPatch.context() as patch:  # loaded once: the model is not what is tested
+    with pytest.MonkeyPatch.context() as patch:  # load the model once, which is not under test
         patch.setattr(run, "prepare_texts", lambda *_, **__: prepared)
         patch.setattr(run, "load_engine_for", lambda *_, **__: engine)
         how: dict[str, Any] = {"device": "cpu", "batch_tokens": 100, "shard_rows": shard_rows}

@@ -1,4 +1,4 @@
-"""Sampled positions: distinct, sorted, equally likely, and the same whatever else is extracted."""
+"""Tests of sampled positions: distinct, sorted, equally likely, and independent of other rows."""
 
 from types import SimpleNamespace
 from typing import get_args
@@ -48,10 +48,10 @@ def test_drawn_positions_depend_on_seed_and_id_and_are_uniform() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(20, 4), (23, 5), (7, 6), (100, 8), (9, 1)])
-def test_every_position_is_as_likely_under_the_spaced_rule(
+def test_every_position_is_equally_likely_under_the_spaced_rule(
     n: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 2^64 raw draws fall into n intervals of a size; k of n draw a position."""
+    """The 2^64 raw draws fall into n equal intervals, and k of the n select a given position."""
     counts = np.zeros(n, int)
     for i in range(n):
         samples = []
@@ -78,6 +78,6 @@ def test_spaced_positions_depend_on_seed_and_id_and_are_uniform() -> None:
 @pytest.mark.parametrize(
     ("rule", "drawn"), [("random", [9, 10, 19, 26]), ("spaced", [10, 15, 20, 25])]
 )
-def test_the_draw_is_frozen(rule: PositionsRule, drawn: list[int]) -> None:
-    """Caches made by one version resume in the next: the streams may never change."""
+def test_drawn_positions_equal_golden_values(rule: PositionsRule, drawn: list[int]) -> None:
+    """A cache can be resumed by a later version, so the random streams must never change."""
     assert token_positions("0123456789abcdef", 10, 30, 4, 7, rule).tolist() == drawn

@@ -1,4 +1,4 @@
-"""Probe: passes on a sound cache, fails on one that says other numbers, refuses other inputs."""
+"""Tests of the probe: passes a sound cache, fails an altered one, refuses other inputs."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def _shifted_sums(table: pa.Table) -> pa.Table:
 
 
 @pytest.mark.parametrize(("change", "quantity"), [(_swapped_states, "last"), (_shifted_sums, "S")])
-def test_a_cache_that_says_other_numbers_fails(
+def test_a_cache_with_altered_numbers_fails(
     cache: Path, tmp_path: Path, change, quantity: str
 ) -> None:
     folder = Path(shutil.copytree(cache, tmp_path / "other"))
@@ -66,7 +66,7 @@ def test_a_cache_that_says_other_numbers_fails(
         assert bool(entry.orders_changed) == (entry.quantity == quantity)
 
 
-def test_the_command_says_whether_a_cache_is_within_the_tolerance(
+def test_the_command_reports_whether_a_cache_is_within_the_tolerance(
     cache: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(cache, tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""Reading requests in batches keeps their order and the token budget."""
+"""Tests of reading: batches keep the order of requests and the token budget."""
 
 from collections import deque
 
@@ -43,7 +43,7 @@ def test_reading_in_batches_keeps_order_and_budget(
 
 
 class _Echo:
-    """An engine that answers with the first id of each request, some batches late."""
+    """An engine that answers with the first id of each request, and delays some batches."""
 
     width, batch_tokens, environment = 1, 1, {}
     head = LmHead(torch.eye(1))

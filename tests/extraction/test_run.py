@@ -1,4 +1,4 @@
-"""Extraction: what is stored, the same bytes however often it is stopped, and refusals."""
+"""Tests of extraction: stored content, identical bytes after interruptions, and refusals."""
 
 import threading
 from pathlib import Path
@@ -32,7 +32,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_cache_holds_what_the_engine_gives(world: dict[str, str], extracted: Path) -> None:
+def test_the_cache_contains_the_engines_answers(world: dict[str, str], extracted: Path) -> None:
     assert verify(extracted) == []
     opened, prepared = open_cache(extracted), prepare_texts(spec_of(world))
     rows = range(len(prepared.encoded))
@@ -74,10 +74,10 @@ def test_token_rows_belong_to_their_responses(world: dict[str, str], extracted: 
     assert torch.allclose(to_tensor(tokens.tail_mean), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_neither_tail_means_nor_spacing_leave_a_trace_where_not_asked_for(
+def test_unused_tail_means_and_spacing_do_not_change_ids_and_bytes(
     world: dict[str, str], extracted: Path, tmp_path: Path
 ) -> None:
-    """Ids and bytes of caches made before there were any."""
+    """Caches have the ids and bytes that they had before these options existed."""
     spec = spec_of(world, tail_mean=False, token_positions="random")
     opened = open_cache(make(world, tmp_path / "plain", spec))
     assert opened.manifest.identity["token_rows"] == {
@@ -113,7 +113,7 @@ def test_extracting_twice_gives_the_same_bytes(
 ) -> None:
     again = make(world, tmp_path / "again")
     assert content(again) == content(extracted)
-    make(world, again)  # finished already: nothing to do
+    make(world, again)  # finished already, so nothing is done
     assert content(again) == content(extracted)
 
 
@@ -144,13 +144,13 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     assert content(tmp_path / "cut") == content(extracted)
 
 
-def test_the_model_reads_on_while_a_shard_is_written(
+def test_the_model_reads_the_next_shard_while_one_is_written(
     world: dict[str, str], extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading, write = threading.Semaphore(0), CacheWriter.write_shard
 
     def wait_then_write(writer, index, *rows):
-        assert index == 5 or reading.acquire(timeout=20)  # the last has nobody to wait for
+        assert index == 5 or reading.acquire(timeout=20)  # no shard follows the last
         write(writer, index, *rows)
 
     def read_and_note(*given):
@@ -167,10 +167,10 @@ def test_the_model_reads_on_while_a_shard_is_written(
 
 @pytest.mark.parametrize(
     ("fails", "read"),
-    # The shard before, the one that failed, and the one read meanwhile; or the last of six.
+    # The shard before, the one that failed and the one read meanwhile; or the last of six.
     [(1, 3), (5, 6)],
 )
-def test_what_stops_the_writer_stops_the_model(
+def test_an_error_of_the_writer_stops_the_model(
     world: dict[str, str],
     extracted: Path,
     tmp_path: Path,
@@ -222,7 +222,7 @@ def test_other_batch_sizes_change_rounding_only(
         ("rule", {"token_positions": "random"}),
     ],
 )
-def test_a_folder_of_other_settings_is_refused(
+def test_a_cache_with_other_settings_is_not_continued(
     world: dict[str, str], extracted: Path, field: str, changes: dict
 ) -> None:
     before = content(extracted)
@@ -242,7 +242,9 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
         opened.token_rows()
 
 
-def test_nan_states_are_refused_with_the_response(world: dict[str, str], tmp_path: Path) -> None:
+def test_an_error_about_nan_states_names_the_response(
+    world: dict[str, str], tmp_path: Path
+) -> None:
     broken = save_model(tmp_path / "model", "llama-untied", tokenizer(bos=True))
     model = AutoModelForCausalLM.from_pretrained(broken)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Wrong specs of an extraction are refused in one line."""
+"""Tests of the spec of an extraction: invalid ones are refused in one line."""
 
 import pytest
 from extract_world import spec_of
@@ -10,17 +10,17 @@ from embrm.core.errors import UserError
     ("changes", "words"),
     [
         ({"states": ["lasst"]}, "unknown view 'lasst'"),
-        ({"states": ["last", "last"]}, "each once"),
+        ({"states": ["last", "last"]}, "no view twice"),
         ({"states": []}, "at least one view"),
         ({"dtype": "auto"}, "dtype"),
         ({"max_length": 0}, "max_length"),
         ({"token_row": 3}, "did you mean 'token_rows'"),
         ({"data": []}, "data"),
         ({"seed": -1}, "seed"),
-        ({"token_rows": 0}, "tail_mean = true needs sampled positions, and token_rows = 0"),
+        ({"token_rows": 0}, "tail_mean = true needs sampled positions, but token_rows = 0"),
         ({"token_positions": "evenly"}, "token_positions"),
     ],
 )
-def test_wrong_specs_are_refused(world: dict[str, str], changes: dict, words: str) -> None:
+def test_invalid_specs_are_refused(world: dict[str, str], changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         spec_of(world, **changes)

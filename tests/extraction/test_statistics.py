@@ -1,4 +1,4 @@
-"""Statistics of states against full logits and dense tail means."""
+"""Tests of the statistics of states against full logits and dense tail means."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_tail_means_equal_a_dense_computation(kind: str, top_k: int) -> None:
 
 
 def test_a_tail_too_unlikely_for_float32_has_no_mean() -> None:
-    # Token 0 is the target and nearly sure, token 1 is nearly all of the tail.
+    # Token 0, the target, has nearly all probability, and token 1 nearly all of the tail's.
     head = LmHead(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]))
     for gap, there in ((-13.0, True), (-15.0, False)):  # exp(-13.82) = 1e-6
         found = statistics_of(
@@ -49,7 +49,7 @@ def test_a_tail_too_unlikely_for_float32_has_no_mean() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tail_means_of_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
-    # So wide that the head is widened in several blocks, the last one not full.
+    # So wide that the head is cast to float32 in several blocks, the last one not full.
     generator = torch.Generator().manual_seed(0)
     vocabulary, width = 9000, 512
     head = LmHead((torch.randn(vocabulary, width, generator=generator) / 40).to(dtype))
@@ -58,7 +58,7 @@ def test_tail_means_of_half_precision_are_summed_in_float32(dtype: torch.dtype) 
     found = statistics_of(head, states, targets, 5, tail_mean=True)
     assert found.tail_mean is not None
     assert found.tail_mean.dtype == dtype
-    # The logits are the model's own, in its dtype: what is left is one rounding of the result.
+    # The logits are those of the model in its dtype, so only the result is rounded.
     odds = torch.softmax(head.logits(states).double(), 1)
     odds.scatter_(1, targets[:, None], 0).scatter_(1, found.top_ids.long(), 0)
     expected = odds @ head.weight.double() / odds.sum(1, keepdim=True)
@@ -66,8 +66,8 @@ def test_tail_means_of_half_precision_are_summed_in_float32(dtype: torch.dtype) 
     assert (error <= torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
 
 
-def test_tail_means_are_what_other_logits_are_to_first_order() -> None:
-    """lse over the tail moves by mean·δ: the use that a regularizer makes of them."""
+def test_tail_means_give_the_first_order_change_of_the_tail() -> None:
+    """logsumexp over the tail changes by mean·δ, which is what regularizers use."""
     generator = torch.Generator().manual_seed(1)
     head = LmHead(torch.randn(50, 6, generator=generator), softcap=3.0)
     states = torch.randn(9, 6, generator=generator)
@@ -102,7 +102,7 @@ def test_statistics_in_chunks_equal_full_logits(rows: int, vocabulary: int) -> N
 
 
 @pytest.mark.parametrize("vocabulary", [60, 60_000])
-def test_largest_logits_of_some_rows_are_those_of_all(vocabulary: int) -> None:
+def test_largest_logits_of_some_rows_equal_those_computed_for_all(vocabulary: int) -> None:
     torch.manual_seed(0)
     head = LmHead(torch.randn(vocabulary, 8), softcap=4.0)
     states, targets = torch.randn(300, 8), torch.randint(0, vocabulary, (300,))
@@ -116,7 +116,7 @@ def test_largest_logits_of_some_rows_are_those_of_all(vocabulary: int) -> None:
     assert torch.allclose(found.tail_mean, every.tail_mean[among], atol=1e-6)
 
 
-def test_statistics_survive_logits_beyond_the_range_of_exp() -> None:
+def test_logits_beyond_the_range_of_exp_are_handled() -> None:
     head = LmHead(torch.eye(3) * 1000)
     found = statistics_of(head, torch.tensor([[1.0, -1.0, 0.0]]), torch.tensor([1]))
     assert found.logsumexp.tolist() == [1000.0]

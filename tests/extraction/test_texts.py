@@ -1,4 +1,4 @@
-"""Texts before the model runs: their identity, exclusions and limits."""
+"""Tests of the prepared texts: identity, exclusions and limits."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_over_long_rows_are_counted_and_listed(world: dict[str, str]) -> None:
         assert entry.ids.tolist() == by_id[response_id].ids.tolist()
 
 
-def test_pairs_of_the_same_tokens_are_excluded(world: dict[str, str], tmp_path: Path) -> None:
+def test_pairs_with_identical_tokens_are_excluded(world: dict[str, str], tmp_path: Path) -> None:
     data = tmp_path / "same.jsonl"
     rows = [
         {"prompt": "Who?", "chosen": "The river.", "rejected": "The river. "},
@@ -63,7 +63,7 @@ def test_left_truncation_is_recorded(world: dict[str, str], tmp_path: Path) -> N
     assert set(total.filter(cut)) == {60}
 
 
-def test_limit_is_for_sources_without_their_own(world: dict[str, str]) -> None:
+def test_limit_applies_to_sources_without_their_own(world: dict[str, str]) -> None:
     data = [
         {"path": world["data"], "where": {"split": "train"}},
         {"path": world["data"], "where": {"split": "id"}, "limit": 7},
@@ -83,5 +83,5 @@ def test_token_ids_beyond_the_model_are_refused(world: dict[str, str], tmp_path:
     small = LlamaConfig.from_pretrained(folder)
     small.vocab_size = 100
     LlamaForCausalLM(small).save_pretrained(folder)
-    with pytest.raises(UserError, match="the model knows 100 ids"):
+    with pytest.raises(UserError, match="the vocabulary has 100 ids"):
         prepare_texts(spec_of(world, model=str(folder)))

@@ -1,4 +1,4 @@
-"""The transformers engine against a plain forward of one sequence, and what it refuses."""
+"""Tests of the transformers engine: parity with a plain forward pass, and what it refuses."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from embrm.lm.head import LmHead
 
 VIEWS = ("last", "mean", "prenorm", "layer:0", "layer:2")
 LENGTHS = [(3, 2), (1, 1), (5, 40), (0, 7), (60, 3), (17, 17), (2, 90)]
-"""(prompt, response) tokens; a response without a prompt too."""
+"""Numbers of (prompt, response) tokens, one without a prompt."""
 
 
 def requests_of(k: int = 4) -> list[Request]:
@@ -106,8 +106,8 @@ def _near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | Non
     assert (found - expected).abs().max() <= limit
 
 
-def test_gemma2_caps_matter(model_folders: dict[str, Path]) -> None:
-    """Without its caps the same weights give other numbers, so the parity above means something."""
+def test_soft_caps_of_gemma2_change_the_results(model_folders: dict[str, Path]) -> None:
+    """Without them the same weights give other numbers, so the parity above does test them."""
     engine = load_engine(model_folders["gemma2"], dtype="float32", device="cpu", top_k=1)
     assert engine.environment["attention"] == "eager"
     assert engine.head.softcap == 0.5
@@ -120,7 +120,7 @@ def test_gemma2_caps_matter(model_folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["llama-tied", "gpt2", "gemma2"])
-def test_half_precision_runs_near_float32(
+def test_half_precision_is_close_to_float32(
     model_folders: dict[str, Path], kind: str, dtype: str
 ) -> None:
     views = ("last", "mean")
@@ -135,8 +135,10 @@ def test_half_precision_runs_near_float32(
     assert np.allclose(low.S, high.S, rtol=0.05, atol=0.5)
 
 
-def test_the_next_shard_is_begun_before_one_is_handed_on(model_folders: dict[str, Path]) -> None:
-    """And no more than its first batch, so that a device has work and memory is bounded."""
+def test_the_next_shard_begins_before_an_answer_is_yielded(
+    model_folders: dict[str, Path],
+) -> None:
+    """Only its first batch is begun: the device stays busy, and memory is bounded."""
     engine = load_engine(model_folders["gpt2"], dtype="float32", device="cpu")
     begun: list[int] = []
     begin = engine._begin
@@ -149,15 +151,17 @@ def test_the_next_shard_is_begun_before_one_is_handed_on(model_folders: dict[str
     assert begun == [1] * (len(first) + 3)
 
 
-def test_views_that_are_not_there_are_refused(model_folders: dict[str, Path]) -> None:
+def test_views_that_the_model_lacks_are_refused(model_folders: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="layer:3"):
         load_engine(model_folders["gpt2"], dtype="float32", device="cpu", views=("layer:3",))
 
 
-def test_logits_of_an_unknown_kind_are_refused(model_folders: dict[str, Path]) -> None:
+def test_logits_that_the_head_cannot_reproduce_are_refused(
+    model_folders: dict[str, Path],
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama-tied"]).eval()
     model.lm_head.register_forward_hook(lambda *call: call[-1] * 1.01)
-    with pytest.raises(UserError, match="computes its logits in a way embrm does not know"):
+    with pytest.raises(UserError, match="computes its logits in a way that embrm does not support"):
         TransformersEngine(model, ("last",), 0)
 
 
@@ -166,11 +170,11 @@ def test_a_model_without_a_base_is_refused(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama-tied"]).eval()
     monkeypatch.setattr(type(model), "base_model_prefix", "nothing")
-    with pytest.raises(UserError, match="does not say which part of it gives the states"):
+    with pytest.raises(UserError, match="has no base model, whose output embrm caches"):
         TransformersEngine(model, ("last",), 0)
 
 
-def test_out_of_memory_says_what_to_lower(
+def test_out_of_memory_suggests_a_smaller_batch(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = load_engine(model_folders["gpt2"], dtype="float32", device="cpu")
@@ -183,7 +187,7 @@ def test_out_of_memory_says_what_to_lower(
         next(engine.forward([requests_of()]))
 
 
-def test_a_shard_that_was_read_is_given_before_the_next_one_fails(
+def test_an_answer_is_yielded_before_the_next_batch_fails(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = load_engine(model_folders["gpt2"], dtype="float32", device="cpu")
@@ -202,14 +206,14 @@ def test_a_shard_that_was_read_is_given_before_the_next_one_fails(
         next(answers)
 
 
-def test_weights_that_are_not_numbers_are_refused(model_folders: dict[str, Path]) -> None:
+def test_weights_with_nan_are_refused(model_folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama-tied"]).eval()
     torch.nn.init.constant_(model.model.norm.weight, torch.nan)
     with pytest.raises(UserError, match="logits that are NaN"):
         TransformersEngine(model, ("last",), 0)
 
 
-def test_a_model_that_looks_ahead_is_refused(model_folders: dict[str, Path]) -> None:
+def test_a_model_that_is_not_causal_is_refused(model_folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folders["llama-tied"]).eval()
     model.config.is_causal = False
     for layer in model.model.layers:

@@ -58,9 +58,9 @@ class StandIn:
 
     tasks: tuple[str, ...] = ("token_embed",)
     logit_rule: tuple[float, float | None] | None = None
-    """What its model claims; None: the truth."""
+    """The logit rule that its model reports; None: the true one."""
     forgets = False
-    """Whether rows of cached blocks stay away even when asked not to."""
+    """Whether rows of cached blocks are missing even if the cache is to be skipped."""
 
     def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
@@ -178,7 +178,7 @@ def assert_parity(engine: VllmEngine, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama-tied", "qwen2", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.usefixtures("vllm")
-def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
+def test_rows_selected_in_the_worker_equal_those_of_the_transformers_engine(
     model_folders: dict[str, Path], kind: str
 ) -> None:
     engine = load(model_folders[kind])
@@ -193,7 +193,7 @@ def test_rows_chosen_in_the_worker_are_those_of_the_other_engine(
     assert engine._llm.calls == expected * 2
 
 
-def test_where_the_hook_has_no_place_rows_are_chosen_in_the_driver(
+def test_without_a_pooler_head_rows_are_selected_in_the_driver(
     vllm: type[StandIn], model_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     vllm.tasks = ("embed",)
@@ -206,18 +206,17 @@ def test_where_the_hook_has_no_place_rows_are_chosen_in_the_driver(
     assert [count for count, _ in engine._llm.calls] == [7, 2]
 
 
-def test_rows_that_never_come_are_refused(
-    vllm: type[StandIn], model_folders: dict[str, Path]
-) -> None:
+def test_missing_rows_are_an_error(vllm: type[StandIn], model_folders: dict[str, Path]) -> None:
     vllm.forgets = True
     with pytest.raises(UserError, match="fewer states than tokens for 2 responses"):
         next(load(model_folders["llama-tied"]).forward([requests()]))
 
 
 @pytest.mark.parametrize(
-    ("rule", "line"), [((2.0, 0.5), r"\(2.0, 0.5\), embrm with \(1.0, 0.5\)"), ((), "does not say")]
+    ("rule", "line"),
+    [((2.0, 0.5), r"\(2.0, 0.5\), but embrm with \(1.0, 0.5\)"), ((), "does not say")],
 )
-def test_logits_that_are_not_those_of_the_head_are_refused(
+def test_logits_that_differ_from_those_of_the_head_are_refused(
     vllm: type[StandIn], model_folders: dict[str, Path], rule: Any, line: str
 ) -> None:
     vllm.logit_rule = rule
@@ -228,13 +227,13 @@ def test_logits_that_are_not_those_of_the_head_are_refused(
 @pytest.mark.parametrize(
     ("ids", "line"),
     [
-        ([7] * (LONGEST + 1), "a response of 61 tokens: vLLM was started for 1 to 60"),
-        ([], "a response of 0 tokens"),
+        ([7] * (LONGEST + 1), "a response has 61 tokens, but vLLM was started for 1 to 60"),
+        ([], "a response has 0 tokens"),
         ([7, VOCABULARY], "token id 400 is outside the model's vocabulary of 400"),
     ],
 )
 @pytest.mark.usefixtures("vllm")
-def test_what_vllm_would_fail_on_is_refused_before(
+def test_requests_that_vllm_would_fail_on_are_refused_before(
     model_folders: dict[str, Path], ids: list[int], line: str
 ) -> None:
     engine = load(model_folders["llama-tied"])
@@ -245,7 +244,7 @@ def test_what_vllm_would_fail_on_is_refused_before(
     assert engine._llm.calls == []
 
 
-def test_what_vllm_says_when_it_fails_comes_in_one_line(
+def test_failures_of_vllm_are_reported_in_one_line(
     vllm: type[StandIn], model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -254,7 +253,8 @@ def test_what_vllm_says_when_it_fails_comes_in_one_line(
     engine = load(model_folders["llama-tied"])
     monkeypatch.setattr(vllm, "encode", fail)
     with pytest.raises(
-        UserError, match=r"vLLM stopped .'out of memory'.: finished shards are kept"
+        UserError,
+        match=r"vLLM stopped .'out of memory'.: see its log above; finished shards are kept",
     ):
         next(engine.forward([requests()]))
     monkeypatch.setattr(vllm, "__init__", fail)
@@ -263,7 +263,7 @@ def test_what_vllm_says_when_it_fails_comes_in_one_line(
 
 
 @pytest.mark.usefixtures("vllm")
-def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
+def test_vllm_is_started_with_the_dtype_and_room_for_the_head(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = load(model_folders["llama-tied"], dtype="bfloat16", enforce_eager=True)
@@ -281,7 +281,7 @@ def test_vllm_is_asked_for_the_dtype_and_for_room_for_the_head(
         load(model_folders["llama-tied"], device="cpu")
 
 
-def test_an_answer_survives_packing() -> None:
+def test_answers_are_serialized_and_deserialized() -> None:
     answer = {
         "S": torch.tensor([1 / 3], dtype=torch.float64),
         "states": torch.randn(2, 3).bfloat16(),
@@ -301,7 +301,7 @@ BIASED = PhiConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, 
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, "biased"])
-def test_the_head_alone_is_that_of_the_whole_model(
+def test_the_head_read_alone_equals_that_of_the_whole_model(
     model_folders: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     folder = model_folders.get(kind) or save_config(tmp_path, BIASED, tokenizer())
@@ -339,7 +339,7 @@ def test_a_model_without_a_head_is_refused_in_one_line(
     model_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GPT2LMHeadModel, "get_output_embeddings", lambda _: None)
-    with pytest.raises(UserError, match="the LM head that vLLM leaves out is not found"):
+    with pytest.raises(UserError, match="its LM head, which vLLM does not load, is not found"):
         load_head(model_folders["gpt2"], "float32")
 
 
@@ -364,7 +364,7 @@ def test_absent_and_old_versions_are_refused_before_the_data_is_read(
         make(world, tmp_path / "cache", spec)
 
 
-def test_a_newer_version_is_taken_with_a_warning(
+def test_a_newer_version_is_used_with_a_warning(
     vllm: type[StandIn],
     model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -377,7 +377,7 @@ def test_a_newer_version_is_taken_with_a_warning(
 
 @pytest.mark.parametrize("view", ["prenorm", "layer:1"])
 @pytest.mark.usefixtures("vllm")
-def test_views_inside_the_model_are_refused(world: dict[str, str], view: str) -> None:
+def test_views_that_vllm_does_not_give_are_refused(world: dict[str, str], view: str) -> None:
     with pytest.raises(UserError, match=f"view '{view}' .*: use --engine transformers"):
         with_engine(spec_of(world, states=["last", view], engine="vllm"), "auto")
 
@@ -396,7 +396,7 @@ def test_views_inside_the_model_are_refused(world: dict[str, str], view: str) ->
         (None, True, "auto", ["last"], "transformers"),
     ],
 )
-def test_auto_is_vllm_where_it_is_sure_to_do(
+def test_auto_chooses_vllm_only_where_it_works(
     world: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     version: str | None,
@@ -415,11 +415,11 @@ def test_auto_is_vllm_where_it_is_sure_to_do(
 @pytest.mark.parametrize(
     ("version", "remedy"),
     [
-        ("0.33.1", "--engine vllm takes it all the same"),
+        ("0.33.1", "add --engine vllm to use it anyway"),
         ("0.31.2", "install vllm==0.32.*"),
     ],
 )
-def test_auto_says_why_it_leaves_another_version_alone(
+def test_auto_warns_of_an_untested_version(
     world: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -429,12 +429,12 @@ def test_auto_says_why_it_leaves_another_version_alone(
     monkeypatch.setattr(vllm_engine, "installed_version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_engine(spec_of(world), "auto").engine == "transformers"
-    warned = f"warning: vLLM {version} is installed, embrm is tested with 0.32: reading with "
+    warned = f"warning: vLLM {version} is installed, but embrm is tested with 0.32: using "
     assert capsys.readouterr().err == f"{warned}transformers; {remedy}\n"
 
 
 @pytest.mark.usefixtures("vllm")
-def test_a_cache_says_which_engine_made_it_and_no_other_finishes_it(
+def test_a_cache_names_its_engine_and_no_other_can_continue_it(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     ours = make(world, tmp_path / "ours", spec_of(world, engine="vllm", limit=8))
@@ -457,10 +457,10 @@ def test_a_cache_says_which_engine_made_it_and_no_other_finishes_it(
 
 
 @pytest.mark.usefixtures("vllm")
-def test_auto_goes_on_with_what_began_the_cache(
+def test_auto_continues_a_cache_with_the_engine_that_began_it(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the machine would choose for a new one."""
+    """Even if another engine would be chosen for a new cache."""
     unasked = {"engine": "auto", "limit": 8}
     ours = make(world, tmp_path / "ours", spec_of(world, engine="vllm", limit=8))
     manifest = (ours / NAME).read_bytes()

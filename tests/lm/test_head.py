@@ -1,4 +1,4 @@
-"""The LM head: slopes, the inverse of soft-capping, and changes of logits."""
+"""Tests of the LM head: slopes, the inverse of soft-capping, and changes of logits."""
 
 import pytest
 import torch

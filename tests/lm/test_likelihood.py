@@ -1,4 +1,4 @@
-"""Log-probabilities in blocks: values and gradients of the naive ones, in bounded memory."""
+"""Tests of log-probabilities in blocks: equal to the direct computation, in bounded memory."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def _naive(
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradients_are_the_naive_ones(
+def test_values_and_gradients_equal_the_direct_computation(
     softcap: float | None, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(likelihood, "_LOGIT_BYTES", {"cpu": 0})  # several blocks
@@ -46,7 +46,7 @@ def test_values_and_gradients_are_the_naive_ones(
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
 
 
-def test_no_more_than_a_block_of_logits_exists_and_none_is_kept(
+def test_at_most_one_block_of_logits_is_in_memory_and_none_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(likelihood, "_LOGIT_BYTES", {"cpu": 0})

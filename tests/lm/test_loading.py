@@ -1,4 +1,4 @@
-"""Models that cannot be loaded are refused in one line."""
+"""Tests of loading: models that cannot be loaded are refused in one line."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from transformers import LlamaForSequenceClassification
 
 from embrm.core.errors import UserError
 from embrm.extraction.transformers_engine import load_engine
-from embrm.lm.loading import load_config, load_model, longest, model_folder
+from embrm.lm.loading import length_limit, load_config, load_model, model_folder
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from embrm.lm.loading import load_config, load_model, longest, model_folder
         ("float32", {}, False),
     ],
 )
-def test_a_dtype_that_the_processor_lacks_is_warned_of(
+def test_a_dtype_without_native_arithmetic_gives_a_warning(
     model_folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -35,7 +35,7 @@ def test_a_dtype_that_the_processor_lacks_is_warned_of(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     load_model(model_folders["gpt2"], dtype=dtype, device="cpu")
     warned = capsys.readouterr().err
-    assert (f"dtype = '{dtype}': this processor has no arithmetic in it" in warned) == warns
+    assert (f"dtype = '{dtype}': this processor has no {dtype} arithmetic" in warned) == warns
     assert warned.count("\n") == warns
 
 
@@ -93,19 +93,19 @@ def test_damaged_weights_and_configs_are_refused(copy: Path) -> None:
 
 
 def test_lengths_beyond_the_models_positions_are_refused(copy: Path) -> None:
-    assert longest(load_config(copy), 255) == 255
-    assert longest(load_config(copy), None) == 256
+    assert length_limit(load_config(copy), 255) == 255
+    assert length_limit(load_config(copy), None) == 256
     with pytest.raises(UserError, match="set max_length to 256 or less"):
-        longest(load_config(copy), 257)
+        length_limit(load_config(copy), 257)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     _edit_config(copy, rope_parameters=rope | {"original_max_position_embeddings": 128})
-    assert longest(load_config(copy), None) == 128
+    assert length_limit(load_config(copy), None) == 128
     with pytest.raises(UserError, match="depend on the batch"):
-        longest(load_config(copy), 129)
+        length_limit(load_config(copy), 129)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:2", "cuda:x", "cuda:-1", "cpu:x"])
-def test_devices_that_are_not_there_are_refused(
+def test_unavailable_devices_are_refused(
     model_folders: dict[str, Path], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""Tokens: BOS and EOS exactly once, prompt boundary, truncation, final position, refusals."""
+"""Tests of tokenization: BOS, EOS, prompt boundary, truncation, final position, refusals."""
 
 import json
 
@@ -43,7 +43,7 @@ def messages(*turns: tuple[str, str]) -> str:
     return json.dumps([{"role": role, "content": content} for role, content in turns])
 
 
-def test_chat_is_the_templates_own_rendering() -> None:
+def test_chat_is_rendered_by_the_template() -> None:
     fast = tokenizer()
     found = one(fast, "Who wrote this?", "A poor answer.")
     turns = json.loads(messages(("user", "Who wrote this?"), ("assistant", "A poor answer.")))
@@ -55,7 +55,7 @@ def test_chat_is_the_templates_own_rendering() -> None:
     assert found.n_prompt + found.n_response == len(found.ids)
 
 
-def test_a_text_row_is_the_chat_row_of_one_turn_each() -> None:
+def test_a_text_row_equals_a_chat_row_with_one_turn_each() -> None:
     fast = tokenizer()
     text = one(fast, "Who?", "The river.")
     chat = one(fast, messages(("user", "Who?")), messages(("assistant", "The river.")), kind="chat")
@@ -74,7 +74,9 @@ def test_multi_turn_prompts_keep_every_turn() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("template", [None, CHAT, BOS_CHAT])
 @pytest.mark.parametrize("prefix", ["", "<s>", "<s><s>"])
-def test_bos_exactly_once_where_wanted(bos: bool, side: str, template: str, prefix: str) -> None:
+def test_bos_occurs_exactly_once_if_the_tokenizer_adds_it(
+    bos: bool, side: str, template: str, prefix: str
+) -> None:
     found = one(tokenizer(bos=bos, side=side, template=template), f"{prefix}Who?", "The year.")
     text_has_it = template is None and prefix != ""
     inside = 0 if template is None else prefix.count("<s>")
@@ -86,7 +88,7 @@ def test_bos_exactly_once_where_wanted(bos: bool, side: str, template: str, pref
 
 
 @pytest.mark.parametrize("suffix", ["", "</s>", "</s></s>"])
-def test_eos_exactly_once_in_plain_text(suffix: str) -> None:
+def test_eos_occurs_exactly_once_in_plain_text(suffix: str) -> None:
     found = one(PLAIN, "Who?", f" The year.{suffix}")
     assert found.ids[-1] == EOS
     assert (found.ids == EOS).sum() == 1
@@ -105,7 +107,7 @@ def test_plain_text_is_prompt_and_response_joined() -> None:
     assert PLAIN.decode(found.ids[: found.n_prompt]) == "Who?"
 
 
-def test_a_token_that_spans_the_seam_is_a_response_token() -> None:
+def test_a_token_across_the_prompt_boundary_is_a_response_token() -> None:
     [merged] = PLAIN(" answer", add_special_tokens=False)["input_ids"]
     found = one(PLAIN, "A ans", "wer")
     assert merged not in PLAIN("A ans")["input_ids"]
@@ -129,7 +131,7 @@ def test_a_response_of_pad_tokens_is_empty() -> None:
     assert dropped(tokenizer(template="{{ '' }}"), "Who?", "x")[1] == "empty_response"
 
 
-def test_over_long_is_dropped_and_says_by_how_much() -> None:
+def test_over_long_rows_are_dropped_with_their_length() -> None:
     length = len(one(PLAIN, "Who?", " The year.").ids)
     assert one(PLAIN, "Who?", " The year.", max_length=length)
     row, reason, detail = dropped(PLAIN, "Who?", " The year.", max_length=length - 1)
@@ -180,7 +182,7 @@ def test_rows_keep_their_order_across_chunks_and_drops() -> None:
         assert entry.ids.dtype == np.int32
 
 
-def test_a_row_the_template_refuses_is_dropped_with_its_words() -> None:
+def test_a_row_that_the_template_refuses_is_dropped_with_its_message() -> None:
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     fast = tokenizer(template=strict + CHAT)
     bad = ("chat", messages(("assistant", "Hello")), messages(("assistant", "Who?")))

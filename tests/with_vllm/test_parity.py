@@ -181,7 +181,7 @@ def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
         count_rows(engine, calls)
         found = tensors(next(engine.forward([requests()])))
         assert engine.environment["rows"] == "selected in the driver"
-    assert "every state crosses processes" in capsys.readouterr().err
+    assert "all states are copied between processes" in capsys.readouterr().err
     assert calls == expected_rows()
     for name, values in tensors(reference(folders["llama"])).items():
         assert (found[name].double() - values.double()).abs().max() < 1e-4, name
