@@ -384,7 +384,7 @@ def test_another_model_is_refused_and_a_moved_one_is_named(swept: Path, tmp_path
     world = Path(shutil.copytree(swept.parent, tmp_path / "world"))
     out = tmp_path / "rm"
     save_model(world / "model", "llama-tied", tokenizer(), seed=1)
-    _refused(swept, out, "the model its spec names is not the one", model=str(world / "model"))
+    _refused(swept, out, "the model named in its spec has changed", model=str(world / "model"))
     _refused(swept, out, "no such folder", model=str(world / "gone/away"))
     moved = Path(shutil.copytree(swept.parent / "model", tmp_path / "moved"))
     export(swept, "bt@0", out, model=str(moved), cache=world / "cache", device="cpu")

@@ -91,12 +91,12 @@ def test_other_weights_or_data_are_refused(tmp_path: Path) -> None:
     here = {"model": str(model), "data": str(data)}
     folder = make(here, tmp_path / "cache", spec_of(here))
     save_model(model, "llama-tied", tokenizer(), seed=1)
-    with pytest.raises(UserError, match="the model its spec names is not the one"):
+    with pytest.raises(UserError, match="the model named in its spec has changed"):
         probe(folder, device="cpu")
     save_model(model, "llama-tied", tokenizer())
     rows = data.read_text().splitlines()
     data.write_text("\n".join([*rows[:-1], json.dumps(json.loads(rows[-1]) | {"chosen": "mud"})]))
-    with pytest.raises(UserError, match="the data its spec names is not the one"):
+    with pytest.raises(UserError, match="the data named in its spec has changed"):
         probe(folder, device="cpu")
 
 

@@ -199,7 +199,7 @@ def test_without_a_pooler_head_rows_are_selected_in_the_driver(
     vllm.tasks = ("embed",)
     engine = load(model_folders["gemma2"])
     warned = capsys.readouterr().err
-    assert "no pooler head where 0.32 has it" in warned
+    assert "no pooler head where 0.32 has one" in warned
     assert warned.count("\n") == 1
     assert_parity(engine, model_folders["gemma2"])
     assert engine.environment["rows"] == "selected in the driver"
@@ -430,7 +430,7 @@ def test_auto_warns_of_an_untested_version(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert with_engine(spec_of(world), "auto").engine == "transformers"
     warned = f"warning: vLLM {version} is installed, but embrm is tested with 0.32: using "
-    assert capsys.readouterr().err == f"{warned}transformers; {remedy}\n"
+    assert capsys.readouterr().err == f"{warned}transformers instead; {remedy}\n"
 
 
 @pytest.mark.usefixtures("vllm")
@@ -487,6 +487,6 @@ def test_compile_is_for_transformers(
     world: dict[str, str], tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="vLLM compiles by itself: leave it out"):
+    with pytest.raises(UserError, match="vLLM compiles by itself.: leave it out"):
         extract(spec_of(world, engine=engine), tmp_path / "cache", compiled=True)
     assert not (tmp_path / "cache").exists()
