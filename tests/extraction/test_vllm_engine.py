@@ -487,6 +487,6 @@ def test_compile_is_for_transformers(
     world: dict[str, str], tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="vLLM compiles by itself.: leave it out"):
+    with pytest.raises(UserError, match=r"vLLM compiles by itself\): leave it out"):
         extract(spec_of(world, engine=engine), tmp_path / "cache", compiled=True)
     assert not (tmp_path / "cache").exists()
