@@ -1,4 +1,4 @@
-"""Adopting a large array, beside copying its file."""
+"""Measure the adoption of a large array as a cache, against copying its file."""
 
 import os
 import shutil
@@ -17,13 +17,14 @@ _COPY_BYTES = 1 << 20
 
 
 def measure_adoption(
-    folder: Path, *, prompts: int = 40_000, responses: int = 10, width: int = 2048, rounds: int = 2
+    folder: Path, *, prompts: int = 20_000, responses: int = 10, width: int = 2048, rounds: int = 2
 ) -> list[dict[str, Any]]:
-    """Two rows: a copy of a float32 array of (prompts, responses, width), and its adoption.
+    """Two rows: copying a float32 array [prompts, responses, width], and adopting it as a cache.
 
-    Both end with all bytes on disk, begin with the array where its writing left it, in the page
-    cache if that holds it, and run in a fresh process on two threads. They take turns, `rounds`
-    times; the fastest of each counts. Twice the array's size is needed below `folder`.
+    Each runs in a fresh process on two threads and ends once all bytes are on disk. The array has
+    just been written, so it is read from the page cache as far as that holds it. The two alternate
+    for `rounds` rounds, and the fastest round of each counts. Twice the array's size is needed
+    below `folder`.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         states, gold = _write(Path(name), prompts, responses, width)
@@ -53,7 +54,7 @@ def measure_adoption(
 
 
 def _write(folder: Path, prompts: int, responses: int, width: int) -> tuple[Path, Path]:
-    """Normal states, synced to disk, and gold scores."""
+    """Write normally distributed states, synced to disk, and gold scores; returns both paths."""
     random = np.random.default_rng(0)
     states, gold = folder / "states.npy", folder / "gold.npy"
     shape = prompts, responses, width

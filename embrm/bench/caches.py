@@ -1,4 +1,4 @@
-"""Caches to measure on: made-up states and preferences, through the real writer."""
+"""Synthetic caches for benchmarks: random states and preferences, written by the cache writer."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,8 +43,11 @@ HELD_OUT = "held-out"
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sampled positions of every response, and the LM head they are read with. Token ids are as
-    frequent as words: Zipf's law, 1/(2.7 + rank)."""
+    """Token rows of a synthetic cache, and the vocabulary of its LM head.
+
+    rows: token rows of each response; top_k: logits kept for each; tail_mean: with tail means.
+    Token ids follow the Zipf-Mandelbrot law of words: frequency 1/(2.7 + rank).
+    """
 
     rows: int = 8
     top_k: int = 32
@@ -62,14 +65,15 @@ def synthetic(
 ) -> Path:
     """Write a cache of bfloat16 states of `width` components; returns `folder`.
 
-    splits: pairs of each split, every pair with a prompt and two adjacent responses of its own.
-    held_out: share of the prompts of "train" that go to the split `HELD_OUT`. Chosen is what
-    Bradley-Terry noise makes of the gold of `_World`. Memory does not grow with the cache. Token
-    states and logits are noise of the usual sizes.
+    splits: number of pairs of each split; every pair has its own prompt and two adjacent responses.
+    held_out: share of the prompts of "train" that go to the split `HELD_OUT` instead.
+    tokens: token rows, with random states and logits of realistic magnitude; None for no rows.
+    Preferences are drawn by the Bradley-Terry model from the gold scores of `_World`. Memory does
+    not grow with the cache.
     """
     random = np.random.default_rng(0)
     count = sum(splits.values())
-    first = random.integers(0, 2, count)  # whether the first response is the rejected one
+    first = random.integers(0, 2, count)  # 1 where the second response is the chosen one
     pairs = _pairs(splits, first)
     if held_out:
         pairs = _with_held_out(pairs, held_out)
@@ -88,7 +92,8 @@ def synthetic(
 
 
 def resplit(folder: Path, source: Path, held_out: float) -> Path:
-    """Write the states "last" of another cache, and its split "train" parted as above."""
+    """Write a cache with the states "last" and the split "train" of the cache `source`; returns
+    `folder`. held_out: share of the prompts that go to the split `HELD_OUT` instead."""
     cache = open_cache(source)
     pairs = _with_held_out(cache.pairs.filter(pl.col("split") == "train"), held_out)
     rows, shard_rows = cache.manifest.n_responses, cache.manifest.shard_rows
@@ -99,8 +104,8 @@ def resplit(folder: Path, source: Path, held_out: float) -> Path:
 
 def _with_held_out(pairs: pl.DataFrame, share: float) -> pl.DataFrame:
     out = pl.Series(holdout(pairs["prompt_id"], share, 0, "bench"))
-    asked = out & (pairs["split"] == "train")
-    return pairs.with_columns(split=pl.when(asked).then(pl.lit(HELD_OUT)).otherwise("split"))
+    moved = out & (pairs["split"] == "train")
+    return pairs.with_columns(split=pl.when(moved).then(pl.lit(HELD_OUT)).otherwise("split"))
 
 
 def _pairs(splits: Mapping[str, int], first: np.ndarray) -> pl.DataFrame:
@@ -108,7 +113,7 @@ def _pairs(splits: Mapping[str, int], first: np.ndarray) -> pl.DataFrame:
     names = [hashlib.blake2b(b"%d" % row, digest_size=8).hexdigest() for row in rows]
     return pl.DataFrame(
         {
-            "pair_id": names,  # in another order than the rows, as in any cache
+            "pair_id": names,  # their sorted order differs from that of the rows, as in any cache
             "split": [*chain.from_iterable([name] * count for name, count in splits.items())],
             "subset": pl.Series([None] * len(rows), dtype=pl.String),
             "prompt_id": names,
@@ -122,12 +127,12 @@ def _pairs(splits: Mapping[str, int], first: np.ndarray) -> pl.DataFrame:
 
 
 class _World:
-    """States and their gold.
+    """Draws states and gold scores.
 
-    State: independent normal components whose variances fall as 1/(10 + j), scaled to a mean
-    square of 1. Gold: four parts in five of its variance along one direction, the rest a random
-    layer of 64 ReLUs, of which about half is linear again. A response wins with the probability
-    that Bradley-Terry gives its gold, so that nobody can be right in more than 79 % of pairs.
+    States: independent normal components with variances proportional to 1/(10 + j), scaled to a
+    mean square of 1. Gold: 80 % of its variance is linear in the state; the rest comes from a
+    random layer of 64 ReLUs, about half of which is linear too. A response wins with the
+    Bradley-Terry probability of its gold score, so no model can exceed an accuracy of 79 %.
     """
 
     def __init__(self, width: int) -> None:
@@ -142,15 +147,17 @@ class _World:
         self._lines = [(float(part.mean()), float(part.std())) for part in parts]
 
     def shards(self, first: Tensor, pairs: int) -> Iterator[Tensor]:
-        """States of `pairs` pairs after another, rows 2i and 2i + 1 of pair i; `first`: int64,
-        which of them is chosen."""
+        """Yield bfloat16 states of `pairs` pairs at a time, rows 2i and 2i + 1 for pair i.
+
+        first: int64 [all pairs], 1 where the second response of a pair is the chosen one.
+        """
         for some in first.split(pairs):
             states = self._states(2 * len(some))
             linear, curved = self._parts(states)
             gold = 2**0.5 * (0.8**0.5 * linear + 0.2**0.5 * curved)
             wins = torch.sigmoid(gold[::2] - gold[1::2])
             won = torch.rand(len(some), generator=self._random) < wins
-            # Responses change places where the other one than `first` says has won.
+            # Swap the responses of a pair where the winner is not the one that `first` says.
             order = torch.arange(len(states)).view(-1, 2)
             order[won == some.bool()] = order[won == some.bool()].flip(1)
             yield states[order.flatten()].bfloat16()
@@ -159,7 +166,7 @@ class _World:
         return torch.randn(rows, len(self._scale), generator=self._random) * self._scale
 
     def _parts(self, states: Tensor) -> list[Tensor]:
-        """Linear and curved part of the gold, each of mean 0 and variance 1."""
+        """Linear and nonlinear part of the gold score, each with mean 0 and variance 1."""
         curved = torch.relu(states @ self._layer) @ self._output
         parts = (states @ self._direction, curved)
         return [(part - mean) / sd for part, (mean, sd) in zip(parts, self._lines, strict=True)]
@@ -193,7 +200,7 @@ def _write(
             shard_rows=shard_rows,
             lm_head=lambda: _lm_head(tokens, width),
         ) as writer,
-        progress("writing the cache to measure on", writer.n_shards, "shards") as bar,
+        progress("writing the synthetic cache", writer.n_shards, "shards") as bar,
     ):
         first = 0
         for index, states in enumerate(shards):
@@ -233,7 +240,7 @@ def _lm_head(tokens: Tokens | None, width: int) -> dict[str, Tensor]:
 def _token_rows(first: int, states: Tensor, tokens: Tokens) -> TokenRows[Stored]:
     random = np.random.default_rng(first)
     count = len(states) * tokens.rows
-    # Ranks whose probability falls as 1/(2.7 + rank), by the inverse of its integral.
+    # Inverse transform sampling of ranks with density proportional to 1/(2.7 + rank).
     draws = random.random((count, tokens.top_k + 1))
     ranks = 2.7 * ((1 + tokens.vocabulary / 2.7) ** draws - 1)
     ids = ranks.astype(np.int32).clip(0, tokens.vocabulary - 1)

@@ -1,4 +1,7 @@
-"""Why states are stored plain: what other encodings of the same column save and cost."""
+"""Measure the size and reading time of states in several Parquet encodings.
+
+Caches use plain uncompressed pages because of these measurements.
+"""
 
 import time
 from typing import Any
@@ -24,9 +27,9 @@ _REPEATS = 5
 def measure_encodings(states: NDArray[np.float32] | None = None) -> list[dict[str, Any]]:
     """Size and fastest reading time of each encoding, relative to plain uncompressed pages.
 
-    states: float32 [rows, width], stored as float32 and as bfloat16. Without them, normal values
-    whose scale differs between dimensions, as that of hidden states does. Nothing is written to
-    disk; all encodings carry page checksums, as a cache does.
+    states: float32 [rows, width], measured as float32 and as bfloat16. None for normally
+    distributed values whose scale differs between components, as it does in hidden states.
+    Files are kept in memory. All have page checksums, as those of a cache do.
     """
     if states is None:
         random = torch.Generator().manual_seed(0)
@@ -67,7 +70,7 @@ def _file(column: pa.FixedSizeBinaryArray, encoding: str, compression: str) -> p
 
 
 def _seconds(content: pa.Buffer, dtype: np.dtype[Any]) -> float:
-    """Time from a file in memory to an array."""
+    """Seconds to read a file in memory into an array."""
     start = time.perf_counter()
     file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
     column = file.read(use_threads=False).column(0)

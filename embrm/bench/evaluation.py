@@ -1,4 +1,4 @@
-"""What judging heads costs: best of n over large pools, and the bootstrap behind every interval."""
+"""Measure what evaluation costs: best of n over large pools, and the bootstrap of intervals."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,13 +32,16 @@ def measure_evaluation(
     split_prompts: int = 1000,
     replicates: int = 10_000,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Both parts, each row in a fresh process that may use all cores, its fastest round; core
-    seconds are summed over threads, and grow little where other programs run.
+    """Measure evaluation; yields each part's name and rows as soon as it is measured.
 
-    best of n: of one head over `prompts` pools of `responses`, at all `ns`, gold and reward; to
-    putting the responses in the order of their rewards, which it cannot do without.
-    bootstrap: intervals and differences of `runs`, five seeds a configuration, on `splits` of
-    `split_prompts`; to the bare product of resampled prompts and outcomes.
+    Each row runs in a fresh process on all cores, and its fastest of three rounds counts. "core
+    seconds" are summed over threads; other programs on the machine change them less than wall time.
+
+    Part "best of n": one head over `prompts` pools of `responses` responses, expected gold score
+    and reward at all `ns`. Its limit is sorting the responses by reward.
+    Part "bootstrap": intervals and differences of `runs` runs with five seeds per configuration,
+    on `splits` splits of `split_prompts` prompts. Its limit is the matrix product of resampling
+    counts and outcomes.
     """
     shape = prompts, responses
     ways: dict[str, tuple[Callable[..., Callable[[], float]], tuple[Any, ...]]] = {
@@ -60,7 +63,7 @@ def measure_evaluation(
 
 
 def _rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """The first is what all are compared with."""
+    """Compare every row with the first one, the limit."""
     limit = next(iter(measured.values())).seconds
     return [
         {
@@ -75,7 +78,7 @@ def _rows(measured: dict[str, Measured]) -> list[dict[str, Any]]:
 
 
 def _spent(work: Callable[[], None]) -> float:
-    """Core seconds of some work."""
+    """Do the work and return its processor time, summed over threads, in seconds."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -136,7 +139,7 @@ def _bootstrap(runs: int, prompts: int, splits: int, replicates: int) -> Callabl
 
 
 def _outcomes(runs: int, prompts: int, split: int) -> Outcomes:
-    """Of one to eight pairs a prompt, seven in ten won; no prompt is in two splits."""
+    """Random outcomes with one to eight pairs per prompt, 70 % of them won."""
     random = np.random.default_rng(split)
     pairs = random.integers(1, 9, prompts)
     table = pl.DataFrame(

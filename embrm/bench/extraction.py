@@ -1,4 +1,4 @@
-"""Extraction beside the bare model: the same texts, weights and machine, in one run."""
+"""Measure extraction against calling the model directly, on the same texts and weights."""
 
 import itertools
 import json
@@ -32,30 +32,33 @@ from embrm.extraction.transformers_engine import TransformersEngine, load_engine
 from embrm.extraction.vllm_engine import installed_version, load_vllm
 
 PER_PROMPT = 10
-"""Responses to each prompt of the part "prefix"."""
+"""Responses to each prompt in the part "prefix"."""
 
 _MOST = 2048
-"""Responses that every part but the writer's reads at most: one at a time, as many take minutes."""
+"""Most responses that a part other than "writer" reads; one at a time, so many take minutes."""
 
 _COMPARED = 64
-"""Responses read again in batches of other sizes."""
+"""Most responses that the part "batches" reads in batches of other sizes."""
 
 _SCRIPT_TEXTS = 8
-"""Texts of a script's batch: what transformers' trainers take unless told otherwise."""
+"""Texts in a batch of a plain script: the default batch size of the trainers of transformers."""
 
 _SAME = "model alone, same batches"
 
 _NO_POSITIONS = np.empty(0, np.int32)
 _LOGIT_ROWS = 2048
-"""Rows of logits that the bare model makes at once: more would not fit a GPU's memory."""
+"""Rows of logits that the bare model computes at once; more might not fit in a GPU's memory."""
 _HEAD_WIDTH = 64
 _VLLM_MEMORY = 0.5
-"""Of a GPU: the rest is the transformers engine's."""
+"""Share of a GPU's memory for vLLM; the transformers engine needs the rest."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the model made on the spot, a Llama with random weights."""
+    """Size of the model with random weights, a Llama.
+
+    Raises: UserError for a width that is no multiple of 64, the width of an attention head.
+    """
 
     width: int = 512
     layers: int = 6
@@ -64,14 +67,18 @@ class Size:
     def __post_init__(self) -> None:
         if self.width % _HEAD_WIDTH:
             raise UserError(
-                f"--width {self.width}: its attention heads have {_HEAD_WIDTH} each: take a "
-                "multiple"
+                f"--width {self.width}: attention heads have a width of {_HEAD_WIDTH}: take a "
+                "multiple of it"
             )
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """What every part measures with: `peak` is in operations a second."""
+    """Settings of all parts.
+
+    budget: most tokens in a batch; rounds: times that each row is measured; peak: floating-point
+    operations per second of a large matrix product.
+    """
 
     engine: TransformersEngine
     budget: int
@@ -87,17 +94,17 @@ def measure_extraction(
     dtype: str = "float32",
     device: str = "auto",
     batch_tokens: int | None = None,
-    responses: int = 256,
+    responses: int = 32,
     rounds: int = 3,
     size: Size = Size(),
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure about `responses` texts; the name and rows of each part as they are there.
+    """Measure about `responses` texts; yields each part's name and rows once it is measured.
 
-    model, data: as `embrm extract` takes them; without, a model of `size` and made-up pairs, in
-    `folder` for as long as it takes. Every way is timed `rounds` times on all of torch's threads,
-    all ways in each round, in an order drawn for it: rates are of its fastest round, "times"
-    medians over rounds of ratios.
-    Raises: UserError for data without a model, and whatever `embrm extract` would refuse.
+    model, data: as in `embrm extract`; without them, a model of `size` and synthetic pairs, written
+    below `folder` and deleted at the end. Each of `rounds` rounds times every row of a part once,
+    in random order, on all of torch's threads. Rates are those of a row's fastest round; "times"
+    are medians over rounds of the ratio of seconds to another row's in the same round.
+    Raises: UserError for data without a model, and whatever `embrm extract` refuses.
     """
     if data and not model:
         raise UserError("--data needs --model, whose tokenizer reads it: name both, or neither")
@@ -124,7 +131,7 @@ def measure_extraction(
         yield "prefix", _prefix(bench, min(responses, _MOST), int(prepared.lengths.max()) // 2)
         some = spec.model_copy(update={"limit": max(1, responses // 2)})
         yield "writer", _writer(bench, prepare_texts(some), here / "cache")
-        if installed_version():  # last: it keeps its processes and memory until the program ends
+        if installed_version():  # last, because vLLM keeps its processes and memory to the end
             try:
                 rows = _vllm(bench, prepared, requests)
             except UserError as error:
@@ -133,14 +140,16 @@ def measure_extraction(
 
 
 def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
-    """The engine, and the model alone on the same texts in several batches.
+    """Compare the engine with the model alone on the same texts, batched in several ways.
 
-    The model alone makes what any user of it must: states, and logits where they predict the
-    response. The plain script calls the whole model with an attention mask, as its documentation
-    does, and so makes logits everywhere. "tokens/s" counts the tokens of the texts, a prompt with
-    each of its responses; "read": tokens that went through the model, padding included; "times":
-    this way's seconds to the engine's in the same round; "of peak": products of weights that the
-    way needs, to those of a matrix product.
+    "model alone" computes what every user of the model needs: states, and logits at the positions
+    that predict the response. "plain script" calls the whole model with an attention mask, as its
+    documentation does, and so computes logits at all positions.
+    "tokens/s": tokens of the texts per second, where a prompt counts for each of its responses.
+    "read": tokens that went through the model, padding included.
+    "times": seconds relative to the engine's.
+    "of peak": rate of the matrix products with weights that are needed, relative to the measured
+    rate of a large matrix product.
     """
     engine, budget = bench.engine, bench.budget
     lengths = [len(request.ids) for request in requests]
@@ -198,7 +207,7 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
     ]
     whole = sum(lengths)
     for way, (seconds, slots, times) in done.items():
-        # Nothing pads what is packed; only there are prompts shared.
+        # Packed batches have no padding, and share prompts, so they may read fewer tokens.
         needed = min(slots, whole)
         rows.append(
             {
@@ -214,8 +223,11 @@ def _speed(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
 
 
 def _batches(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
-    """The same texts in batches of other sizes, beside the bench's own: "state" is the largest
-    ‖difference‖ / ‖state‖, "logsumexp" the largest difference at a token row, "S" that to S."""
+    """Compare the results of batches of other sizes with those of the benchmark's batch size.
+
+    "state": largest ‖difference‖ / ‖state‖ over responses. "logsumexp": largest absolute difference
+    over token rows. "S": largest difference relative to S over responses.
+    """
     own = read(bench.engine, requests, bench.budget)
     rows = []
     for budget in BATCH_TOKENS:
@@ -236,12 +248,12 @@ def _batches(bench: _Bench, requests: list[Request]) -> list[dict[str, Any]]:
 
 
 def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
-    """Made-up texts with ten responses a prompt: each alone, and as the engine batches them.
-    most: tokens of a prompt, and of a response.
+    """Compare shared prompts with repeated ones, on random texts with ten responses per prompt.
 
-    "saved": share of the texts' tokens that did not go through the model; "could": what
-    arithmetic says if every prompt is read once. "error": the largest difference of a state's
-    component, to the largest component.
+    most: maximum number of tokens of a prompt, and of a response.
+    "saved": share of the texts' tokens that did not go through the model. "could": that share if
+    every prompt is read exactly once. "error": largest difference between components of states,
+    relative to the largest component.
     """
     engine = bench.engine
     random = np.random.default_rng(0)
@@ -253,7 +265,7 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
         for n in _lengths(random, PER_PROMPT, 120, 0.5).clip(1, most):
             ids = np.concatenate([prompt, random.integers(0, vocabulary, n)]).astype(np.int32)
             requests.append(Request(ids, int(n_prompt), len(ids) - 1, _NO_POSITIONS))
-    # One response of every prompt at a time: there is nothing to share.
+    # Each part has one response of every prompt, so there are no prompts to share.
     apart = [requests[first::PER_PROMPT] for first in range(PER_PROMPT)]
     found: dict[str, Tensor] = {}
 
@@ -284,13 +296,15 @@ def _prefix(bench: _Bench, responses: int, most: int) -> list[dict[str, Any]]:
 
 
 def _vllm(bench: _Bench, prepared: PreparedTexts, requests: list[Request]) -> list[dict[str, Any]]:
-    """The texts of the part "speed", with token rows, read by both engines, and by the model alone
-    in the batches of the transformers engine: "times" is of the model's seconds. How much vLLM's
-    prefix cache spares is not known here: "of peak" counts, for each row, the products that those
-    batches need."""
+    """Compare vLLM with the transformers engine, with token rows, on the texts of part "speed".
+
+    "times": seconds relative to the model alone in the batches of the transformers engine. How many
+    products vLLM's prefix cache saves is unknown, so "of peak" counts those that these batches need
+    in every row.
+    """
     on_cuda = bench.engine.model.device.type == "cuda"
     if on_cuda:
-        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+        torch.cuda.empty_cache()  # vLLM counts memory that torch has cached as occupied
     settings: dict[str, Any] = {"gpu_memory_utilization": _VLLM_MEMORY} if on_cuda else {}
     other = load_vllm(
         prepared.folder,
@@ -320,13 +334,14 @@ def _vllm(bench: _Bench, prepared: PreparedTexts, requests: list[Request]) -> li
 
 
 def _writer(bench: _Bench, prepared: PreparedTexts, out: Path) -> list[dict[str, Any]]:
-    """An extraction with data and model at hand, and its shards read without anything written:
-    "times" is what tables, LM head and shards cost. Shards are an extraction's own, or eight.
+    """Compare an extraction with reading the same shards without writing anything.
 
-    "waited" is the share of a run's seconds, the median over rounds, in which the thread that
-    reads, done with a shard, waited until the one before was written. Not in it, but in "times":
-    writing the last shard, when nothing is left to read; tables and LM head; and what the writing
-    thread takes from a model on the CPU.
+    The model is loaded and the data prepared beforehand. Shards have their usual size, or an eighth
+    of the responses if that is less. "times": what writing tables, LM head and shards costs.
+    "waited": share of the seconds, median over rounds, in which the reading thread had finished a
+    shard and waited until the previous one was written. It does not include the writing of tables,
+    LM head and last shard, nor the processor time that the writing thread takes from a model on
+    the CPU; "times" does.
     """
     rows = len(prepared.encoded)
     shard_rows = min(SHARD_ROWS, -(-rows // 8))
@@ -366,10 +381,13 @@ def _writer(bench: _Bench, prepared: PreparedTexts, out: Path) -> list[dict[str,
 def _timed(
     bench: _Bench, ways: Mapping[str, Callable[[], object]], beside: str
 ) -> dict[str, tuple[float, int, float]]:
-    """Way → seconds of its fastest round; the tokens that went through the bench's model; and the
-    median over rounds of its seconds to those of the way `beside`, which a machine that slows down
-    for a while changes little. The order is drawn for each round: what a way leaves in memory and
-    caches costs the next one some percent."""
+    """Time `ways`. For each: seconds of the fastest round; tokens that went through the model in a
+    round; median over rounds of its seconds relative to those of the way `beside`.
+
+    Ratios within a round change little when the machine slows down for a while. The order is drawn
+    anew for each round, because what one way leaves in memory and caches costs the next one some
+    percent.
+    """
     slots = 0
 
     def count(_: Any, inputs: tuple[Tensor, ...], __: Any) -> None:
@@ -401,8 +419,8 @@ def _timed(
 def _utilisation(
     bench: _Bench, requests: Sequence[Request], tokens: int, seconds: float
 ) -> dict[str, float]:
-    """Operations a second of the products of weights, and their share of the peak, when `tokens`
-    go through the model and logits are made where they predict the responses."""
+    """Rate of the matrix products with weights, and its share of the peak, if `tokens` tokens go
+    through the model and logits are computed where they predict the responses."""
     base = sum(
         weight.numel()
         for module in bench.engine.model.base_model.modules()
@@ -425,7 +443,7 @@ def _each(
 
 
 def _alone(engine: TransformersEngine, requests: Sequence[Request]) -> None:
-    """What any user of the model must make of a batch: states, and logits where they predict."""
+    """Compute the states of a batch, and logits where they predict the responses."""
     hidden, places = engine.hidden(requests)
     _logits(engine, hidden["last"], places, requests)
 
@@ -443,7 +461,7 @@ def _logits(
 
 
 def _in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of neighbours, at most `batch_tokens` tokens with padding."""
+    """Batches of consecutive texts with at most `batch_tokens` tokens each, padding included."""
     batches: list[list[int]] = []
     most = 0
     for index, length in enumerate(lengths):
@@ -457,7 +475,7 @@ def _in_order(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def _whole_prompts(prepared: PreparedTexts, responses: int) -> list[int]:
-    """Rows of evenly spaced prompts with all their responses, about `responses` of them."""
+    """Indices of all responses to evenly spaced prompts, about `responses` of them."""
     prompts = prepared.dataset.responses["prompt_id"].to_list()
     distinct = list(dict.fromkeys(prompts))
     count = max(1, min(len(distinct), responses * len(distinct) // len(prompts)))
@@ -466,7 +484,7 @@ def _whole_prompts(prepared: PreparedTexts, responses: int) -> list[int]:
 
 
 def _peak(weight: Tensor) -> float:
-    """Operations a second of a large product of matrices of the weights' dtype and device."""
+    """Operations per second of a large matrix product with the dtype and device of `weight`."""
     side = 8192 if weight.is_cuda else 2048
     a, b = (torch.randn(side, side, device=weight.device).to(weight.dtype) for _ in range(2))
     out = torch.mm(a, b)
@@ -486,7 +504,7 @@ def _lengths(random: np.random.Generator, count: int, median: float, spread: flo
 
 
 def made_pairs(path: Path, responses: int) -> Path:
-    """Pairs of random words, with lengths like those of chats."""
+    """Write pairs of random words, with lengths like those of chats; returns `path`."""
     random = np.random.default_rng(0)
     pairs = max(1, responses // 2)
     lengths = np.stack([_lengths(random, pairs, median, 0.9) for median in (60, 150, 150)], axis=1)
@@ -499,10 +517,10 @@ def made_pairs(path: Path, responses: int) -> Path:
 
 
 def made_model(folder: Path, size: Size) -> Path:
-    """A Llama with random weights, and a tokenizer of a token a word.
+    """Save a Llama with random weights and a tokenizer with one token per word; returns `folder`.
 
-    As in today's models, matrices have the sides that a GPU's kernels are fast with, and four heads
-    share their keys and values where the heads are so many.
+    As in current models, the sides of matrices are multiples that GPU kernels handle fast, and four
+    attention heads share their keys and values if there are at least eight heads.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,9 +1,9 @@
-"""Fine-tuning beside TRL's trainer and the bare backbone: the same pairs, in fresh processes."""
+"""Measure fine-tuning against TRL's RewardTrainer and the bare backbone, on the same pairs."""
 
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,15 +37,23 @@ from embrm.training.order import Order
 from embrm.training.states import States
 
 _TURNS = 4
-"""Micro-batches of a minibatch where gradients are accumulated."""
+"""Micro-batches per optimizer step in the rows that accumulate gradients."""
+
+_LIMIT = "limit: bare backbone"
+_TRL = "TRL"
+_BT = "bt"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every way trains on: one epoch over `pairs`, of `batch` pairs a step.
+    """What every row trains on: one epoch over `pairs`, with `batch` pairs per optimizer step.
 
-    model: its folder; encoded: texts of all responses; S: float32, their log-probabilities under
-    the model, where they are in pairs; kind: of device; out: a folder for what trainers write.
+    model: folder of the model.
+    encoded: token ids of all responses.
+    S: float32 [responses], log-probability of each response under the model; NaN for responses
+    that are in no pair.
+    kind: device type, such as "cpu" or "cuda".
+    out: folder for what the trainers write.
     """
 
     model: Path
@@ -59,11 +67,11 @@ class Task:
 
     @property
     def steps(self) -> int:
-        """Of the optimizer."""
+        """Number of optimizer steps."""
         return len(self.pairs) // self.batch
 
     def run(self, regularizer: str | None = None) -> FinetuneRun:
-        """As a spec would have it; the head is linear."""
+        """Run of a fine-tuning spec with a linear head."""
         own = {"kind": regularizer} if regularizer else None
         return FinetuneRun.model_validate(
             {"batch_pairs": self.batch, "epochs": 1, "lr": 1e-5, "regularizer": own}
@@ -71,27 +79,32 @@ class Task:
 
     @property
     def order(self) -> Order:
-        """Of the pairs, which is the same for all."""
+        """Order of the pairs, the same in every row."""
         return Order(to_pairs(self.pairs).chosen, States(torch.empty(0, 1)), self.run().seed)
 
     @property
     def timed_tokens(self) -> int:
-        """Of the texts, without padding, in all steps but the first."""
+        """Tokens of the texts in all steps but the first, without padding."""
         lengths = np.array([len(entry.ids) for entry in self.encoded])
         some = torch.cat([*self.order.minibatches(1, self.batch)])[self.batch :].numpy()
         both = self.pairs.select("chosen", "rejected").to_numpy()[some]
         return int(lengths[both].sum())
 
     def autocast(self) -> torch.autocast:
-        """Weights are float32, whatever the arithmetic."""
+        """Context for arithmetic in `dtype`; weights are always float32."""
         dtype = getattr(torch, self.dtype)
         return torch.autocast(self.kind, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @dataclass(frozen=True)
 class _Trained:
-    """seconds: of all steps but the first, and core_seconds: summed over threads; loss: of the
-    first; bytes: the most that were allocated on a GPU, 0 without one."""
+    """Result of one row.
+
+    seconds: wall time of all steps but the first.
+    core_seconds: processor time of the same steps, summed over threads.
+    loss: of the first step, before any weight has changed.
+    bytes: peak memory allocated on a GPU, 0 without one.
+    """
 
     seconds: float
     core_seconds: float
@@ -106,43 +119,53 @@ def measure_finetuning(
     *,
     dtype: str = "float32",
     device: str = "auto",
-    batch_pairs: int = 8,
-    steps: int = 4,
-    rounds: int = 2,
+    batch_pairs: int = 4,
+    steps: int = 3,
+    rounds: int = 1,
     size: Size = Size(),  # noqa: B008
-) -> list[dict[str, Any]]:
-    """One row a way of training a whole model for `steps` steps of `batch_pairs` pairs.
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure full fine-tuning; yields each part's name and rows as soon as it is measured.
 
-    model, data: as `embrm extract` takes them; without, a model of `size` and made-up pairs, in
-    `folder` for as long as it takes. Every way is timed `rounds` times, in turns, each time in a
-    fresh process on all cores, and its fastest round counts.
+    Each row trains the whole model for `steps` optimizer steps of `batch_pairs` pairs, in a fresh
+    process on all cores. The rows of a part are repeated `rounds` times, alternating, and the
+    fastest round of each counts. The part "trl" compares Bradley-Terry training with TRL and with
+    the bare backbone (forward and backward steps without an optimizer); "grm" compares the GRM
+    regularizers with Bradley-Terry, which is measured again next to them.
 
-    "tokens/s": of the texts, padding not counted, in whole steps; "of limit": to those of a bare
-    forward and backward step of the backbone, without optimizer. "core seconds": of the timed
-    steps, summed over threads, which grow little where other programs run. "peak MB": allocated on
-    a GPU, otherwise resident in the process, libraries included. "first loss": before any weight
-    has moved.
-    Raises: UserError for data without a model, a batch that 4 does not divide, too few pairs, and
-    whatever `embrm extract` would refuse.
+    model, data: as in `embrm extract`; without them, a model of `size` and synthetic pairs, written
+    below `folder` and deleted at the end.
+    "tokens/s": tokens of the texts per second, padding not counted.
+    "core seconds": processor time of the timed steps, summed over threads; other programs on the
+    machine change it less than wall time.
+    "peak MB": memory allocated on a GPU, otherwise resident memory of the process with its
+    libraries.
+    "first loss": before any weight has changed.
+    Raises: UserError for data without a model, a `batch_pairs` that 4 does not divide, too few
+    pairs, and whatever `embrm extract` refuses.
     """
     if data and not model:
         raise UserError("--data needs --model, whose tokenizer reads it: name both, or neither")
     if batch_pairs % _TURNS:
         raise UserError(
-            f"--batch-pairs {batch_pairs}: is also cut into {_TURNS} parts: take a multiple"
+            f"--batch-pairs {batch_pairs}: is also cut into {_TURNS} micro-batches: take a multiple"
         )
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: a model is fine-tuned in float32 or bfloat16: use one")
-    ways: dict[str, tuple[Prepare, *tuple[Any, ...]]] = {
-        "limit: bare backbone": (_bare,),
-        "TRL": (_theirs, 1),
-        f"TRL, {_TURNS} micro-batches": (_theirs, _TURNS),
-        "bt": (_ours,),
-        f"bt, {_TURNS} micro-batches": (_ours, None, _TURNS),
-        "grm-sft": (_ours, "grm-sft"),
-        "grm-sft, all logits at once": (_ours, "grm-sft", 1, _AllLogits),
-        "grm-dpo": (_ours, "grm-dpo"),
-        "grm-dpo, a second model": (_ours, "grm-dpo", 1, RewardModel, _SecondModel),
+    parts: dict[str, dict[str, tuple[Prepare, *tuple[Any, ...]]]] = {
+        "trl": {
+            _LIMIT: (_bare,),
+            _TRL: (_theirs, 1),
+            f"{_TRL}, {_TURNS} micro-batches": (_theirs, _TURNS),
+            _BT: (_ours,),
+            f"{_BT}, {_TURNS} micro-batches": (_ours, None, _TURNS),
+        },
+        "grm": {
+            _BT: (_ours,),
+            "grm-sft": (_ours, "grm-sft"),
+            "grm-sft, all logits at once": (_ours, "grm-sft", 1, _AllLogits),
+            "grm-dpo": (_ours, "grm-dpo"),
+            "grm-dpo, a second model": (_ours, "grm-dpo", 1, RewardModel, _SecondModel),
+        },
     }
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here, count = Path(name), batch_pairs * steps
@@ -156,20 +179,21 @@ def measure_finetuning(
         )
         kind = find_device(device).type
         task = _task(prepare_texts(spec), count, batch_pairs, dtype, kind, here / "trained")
-        found: dict[str, list[Measured]] = {way: [] for way in ways}
-        with progress("finetune", rounds * len(ways), "rounds") as bar:
-            for _ in range(rounds):
-                for way, (work, *arguments) in ways.items():
-                    found[way].append(measure(work, task, *arguments, threads=cores()))
-                    bar.advance()
-    return _rows(found, task.timed_tokens)
+        for part, ways in parts.items():
+            found: dict[str, list[Measured]] = {way: [] for way in ways}
+            with progress(part, rounds * len(ways), "rounds") as bar:
+                for _ in range(rounds):
+                    for way, (work, *arguments) in ways.items():
+                        found[way].append(measure(work, task, *arguments, threads=cores()))
+                        bar.advance()
+            yield part, _rows(found, task.timed_tokens)
 
 
 def _task(
     prepared: PreparedTexts, count: int, batch: int, dtype: str, kind: str, out: Path
 ) -> Task:
-    """The first `count` pairs, and S of their responses."""
-    # TRL knows neither weights nor soft labels: all ways do without.
+    """The first `count` pairs, and the log-probabilities S of their responses."""
+    # TRL has neither weights of pairs nor soft labels, so no row uses them.
     pairs = prepared.dataset.pairs.head(count).with_columns(
         label=pl.lit(1.0), weight=pl.lit(1.0), margin=pl.lit(None, pl.Float64)
     )
@@ -186,6 +210,7 @@ def _task(
 
 
 def _rows(found: dict[str, list[Measured]], tokens: int) -> list[dict[str, Any]]:
+    """Compare every row with each of the limit, TRL and Bradley-Terry that is in `found`."""
     trained: dict[str, list[_Trained]] = {
         way: [done.values[0] for done in rounds] for way, rounds in found.items()
     }
@@ -194,18 +219,16 @@ def _rows(found: dict[str, list[Measured]], tokens: int) -> list[dict[str, Any]]
         way: max(one.bytes for one in trained[way]) or min(done.memory.rss for done in found[way])
         for way in found
     }
-    limit = next(iter(found))
+    speeds = {"of limit": _LIMIT, "times TRL": _TRL, "times bt": _BT}
+    peaks = {"peak to TRL": _TRL, "peak to bt": _BT}
     return [
         {
             "way": way,
             "tokens/s": speed[way],
-            "of limit": speed[way] / speed[limit],
-            "times TRL": speed[way] / speed["TRL"],
-            "times bt": speed[way] / speed["bt"],
+            **{name: speed[way] / speed[other] for name, other in speeds.items() if other in found},
             "core seconds": min(one.core_seconds for one in trained[way]),
             "peak MB": peak[way] / 1e6,
-            "peak to TRL": peak[way] / peak["TRL"],
-            "peak to bt": peak[way] / peak["bt"],
+            **{name: peak[way] / peak[other] for name, other in peaks.items() if other in found},
             "first loss": trained[way][0].loss,
         }
         for way in found
@@ -213,7 +236,8 @@ def _rows(found: dict[str, list[Measured]], tokens: int) -> list[dict[str, Any]]
 
 
 class _AllLogits(RewardModel):
-    """Log-probabilities the plain way: float32 [n, length, V] of logits, and as many of softmax."""
+    """Computes log-probabilities from all logits at once: float32 [n, length, V] of logits, and a
+    log-softmax of the same size."""
 
     _last: Tensor | None = None
 
@@ -240,7 +264,7 @@ class _AllLogits(RewardModel):
 
 
 class _SecondModel(RewardTrainer):
-    """The reference's log-probabilities from a second model, which reads every batch too."""
+    """Computes the reference log-probabilities with a second model that reads every batch too."""
 
     def __init__(self, model: RewardModel, args: Any, **settings: Any) -> None:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -263,14 +287,14 @@ def _ours(
     model: type[RewardModel] = RewardModel,
     trainer: type[RewardTrainer] = RewardTrainer,
 ) -> Callable[[], _Trained]:
-    """turns: micro-batches of a step."""
+    """Prepare embrm's trainer. turns: micro-batches per optimizer step."""
     from transformers import TrainingArguments
 
     run, pairs = task.run(regularizer), to_pairs(task.pairs)
     causal = load_model(task.model, dtype="float32", device="cpu")
     head = initialise(run.head, causal.get_input_embeddings().embedding_dim, run.seed)
     with_S = regularizer is not None
-    steps = task.steps + 1  # never: neither evaluated nor saved
+    steps = task.steps + 1  # beyond the end, so that nothing is evaluated or saved
     args = TrainingArguments(**_settings(task, turns), eval_steps=steps, save_steps=steps)
     made = trainer(
         model(causal, head, tune="full", with_S=with_S),
@@ -288,14 +312,14 @@ def _ours(
 
 
 def _theirs(task: Task, turns: int) -> Callable[[], _Trained]:
-    """TRL's RewardTrainer as it is, told only what makes the task the same."""
+    """Prepare TRL's RewardTrainer with its own defaults, except where they change the task."""
     from datasets import Dataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback
     from transformers.utils import logging
     from trl import RewardConfig
     from trl import RewardTrainer as Theirs
 
-    logging.set_verbosity_error()  # the LM head is not used, and the reward's is new
+    logging.set_verbosity_error()  # it would warn that the reward head is new
     logging.disable_progress_bar()
     run = task.run()
     ids = [entry.ids.tolist() for entry in task.encoded]
@@ -323,7 +347,7 @@ def _theirs(task: Task, turns: int) -> Callable[[], _Trained]:
 
 
 def _bare(task: Task) -> Callable[[], _Trained]:
-    """The backbone of a causal LM, forward and backward over the batches of Bradley-Terry."""
+    """Prepare forward and backward steps of the backbone over the batches of Bradley-Terry."""
     backbone = load_model(task.model, dtype="float32", device=task.kind).base_model
     tokens = _tokens(task, task.run())
 
@@ -343,7 +367,7 @@ def _bare(task: Task) -> Callable[[], _Trained]:
 
 
 def _settings(task: Task, turns: int) -> dict[str, Any]:
-    """What both trainers are told."""
+    """Arguments of both trainers."""
     return {
         "output_dir": str(task.out),
         "per_device_train_batch_size": task.batch // turns,
@@ -407,14 +431,14 @@ def _tokens(task: Task, run: FinetuneRun) -> PairTokens:
 
 
 def _trained(ends: Sequence[npt.NDArray[np.float64]], loss: float | None, kind: str) -> _Trained:
-    """ends: of every step, as `_now` tells them."""
+    """ends: clock times at the end of every step, as `_now` returns them."""
     seconds, core_seconds = (ends[-1] - ends[0]).tolist()
     allocated = torch.cuda.max_memory_allocated() if kind == "cuda" else 0
     return _Trained(seconds, core_seconds, loss, allocated)
 
 
 def _now(kind: str) -> npt.NDArray[np.float64]:
-    """Seconds on the clock, and of this process's threads."""
+    """Wall time and processor time of this process, float64 [2] in seconds."""
     if kind == "cuda":
         torch.cuda.synchronize()
     return np.array([time.perf_counter(), time.process_time()])

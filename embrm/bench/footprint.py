@@ -1,24 +1,26 @@
-"""How much memory a family of processes takes, sampled while it works."""
+"""Peak memory of a group of processes, sampled with psutil while they work."""
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-_PROC = Path("/proc")
-_RSS_SECONDS = 0.1
+import psutil
+
+_SAMPLE_SECONDS = 0.1
 _PSS_EVERY = 10
-"""The kernel walks all pages of a process to tell its PSS, which takes milliseconds a gigabyte."""
+"""PSS is read in every tenth sample only: the kernel walks all pages of a process to compute it,
+which takes milliseconds per gigabyte."""
 
 
 @dataclass
 class Footprint:
-    """Highest sums over all processes of a family at one time, in bytes.
+    """Highest sum over all processes of the group at one time, in bytes.
 
-    rss: resident pages, those of a shared file counted once a process that maps it; every 0.1 s.
-    pss: every page counted once, shared ones in parts; every second. Both stay 0 off Linux.
+    rss: resident memory, sampled every 0.1 s. A page that several processes map counts once for
+    each of them.
+    pss: proportional set size, sampled every second: a page that n processes map counts 1/n for
+    each. 0 on systems other than Linux, which do not report it.
     """
 
     rss: int = 0
@@ -27,13 +29,16 @@ class Footprint:
 
 @contextmanager
 def watched(roots: Sequence[int]) -> Iterator[Footprint]:
-    """Watch the processes `roots` and all they start until the block is left."""
+    """Sample the processes with the ids `roots` and all their descendants until the block ends.
+
+    A last sample is taken as the block ends, so even work shorter than the interval has one.
+    """
     peak = Footprint()
     over = threading.Event()
 
     def watch() -> None:
         count = 0
-        while not over.wait(_RSS_SECONDS):
+        while not over.wait(_SAMPLE_SECONDS):
             count += 1
             _sample(roots, peak, pss=count % _PSS_EVERY == 0)
 
@@ -54,34 +59,26 @@ def _sample(roots: Sequence[int], peak: Footprint, *, pss: bool) -> None:
         peak.pss = max(peak.pss, sum(map(_pss, family)))
 
 
-def _family(roots: Sequence[int]) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for stat in _PROC.glob("[0-9]*/stat"):
-        # The name, in parentheses, may hold anything; after it: state, parent.
-        fields = _read(stat).rpartition(")")[2].split()
-        if fields:
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [*roots]
-    for process in found:
-        found += children.get(process, [])
+def _family(roots: Sequence[int]) -> list[psutil.Process]:
+    found = []
+    for root in roots:
+        try:
+            process = psutil.Process(root)
+            found += [process, *process.children(recursive=True)]
+        except psutil.Error:  # it has ended
+            continue
     return found
 
 
-def _rss(process: int) -> int:
-    fields = _read(_PROC / str(process) / "statm").split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
-
-
-def _pss(process: int) -> int:
-    for line in _read(_PROC / str(process) / "smaps_rollup").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _read(path: Path) -> str:
-    """ "" for a process that has ended meanwhile, and off Linux."""
+def _rss(process: psutil.Process) -> int:
     try:
-        return path.read_text()
-    except OSError:
-        return ""
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _pss(process: psutil.Process) -> int:
+    try:
+        return int(getattr(process.memory_full_info(), "pss", 0))
+    except psutil.Error:
+        return 0

@@ -1,7 +1,7 @@
-"""What a regularizer through the frozen LM head costs, beside the same head without one."""
+"""Measure what regularizers through the frozen LM head cost, relative to the same head without."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,26 @@ _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "preserve-kl": {"kind": "preserve-kl"},
     "grm-dpo": {"kind": "grm-dpo"},
 }
+PARTS = {
+    "chosen responses": (
+        "none (bt)",
+        *(name for name in _REGULARIZERS if name.startswith("grm-sft")),
+    ),
+    "both responses": ("preserve-kl", "grm-dpo"),
+}
+"""Regularizers by the token rows that they read: those of chosen responses only, or those of both
+responses of a pair. The very first has no regularizer; all are compared with it."""
 _MEMORY = 2_000_000_000
-"""Bytes that the last regularizer is measured within once more."""
+"""Bytes that the last regularizer is limited to when it is measured again, as "memory limit"."""
 
 
 @dataclass(frozen=True)
 class _Read:
-    """Bytes of token rows and token vectors that one epoch reads, and the least it could: every
-    token row that is used, and every token vector that occurs, once."""
+    """Bytes of token rows and LM-head vectors that one epoch reads.
+
+    moved: what is read, minibatch by minibatch.
+    least: the same with every token row and every vector that is used read only once.
+    """
 
     moved: int
     least: int
@@ -49,59 +61,66 @@ def measure_grm(
     cache: Path | None = None,
     *,
     runs: int = 16,
-    regularizers: Sequence[str] = tuple(_REGULARIZERS),
-    pairs: int = 45_000,
+    parts: Mapping[str, Sequence[str]] = PARTS,
+    pairs: int = 15_000,
     width: int = 2048,
     tokens: Tokens = Tokens(),  # noqa: B008
-) -> list[dict[str, Any]]:
-    """One row a regularizer: one pack of `runs` linear heads on low-rank adapters, trained for an
-    epoch on one thread, in a process set up as a worker is; and the last of them once more, within
-    a limit of memory that parent and worker share.
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure regularizers; yields each part's name and rows as soon as it is measured.
 
-    cache: its split "train" is trained on; without, `pairs` made-up pairs of width `width` below
-    `folder`, with token rows as `tokens` says. "times bt": of the first row, the same head without
-    a regularizer. "times least": bytes of token rows and token vectors read, to the least that must
-    be; None where none are.
-    Raises: UserError when the cache has no token rows or no split "train".
+    A row is one pack of `runs` linear heads on low-rank adapters, trained for one epoch on one
+    thread in a process set up like a sweep's worker. A last part "memory limit" trains the last
+    regularizer again within a memory limit that the parent and the worker share.
+
+    cache: trained on its split "train"; without it, on `pairs` synthetic pairs with states of
+    `width` components and token rows as `tokens` says, written below `folder`.
+    parts: names of regularizers for each part; the very first one must be "none (bt)".
+    "times bt": seconds a run, relative to the same head without a regularizer.
+    "times least": bytes of token rows and LM-head vectors that are read, relative to the least
+    possible; None for a row that reads none.
+    Raises: UserError if the cache has no token rows or no split "train".
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = cache or synthetic(Path(name) / "cache", {"train": pairs}, width, tokens=tokens)
         opened = open_cache(here)
         if opened.layout.top_k is None or "train" not in opened.splits:
             raise UserError(
-                f"{here}: the cost is measured on token rows of a split 'train': extract with "
+                f"{here}: this benchmark needs a split 'train' with token rows: extract it with "
                 "--token-rows 8"
             )
-        cases = {regularizer: _runs(regularizer, runs) for regularizer in regularizers}
-        rows: list[dict[str, Any]] = []
         selection = Selection(opened.cache_id, ("train",), 0.0)
-        every = [run for own in cases.values() for run in own]
+        unregularized: float | None = None
 
         def row(name: str, material: Material, own: Sequence[Run]) -> dict[str, Any]:
+            nonlocal unregularized
             done = measure(_pack, material, own, settings=settings("native"))
             read = _read(material, own[0].spec)
             seconds = done.seconds / runs
+            unregularized = unregularized or seconds
             return {
                 "regularizer": name,
                 "runs": runs,
                 "seconds a run": seconds,
-                "times bt": seconds / rows[0]["seconds a run"] if rows else 1.0,
+                "times bt": seconds / unregularized,
                 "GB read": read.moved / 1e9 if read else None,
                 "times least": read.moved / read.least if read else None,
                 "peak RSS MB": done.memory.rss / 1e6,
                 "peak PSS MB": done.memory.pss / 1e6,
             }
 
-        with progress("grm", len(cases) + 1, "packs") as bar:
-            with laid_out(opened, selection, every, Path(name)) as material:
-                for regularizer, own in cases.items():
-                    rows.append(row(regularizer, material, own))
-                    bar.advance()
-            last, own = [*cases.items()][-1]
-            with laid_out(opened, selection, own, Path(name), memory=_MEMORY, jobs=1) as material:
-                rows.append(row(f"{last}, --memory {_MEMORY / 1e9:g}GB", material, own))
-                bar.advance()
-    return rows
+        cases = {name: _runs(name, runs) for names in parts.values() for name in names}
+        every = [run for own in cases.values() for run in own]
+        with laid_out(opened, selection, every, Path(name)) as material:
+            for part, regularizers in parts.items():
+                rows = []
+                with progress(part, len(regularizers), "packs") as bar:
+                    for regularizer in regularizers:
+                        rows.append(row(regularizer, material, cases[regularizer]))
+                        bar.advance()
+                yield part, rows
+        last, own = [*cases.items()][-1]
+        with laid_out(opened, selection, own, Path(name), memory=_MEMORY, jobs=1) as material:
+            yield "memory limit", [row(f"{last}, --memory {_MEMORY / 1e9:g}GB", material, own)]
 
 
 def _runs(regularizer: str, runs: int) -> list[Run]:
@@ -135,7 +154,7 @@ def _data(material: Material) -> TrainingData:
 
 
 def _read(material: Material, spec: RunSpec) -> _Read | None:
-    """What an epoch of `spec` reads of token rows and vectors, counted over its minibatches."""
+    """Count what one epoch of `spec` reads over its minibatches; None without a regularizer."""
     data, regularizer = _data(material), spec.active_regularizer
     if regularizer is None or data.tokens is None:
         return None

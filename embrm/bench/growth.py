@@ -1,4 +1,4 @@
-"""How time and memory of one worker grow with runs, pairs and the width of states."""
+"""Measure how time and memory of one worker grow with runs, pairs and the width of states."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,9 +30,11 @@ def measure_growth(
     widths: Sequence[int] = (256, 512, 1024, 2048, 4096),
     middle: tuple[int, int, int] = (64, 45_000, 2048),
 ) -> list[dict[str, Any]]:
-    """One row per size: one pack trained on one thread, in a process set up as a worker is.
+    """One row per size: one pack trained on one thread, in a process set up like a sweep's worker.
 
-    middle: runs, pairs and width that are held while another one grows. Seconds are of one epoch.
+    runs, mlp_runs: numbers of runs with linear heads and with MLPs of 64.
+    middle: runs, pairs and width that are kept where another one grows.
+    "seconds" are those of one epoch.
     """
     own_runs, own_pairs, own_width = middle
     cases = [
@@ -45,7 +47,7 @@ def measure_growth(
     with progress("growth", len(cases), "sizes") as bar:
         for grows, head, *size in cases:
             count, given, width = size
-            # Small sizes are trained for longer, so that they last long enough to be timed.
+            # Few pairs are trained for several epochs, to take long enough to be timed.
             epochs = max(1, own_pairs // given)
             done = measure(_pack, head, *size, epochs, settings=settings("native"))
             seconds = done.seconds / epochs
@@ -69,7 +71,7 @@ def _pack(head: HeadSpec, runs: int, pairs: int, width: int, epochs: int) -> Cal
     begin("native")
     random = torch.Generator().manual_seed(0)
     block = torch.randn(min(_BLOCK, 2 * pairs), width, generator=random).bfloat16()
-    # What the numbers are costs no time; to make so many of them would.
+    # Values do not change the time of training, and drawing so many would take long.
     states = States(block.repeat(-(-2 * pairs // len(block)), 1)[: 2 * pairs])
     chosen, ones = torch.arange(0, 2 * pairs, 2), torch.ones(pairs)
     none = torch.zeros(0)

@@ -1,4 +1,4 @@
-"""Whole sweeps against the ways they replace and against what the machine can do, by head."""
+"""Measure sweeps against training loops, scikit-learn and the machine's limits, for each head."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _LOOP_RUNS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """A sweep to measure: `runs` runs of `epochs` epochs."""
+    """A sweep of `runs` runs with this head, `epochs` epochs each."""
 
     head: HeadSpec
     runs: int
@@ -34,9 +34,9 @@ class Case:
 
 CASES = (
     Case(HeadSpec(), 256, 20),
-    Case(HeadSpec(kind="mlp", widths=(64,)), 32, 6),
-    Case(HeadSpec(kind="mlp", widths=(256,)), 8, 3),
-    Case(HeadSpec(kind="mlp", widths=(1024, 512)), 4, 2),
+    Case(HeadSpec(kind="mlp", widths=(64,)), 32, 3),
+    Case(HeadSpec(kind="mlp", widths=(256,)), 8, 2),
+    Case(HeadSpec(kind="mlp", widths=(1024, 512)), 4, 1),
 )
 
 
@@ -50,22 +50,24 @@ def measure_heads(
     side: int = 2048,
     copied: int = 256 << 20,
 ) -> list[dict[str, Any]]:
-    """One row a way of training, below the machine's limits.
+    """Rows with the machine's limits, then one row for each head and way of training it.
 
-    pairs: trained on, about; another tenth validates, and each of six evaluation splits has
-    `evaluation_pairs`. width: of a state. side, copied: of the products and copies that give the
-    limits.
+    pairs: approximate number of training pairs; a tenth as many are used for validation, and each
+    of six evaluation splits has `evaluation_pairs`.
+    width: components of a state.
+    side: of the square matrices, and copied: bytes, that the limits are measured with.
 
-    heads·pairs/s: training pairs seen, times heads that saw them. GFLOP/s counts useful products
-    (`useful_operations`), whatever was multiplied in fact. Only the sweep reads its cache,
-    validates, evaluates and writes.
+    "heads*pairs/s": training pairs times the heads trained on them, per second. "GFLOP/s" counts
+    only `useful_operations`. Only the row "sweep, whole" includes reading the cache, validation,
+    evaluation and writing results.
     """
     count = cores()
     with tempfile.TemporaryDirectory(dir=folder) as name:
         splits = {"train": round(pairs / (1 - _VALIDATION))}
         splits |= {f"ood/{index}": evaluation_pairs for index in range(_SPLITS)}
         cache = synthetic(Path(name) / "cache", splits, width)
-        # Before and after, for other work on the machine comes and goes; the better one counts.
+        # Limits are measured before and after the sweeps, and the better ones count, because other
+        # programs may have used the machine during one of the measurements.
         best = limits(count, side, copied)
         rows: list[dict[str, Any]] = []
         for index, case in enumerate(cases):
@@ -149,8 +151,10 @@ grid.l2 = {[1e-6 * (1 + index) for index in range(case.runs - 1)]}
 
 
 def _products_seconds(done: Swept, count: int, width: int, pairs: int, validated: int) -> float:
-    """Of the products of one epoch of a linear sweep, in the shapes of its packs, with all cores
-    at work: differences by weights, gradients by differences, and validation's states by weights.
+    """Seconds that the matrix products of one epoch of a linear sweep take, on all cores.
+
+    They have the shapes of the sweep's packs: differences by weights, gradients by differences,
+    and validation states by weights.
     """
     packs = done.results.timings.select("started", "pack_seconds", "pack_runs").unique()
     sizes = packs["pack_runs"].to_list()
@@ -179,9 +183,12 @@ def _products(heads: int, width: int, pairs: int, validated: int) -> Callable[[]
 
 
 def useful_operations(head: HeadSpec, width: int) -> int:
-    """Floating-point operations a pair and epoch must cost: forward, the weights' gradient, and
-    the gradient of every layer's input but the first; of two responses, or, for a linear head, of
-    their difference."""
+    """Floating-point operations that training needs per pair and epoch.
+
+    They are the forward products, the gradient of the weights, and the gradient of the input of
+    every layer but the first. An MLP needs them for both responses, a linear head only once, for
+    the difference of the two states.
+    """
     layers = [a * b for a, b in pairwise([width, *head.widths, 1])]
     responses = 2 if head.widths else 1
     return responses * 2 * (2 * sum(layers) + sum(layers[1:]))

@@ -1,4 +1,4 @@
-"""What this machine can do at best: float32 products, and copies of memory."""
+"""Measure the peak rates of this machine: float32 matrix products and memory copies."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,12 @@ _ROUNDS = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """product: GFLOP/s, copy: GB/s read and written into an existing buffer; each on one thread
-    and on all cores, there by one process per core or by threads, whichever is faster."""
+    """Peak rates on one thread and, in the fields that end with `_all`, on all cores.
+
+    product: GFLOP/s of a float32 matrix product.
+    copy: GB/s, bytes read plus bytes written, of copies into an existing buffer.
+    All cores are used by one process per core or by one process with threads, whichever is faster.
+    """
 
     product: float
     product_all: float
@@ -22,12 +26,12 @@ class Limits:
     copy_all: float
 
     def best(self, other: "Limits") -> "Limits":
-        """The higher of two measurements."""
+        """The higher of two measurements, field by field."""
         return Limits(*map(max, *(vars(one).values() for one in (self, other))))
 
 
 def limits(cores: int, side: int, copied: int) -> Limits:
-    """Measure them. side: of the square matrices; copied: bytes."""
+    """Measure the limits. side: rows of the square matrices; copied: bytes of the buffer."""
     operations, moved = 2 * _REPEATS * side**3 / 1e9, 2 * _REPEATS * copied / 1e9
 
     def rate(prepare: Callable[[int], Callable[[], None]], size: int, work: float) -> list[float]:

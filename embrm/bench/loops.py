@@ -1,4 +1,7 @@
-"""The ways of training that a sweep replaces. Each prepares on a cache, and returns the work."""
+"""Other ways of training that sweeps are compared with.
+
+Each function prepares its data from a cache and returns the function to be timed.
+"""
 
 import time
 from collections.abc import Callable
@@ -24,15 +27,15 @@ from embrm.training.pairs import Pairs
 
 BATCH = 512
 SKLEARN_EPOCHS = 20
-"""Passes over the pairs that scikit-learn's fit to convergence is counted as."""
+"""Epochs that one scikit-learn fit to convergence is counted as."""
 
 PROTOCOL = HeadSpec(kind="mlp", widths=(1024, 512))
 _PROTOCOL_BATCH, _PROTOCOL_EPOCHS, _PROTOCOL_PATIENCE, _PROTOCOL_LR = 10_240, 30, 3, 1e-3
 
 
 def tight_loop(cache: Path, validation: float, head: HeadSpec, runs: int) -> Callable[[], None]:
-    """The sweep's mathematics, one run of one epoch after the other, as tight as plain torch lets
-    it be; without validation, evaluation and writing."""
+    """Train `runs` runs of one epoch, one after the other, with the sweep's mathematics in plain
+    torch; without validation, evaluation and writing."""
     states, pairs = _training(cache, validation)
 
     def train(pairs: Pairs, runs: int) -> None:
@@ -49,12 +52,12 @@ def tight_loop(cache: Path, validation: float, head: HeadSpec, runs: int) -> Cal
                 optimizer.step()
 
     few = Pairs(pairs.chosen[:BATCH], pairs.rejected[:BATCH], pairs.label, pairs.weight, None)
-    train(few, 1)  # libraries set themselves up on first use
+    train(few, 1)  # libraries initialise themselves on first use
     return partial(train, pairs, runs)
 
 
 def logistic(cache: Path, validation: float) -> Callable[[], None]:
-    """scikit-learn's LogisticRegression on the differences of all pairs, to convergence."""
+    """Fit scikit-learn's LogisticRegression to the differences of all pairs, to convergence."""
     states, pairs = _training(cache, validation)
     sign = np.where(np.arange(len(pairs)) % 2, 1, -1)
     differences = (states[pairs.chosen].float() - states[pairs.rejected].float()).numpy()
@@ -68,7 +71,10 @@ def logistic(cache: Path, validation: float) -> Callable[[], None]:
 
 
 class ProtocolRun(NamedTuple):
-    """accuracy: on the held-out pairs, at the best epoch, which `best_seconds` led to."""
+    """accuracy: on the held-out pairs, after the best epoch.
+    epochs: number of epochs that were trained.
+    best_seconds: time until the end of the best epoch.
+    """
 
     accuracy: float
     epochs: int
@@ -76,10 +82,10 @@ class ProtocolRun(NamedTuple):
 
 
 def protocol(cache: Path, seed: int) -> Callable[[], ProtocolRun]:
-    """The published protocol (arXiv 2502.04357 and its code): an MLP 1024-512, Adam, at most 30
-    epochs of minibatches of 10,240, patience 3, pairs materialised in float32.
+    """Train with a published protocol (arXiv 2502.04357 and its code): an MLP 1024-512, Adam, at
+    most 30 epochs of minibatches of 10,240, patience 3, pairs materialised in float32.
 
-    It stops, and keeps the weights it is judged by, on the held-out pairs themselves.
+    As published, early stopping and the choice of weights use the held-out pairs themselves.
     """
     opened = open_cache(cache)
     states = to_tensor(opened.stored_states("last"))
@@ -127,7 +133,7 @@ def protocol(cache: Path, seed: int) -> Callable[[], ProtocolRun]:
 
 
 def module(head: HeadSpec, width: int) -> torch.nn.Module:
-    """The head as plain torch."""
+    """Build the head as a plain torch module. width: components of a state."""
     layers: list[torch.nn.Module] = []
     for outputs in head.widths:
         layers += [torch.nn.Linear(width, outputs), torch.nn.ReLU()]
@@ -136,7 +142,7 @@ def module(head: HeadSpec, width: int) -> torch.nn.Module:
 
 
 def _training(cache: Path, validation: float) -> tuple[Tensor, Pairs]:
-    """States and training pairs, as a sweep of the same validation share takes them."""
+    """States and training pairs that a sweep with this validation share would use."""
     opened = open_cache(cache)
     training, _ = select(opened, Selection(opened.cache_id, ("train",), validation))
     return to_tensor(opened.stored_states("last")), to_pairs(

@@ -1,4 +1,4 @@
-"""A cache larger than the memory it may take, swept with and without that limit."""
+"""Measure a sweep on a cache that is larger than its memory limit, with and without the limit."""
 
 import tempfile
 from pathlib import Path
@@ -11,16 +11,16 @@ from embrm.bench.sweeps import swept
 def measure_memory(
     folder: Path,
     *,
-    pairs: int = 750_000,
+    pairs: int = 375_000,
     width: int = 2048,
     runs: int = 64,
     epochs: int = 2,
     memory: int = 1_500_000_000,
 ) -> list[dict[str, Any]]:
-    """Two rows: one sweep of `runs` linear heads, streamed within `memory` bytes and in memory.
+    """Two rows: a sweep of `runs` linear heads in memory, and streamed within `memory` bytes.
 
-    The cache holds `pairs` pairs, nine in ten to train on. It and the sweep's own copy of its
-    states take twice its size below `folder`.
+    The cache has `pairs` pairs, 99 % of them in the split "train". The cache and the sweep's copy
+    of its states take twice the cache's size below `folder`.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
         cache = synthetic(

@@ -1,10 +1,8 @@
-"""Work timed in fresh processes, whose threads, environment and memory are their own."""
+"""Time work in fresh processes, so that no benchmark inherits another's threads or memory."""
 
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.synchronize
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,19 @@ from embrm.core.errors import UserError
 from embrm.training.numerics import environment
 
 Prepare = Callable[..., Callable[[], Any]]
-"""A module's function: sets everything up, and returns what is to be timed."""
+"""A module-level function that sets everything up and returns the function to be timed."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """seconds: until the last process had finished, in the fastest round. values: what the work
-    returned there, one a process. memory: of all processes, from their start."""
+    """Result of `measure`.
+
+    seconds: of the fastest round, until its last process had finished.
+    values: what the work returned in that round, one value per process.
+    memory: peak of all processes together, from their start. It is sampled rather than taken from
+    `resource.getrusage`: processes reach their own peaks at different times, so a sum of those
+    would overstate what they need together.
+    """
 
     seconds: float
     values: list[Any]
@@ -40,9 +44,10 @@ def measure(
 ) -> Measured:
     """Time `prepare(*arguments)()` in `processes` processes at once, `rounds` times.
 
-    threads: of each process. settings: more of its environment. Every round starts at the same
-    moment in all processes, when all are prepared.
-    Raises: UserError when a process was killed, and what the work raises.
+    threads: number of threads of each process.
+    settings: environment variables of the processes, beside those that set the threads.
+    A round starts at the same moment in all processes, once all are prepared.
+    Raises: UserError if a process was killed, and whatever the work raises.
     """
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(processes)
@@ -66,34 +71,34 @@ def measure(
         raise
     finally:
         for _, here in started:
-            here.close()  # what a process waits for once it has answered
+            here.close()  # a process that has answered waits for this before it ends
         for process, _ in started:
             process.join()
-    seconds, values, rusage = zip(*outcomes, strict=True)
+    seconds, values = zip(*outcomes, strict=True)
     slowest = [max(times) for times in zip(*seconds, strict=True)]
     fastest = slowest.index(min(slowest))
     return Measured(
         seconds=slowest[fastest],
         values=[of_rounds[fastest] for of_rounds in values],
-        memory=memory if memory.rss else Footprint(rss=sum(rusage)),
+        memory=memory,
     )
 
 
 def _outcomes(
     ends: Sequence[multiprocessing.connection.Connection],
-) -> list[tuple[list[float], list[Any], int]]:
-    """What each process sends: seconds and values of its rounds, and its own word on memory."""
-    outcomes: dict[Any, tuple[list[float], list[Any], int]] = {}
+) -> list[tuple[list[float], list[Any]]]:
+    """Receive seconds and values of all rounds from each process."""
+    outcomes: dict[Any, tuple[list[float], list[Any]]] = {}
     while waiting := [here for here in ends if here not in outcomes]:
-        # Whoever comes first: one that has failed keeps the others waiting for it.
+        # In order of arrival: the others may be waiting at the barrier for one that has failed.
         ready = multiprocessing.connection.wait(waiting)
         for here in [here for here in waiting if here in ready]:
             try:
                 outcome = here.recv()
             except EOFError:
                 raise UserError(
-                    "a benchmark's process was killed, perhaps for lack of memory: "
-                    "close other programs, or measure fewer parts"
+                    "a process of the benchmark was killed, perhaps for lack of memory: "
+                    "close other programs, or use a machine with more memory"
                 ) from None
             if isinstance(outcome, Exception):
                 raise outcome
@@ -118,14 +123,7 @@ def _work(
             start = time.perf_counter()
             values.append(work())
             seconds.append(time.perf_counter() - start)
-        there.send((seconds, values, _rusage()))
+        there.send((seconds, values))
     except Exception as error:
         there.send(error)
-    there.poll(None)  # stay, so that memory can be sampled to the end
-
-
-def _rusage() -> int:
-    """Peak bytes of this process and of its largest child: all that is known off Linux."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return unit * sum(resource.getrusage(one).ru_maxrss for one in who)
+    there.poll(None)  # stay alive until memory has been sampled for the last time

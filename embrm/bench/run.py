@@ -1,4 +1,4 @@
-"""The parts of `embrm bench sweep`, one after the other."""
+"""Run the parts of `embrm bench sweep`, one after the other."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,18 +14,20 @@ from embrm.core.errors import UserError, nearest
 
 
 def measure_sweep(
-    parts: Sequence[str], folder: Path, cache: Path | None
+    parts: Sequence[str], folder: Path, cache: Path | None = None, runs: int = 240
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure `parts`, or all without any; each part's name and rows as they are there.
+    """Measure `parts`, or all if empty; yields each part's name and rows once it is measured.
 
-    folder: where temporary caches go. cache: whose pairs the reference is trained on.
+    folder: where temporary caches go.
+    cache: cache that the part "reference" is trained on; None for synthetic pairs.
+    runs: runs of the part "whole"; five in six have a linear head.
     Raises: UserError for a part that does not exist.
     """
     known: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
         "heads": measure_heads,
         "reference": partial(measure_reference, cache=cache),
         "growth": measure_growth,
-        "whole": measure_whole,
+        "whole": partial(measure_whole, runs=runs),
         "memory": measure_memory,
     }
     for part in parts:

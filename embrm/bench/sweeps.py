@@ -1,4 +1,4 @@
-"""One whole sweep, as `embrm sweep` runs it, timed in a process of its own."""
+"""Run and time a complete `embrm sweep` in its own process, for the benchmarks of sweeps."""
 
 import time
 from collections.abc import Callable
@@ -14,8 +14,13 @@ from embrm.sweeps.workers import worker_count
 
 @dataclass(frozen=True)
 class Swept:
-    """seconds: of the sweep. Its process started and ended at these times since the epoch, and its
-    first pack was finished at first_ended. memory: of it and its workers."""
+    """Result of `swept`.
+
+    seconds: of the sweep, without the start of its process.
+    started, ended: when its process started and ended; first_ended: when its first pack's results
+    were written. All three are seconds since the Unix epoch.
+    memory: peak of the process and its workers.
+    """
 
     seconds: float
     started: float
@@ -26,12 +31,12 @@ class Swept:
 
 
 def cores() -> int:
-    """Cores that a sweep uses here."""
+    """Number of worker processes that a sweep uses on this machine by default."""
     return worker_count(None, "native")
 
 
 def swept(spec: str, cache: Path, out: Path, *, memory: int | None = None) -> Swept:
-    """Run the sweep that `spec`, the text of a TOML file, asks for; its results go to `out`."""
+    """Run a sweep. spec: text of its TOML file; out: results folder; memory: limit in bytes."""
     path = out.with_suffix(".toml")
     path.write_text(spec)
     start = time.time()

@@ -1,4 +1,4 @@
-"""A large sweep as one command: how long, how soon, and what is spent beside the arithmetic."""
+"""Measure one large sweep: total time, time to the first result, and overhead beside training."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,19 +15,21 @@ _VALIDATION = 0.1
 def measure_whole(
     folder: Path,
     *,
-    linear: int = 1_000,
-    mlp: int = 200,
+    runs: int = 240,
     pairs: int = 45_000,
     evaluation_pairs: Sequence[int] = (1_000, 1_400, 1_800, 2_200, 2_600, 3_000),
     width: int = 2048,
     epochs: int = 10,
 ) -> list[dict[str, Any]]:
-    """One row: a sweep of `linear` linear heads and `mlp` MLPs of 64, five seeds each.
+    """One row: a sweep of about `runs` runs with five seeds per configuration.
 
-    pairs: trained on, about; another tenth validates. Times count from the start of the process
-    that sweeps, its imports included. "before training": until the first pack began. "overhead": a
-    run's share of the time that evaluating its pack and compacting all results took. "waiting": of
-    workers for the last pack.
+    Five runs in six have a linear head, the others an MLP with one hidden layer of 64.
+    pairs: approximate number of training pairs; a tenth as many are used for validation.
+    evaluation_pairs: pairs of each evaluation split.
+    Times count from the start of the sweep's process, imports included. "before training": until
+    the first pack began. "to the first pack": until the first pack's results were written.
+    "overhead ms a run": time for evaluation and for compacting all results, per run. "waiting":
+    from when the first worker had no pack left until the last worker finished.
     """
     count = cores()
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -35,7 +37,9 @@ def measure_whole(
         splits |= {f"ood/{index}": count for index, count in enumerate(evaluation_pairs)}
         cache = synthetic(Path(name) / "cache", splits, width)
         out = Path(name) / "sweep"
-        done = swept(_spec(linear // len(_SEEDS), mlp // len(_SEEDS), epochs), cache, out)
+        configurations = max(4, runs // len(_SEEDS))
+        mlp = max(1, configurations // 6)
+        done = swept(_spec(configurations - mlp, mlp, epochs), cache, out)
         timings = done.results.timings
         runs = timings.height
         total = timings.sum()

@@ -1,4 +1,4 @@
-"""The measurement of adoption leaves nothing behind, and its figures fit together."""
+"""The adoption benchmark leaves no files behind, and its figures agree."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from embrm.bench.adoption import measure_adoption
 
 
-def test_adoption_is_measured_beside_a_copy(tmp_path: Path) -> None:
+def test_adoption_is_compared_with_a_copy(tmp_path: Path) -> None:
     rows = measure_adoption(tmp_path, prompts=50, responses=3, width=64, rounds=1)
     copy, adopted = rows
     assert copy["share of the copy's speed"] == 1

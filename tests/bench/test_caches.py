@@ -1,4 +1,4 @@
-"""Made-up caches are real ones: whole, learnable, and written without holding them in memory."""
+"""Synthetic caches pass verification, and preferences can be learned from them."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from embrm.cache.verify import verify
 
 
 def _accuracy(cache: Cache) -> float:
-    """Of a least-squares direction fitted on "train", on "id"."""
+    """Accuracy on "id" of a least-squares direction fitted on "train"."""
     states = torch.from_numpy(cache.states("last"))
 
     def differences(split: str) -> torch.Tensor:
@@ -26,7 +26,9 @@ def _accuracy(cache: Cache) -> float:
     return float((differences("id") @ weights > 0).float().mean())
 
 
-def test_a_synthetic_cache_is_whole_and_its_preferences_can_be_learnt(tmp_path: Path) -> None:
+def test_a_synthetic_cache_passes_verification_and_its_preferences_can_be_learned(
+    tmp_path: Path,
+) -> None:
     folder = synthetic(tmp_path / "cache", {"train": 3000, "id": 1000}, 8)
     assert verify(folder) == []
     cache = open_cache(folder)
@@ -37,19 +39,19 @@ def test_a_synthetic_cache_is_whole_and_its_preferences_can_be_learnt(tmp_path: 
     sides = cache.pairs.select("chosen", "rejected").to_numpy()
     assert sorted(sides.flatten()) == [*range(8000)]
     assert (sides // 2 == sides[:, :1] // 2).all()  # adjacent rows
-    assert 0.4 < (sides[:, 0] % 2).mean() < 0.6  # the place does not tell the winner
+    assert 0.4 < (sides[:, 0] % 2).mean() < 0.6  # the position does not reveal the chosen response
     assert 0.65 < _accuracy(cache) < 0.85
     assert cache.dtype == "bfloat16"
     assert abs(float(np.square(cache.states("last")).mean()) - 1) < 0.1
 
 
-def test_its_bytes_do_not_depend_on_when_it_is_written(tmp_path: Path) -> None:
+def test_a_synthetic_cache_is_deterministic(tmp_path: Path) -> None:
     one, two = (synthetic(tmp_path / name, {"train": 50}, 8) for name in "ab")
     assert np.array_equal(open_cache(one).states("last"), open_cache(two).states("last"))
     assert open_cache(one).pairs.equals(open_cache(two).pairs)
 
 
-def test_held_out_prompts_are_moved_and_nothing_else(tmp_path: Path) -> None:
+def test_resplit_only_moves_held_out_prompts(tmp_path: Path) -> None:
     source = open_cache(synthetic(tmp_path / "source", {"train": 1000, "id": 10}, 8))
     again = open_cache(resplit(tmp_path / "again", source.folder, 0.2))
     assert np.array_equal(again.states("last"), source.states("last"))

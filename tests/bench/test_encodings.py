@@ -1,4 +1,4 @@
-"""The measurement of encodings measures what it says."""
+"""The encodings benchmark reports ratios to plain pages of the same dtype."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from embrm.bench.encodings import measure_encodings
 
 
-def test_ratios_are_to_plain_pages_of_the_same_dtype() -> None:
+def test_ratios_are_relative_to_plain_pages_of_the_same_dtype() -> None:
     rows = measure_encodings(np.random.default_rng(0).standard_normal((500, 16), np.float32))
     assert len(rows) == 8
     for row in rows:
@@ -16,7 +16,7 @@ def test_ratios_are_to_plain_pages_of_the_same_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_compresses_is_seen_to_compress(dtype: str) -> None:
+def test_compressible_states_take_less_space_compressed(dtype: str) -> None:
     sizes = {
         (row["dtype"], row["encoding"], row["compression"]): row["size"]
         for row in measure_encodings(np.ones((2000, 16), np.float32))

@@ -1,4 +1,4 @@
-"""The measurement of evaluation at tiny sizes: it runs to the end, and its figures fit together."""
+"""The evaluation benchmark at tiny sizes: it runs to the end, and its figures agree."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The extraction benchmark at a tiny size: it runs to the end, and its figures fit together."""
+"""The extraction benchmark at a tiny size: it runs to the end, and its figures agree."""
 
 import json
 import time
@@ -17,14 +17,14 @@ from embrm.extraction.texts import PreparedTexts
 from embrm.extraction.transformers_engine import load_engine
 
 
-def test_the_figures_fit_together(tmp_path: Path) -> None:
+def test_the_figures_of_a_part_agree(tmp_path: Path) -> None:
     parts = dict(
         measure_extraction(tmp_path, device="cpu", responses=40, rounds=1, size=Size(64, 2, 1100))
     )
     limit, engine, tokens, same, ordered, unsorted, few, single, script = parts["speed"]
     assert limit["TFLOP/s"] > 0
     assert engine["times"] == 1
-    # Packed, two responses read their prompt once and nothing pads.
+    # In packed batches a prompt is read once for both responses, and there is no padding.
     assert engine["read"] == tokens["read"] == same["read"] < single["read"]
     assert engine["padding"] == same["padding"] == single["padding"] == 0
     assert 0 < ordered["padding"] < unsorted["padding"] < 1
@@ -53,7 +53,7 @@ def test_the_figures_fit_together(tmp_path: Path) -> None:
     ("width", "hidden", "heads", "shared"),
     [(64, 256, 1, 1), (512, 1536, 8, 2), (576, 1536, 9, 1), (1024, 2816, 16, 4)],
 )
-def test_the_made_up_model_has_todays_shapes(
+def test_the_random_model_has_the_shapes_of_current_models(
     tmp_path: Path, width: int, hidden: int, heads: int, shared: int
 ) -> None:
     folder = made_model(tmp_path, Size(width, 1, 1100))
@@ -63,7 +63,7 @@ def test_the_made_up_model_has_todays_shapes(
     assert config["num_key_value_heads"] == shared
 
 
-def test_the_writers_part_times_extractions_of_what_is_at_hand(
+def test_the_part_writer_loads_the_model_once_and_writes_whole_caches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares, found, loads = iter((0.1, 0.7, 0.2)), [], []
@@ -92,7 +92,7 @@ def test_the_writers_part_times_extractions_of_what_is_at_hand(
     assert found == [found[0]] * 3
 
 
-def test_a_vllm_that_cannot_be_used_is_left_out_and_says_why(
+def test_a_vllm_that_cannot_be_used_is_left_out_with_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("embrm.bench.extraction", "embrm.extraction.vllm_engine"):
@@ -105,7 +105,7 @@ def test_a_vllm_that_cannot_be_used_is_left_out_and_says_why(
     assert "vLLM 0.10.1 is older than 0.32" in row["left out"]
 
 
-def test_a_prompt_that_fits_a_batch_saves_what_arithmetic_says(tmp_path: Path) -> None:
+def test_prompts_that_fit_one_batch_save_all_they_could(tmp_path: Path) -> None:
     parts = measure_extraction(
         tmp_path,
         device="cpu",
@@ -118,7 +118,7 @@ def test_a_prompt_that_fits_a_batch_saves_what_arithmetic_says(tmp_path: Path) -
     assert shared["saved"] == pytest.approx(shared["could"])
 
 
-def test_a_model_and_data_are_taken_together(tmp_path: Path) -> None:
+def test_data_needs_a_model(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "gpt2", tokenizer())
     data = tmp_path / "pairs.jsonl"
     data.write_text(

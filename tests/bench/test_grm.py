@@ -1,4 +1,4 @@
-"""The cost of regularizers is that of real packs on a real cache."""
+"""The GRM benchmark trains real packs on a real cache, and counts the bytes they read."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ _TOKENS = Tokens(rows=3, top_k=5, vocabulary=40)
 
 
 @pytest.mark.parametrize("tail_mean", [False, True])
-def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: bool) -> None:
+def test_synthetic_token_rows_pass_verification(tmp_path: Path, tail_mean: bool) -> None:
     tokens = replace(_TOKENS, tail_mean=tail_mean)
     folder = synthetic(tmp_path / "cache", {"train": 200}, 8, tokens=tokens)
     assert verify(folder) == []
@@ -31,18 +31,17 @@ def test_a_synthetic_cache_with_token_rows_is_whole(tmp_path: Path, tail_mean: b
 
 
 @pytest.mark.slow
-def test_a_regularizer_reads_no_less_than_it_must(
-    tmp_path: Path,
-) -> None:
-    rows = measure_grm(
+def test_bytes_read_are_at_least_the_possible_minimum(tmp_path: Path) -> None:
+    (one, (twin, sampled)), (two, (every,)), (memory, (limited,)) = measure_grm(
         tmp_path,
         runs=2,
-        regularizers=["none (bt)", "grm-sft", "grm-sft, all token rows"],
+        parts={"one": ["none (bt)", "grm-sft"], "two": ["grm-sft, all token rows"]},
         pairs=2_000,
         width=64,
         tokens=_TOKENS,
     )
-    twin, sampled, every, limited = rows
+    assert (one, two, memory) == ("one", "two", "memory limit")
+    assert every["times bt"] == pytest.approx(every["seconds a run"] / twin["seconds a run"])
     assert limited["GB read"] == every["GB read"]
     assert limited["regularizer"] == "grm-sft, all token rows, --memory 2GB"
     assert twin["times bt"] == 1
@@ -56,17 +55,16 @@ def test_a_regularizer_reads_no_less_than_it_must(
 
 
 @pytest.mark.slow
-def test_tail_means_are_read_too(tmp_path: Path) -> None:
-    """A vector more a token row."""
+def test_tail_means_add_one_vector_to_every_token_row_read(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "runs": 1,
-        "regularizers": ["none (bt)", "grm-dpo"],
+        "parts": {"both": ["none (bt)", "grm-dpo"]},
         "pairs": 200,
         "width": 32,
     }
     plain, with_means = (
-        measure_grm(tmp_path, tokens=replace(_TOKENS, tail_mean=asked), **options)[1]
-        for asked in (False, True)
+        next(measure_grm(tmp_path, tokens=replace(_TOKENS, tail_mean=tail_mean), **options))[1][1]
+        for tail_mean in (False, True)
     )
     rows = 2 * 400  # two of the three that each response has
     assert with_means["GB read"] - plain["GB read"] == pytest.approx(rows * 32 * 2 / 1e9, rel=1e-6)
@@ -75,4 +73,4 @@ def test_tail_means_are_read_too(tmp_path: Path) -> None:
 def test_a_cache_without_token_rows_is_refused(tmp_path: Path) -> None:
     cache = synthetic(tmp_path / "cache", {"train": 20}, 8)
     with pytest.raises(UserError, match="--token-rows"):
-        measure_grm(tmp_path, cache)
+        next(measure_grm(tmp_path, cache))

@@ -1,4 +1,4 @@
-"""Work in fresh processes: threads, environment, time, memory and errors are its own."""
+"""Work in fresh processes has its own threads, environment, time, memory and errors."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ def _facts() -> Callable[[], tuple[int, str, str | None]]:
 
 def _prepare_longer() -> Callable[[], float]:
     time.sleep(2)
-    prepared = time.monotonic()  # of the machine, the same in every process
+    prepared = time.monotonic()  # the same clock in every process
     return lambda: prepared
 
 
@@ -45,21 +45,21 @@ def _die() -> Callable[[], None]:
     return lambda: os._exit(1)
 
 
-def test_threads_and_environment_are_those_asked_for() -> None:
+def test_processes_have_the_requested_threads_and_environment() -> None:
     before = dict(os.environ)
     done = measure(_facts, processes=2, threads=3, settings={"ODD": "yes"})
     assert done.values == [(3, "3", "yes")] * 2
     assert dict(os.environ) == before
 
 
-def test_only_the_work_is_timed() -> None:
+def test_preparation_is_not_timed() -> None:
     done = measure(_prepare_longer)
     assert 0 < done.seconds <= time.monotonic() - max(done.values)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory of a family is sampled from /proc")
-def test_memory_of_all_processes_is_seen() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports PSS")
+def test_memory_is_summed_over_processes() -> None:
     none, one, two = (
         measure(_fill, size, processes=count).memory
         for size, count in ((1, 1), (_BYTES, 1), (_BYTES, 2))
@@ -72,7 +72,7 @@ def test_memory_of_all_processes_is_seen() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_errors_reach_the_caller_and_nobody_is_left_waiting(processes: int) -> None:
+def test_errors_reach_the_caller_and_no_process_is_left_behind(processes: int) -> None:
     with pytest.raises(UserError, match="no"):
         measure(_refuse, processes=processes)
     with pytest.raises(UserError, match="killed"):
