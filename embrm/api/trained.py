@@ -91,7 +91,12 @@ class TrainedHead:
         import numpy as np
         import torch
 
-        from embrm.results.rewards import member_scores, pair_scores, reward_of, rewarded
+        from embrm.results.rewards import (
+            member_scores,
+            pair_scores,
+            rewards_of_responses,
+            rewards_of_states,
+        )
         from embrm.sweeps.tables import read_tables
 
         _ = self.weights  # refuses a diverged run
@@ -106,11 +111,11 @@ class TrainedHead:
                     f"states have shape {list(states.shape)}: give [n, {width}], of the view "
                     f"{self.spec.state!r}"
                 )
-            return reward_of(saved, torch.from_numpy(states))
+            return rewards_of_states(saved, torch.from_numpy(states))
         tables = read_tables(cache, self._result.selection.scenarios)
         if of not in tables.splits:
             raise UserError(f"split {of!r} is not in {cache.folder}: {nearest(of, tables.splits)}")
-        [scored] = rewarded(cache, [saved], np.arange(cache.manifest.n_responses))
+        [scored] = rewards_of_responses(cache, [saved], np.arange(cache.manifest.n_responses))
         pairs = tables.pairs.filter(split=of)
         if pairs.height:
             return pair_scores(pairs, cache.responses["n_response"], scored)

@@ -1,4 +1,5 @@
-"""Comparing the configurations of a finished sweep: ranks, differences, and their intervals."""
+"""Compare the configurations of a finished sweep: ranking, paired differences to a baseline, and
+bootstrap intervals. The report and the other studies read the result."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,42 +20,52 @@ MEASURES = (
     *("ece_calibrated", "margin", "reward_mean", "reward_sd", "tau", "length_accuracy"),
     *("disagreement", "disagreement_auroc"),
 )
-"""Metrics of the ledger (`metric@split`) that the report averages over seeds."""
+"""Metrics whose means over seeds the report shows, from the ledger's columns `metric@split`."""
 
 MEAN = "mean"
-"""The `rank_by` that averages over the evaluation splits."""
+"""Name of the mean over the evaluation splits, where a split's name is expected."""
 
 _DETAILED = 4
 """Number of configurations, besides the baseline, whose accuracy is shown by subset."""
 
-
 _MANY = 8
-"""With more splits than this, only the mean over splits is shown under label noise."""
+"""With more splits than this, results under label noise are shown for the mean over splits only."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that the report says about a sweep. Shares lie between 0 and 1.
+    """All results of a sweep that the report shows. Accuracies are shares in 0 … 1.
 
-    ranked_by: a split, or "mean". ranked_splits: the splits that it averages over; unranked_splits:
-    those left out because they have fewer than two prompts. metric: accuracy, or tau where only
-    groups exist. ranking: rank, the columns of `intervals.compare` and run_ids in the order of
-    their seeds, best first. at_epoch_limit: configurations, in the order of the ranking, with a run
-    that reached its last epoch before early stopping ended it. scores: split, metric, prompts and
-    the columns of `intervals.compare`. measures: split, name and `MEASURES`, means over seeds, null
-    unless every seed has a value. subsets: split, subset, prompts and the columns of
-    `intervals.compare`, top configurations. lengths: split, pairs, prompts, and the accuracy of
-    preferring the longer response (estimate, low, high). leak_free: split, removed, prompts and the
-    columns of `intervals.compare`, without the prompts that occur in training. validation: name and
-    accuracy on the training prompts held out for validation, mean over seeds. geometry: split, name
-    and `geometry.MEASURES`, means over seeds as in measures; empty where no run was measured.
-    trained_on: the name of the training responses among its splits. scenarios: the splits that the
-    sweep made of groups, from the nearest to training to the farthest. scenario_falls: metric and
-    the columns of `intervals.compare`, for the last scenario minus the first. noise: split (or
-    "mean", over the ranked splits), line, label_noise, name, estimate, low and high, of
-    configurations that differ in label noise only; empty where there are none. noise_falls: split
-    and the columns of `intervals.compare`, with the line as name, for the highest rate of label
-    noise minus the lowest. unfinished: name, status and number of the runs without a result."""
+    Tables have one row per configuration (name) and, where they have the column, split. "Compared"
+    stands for the columns of `intervals.compare`: the mean over seeds with its interval, and the
+    difference to the baseline.
+
+    splits: the evaluation splits that have results.
+    ranked_by: what ranks the configurations: a split, the first part of some names, or "mean".
+    ranked_splits: the splits that the ranking averages over. unranked_splits: those left out of it
+        because they have fewer than two prompts.
+    metric: the ranking's metric: accuracy, or tau (Kendall's τ-b) where there are groups only.
+    ranking: rank, compared, and run_ids in the order of their seeds; best first.
+    at_epoch_limit: configurations, in the ranking's order, with a run that used all its epochs
+        before early stopping could end it.
+    scores: split, metric, prompts, and compared.
+    measures: split, name and `MEASURES`, means over seeds; null unless every seed has a value.
+    subsets: split, subset, prompts, and compared; the best configurations and the baseline only.
+    lengths: split, pairs, prompts, and the accuracy of preferring the longer response (estimate,
+        low, high).
+    leak_free: split, removed (a number of prompts), prompts, and compared, without the prompts that
+        also occur in the train splits.
+    validation: name, and the accuracy on the validation pairs, mean over seeds.
+    geometry: split, name and `geometry.MEASURES`, aggregated as measures; empty where no run was
+        measured. trained_on: the name that the training responses have in its column split.
+    scenarios: the splits that the sweep's scenarios made of groups, the nearest to training first.
+    scenario_falls: metric, and compared, for the last scenario minus the first.
+    noise: split (or "mean", over the ranked splits), line, label_noise, name, estimate, low, high,
+        for configurations that differ in label noise only (`robustness.noise_lines`).
+    noise_falls: split, and compared with the line as name, for the highest rate of label noise
+        minus the lowest.
+    unfinished: name, status, and number of the runs without a result.
+    """
 
     title: str
     baseline: str | None
@@ -80,16 +91,14 @@ class Comparison:
     unfinished: pl.DataFrame
 
     def best(self, top: int) -> list[str]:
-        """The `top` configurations of the ranking, and the baseline."""
+        """The first `top` configurations of the ranking, and the baseline where it is not one."""
         names = self.ranking["name"].to_list()[:top]
         baseline = self.baseline
         return names if baseline is None or baseline in names else [*names, baseline]
 
     def longer_is_better(self) -> float | None:
-        """Accuracy of preferring the longer response, averaged over the ranked splits.
-
-        None where groups rank the configurations.
-        """
+        """Accuracy of preferring the longer response, averaged over the ranked splits; None where
+        the ranking's metric is tau."""
         if self.metric != "accuracy":
             return None
         ranked = self.lengths.filter(pl.col("split").is_in(self.ranked_splits))
@@ -99,17 +108,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ComparedTables:
-    """The tables of a sweep that a comparison reads.
+    """The tables of a sweep that `compare_runs` reads.
 
     ledger: one row per run: run_id, config, seed, status, spec, epochs, best_epoch,
-        validation_accuracy, `metric@split`.
+        validation_accuracy, and `metric@split` for every metric and split.
     prompts: split and the columns of `accuracy.PROMPTS`.
-    outcomes: run_id, split and the lists `accuracy.OUTCOMES` in the order of the split's prompts.
-    splits: evaluation splits in the order to show; those without results are left out.
-    leaked: split → ids of its prompts that also occur in training.
-    geometry: run_id, split and `geometry.MEASURES`; trained_on is what it calls the training
-        responses.
-    scenarios: of the splits, those that the sweep made of groups, the nearest to training first.
+    outcomes: run_id, split and the lists `accuracy.OUTCOMES`, with one entry per prompt of the
+        split, in the order of `prompts`.
+    splits: evaluation splits in the order in which they are shown; those without results are left
+        out.
+    leaked: split → ids of its prompts that also occur in the train splits.
+    geometry: run_id, split and `geometry.MEASURES`. trained_on: the name that the training
+        responses have in its column split.
+    scenarios: the splits that the sweep's scenarios made of groups, the nearest to training first.
     """
 
     title: str
@@ -124,7 +135,7 @@ class ComparedTables:
 
     @classmethod
     def of(cls, results: Results) -> "ComparedTables":
-        """The tables of stored results."""
+        """Take the tables from stored results."""
         return cls(
             title=results.folder.name,
             ledger=results.ledger,
@@ -143,7 +154,7 @@ def compare_results(
 ) -> Comparison:
     """Compare the configurations of a stored sweep; see `compare_runs`.
 
-    baseline: the configuration that others are compared with, the spec's by default.
+    baseline: the configuration that others are compared with; by default that of the spec.
     """
     return compare_runs(ComparedTables.of(results), baseline or results.spec.baseline, rank_by)
 
@@ -153,11 +164,11 @@ def compare_runs(
 ) -> Comparison:
     """Compare the configurations of a sweep with each other and with `baseline`.
 
-    rank_by: a split; the first part of some names, such as "ood" for the mean over all "ood/...";
-        or None for the mean over the splits whose names do not start with "train".
+    rank_by: a split; or the first part of names, such as "ood" for the mean over all splits
+        "ood/…"; or None for the mean over the splits whose names do not start with "train".
 
-    Raises: UserError when no run has results, `rank_by` or `baseline` names nothing, or `baseline`
-    diverged in every seed.
+    Raises: UserError when no run has results, `rank_by` or `baseline` does not exist, or all runs
+    of `baseline` diverged.
     """
     ledger = tables.ledger.rename({"config": "name"})
     runs = _finished(tables, ledger, baseline)
@@ -166,7 +177,7 @@ def compare_runs(
     resampled = {
         (split, metric): replicate(part, metric)
         for split, part in parts.items()
-        for metric in metrics(part)
+        for metric in available_metrics(part)
     }
     ranked_splits, unranked_splits, metric = _ranked(rank_by, list(parts), resampled)
     ranking = _ranking(mean(resampled[s, metric] for s in ranked_splits), runs, baseline)
@@ -210,7 +221,7 @@ def compare_runs(
 
 
 def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
-    """run_id, name and seed of the runs that have results, sorted by name and seed."""
+    """The runs that have results, sorted by name and seed: run_id, name and seed."""
     runs = (
         ledger.join(tables.outcomes, on="run_id", how="semi")
         .select("run_id", "name", "seed")
@@ -224,7 +235,7 @@ def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None
         status = ledger.filter(pl.col("name") == baseline)["status"]
         if not status.is_empty() and (status == "diverged").all():
             raise UserError(
-                f"baseline {baseline!r} diverged in every seed: name another with --baseline"
+                f"baseline {baseline!r} diverged with every seed: choose another with --baseline"
             )
         raise UserError(
             f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
@@ -233,7 +244,7 @@ def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None
 
 
 def _outcomes(tables: ComparedTables, run_ids: list[str]) -> dict[str, Outcomes]:
-    """Split → outcomes of the runs, prompt by prompt."""
+    """Outcomes of the runs on every split that has results."""
     return {
         split: Outcomes.of(
             tables.prompts.filter(pl.col("split") == split),
@@ -246,7 +257,7 @@ def _outcomes(tables: ComparedTables, run_ids: list[str]) -> dict[str, Outcomes]
 
 
 def _ranking(result: Replicates, runs: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
-    """Configurations from best to worst: rank, `intervals.compare` and run_ids by seed."""
+    """`Comparison.ranking`, from the replicates of the ranking's metric."""
     ranking = compare(result, runs, baseline)
     ranking = ranking.sort("estimate", "name", descending=[True, False], nulls_last=True)
     return ranking.select(
@@ -264,12 +275,12 @@ def _leak_free(
     runs: pl.DataFrame,
     baseline: str | None,
 ) -> pl.DataFrame:
-    """Accuracy on the splits that share prompts with training, without these prompts."""
+    """`Comparison.leak_free`: accuracy without the prompts that also occur in training."""
     found = []
     for split, part in parts.items():
         prompt_ids = part.prompts["prompt_id"]
         touched = prompt_ids.is_in(list(leaked.get(split, ())))
-        if "accuracy" in metrics(part) and touched.any():
+        if "accuracy" in available_metrics(part) and touched.any():
             rest = part.on(~touched)
             found.append(
                 _tagged(replicate(rest, "accuracy"), runs, baseline, split=split).select(
@@ -290,7 +301,7 @@ def _noise(
     baseline: str | None,
     metric: str,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """`Comparison.noise` and `Comparison.noise_falls`, of the lines of `noise_lines`."""
+    """`Comparison.noise` and `Comparison.noise_falls`, for `lines` as returned by `noise_lines`."""
     noise, falls = [], []
     for split, result in panels if lines.height else ():
         found = ranking if split == MEAN else scores.filter(split=split, metric=metric)
@@ -305,7 +316,7 @@ def _noise(
 def _subsets(
     parts: Mapping[str, Outcomes], ranking: pl.DataFrame, runs: pl.DataFrame, baseline: str | None
 ) -> pl.DataFrame:
-    """Accuracy by subset of the baseline and of the best other configurations."""
+    """`Comparison.subsets`: accuracy by subset, for the baseline and the best configurations."""
     top = [name for name in ranking["name"] if name != baseline][:_DETAILED]
     detailed = runs["name"].is_in([*top, *([baseline] if baseline else [])])
     return _stack(
@@ -318,14 +329,14 @@ def _subsets(
                 subset=subset,
             )
             for split, part in parts.items()
-            if "accuracy" in metrics(part) and part.prompts["subset"].n_unique() > 1
+            if "accuracy" in available_metrics(part) and part.prompts["subset"].n_unique() > 1
             for subset, rows in _by_subset(part.by(detailed.arg_true().to_list()))
         ]
     )
 
 
 def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
-    """Configurations with a run that reached its last epoch before early stopping ended it."""
+    """Configurations with a run that used all its epochs before early stopping could end it."""
     limits = pl.Struct({"epochs": pl.Int64, "patience": pl.Int64})
     spec = pl.col("spec").str.json_decode(limits)
     reached = ledger.filter(
@@ -335,8 +346,8 @@ def _at_epoch_limit(ledger: pl.DataFrame) -> set[str]:
     return set(reached["name"])
 
 
-def metrics(part: Outcomes) -> list[str]:
-    """The metrics of a split: accuracy if it has pairs, tau if it has groups."""
+def available_metrics(part: Outcomes) -> list[str]:
+    """The metrics that a split has: accuracy if it has pairs, tau if it has groups."""
     return [
         metric
         for metric, present in (
@@ -350,16 +361,16 @@ def metrics(part: Outcomes) -> list[str]:
 def _ranked(
     rank_by: str | None, splits: list[str], resampled: Mapping[tuple[str, str], Replicates]
 ) -> tuple[tuple[str, ...], tuple[str, ...], str]:
-    """The splits that the ranking averages over, the splits too small for that, and the metric.
+    """The splits that the ranking averages over, those too small for it, and the metric.
 
-    A split with one prompt has no interval, and a mean with it would have none either.
+    A split with a single prompt has no interval, and neither would a mean over it have one.
     """
     wanted = splits
     if rank_by is not None:
         wanted = [name for name in splits if name == rank_by or name.startswith(f"{rank_by}/")]
         if not wanted:
             raise UserError(
-                f"rank_by = {rank_by!r} is no evaluated split: {nearest(rank_by, splits)}"
+                f"rank_by = {rank_by!r} is not an evaluated split: {nearest(rank_by, splits)}"
             )
     if rank_by is None and any(not split.startswith("train") for split in splits):
         wanted = [split for split in splits if not split.startswith("train")]
@@ -368,13 +379,17 @@ def _ranked(
         large = [split for split in having if resampled[split, metric].prompts > 1] or having
         if having:
             return tuple(large), tuple(split for split in having if split not in large), metric
-    raise UserError(f"nothing to rank by in {', '.join(wanted)}: neither pairs nor groups there")
+    raise UserError(
+        f"{', '.join(wanted)}: neither pairs nor groups to rank by, choose another split with "
+        "--rank-by"
+    )
 
 
 def _panels(
     splits: Sequence[str], metric: str, resampled: Mapping[tuple[str, str], Replicates]
 ) -> list[tuple[str, Replicates]]:
-    """The ranked splits, preceded by their mean if there are several; only the mean if many."""
+    """The ranked splits with their results, preceded by their mean if there are several; with more
+    than `_MANY` the mean only."""
     alone = [(split, resampled[split, metric]) for split in splits]
     if len(alone) == 1:
         return alone
@@ -384,7 +399,7 @@ def _panels(
 def _tagged(
     result: Replicates, runs: pl.DataFrame, baseline: str | None, **tags: str | None
 ) -> pl.DataFrame:
-    """The comparison of one result, with `tags` and the number of prompts as first columns."""
+    """`intervals.compare` of one result, with `tags` and the number of prompts as first columns."""
     return compare(result, runs, baseline).select(
         *(pl.lit(value, dtype=pl.String).alias(tag) for tag, value in tags.items()),
         pl.lit(result.prompts).alias("prompts"),
@@ -401,8 +416,8 @@ def _by_subset(part: Outcomes) -> list[tuple[str | None, Outcomes]]:
 
 
 def _length(split: str, part: Outcomes) -> pl.DataFrame:
-    """Accuracy of preferring the longer response on one split, the same for every run."""
-    if "accuracy" not in metrics(part):
+    """`Comparison.lengths` of one split: the accuracy of preferring the longer response."""
+    if "accuracy" not in available_metrics(part):
         return pl.DataFrame()
     alone = pl.DataFrame({"name": ["length"], "seed": [0]})
     return compare(replicate(part, "length_accuracy"), alone, None).select(

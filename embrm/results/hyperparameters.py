@@ -1,4 +1,4 @@
-"""Hyper-parameters of the runs in a ledger: every field of a run's spec as a column of its own."""
+"""Expand the specs in a ledger into columns, one for every hyperparameter of the runs."""
 
 import json
 from collections.abc import Mapping
@@ -9,16 +9,17 @@ import polars as pl
 from embrm.sweeps.spec import RunSpec
 
 RENAMED = {"epochs": "max_epochs"}
-"""Spec key → column, where the ledger has a column of that name with another meaning: its `epochs`
-are those that a run was trained for."""
+"""Key of a run's spec → its column, where the ledger has another column of the key's name: its
+`epochs` is the number of epochs that a run was trained for, the spec's is the maximum."""
 
 
 def with_hyperparameters(ledger: pl.DataFrame) -> pl.DataFrame:
-    """Add a column for every key of the runs' specs that the ledger does not have yet.
+    """Add a column for every key of the runs' specs that the ledger has no column for.
 
-    ledger: one row per run, with its spec as JSON in the column `spec`, where keys that later
-    releases have added are left out while they have their default. A key of a table gets a dotted
-    name such as `head.widths` or `regularizer.alpha`; null means that the run has no such setting.
+    ledger: one row per run, with its spec as JSON in the column `spec`. Keys of nested tables get
+    dotted names, such as `head.widths` or `regularizer.alpha`. Null means that the run's spec has
+    no such key. Keys that the stored JSON omits because they have their default (those added in
+    later releases) are filled in.
     """
     if ledger.is_empty():
         return ledger
@@ -50,7 +51,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _column(name: str, values: list[Any]) -> pl.Series:
-    """Numbers, text or lists of one type; JSON text where a key has values of several types."""
+    """A column of numbers, text or lists; of JSON text where the values are of several types."""
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {int, float}:
         kind: Any = float if float in kinds else int

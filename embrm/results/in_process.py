@@ -1,4 +1,5 @@
-"""Training in the calling process: the runs of a sweep without its workers and folders."""
+"""Train runs in the calling process, without the workers and the results folder of a sweep: what
+`embrm.train` and notebooks use."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,10 @@ from embrm.training.numerics import Numerics, begin_here, on_cpu
 
 @dataclass(frozen=True)
 class TrainedHere:
-    """One run as it came out of training.
+    """One trained run.
 
-    row: the run's row of a sweep's ledger. curve: one row per epoch. saved: its weights, None where
-    it diverged. selection: which pairs it was trained and validated on.
+    row: the row that it would have in a sweep's ledger. curve: one row per epoch. saved: its
+    weights, None where it diverged. selection: which pairs it was trained and validated on.
     """
 
     run: Run
@@ -43,13 +44,16 @@ def train_here(
     validation: float = 0.1,
     numerics: Numerics = "native",
 ) -> list[TrainedHere]:
-    """Train and evaluate runs in this process; results in the order of `specs`.
+    """Train and evaluate runs in this process, and return them in the order of `specs`.
 
-    specs: keys of `RunSpec`, the seed among them, and a name if wanted. The runs are trained and
-    measured by the code that a sweep's workers run, so they have the ids and the bits of a sweep,
-    provided that this process can compute as a worker does: see `begin_here`.
+    specs: one mapping per run, with keys of `RunSpec`, optionally with seed (0 by default) and
+    name. Runs are trained and measured by the same code as in a sweep's workers, so they have the
+    same ids and the same bits, provided that this process can use the same numerics: see
+    `begin_here`.
+    train, validation: as in `SweepSpec`, the train splits and the share of their prompts that is
+    held out for validation.
 
-    Raises: UserError for a wrong key or value, and for what the cache lacks.
+    Raises: UserError for an invalid key or value, and where the cache lacks what a run needs.
     """
     runs: list[Run] = []
     selection = None
@@ -91,7 +95,9 @@ def _prepared(
 ) -> Any:
     where = f"specs[{index}]"
     if "grid" in values:
-        raise UserError(f"{where}: grid = {values['grid']!r}: a grid belongs to embrm.sweep")
+        raise UserError(
+            f"{where}: grid = {values['grid']!r}: give the keys of one run, or use embrm.sweep"
+        )
     seed = values.pop("seed", 0)
     values.setdefault("name", f"run {index}")
     spec = SweepSpec.parse(

@@ -1,4 +1,4 @@
-"""Results of a sweep or a fine-tune, as they are read from its folder."""
+"""Read the results of a sweep or a fine-tune from its folder."""
 
 import json
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from embrm.sweeps.spec import SweepSpec
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a sweep or a fine-tune. `embrm.sweeps.ledger` documents the tables."""
+    """The results of a sweep or a fine-tune. `embrm.sweeps.ledger` documents the columns of its
+    tables, which are read when they are first used."""
 
     folder: Path
     spec: SweepSpec
     cache_id: str
     cache: str
-    """Path of the cache when the sweep ran."""
+    """Path of the cache at the time the sweep ran."""
     finetuned: bool
-    """Whether these are results of embrm finetune, whose weights are whole models."""
+    """Whether these are results of `embrm finetune`, whose weights are those of whole models."""
     leaked: dict[str, list[str]]
     """Evaluation split → ids of its prompts that also occur in the train splits."""
     environment: dict[str, Any]
@@ -33,20 +34,19 @@ class Results:
 
     @property
     def evaluated(self) -> list[str]:
-        """Evaluation splits, in the spec's order."""
+        """The evaluation splits, in the order of the spec."""
         return [*(self.spec.evaluate or self.prompts["split"].unique().sort())]
 
     @property
     def scenarios(self) -> list[str]:
-        """The evaluation splits that scenarios made of groups, the nearest to training first."""
+        """The evaluation splits that the spec's `scenarios` made of groups, the nearest to training
+        first."""
         evaluated = self.evaluated if self.spec.scenarios else []
         return [name for name in SCENARIOS if name in evaluated]
 
-    # Read on first use: outcomes grow with runs times prompts, and few callers need them.
-
     @cached_property
     def curves(self) -> pl.DataFrame:
-        """One row per run and epoch."""
+        """Learning curves: one row per run and epoch."""
         return read_table(self.folder / "curves.parquet")
 
     @cached_property
@@ -56,25 +56,26 @@ class Results:
 
     @cached_property
     def outcomes(self) -> pl.DataFrame:
-        """One row per run and evaluation split, with lists in the order of `prompts`."""
+        """One row per run and evaluation split; its lists have one entry per row of `prompts` of
+        that split."""
         return read_table(self.folder / "outcomes.parquet")
 
     @cached_property
     def geometry(self) -> pl.DataFrame:
-        """One row per run and split, the training responses among the splits; empty for sweeps
-        of old versions."""
+        """One row per run and split, where the training responses count as a split; empty for
+        sweeps of versions that did not measure it."""
         path = self.folder / "geometry.parquet"
         return read_table(path) if path.exists() else GEOMETRY_SCHEMA.to_frame()
 
     @cached_property
     def timings(self) -> pl.DataFrame:
-        """Training, scoring and evaluation time of every run in seconds."""
+        """Seconds that training, scoring and evaluating each run took."""
         return read_table(self.folder / "timings.parquet")
 
     def find(self, run: str) -> dict[str, Any]:
-        """Find a run's ledger row by its id, the beginning of its id, or CONFIGURATION@SEED.
+        """Find the ledger row of a run by its id, the beginning of its id, or CONFIGURATION@SEED.
 
-        Raises: UserError when this sweep has no such run, or several.
+        Raises: UserError when no run or several runs match.
         """
         named = pl.concat_str("config", pl.lit("@"), "seed") == run
         rows = self.ledger.filter((pl.col("run_id").str.starts_with(run) & (run != "")) | named)
@@ -82,7 +83,7 @@ class Results:
             return rows.row(0, named=True)
         seeds = self.ledger.filter(pl.col("config") == run)["seed"].sort().to_list()
         if rows.height:
-            remedy = f"{rows.height} runs begin so: give more of the id"
+            remedy = f"{rows.height} run ids begin with it, give more of the id"
         elif seeds:
             remedy = f"it is a configuration, add a seed: {', '.join(f'{run}@{s}' for s in seeds)}"
         else:
@@ -94,7 +95,7 @@ class Results:
 def open_results(folder: Path) -> Results:
     """Open the results in `folder`. Tables other than the ledger are read when first used.
 
-    Raises: UserError when there are no results, or a file is damaged.
+    Raises: UserError when the folder has no results, or a file is damaged.
     """
     try:
         header = json.loads((folder / "sweep.json").read_bytes())
@@ -120,27 +121,27 @@ def open_results(folder: Path) -> Results:
 def cache_of(results: Results, moved: Path | None) -> Cache:
     """Open the cache that a sweep was trained on, at its recorded path or at `moved`.
 
-    Raises: UserError when there is none, or a cache with another id.
+    Raises: UserError when there is no cache, or it has another id.
     """
     if moved is None and not Path(results.cache).is_dir():
         raise UserError(
-            f"the sweep's cache was at {results.cache}, as seen from where it ran, and is not "
-            "there: pass --cache"
+            f"the sweep's cache is not at {results.cache}, its path when the sweep ran: "
+            "pass its path with --cache"
         )
     cache = open_cache(moved or Path(results.cache))
     if cache.cache_id != results.cache_id:
         raise UserError(
             f"{cache.folder} is cache {cache.cache_id}, but the run was trained on "
-            f"{results.cache_id}: pass its cache with --cache"
+            f"{results.cache_id}: pass the path of that cache with --cache"
         )
     return cache
 
 
 def finished_runs(results: Results, baseline: str | None) -> tuple[pl.DataFrame, str, list[str]]:
-    """The runs that have weights: run_id, name (the configuration) and seed, sorted by name and
-    seed.
+    """Return the runs that have weights, the name of the baseline, and notes for the reader.
 
-    Also returns the name of the baseline (the spec's unless given), and notes on runs left out.
+    The runs have the columns run_id, name (the configuration) and seed, and are sorted by name and
+    seed. The baseline is that of the spec unless given. The notes say how many runs are left out.
 
     Raises: UserError when no run finished, or none of the baseline.
     """
@@ -151,7 +152,7 @@ def finished_runs(results: Results, baseline: str | None) -> tuple[pl.DataFrame,
     reference = baseline or results.spec.baseline
     if reference not in runs["name"]:
         raise UserError(
-            f"baseline = {reference!r} has no finished runs, name another with --baseline: "
+            f"baseline = {reference!r} has no finished runs, choose another with --baseline: "
             f"{nearest(reference, set(runs['name']))}"
         )
     diverged = ledger.height - runs.height

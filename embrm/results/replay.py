@@ -1,4 +1,5 @@
-"""Replay: train stored runs again, each alone, and compare with what the sweep stored."""
+"""Replay: verify that results are reproducible by training stored runs again, one at a time, and
+comparing weights and metrics with those that the sweep stored."""
 
 import json
 import tempfile
@@ -24,17 +25,17 @@ from embrm.training.extensions import check_recorded
 from embrm.training.numerics import Numerics, settings, why_unavailable
 
 TOLERANCE = 0.01
-"""Largest acceptable difference of the metrics in `REPORTED` where bits differ."""
+"""Largest acceptable difference of the metrics in `REPORTED` where the bits differ."""
 
 REPORTED = ("accuracy", "nll", "nll_calibrated", "brier", "tau")
-"""Metrics that the tolerance applies to. Weights and mean rewards are not among them: other
-arithmetic leads an MLP to other weights of the same quality, and only differences of rewards are
-meaningful."""
+"""Metrics that `TOLERANCE` applies to. Weights are not among them, because an MLP trained with
+another floating-point arithmetic reaches other weights of the same quality; nor is the mean reward,
+because only differences of rewards are meaningful."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """The comparison of one run with its repetition."""
+    """The comparison of a stored run with its replay."""
 
     run_id: str
     config: str
@@ -42,15 +43,15 @@ class Replayed:
     same_bits: bool
     """Whether the weights and every number of the ledger's row are equal to the last bit."""
     weights: float
-    """‖new - stored‖ / ‖stored‖ over all weights; 0 where no weights are stored (diverged)."""
+    """‖new - stored‖/‖stored‖ over all weights; 0 where neither run has weights (both diverged)."""
     metric: str
-    """The reported metric `name@split` that differs most, or "" if none differs."""
+    """The metric of `REPORTED` that differs most, as `name@split`; "" if none differs."""
     difference: float
-    """Its absolute difference; infinite where only one of the two runs has a value."""
+    """The absolute difference of that metric; infinite where only one of the two has a value."""
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether every reported metric agrees within `TOLERANCE`."""
+        """Whether every metric of `REPORTED` agrees within `TOLERANCE`."""
         return self.difference <= TOLERANCE
 
 
@@ -58,7 +59,7 @@ class Replayed:
 class Replay:
     """The result of a replay.
 
-    environment: what differs from the environment of the sweep: name → (then, now).
+    environment: settings and versions that differ from those of the sweep: name → (then, now).
     """
 
     runs: tuple[Replayed, ...]
@@ -74,12 +75,16 @@ def replay(
     jobs: int | None = None,
     memory: int | None = None,
 ) -> Replay:
-    """Train runs of the sweep at `folder` again, alone in their packs, and compare.
+    """Train runs of the sweep at `folder` again and compare them with the stored ones.
 
-    run: this run alone; sample: so many, evenly spaced in the ledger; neither: all.
-    The sweep's numerics are used, native ones where this machine lacks them.
-    cache: where the cache is now, if it has moved. memory: as for a sweep. Nothing below
-    `folder` is changed.
+    Each run is trained alone, while a sweep trains several heads at once in a pack. The sweep's
+    numerics are used, or "native" where this machine does not support them. Nothing in `folder`
+    changes.
+
+    run: replay only this run. sample: replay this many runs, evenly spaced in the ledger. By
+        default all are replayed.
+    cache: where the cache is now, if it has moved.
+    jobs, memory: as for a sweep.
 
     Raises: UserError for an unknown run, another cache, or a run that fails now.
     """
@@ -117,7 +122,7 @@ def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[
     ledger = results.ledger
     if sample is not None:
         if sample < 1:
-            raise UserError(f"sample = {sample}: replay at least one run")
+            raise UserError(f"sample = {sample}: it must be at least 1")
         ledger = ledger[evenly_spaced(ledger.height, sample, nearest=True).tolist()]
     return ledger.to_dicts()
 
@@ -130,13 +135,14 @@ def _run(row: dict[str, Any]) -> Run:
 
 
 def _again(out: Path, pack: Pack) -> dict[str, Any]:
-    """The new ledger row of the pack's only run."""
+    """The new ledger row of the only run in a pack."""
     table = pl.read_parquet(out / "parts" / pack.pack_id / "ledger.parquet")
     return table.row(0, named=True)
 
 
 def _compared(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, Any]) -> Replayed:
-    # `numerics` may explain a difference but is not one. A run that diverged now has no metrics.
+    # The column `numerics` is not compared, because it is a setting. `now` has no metrics where the
+    # run diverged.
     same = all(now.get(key) == value for key, value in stored.items() if key != "numerics")
     apart = {
         key: _apart(value, now.get(key))

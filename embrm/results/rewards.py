@@ -1,4 +1,4 @@
-"""Rewards of a cache's responses under stored runs, computed again from the weights."""
+"""Compute rewards of stored runs from their weights, for a cache's responses or other states."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,27 +23,28 @@ _PAIR = (
     *("pair_id", "split", "used", "subset", "prompt_id", "source", "row"),
     *("chosen_model", "rejected_model", "label", "weight"),
 )
-"""Columns of a pair that are given beside its rewards, if the cache has them."""
+"""Columns of a pair that are copied into a table of scores, if the cache has them."""
 
 
 def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
-    """Score every pair that a sweep reads by one of its runs.
+    """Score every pair that a sweep reads with one of its runs.
 
     run: a run id, the beginning of one, or CONFIGURATION@SEED.
-
-    Columns: pair_id, split, used ("train", "validation" or "evaluation"), subset, prompt_id, source
-    and row (where the pair stands in the data), chosen_model, rejected_model, label, weight,
-    tokens_chosen, tokens_rejected (of the responses), scores_chosen, scores_rejected (float32, the
-    field names of reward-bench), in the cache's order. On the same machine with one thread they
-    have the bits that the ledger's metrics were computed from.
-
     cache: where the cache is now, if it has moved.
-    Raises: UserError for an unknown run, one without weights, or a cache the run was not made on.
+
+    Returns one row per pair, in the cache's order: pair_id, split, used ("train", "validation",
+    "evaluation", or null for a pair of a train split that the run did not use), subset, prompt_id,
+    source and row (the pair's place in the data), chosen_model, rejected_model, label, weight,
+    tokens_chosen, tokens_rejected (numbers of response tokens), scores_chosen, scores_rejected
+    (rewards, float32, named as in the reward-bench package). On the same machine, with one thread,
+    they have the bits from which the ledger's metrics were computed.
+
+    Raises: UserError for an unknown run, a run without weights, or another cache.
     """
     results = open_results(folder)
     saved = load_run(folder, results.find(run)["run_id"])
     source = cache_of(results, cache)
-    [rewards] = rewarded(source, [saved], np.arange(source.manifest.n_responses))
+    [rewards] = rewards_of_responses(source, [saved], np.arange(source.manifest.n_responses))
     selection = results.spec.selection(results.cache_id)
     training, validation = select(source, selection)
     training = as_trained(with_rules(training, [saved.spec]), saved.spec)
@@ -54,7 +55,7 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
         .when(pair.is_in(validation["pair_id"].implode()))
         .then(pl.lit("validation"))
         .when(pl.col("split").is_in(selection.train))
-        .then(None)  # beyond the run's limit, in its left-out fold, or with weight 0
+        .then(None)  # beyond `pairs_limit`, in the fold left out, or with weight 0
         .otherwise(pl.lit("evaluation"))
     )
     pairs = read_tables(source, selection.scenarios).pairs.with_columns(used.alias("used"))
@@ -64,9 +65,10 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
 def pair_scores(
     pairs: pl.DataFrame, tokens: pl.Series, rewards: NDArray[np.float32]
 ) -> pl.DataFrame:
-    """Pairs with the tokens and the scores of both responses; columns as of `scores`.
+    """Add the number of tokens and the reward of both responses to pairs; columns as in `scores`.
 
-    tokens, rewards: of all responses, which the pairs' chosen and rejected index.
+    tokens: int [responses]. rewards: float32 [responses]. Both are indexed by the pairs' chosen and
+    rejected.
     """
     ends = {name: pairs[name].to_numpy() for name in ("chosen", "rejected")}
     return pairs.select(
@@ -79,31 +81,32 @@ def pair_scores(
 def member_scores(
     members: pl.DataFrame, tokens: pl.Series, rewards: NDArray[np.float32]
 ) -> pl.DataFrame:
-    """Group members with the tokens and the score of their responses; see `pair_scores`."""
+    """Add tokens and score, the number of tokens and the reward, to group members; see
+    `pair_scores`."""
     rows = members["response"].to_numpy()
     return members.with_columns(
         tokens=tokens.gather(rows), score=pl.Series(rewards[rows], dtype=pl.Float32)
     )
 
 
-def reward_of(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32]:
-    """Rewards float32 [n] of any states float32 [n, d] of the view that the run reads.
+def rewards_of_states(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32]:
+    """Rewards float32 [n] of states float32 [n, d], pooled as the run's `state` says.
 
-    Raises: UserError for a run of trees, whose rewards are stored in place of weights.
+    Raises: UserError for a learner such as boosted trees, of which rewards are stored, not weights.
     """
     if REWARDS in run.parameters:
         raise UserError(
-            f"run {run.run_id} keeps the rewards of its cache's responses and has no weights: it "
-            "cannot score other states, take a run with a head"
+            f"run {run.run_id} has no weights, only the rewards of its cache's responses: "
+            "it cannot score other states, choose a run with a head"
         )
     heads = score_states(run.parameters, run.preprocess, States(states), torch.arange(len(states)))
     return run.combination(heads).numpy()
 
 
-def rewarded(
+def rewards_of_responses(
     cache: Cache, runs: Sequence[SavedRun], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Rewards float32 [runs, n] of the cache's responses `rows` int64 [n], which are ascending.
+    """Rewards float32 [runs, n] of the responses `rows` int64 [n] of a cache, ascending.
 
     The heads of a run are combined as its spec says.
     """
@@ -130,6 +133,6 @@ def head_rewards(
         states, every = States(torch.cat(parts)), torch.arange(len(rows))
         for place, run in enumerate(runs):
             if run.spec.state == name:
-                # Runs without weights store rewards of all responses of the cache.
+                # Runs without weights store the rewards of all responses of the cache.
                 at = torch.from_numpy(rows) if REWARDS in run.parameters else every
                 yield place, score_states(run.parameters, run.preprocess, states, at)

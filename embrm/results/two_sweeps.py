@@ -1,24 +1,25 @@
-"""Two sweeps side by side: paired differences of the configurations that both have."""
+"""Compare two sweeps: paired differences of the configurations that both have."""
 
 import polars as pl
 
 from embrm.core.errors import UserError
 from embrm.metrics.intervals import compare, holm, replicate
 from embrm.metrics.outcomes import Outcomes
-from embrm.results.comparison import metrics
+from embrm.results.comparison import available_metrics
 from embrm.results.ledger import Results
 
 _SIDES = ("this", "other")
 
 
 def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
-    """Paired differences of the configurations of the same name, on the splits that both evaluate.
+    """Compare configurations of the same name on the splits that both sweeps evaluate.
 
-    Returns one row per split, metric (accuracy, or tau of groups) and configuration: estimate and
-    other_estimate (means over seeds), difference (this minus other) with its 95 % interval over
-    prompts and the seeds that both have, p, and p_holm adjusted over the whole table.
+    Returns one row per split, metric (accuracy, or tau for groups) and configuration: estimate and
+    other_estimate (means over seeds), common_seeds, difference (this minus other, over the common
+    seeds) with its 95 % bootstrap interval over prompts and seeds, p, and p_holm (Holm's adjustment
+    over the whole table).
 
-    Raises: UserError where the two share no configuration, or no split with the same prompts.
+    Raises: UserError where the sweeps share no configuration, or no split with the same prompts.
     """
     names = sorted({*_finished(this)["config"]} & {*_finished(other)["config"]})
     if not names:
@@ -31,7 +32,7 @@ def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
         prompts = _prompts(this, split)
         if split in other.evaluated and prompts.equals(_prompts(other, split)):
             sides = [_outcomes(results, split, prompts) for results in (this, other)]
-            for metric in metrics(sides[0][1]):
+            for metric in available_metrics(sides[0][1]):
                 found += [_row(split, metric, name, sides) for name in names]
     if not found:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The one reader of a run's weights file: a head, or a fine-tuned model."""
+"""Read the weights file of a run: that of a head, or of a fine-tuned model."""
 
 import json
 from collections.abc import Collection
@@ -19,9 +19,12 @@ from embrm.training.heads import Parameters, Preprocess
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A stored run: one head, several, or the rewards of a run without weights.
+    """A stored run.
 
-    `embrm.training.heads.score` gives the rewards of its heads, `combination` makes one of them.
+    parameters: the weights of its heads, several for an ensemble; or, for learners without weights
+        such as boosted trees, the rewards of all responses of the cache.
+    preprocess: what is applied to states first.
+    combination: combines the rewards of the heads (`embrm.training.heads.score_states`) into one.
     """
 
     run_id: str
@@ -33,18 +36,22 @@ class SavedRun:
 
 
 def load_run(folder: Path, run_id: str) -> SavedRun:
-    """Read a run's weights. Raises: UserError when they are missing, damaged or diverged."""
+    """Read the weights of a sweep's run.
+
+    Raises: UserError when they are missing, damaged, or those of a fine-tuned model, and when the
+    run diverged.
+    """
     path = folder / "weights" / f"{run_id}.safetensors"
     if not path.is_file():
         row = open_results(folder).find(run_id)
         raise UserError(
-            f"run {run_id!r} ({row['status']}) has no weights in {folder}: take another"
+            f"run {run_id!r} ({row['status']}) has no weights in {folder}: choose another run"
         )
     header, tensors = _read(path, (FORMAT, REWARDS_FORMAT))
     if header["format"] not in (FORMAT, REWARDS_FORMAT):
         raise UserError(
-            f"{path} has format {header['format']!r}, not that of a sweep's head: of a "
-            "fine-tuned model rewards come from embrm score"
+            f"{path} has format {header['format']!r}, not that of a sweep's head: score a "
+            "fine-tuned model with embrm score"
         )
     mean, scale = (tensors.pop(PREPROCESS + name, None) for name in ("mean", "scale"))
     means, sds = (tensors.pop(REFERENCE + name, None) for name in ("mean", "sd"))
@@ -62,10 +69,11 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A fine-tuned model as it is stored.
+    """A stored fine-tuned model.
 
-    header: its format, cache_id, run (the fields of its spec), tune and base model. head: tensors
-    [1, ...]. backbone: the weights that were trained, named as in the base model's state_dict.
+    header: format, cache_id, run (the fields of its spec), tune, and the base model.
+    head: tensors [1, ...].
+    backbone: the weights that were trained, named as in the base model's state_dict.
     """
 
     header: dict[str, Any]
@@ -76,12 +84,13 @@ class SavedModel:
 def load_saved_model(path: Path) -> SavedModel:
     """Read the weights file of a fine-tuned run.
 
-    Raises: UserError when it is missing, damaged, or not of a fine-tuned run.
+    Raises: UserError when it is missing, damaged, or that of another kind of run.
     """
     header, tensors = _read(path, (MODEL_FORMAT,))
     if header["format"] != MODEL_FORMAT:
         raise UserError(
-            f"{path} has format {header['format']!r}: a fine-tuned model has {MODEL_FORMAT!r}"
+            f"{path} has format {header['format']!r}, a fine-tuned model has {MODEL_FORMAT!r}: "
+            "pass the weights of an embrm finetune run"
         )
 
     def below(prefix: str) -> dict[str, Tensor]:
@@ -94,7 +103,7 @@ def load_saved_model(path: Path) -> SavedModel:
 def _read(path: Path, formats: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header of a weights file, and its tensors if its format is one of `formats`.
 
-    Tensors of another format are not read: they may be those of a whole model.
+    Tensors of other formats are not read, since they may be as large as a whole model.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -53,7 +53,7 @@ def test_the_report_is_written_to_the_sweep_folder(folder: Path) -> None:
 def test_without_the_cache_the_report_notes_that_reliability_is_missing(folder: Path) -> None:
     found = report(folder)
     (note,) = found.notes
-    assert note.startswith("no reliability diagrams: the sweep's cache was at cache/x")
+    assert note.startswith("no reliability diagrams: the sweep's cache is not at cache/x")
     assert (folder / "report.md").read_text().endswith(f"- {note}\n")
     assert json.loads(found.json())["reliability"] == []
     with pytest.raises(UserError, match="elsewhere"):

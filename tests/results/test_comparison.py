@@ -1,4 +1,4 @@
-"""Who ranks where: against sums taken by hand from the same tables."""
+"""Ranking of configurations, against sums computed by hand from the same tables."""
 
 import dataclasses
 
@@ -56,7 +56,9 @@ def test_a_copy_of_the_baseline_shares_its_rank(comparison: Comparison) -> None:
     assert ranks["bad"] == 4
 
 
-def test_real_differences_are_told_apart_and_copies_are_not(comparison: Comparison) -> None:
+def test_differences_are_significant_where_they_are_real(
+    comparison: Comparison,
+) -> None:
     rows = {row["name"]: row for row in comparison.ranking.iter_rows(named=True)}
     assert rows["bsr[lr=0.01]"]["difference_low"] > 0
     assert rows["bad"]["difference_high"] < 0
@@ -77,7 +79,7 @@ def test_run_ids_follow_the_seeds(comparison: Comparison) -> None:
     [
         ('{"epochs":9,"patience":3}', 9, 8, True),
         ('{"epochs":9,"patience":3,"lr":0.1}', 9, 7, True),
-        ('{"epochs":9,"patience":3}', 9, 6, False),  # stopped early, if only just
+        ('{"epochs":9,"patience":3}', 9, 6, False),  # early stopping ended it in its last epoch
         ('{"epochs":9,"patience":3}', 8, 5, False),
         ('{"epochs":9,"patience":null}', 9, 8, False),
     ],
@@ -93,7 +95,7 @@ def test_runs_at_their_epoch_limit_are_flagged(
     assert compared(ledger=ledger).at_epoch_limit == (("bt",) if flagged else ())
 
 
-def test_configurations_at_the_limit_come_in_the_order_of_the_ranking() -> None:
+def test_configurations_at_the_epoch_limit_are_in_the_order_of_the_ranking() -> None:
     comparison = compared(ledger=SWEEP.ledger.with_columns(epochs=9, best_epoch=8))
     assert comparison.at_epoch_limit == tuple(comparison.ranking["name"])
 
@@ -129,7 +131,7 @@ def test_rank_by_groups_uses_tau() -> None:
     assert comparison.metric == "tau"
     estimates = dict(comparison.ranking.select("name", "estimate").iter_rows())
     for name, skill in SKILL.items():
-        assert estimates[name] == pytest.approx(skill - 0.5 + 0.1)  # prompts 1 to 19, not the null
+        assert estimates[name] == pytest.approx(skill - 0.5 + 0.1)  # prompt 0 has no tau
     assert comparison.scores.filter(split="groups")["prompts"].unique().to_list() == [19]
 
 
@@ -142,7 +144,7 @@ def with_one_prompt(*splits: str) -> dict[str, pl.DataFrame]:
     return tables(SWEEP.without(pl.col("split").is_in(splits), others))
 
 
-def test_a_split_of_one_prompt_does_not_rank_where_others_can() -> None:
+def test_a_split_of_one_prompt_is_not_ranked_by_if_there_are_others() -> None:
     comparison = compared(**with_one_prompt("ood/maths"))
     assert comparison.ranked_splits == ("id", "ood/chat_hard")
     assert comparison.unranked_splits == ("ood/maths",)
@@ -153,7 +155,7 @@ def test_a_split_of_one_prompt_does_not_rank_where_others_can() -> None:
     assert "ood/maths" in comparison.scores["split"]
 
 
-def test_splits_of_one_prompt_rank_where_there_is_nothing_else() -> None:
+def test_splits_of_one_prompt_are_ranked_by_if_there_are_no_others() -> None:
     both = ("ood/chat_hard", "ood/maths")
     comparison = compared(**with_one_prompt(*both), rank_by="ood")
     assert comparison.ranked_splits == both
@@ -162,7 +164,7 @@ def test_splits_of_one_prompt_rank_where_there_is_nothing_else() -> None:
     assert comparison.ranking["low"].is_null().all()
 
 
-def test_splits_named_train_do_not_rank() -> None:
+def test_splits_named_train_are_not_ranked_by_if_there_are_others() -> None:
     renamed = {
         name: table.with_columns(pl.col("split").replace("id", "train/seen"))
         for name, table in tables(SWEEP).items()
@@ -206,7 +208,7 @@ def test_measures_are_means_over_the_seeds_that_finished() -> None:
     assert measures.filter(split="groups")["nll"].is_null().all()
 
 
-def test_a_measure_that_one_seed_lacks_is_no_mean_over_the_others() -> None:
+def test_a_measure_that_one_seed_lacks_is_null() -> None:
     lacking = (pl.col("config") == "bt") & (pl.col("seed") == 1)
     ledger = SWEEP.ledger.with_columns(
         pl.when(~lacking).then("nll_calibrated@id").alias("nll_calibrated@id")
@@ -229,9 +231,9 @@ def test_geometry_is_the_mean_over_seeds_on_training_responses_and_splits() -> N
     assert set(drifts.values()) == {None}
 
 
-def test_geometry_that_a_seed_lacks_is_no_mean_over_the_others() -> None:
+def test_geometry_that_a_seed_lacks_is_null() -> None:
     geometry = small_geometry().filter(pl.col("run_id") != "bt-1")
-    geometry = geometry.drop("drift_tokens")  # a column that older results lack
+    geometry = geometry.drop("drift_tokens")  # results of earlier releases lack this column
     found = compared(geometry=geometry).geometry.filter(split="train")
     assert found.filter(pl.col("norm").is_null())["name"].to_list() == ["bt"]
     assert found["drift_tokens"].null_count() == 4
@@ -252,7 +254,7 @@ def test_leak_free_accuracy_leaves_the_leaked_prompts_out() -> None:
     assert found["low"].equals(clean.sort("name")["low"])
 
 
-def test_every_prompt_leaked_leaves_no_number() -> None:
+def test_a_split_whose_prompts_all_leaked_has_no_leak_free_accuracy() -> None:
     leaked = {"id": [f"id {prompt}" for prompt in range(60)]}
     comparison = compared(leaked=leaked)
     assert comparison.leak_free["prompts"].unique().to_list() == [0]
@@ -299,10 +301,10 @@ def test_order_of_rows_does_not_matter() -> None:
                     .otherwise("status")
                 ),
             },
-            "^baseline 'bt' diverged in every seed: name another with --baseline$",
+            "^baseline 'bt' diverged with every seed: choose another with --baseline$",
         ),
     ],
 )
-def test_wrong_names_are_one_line(changes: dict[str, object], message: str) -> None:
+def test_errors_of_one_line(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         compared(**changes)

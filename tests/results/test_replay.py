@@ -1,4 +1,4 @@
-"""Replay: alone it gives the bits the pack gave; what differs is found, measured and explained."""
+"""Replayed runs have the bits of the sweep; differences are found, measured and explained."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return sweep(spec, cache, jobs=1)
 
 
-def test_every_run_replays_alone_to_the_bit(swept: Path) -> None:
+def test_every_run_trained_alone_has_the_bits_of_the_sweep(swept: Path) -> None:
     before = {path: path.read_bytes() for path in swept.rglob("*") if path.is_file()}
     result = replay(swept, jobs=1)
     assert len(result.runs) == 14
@@ -57,7 +57,7 @@ def test_every_run_replays_alone_to_the_bit(swept: Path) -> None:
     assert {path: path.read_bytes() for path in swept.rglob("*") if path.is_file()} == before
 
 
-def test_a_sample_is_spread_and_a_run_is_itself(swept: Path) -> None:
+def test_a_sample_is_spread_over_the_ledger_and_one_run_can_be_named(swept: Path) -> None:
     ledger = open_results(swept).ledger["run_id"].to_list()
     assert [entry.run_id for entry in replay(swept, sample=2, jobs=1).runs] == [
         ledger[0],
@@ -67,7 +67,7 @@ def test_a_sample_is_spread_and_a_run_is_itself(swept: Path) -> None:
     assert only.run_id == ledger[3]
 
 
-def test_results_that_were_tampered_with_do_not_replay(swept: Path, tmp_path: Path) -> None:
+def test_a_changed_metric_is_found(swept: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(swept, tmp_path / "swept"))
     path = folder / "ledger.parquet"
     ledger = pl.read_parquet(path)
@@ -82,7 +82,7 @@ def test_results_that_were_tampered_with_do_not_replay(swept: Path, tmp_path: Pa
     assert found.difference == pytest.approx(0.02)
 
 
-def test_other_weights_are_measured(swept: Path, tmp_path: Path) -> None:
+def test_the_distance_to_changed_weights_is_measured(swept: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(swept, tmp_path / "swept"))
     ledger = pl.read_parquet(folder / "ledger.parquet")
     run = ledger.filter(pl.col("config") == "bt")["run_id"][0]
@@ -105,7 +105,7 @@ def test_other_weights_are_measured(swept: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="without MKL there is one mode")
-def test_other_arithmetic_is_named_and_linear_heads_agree(
+def test_other_arithmetic_is_reported_and_linear_heads_agree_within_the_tolerance(
     swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
@@ -117,7 +117,7 @@ def test_other_arithmetic_is_named_and_linear_heads_agree(
     assert result.runs[0].weights < 1e-4
 
 
-def test_refusals(swept: Path, tmp_path: Path) -> None:
+def test_unknown_runs_samples_caches_and_folders_are_refused(swept: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run 'zzz'"):
         replay(swept, run="zzz")
     with pytest.raises(UserError, match="sample = 0"):

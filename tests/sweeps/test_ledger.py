@@ -142,7 +142,7 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
         assert results.find(name)["run_id"] == "id-a"
     with pytest.raises(UserError, match="add a seed: a@0"):
         results.find("a")
-    with pytest.raises(UserError, match="2 runs begin so"):
+    with pytest.raises(UserError, match="2 run ids begin with it"):
         results.find("id")
     with pytest.raises(UserError, match="no run 'id-x' in"):
         results.find("id-x")

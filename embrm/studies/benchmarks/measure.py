@@ -13,7 +13,7 @@ from embrm.core.errors import UserError, nearest
 from embrm.core.progress import progress
 from embrm.metrics.intervals import REPLICATES, Replicates
 from embrm.results.ledger import Results, cache_of
-from embrm.results.rewards import member_scores, pair_scores, rewarded
+from embrm.results.rewards import member_scores, pair_scores, rewards_of_responses
 from embrm.results.weights import load_run
 from embrm.suites.registry import SUITES
 from embrm.suites.scoring import by_length, replicate_suite
@@ -98,7 +98,7 @@ def suite_scores(
     ).astype(np.int64)
     tokens = pl.Series(source.n_response[rows])
     saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
-    rewards = rewarded(source, saved, rows)
+    rewards = rewards_of_responses(source, saved, rows)
     found = []
     with progress("suites", len(tables) * len(rewards), "scores") as bar:
         for split, table in tables.items():

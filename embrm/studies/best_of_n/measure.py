@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from embrm.core.errors import UserError, nearest
 from embrm.metrics.best_of_n import Ranking, kl_estimate
 from embrm.results.ledger import Results, cache_of
-from embrm.results.rewards import rewarded
+from embrm.results.rewards import rewards_of_responses
 from embrm.results.weights import load_run
 from embrm.sweeps.tables import read_tables
 
@@ -116,7 +116,7 @@ def measure_best_of_n(
                 raise
     rows = np.unique(np.concatenate([p.responses.ravel() for one in splits for p in one.pools]))
     saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
-    rewards = rewarded(source, saved, rows)
+    rewards = rewards_of_responses(source, saved, rows)
     return [_chosen(one, rows, rewards, results.leaked) for one in splits], skipped
 
 

@@ -12,7 +12,7 @@ from embrm.core.errors import UserError
 from embrm.metrics.agreement import Stage, agreement
 from embrm.metrics.intervals import Replicates, compare, mean, replicate
 from embrm.metrics.outcomes import Outcomes
-from embrm.results.comparison import MEAN, metrics
+from embrm.results.comparison import MEAN, available_metrics
 from embrm.results.ledger import Results
 
 VALUE = ("estimate", "low", "high")
@@ -183,7 +183,7 @@ def _resampled(
                 f"split {split!r} has other prompts in {full.folder} than in {frozen.folder}: "
                 "run the older of the two again"
             )
-        known = metrics(x)
+        known = available_metrics(x)
         for metric in [*known, *(["nll"] if "accuracy" in known else [])]:
             found[split, metric] = replicate(x, metric), replicate(y, metric)
     for metric in METRICS:

@@ -35,7 +35,7 @@ def measure_reliability(
     source = cache_of(results, cache)
     # Imported late, so that a report without its cache does not load torch.
 
-    from embrm.results.rewards import rewarded
+    from embrm.results.rewards import rewards_of_responses
     from embrm.results.weights import load_run
 
     every = evaluation_splits(source, results.spec.selection(results.cache_id))
@@ -45,7 +45,7 @@ def measure_reliability(
         return pl.DataFrame()
     rows = np.unique(np.concatenate([split.rows for split in splits.values()]))
     saved = [load_run(results.folder, run_id) for run_id in runs["run_id"]]
-    rewards = rewarded(source, saved, rows)
+    rewards = rewards_of_responses(source, saved, rows)
     fitted = runs["temperature"].to_numpy()
     found = []
     for split_name, split in splits.items():
