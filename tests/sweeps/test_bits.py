@@ -1,4 +1,4 @@
-"""Same bits: whatever runs share a pack, in whatever numbers, order and memory they are trained."""
+"""A run has the same bits whatever runs share its pack, their number, order and memory."""
 
 import hashlib
 import operator
@@ -125,7 +125,7 @@ def _spec(entries: Sequence[dict[str, Any]], **fields: Any) -> SweepSpec:
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """Digest of every result that is promised to be the same; part folders and timings are not."""
+    """Digest of every result that must not change, which excludes part folders and timings."""
     tables = ("ledger", "curves", "prompts", "outcomes", "geometry")
     paths = [folder / f"{name}.parquet" for name in tables] + sorted(folder.glob("weights/*"))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -169,7 +169,7 @@ def _toml(value: Any) -> str:
 
 
 def _streamed(material: Material) -> Material:
-    """The same, of which a worker keeps next to nothing in memory."""
+    """The same data, streamed: a worker keeps almost nothing in memory."""
     tokens = material.tokens
     if tokens:
         files = {name: replace(file, resident=1) for name, file in tokens.matrices.items()}
@@ -181,7 +181,7 @@ def _streamed(material: Material) -> Material:
 def _of_packs(
     cache: Path, folder: Path, found: Sequence[Sequence[Run]], numerics: Numerics, *, stream: bool
 ) -> dict[str, str]:
-    """Digest of everything kept of each run; a run that was trained twice must have one."""
+    """Digest of all stored data of each run; a run that was trained twice must have only one."""
     source = open_cache(cache)
     selection = Selection(source.cache_id, ("train",), 0.3)
     digests: dict[str, str] = {}
@@ -229,7 +229,7 @@ _OWN = (
 
 
 def _weighted(head: dict[str, Any], weighting: dict[str, Any]) -> dict[str, Any]:
-    """The same head, and its regularizer of another kind and weight that reads the same."""
+    """The same head; its regularizer has another kind and weight but reads the same token rows."""
     if "adapter" not in head["head"] or "regularizer" not in head:
         return head
     read = {k: v for k, v in head["regularizer"].items() if k in ("token_rows", "top_k")}

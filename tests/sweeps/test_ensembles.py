@@ -120,7 +120,7 @@ def by_hand(kind: str, r: np.ndarray, training: pl.DataFrame, penalty: float) ->
 
 
 @pytest.mark.parametrize("config", COMBINED)
-def test_everything_that_rewards_does_so_by_the_formula(
+def test_all_commands_combine_members_by_the_formula(
     swept: Results, cache: Path, training: pl.DataFrame, config: str
 ) -> None:
     """The standardising moments are those of the training responses, in the weights file."""
@@ -146,7 +146,9 @@ def test_everything_that_rewards_does_so_by_the_formula(
     assert found == pytest.approx(gold, rel=1e-6)
 
 
-def test_the_combinations_share_their_heads_and_differ_in_rewards(swept: Results) -> None:
+def test_combinations_of_the_same_members_have_equal_heads_and_other_rewards(
+    swept: Results,
+) -> None:
     mean = saved(swept, "mean")
     assert mean.combination.reference is None
     for config in COMBINED:
@@ -160,7 +162,7 @@ def test_the_combinations_share_their_heads_and_differ_in_rewards(swept: Results
     assert saved(swept, "timid").combination.penalty == 2.0
 
 
-def test_heads_that_only_combine_otherwise_are_trained_once(
+def test_members_of_several_combinations_are_trained_once(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = open_cache(cache)
@@ -180,11 +182,11 @@ def test_heads_that_only_combine_otherwise_are_trained_once(
     assert trained == [1, 1]  # once for each member
 
 
-def test_alone_in_a_pack_they_have_the_same_bits(swept: Results) -> None:
+def test_ensembles_have_the_same_bits_alone_in_a_pack(swept: Results) -> None:
     assert all(run.same_bits for run in replay(swept.folder, jobs=1).runs)
 
 
-def test_disagreement_tells_splits_from_validation(
+def test_the_auroc_of_disagreement_separates_splits_from_validation(
     swept: Results, cache: Path, training: pl.DataFrame
 ) -> None:
     opened = open_cache(cache)
@@ -205,7 +207,7 @@ def test_disagreement_tells_splits_from_validation(
     assert one["disagreement@id"] is one["disagreement_auroc@id"] is None
 
 
-def test_without_validation_there_is_nothing_to_tell_from(cache: Path, tmp_path: Path) -> None:
+def test_without_validation_pairs_disagreement_has_no_auroc(cache: Path, tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(
         'validation = 0\nbaseline = "a"\nseeds = [0]\n[[runs]]\nname = "a"\nmembers = 2'
@@ -248,7 +250,7 @@ def test_a_resample_draws_whole_prompts_with_replacement(training: pl.DataFrame)
 def test_a_member_is_trained_as_on_pairs_weighted_by_how_often_they_were_drawn(
     cache: Path, training: pl.DataFrame, tmp_path: Path
 ) -> None:
-    """In one minibatch the two are the same loss. Validation is the same too."""
+    """If one minibatch holds all pairs, the losses are equal, and so is validation."""
     drawn = RunSpec(members=2, bootstrap=True, seed=3)
     table = as_trained(with_rules(training, [drawn]), drawn)
     seeds = [drawn.member(number).seed for number in (0, 1)]
@@ -275,7 +277,7 @@ def test_a_member_is_trained_as_on_pairs_weighted_by_how_often_they_were_drawn(
     assert whole["train_pairs"] == len(training) > first["train_pairs"]
 
 
-def test_preprocessing_and_reference_are_of_all_training_pairs(
+def test_preprocessing_and_reference_are_fitted_to_all_training_pairs(
     swept: Results, cache: Path, training: pl.DataFrame
 ) -> None:
     bagged, other = (saved(swept, name) for name in ("bagged", "standardized"))
@@ -289,7 +291,7 @@ def test_preprocessing_and_reference_are_of_all_training_pairs(
     assert not torch.equal(bagged.parameters["output.weight"], other.parameters["output.weight"])
 
 
-def test_strength_reads_single_heads_however_they_are_combined(swept: Results) -> None:
+def test_strength_reads_the_members_whatever_their_combination(swept: Results) -> None:
     tables = [strengths(swept.folder, name).rows for name in ("mean", "combined[combine=min]")]
     assert tables[0].equals(tables[1])
 

@@ -1,4 +1,4 @@
-"""Sweeps end to end on a tiny cache: same bytes however they ran, errors in one line, kills."""
+"""Sweeps of a tiny cache: reproducible bytes, errors in one line, stops and resumption."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    """Every result file but the timings and the parts; of sweep.json the spec and the cache."""
+    """All result files except timings and parts; of sweep.json only the spec and the cache."""
     contents = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -133,7 +133,7 @@ def test_stored_weights_give_the_scores_the_ledger_was_made_from(swept: Path, ca
         assert row["margin@id"] == pytest.approx(margin, rel=1e-4)
 
 
-def test_scores_refuse_what_is_not_there(swept: Path, tmp_path: Path) -> None:
+def test_scores_of_unknown_runs_are_refused(swept: Path, tmp_path: Path) -> None:
     results = open_results(swept)
     with pytest.raises(UserError, match="no run 'zzz'"):
         scores(swept, "zzz")
@@ -146,7 +146,9 @@ def test_scores_refuse_what_is_not_there(swept: Path, tmp_path: Path) -> None:
         scores(swept, good, other)
 
 
-def test_jobs_order_and_history_leave_no_trace(swept: Path, cache: Path, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_jobs_order_or_earlier_runs(
+    swept: Path, cache: Path, tmp_path: Path
+) -> None:
     head, *entries = SPEC.split("[[runs]]")
     spec = tmp_path / "second.toml"
     # First half of the runs, in another order; then all of them, with two workers.
@@ -195,7 +197,7 @@ def test_the_plan_counts_and_writes_nothing(cache: Path, swept: Path, tmp_path: 
     assert plan_sweep(spec, cache, out=swept)["finished"] == 12
 
 
-def test_validation_and_limits_are_by_hash(cache: Path) -> None:
+def test_validation_pairs_and_limits_are_chosen_by_hash(cache: Path) -> None:
     opened = open_cache(cache)
     selection = Selection(opened.cache_id, ("train",), 0.3)
     training, validation = select(opened, selection)
@@ -220,7 +222,7 @@ RUN = '[[runs]]\nname = "a"\n'
         (BASE + "validation = 0.0001\n" + RUN, "validation = 0.0001 keeps no prompt of"),
     ],
 )
-def test_what_the_cache_lacks_is_named(
+def test_errors_name_what_the_cache_lacks(
     text: str, message: str, cache: Path, tmp_path: Path
 ) -> None:
     spec = tmp_path / "s.toml"
@@ -318,7 +320,7 @@ def _stop(spec: Path, cache: Path, parts: int, delay: float, how: str) -> str:
 
 
 @pytest.mark.slow
-def test_stops_lose_nothing_and_leave_no_trace(cache: Path, tmp_path: Path) -> None:
+def test_a_stopped_and_resumed_sweep_has_the_same_results(cache: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole.toml", tmp_path / "stopped.toml"
     for spec in (whole, stopped):
         spec.write_text(MANY)

@@ -1,4 +1,4 @@
-"""Geometry of runs: against dense float64 softmaxes, alone and in packs, stored with a sweep."""
+"""Geometry of runs: against dense float64 softmaxes, alone and in packs, and in a sweep."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -101,7 +101,7 @@ MODELS: list[dict[str, Any]] = [{}, {"softcap": 2.0, "scale": 0.7}, {"bias": Tru
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_divergences_are_those_of_dense_softmaxes(model: dict[str, Any]) -> None:
+def test_divergences_equal_those_of_dense_softmaxes(model: dict[str, Any]) -> None:
     setting, own = Setting(**model, top_k=23), head(1)
     found = setting.measure({"a": own})
     for name, at in setting.samples.items():
@@ -117,7 +117,7 @@ def test_divergences_are_those_of_dense_softmaxes(model: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_large_vocabularies_are_truncated_and_close(
+def test_truncated_divergences_of_large_vocabularies_are_close(
     model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting, own = Setting(**model), head(1)
@@ -163,7 +163,7 @@ def test_an_identity_adapter_moves_nothing(exact: int, monkeypatch: pytest.Monke
         assert {key: row[key] for key in same} == {key: unmoved["b", name][key] for key in same}
 
 
-def test_what_a_run_does_not_have_is_null() -> None:
+def test_undefined_geometry_is_null() -> None:
     setting = Setting()
     moving, plain = {"a": head(1)}, {"a": head(1, head={"kind": "linear"})}
     nothing = setting.measure(plain, head={"kind": "linear"})["a", "ood"]
@@ -189,7 +189,7 @@ def test_a_split_without_token_rows_has_no_divergence_there() -> None:
     assert found["a", "ood"]["kl_tokens"] > 0
 
 
-def test_drift_shape_and_correlations_are_of_what_the_reward_reads() -> None:
+def test_geometry_is_measured_on_the_states_that_the_reward_reads() -> None:
     setting, own = Setting(), head(2)
     row = setting.measure({"a": own})["a", "ood"]
     at = setting.samples["ood"]
@@ -205,7 +205,7 @@ def test_drift_shape_and_correlations_are_of_what_the_reward_reads() -> None:
     assert row["corr_S"] == pytest.approx(np.corrcoef(reward, at.S)[0, 1], abs=1e-5)
 
 
-def test_an_ensemble_is_the_mean_of_its_members() -> None:
+def test_geometry_of_an_ensemble_is_the_mean_over_its_members() -> None:
     setting, members = Setting(), [head(seed) for seed in (1, 2, 3)]
     alone = [setting.measure({"a": own})["a", "ood"] for own in members]
     together = setting.measure({"a": stack(members)})["a", "ood"]
@@ -245,7 +245,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     return sweep(path, cache, jobs=1)
 
 
-def test_a_sweep_stores_a_row_a_run_and_split(swept: Path) -> None:
+def test_a_sweep_stores_geometry_for_every_run_and_split(swept: Path) -> None:
     results = open_results(swept)
     table = results.geometry
     assert table.columns == ["run_id", "split", "responses", *MEASURES]
@@ -265,7 +265,7 @@ def test_a_sweep_stores_a_row_a_run_and_split(swept: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_left_to_do_alone_is_measured_as_among_the_others(
+def test_a_run_resumed_alone_has_the_same_geometry(
     swept: Path, cache: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "later.toml"
@@ -278,7 +278,7 @@ def test_a_run_left_to_do_alone_is_measured_as_among_the_others(
     assert alone.equals(every.filter(pl.col("run_id").is_in(alone["run_id"].implode())))
 
 
-def test_adapters_on_a_cache_without_token_rows_have_drift_alone(tmp_path: Path) -> None:
+def test_adapters_on_a_cache_without_token_rows_have_only_drift(tmp_path: Path) -> None:
     path = tmp_path / "bare.toml"
     path.write_text(SPEC.partition('[[runs]]\nname = "kept"')[0])
     for name, made in {"rows": {}, "head": {"token_rows": 2, "lm_head": False}}.items():
@@ -318,7 +318,7 @@ def test_splits_that_are_not_evaluated_are_left_out(
 
 
 @pytest.mark.slow
-def test_a_sweep_of_an_older_embrm_has_none_and_resumes(cache: Path, tmp_path: Path) -> None:
+def test_a_sweep_of_an_older_embrm_without_geometry_resumes(cache: Path, tmp_path: Path) -> None:
     path = tmp_path / "old.toml"
     path.write_text(SPEC)
     out = sweep(path, cache, jobs=1)
@@ -373,8 +373,8 @@ def test_a_run_has_the_same_bits_alone_and_in_a_pack(
     assert alone == together
 
 
-def test_preprocessing_of_other_pairs_is_another_geometry() -> None:
-    """A fold or a label table cuts what it is fitted on, so runs side by side keep their own."""
+def test_geometry_depends_on_the_pairs_that_preprocessing_is_fitted_to() -> None:
+    """Folds and label tables change these pairs, so preprocessing differs within a sweep."""
     setting = Setting()
     fits = {"0/3": 1.0, "1/3": 4.0}
     parameters = initialise(RunSpec().head, WIDTH, 0)

@@ -1,4 +1,4 @@
-"""A sweep of every kind of run, made by embrm 0.3.0: found, read, shown, and trained to its bits.
+"""A stored sweep of every kind of run by embrm 0.3.0 can be read, and trained again to its bits.
 
 tests/golden/sweep-0.3.0.tar.gz holds a made-up cache, a spec, and the results that release 0.3.0
 made of them with portable numerics. If the bits of training change on purpose, raise
@@ -39,7 +39,7 @@ def golden(tmp_path: Path) -> Path:
 
 
 def arithmetic() -> str:
-    """What products and functions give here: processors of another make may round otherwise."""
+    """Digest of some products and functions here: other processors may round differently."""
     digest = hashlib.sha256()
     random = np.random.default_rng(0)
     for rows, columns, inner in ((32, 32, 12), (7, 64, 12), (96, 32, 12), (16, 4, 8), (40, 12, 40)):
@@ -102,8 +102,8 @@ def test_training_gives_the_bits_of_the_release(golden: Path) -> None:
     )
 
 
-def test_changed_bits_are_seen(golden: Path) -> None:
-    """The comparison fails where a weight is another: here one bit of a stored digest."""
+def test_a_changed_bit_is_noticed(golden: Path) -> None:
+    """The comparison fails if a weight differs; here one bit of a stored digest is changed."""
     path = golden / "sweep" / "ledger.parquet"
     ledger = pl.read_parquet(path)
     changed = ledger.with_columns(

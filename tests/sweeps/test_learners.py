@@ -1,4 +1,4 @@
-"""Learners as rows of a sweep: one ledger, the same bits however they ran, refusals in one line."""
+"""Learners in a sweep: ledger rows, reproducible bits, and refusals in one line."""
 
 import shutil
 import tomllib
@@ -105,7 +105,9 @@ def test_the_ledger_has_learners_beside_heads(swept: Path) -> None:
     assert curves.select("epoch", "step", "weight_norm").rows() == [(1, 6, None)]
 
 
-def test_jobs_history_and_company_leave_no_trace(swept: Path, cache: Path, tmp_path: Path) -> None:
+def test_learners_do_not_depend_on_jobs_earlier_runs_or_other_runs(
+    swept: Path, cache: Path, tmp_path: Path
+) -> None:
     spec = tmp_path / "again.toml"
     head, *entries = (HEAD + LEARNERS).split("[[runs]]")
     spec.write_text("[[runs]]".join([head, *reversed(entries)]))
@@ -143,7 +145,7 @@ def test_ridge_is_fitted_to_gold_of_prompts_that_do_not_validate(swept: Path, ca
         np.testing.assert_allclose(w, reference.coef_, rtol=1e-4, atol=1e-6)
 
 
-def test_what_reads_a_run_reads_rewards_without_weights(swept: Path, cache: Path) -> None:
+def test_all_readers_of_runs_accept_rewards_without_weights(swept: Path, cache: Path) -> None:
     results = open_results(swept)
     run_id = results.find("trees@0")["run_id"]
     rewards = load_run(swept, run_id).parameters[REWARDS][0].numpy()
@@ -170,7 +172,7 @@ def test_what_reads_a_run_reads_rewards_without_weights(swept: Path, cache: Path
         strengths(swept, "logistic[label_noise=0]")
 
 
-def test_what_needs_weights_refuses_rewards(swept: Path) -> None:
+def test_commands_that_need_weights_refuse_stored_rewards(swept: Path) -> None:
     with pytest.raises(UserError, match=r"run trees@0 has no weights, .* embrm scores") as error:
         open_run_model(swept, "trees@0")
     assert "\n" not in str(error.value)
@@ -193,7 +195,7 @@ def test_the_plan_times_learners(swept: Path, cache: Path) -> None:
     assert planned["estimated_seconds"] > 0
 
 
-def test_a_plan_needs_no_minimum_on_made_up_pairs(
+def test_a_plan_ignores_that_random_pairs_have_no_minimum(
     swept: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embrm.training.learners._ITERATIONS", 1)
@@ -249,7 +251,9 @@ def test_runs_without_a_learner_keep_their_ids() -> None:
         ),
     ],
 )
-def test_what_a_learner_cannot_use_is_named_in_one_line(text: str, message: str) -> None:
+def test_fields_that_a_learner_does_not_read_are_refused_in_one_line(
+    text: str, message: str
+) -> None:
     values = tomllib.loads('baseline = "a"\n[[runs]]\nname = "a"\n' + text)
     with pytest.raises(UserError) as error:
         configurations(SweepSpec.parse(values, "s.toml"), "s.toml")
@@ -260,7 +264,7 @@ def test_what_a_learner_cannot_use_is_named_in_one_line(text: str, message: str)
 RIDGE = 'baseline = "a"\n[[runs]]\nname = "a"\nlearner = { kind = "ridge" }\n'
 
 
-def test_gold_that_nothing_can_be_learned_from_is_named(tmp_path: Path) -> None:
+def test_missing_or_constant_gold_is_refused(tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(RIDGE)
     with pytest.raises(UserError, match=r"run 'a': learner 'ridge' reads gold, and train has no"):

@@ -1,4 +1,4 @@
-"""Stored results: weights and their digest, deterministic Parquet, damage in one line."""
+"""Stored results: weights and their digest, deterministic Parquet, errors about damage."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_a_stored_run_comes_back_bit_for_bit(
         assert torch.equal(loaded.preprocess.mean, preprocess.mean)
 
 
-def test_the_digest_sees_every_bit_of_the_tensors_and_nothing_else() -> None:
+def test_the_digest_depends_on_exactly_the_bits_of_the_tensors() -> None:
     one = initialise(HeadSpec(), 5, 0)
     other = {"output.weight": one["output.weight"].clone()}
     run, renamed = _run("a"), _run("b")
@@ -83,7 +83,7 @@ PROMPTS = pl.DataFrame(
 
 
 def _outcomes(run_ids: list[str]) -> pl.DataFrame:
-    """Random numbers that depend on the run alone."""
+    """Random numbers that depend only on the run."""
     rows = [
         {"run_id": run_id, "split": split}
         | {
@@ -148,7 +148,7 @@ def test_tables_hold_the_current_runs_and_splits(tmp_path: Path) -> None:
         results.find("id-x")
 
 
-def test_outcomes_are_the_same_bytes_whatever_the_parts_and_at_once(
+def test_outcomes_have_the_same_bytes_whatever_the_parts_and_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"r{number:02d}" for number in range(11)]
@@ -187,7 +187,7 @@ def test_a_run_without_its_weights_is_not_finished(tmp_path: Path) -> None:
     assert finished(tmp_path).keys() == {"id-b"}
 
 
-def test_absent_and_damaged_results_are_one_line(tmp_path: Path) -> None:
+def test_missing_and_damaged_results_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no sweep results in"):
         open_results(tmp_path / "nothing")
     _part(tmp_path, "1", ["id-a"], 0.5)
@@ -204,7 +204,7 @@ def test_absent_and_damaged_results_are_one_line(tmp_path: Path) -> None:
         open_results(tmp_path)
 
 
-def test_weights_that_are_damaged_or_not_ours(tmp_path: Path) -> None:
+def test_damaged_or_foreign_weights_are_refused(tmp_path: Path) -> None:
     run = _run("a")
     _store(tmp_path, run)
     path = tmp_path / "weights" / "id-a.safetensors"

@@ -130,14 +130,14 @@ A = '[[runs]]\nname = "a"\n'
         (TOP + A + "lr = 'fast'", "lr = 'fast'"),
     ],
 )
-def test_what_is_wrong_is_named_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+def test_invalid_specs_are_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         _configurations(text, tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_spec_survives_its_own_json() -> None:
+def test_a_spec_survives_a_round_trip_through_json() -> None:
     values: dict[str, Any] = {
         "baseline": "a",
         "runs": [{"name": "a", "grid": {"lr": [0.1]}, "head": {"widths": [3], "kind": "mlp"}}],

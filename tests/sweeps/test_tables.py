@@ -1,4 +1,4 @@
-"""Sweeps under scenarios: one cache of groups, five splits, nothing hidden."""
+"""Sweeps with scenarios: five splits made of one cache of groups."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_a_sweep_is_evaluated_on_every_scenario_and_on_other_splits(results: Res
     assert set(results.prompts["split"]) == {*SCENARIOS[1:], "ood/far"}
 
 
-def test_shared_prompts_are_said_and_responses_are_never_shared(
+def test_shared_prompts_are_reported_and_responses_are_never_shared(
     results: Results, cache: Path, tmp_path: Path
 ) -> None:
     prompts = {
@@ -130,7 +130,7 @@ def test_without_the_table_nothing_is_recorded() -> None:
         ("models = 0.01", "models = 0.01 holds out none of 8 models"),
     ],
 )
-def test_refusals_name_the_spec(rule: str, line: str, cache: Path, tmp_path: Path) -> None:
+def test_errors_name_the_spec(rule: str, line: str, cache: Path, tmp_path: Path) -> None:
     spec = tmp_path / "s.toml"
     spec.write_text(f'baseline = "a"\nscenarios = {{ {rule} }}\n[[runs]]\nname = "a"')
     with pytest.raises(UserError, match=f"s.toml: scenarios: {line}"):

@@ -91,8 +91,10 @@ def _column(results: Results, config: str, name: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("table", "run"), [("same", "bt"), ("noisy", "noise"), ("margins", "margin")]
 )
-def test_a_table_does_what_the_field_of_a_run_does(swept: Results, table: str, run: str) -> None:
-    """To the bit; and each is a run of its own."""
+def test_a_label_table_equals_the_corresponding_field_of_a_run(
+    swept: Results, table: str, run: str
+) -> None:
+    """Weights have the same bits, but the runs have different ids."""
     assert _column(swept, table, "weights_sha256") == _column(swept, run, "weights_sha256")
     assert not set(_column(swept, table, "run_id")) & set(_column(swept, run, "run_id"))
     assert (
@@ -206,7 +208,7 @@ def test_strength_is_the_mean_and_population_sd_over_seeds(
     assert (rows["label"] == 0).sum() > 0
 
 
-def test_out_of_fold_a_pair_is_judged_by_heads_that_did_not_see_its_prompt(
+def test_out_of_fold_strengths_come_from_heads_not_trained_on_the_prompt(
     swept: Results, training: pl.DataFrame
 ) -> None:
     rows = strengths(swept.folder, "folds", out_of_fold=True).rows.sort("pair_id")

@@ -1,4 +1,4 @@
-"""Views made of a cache's own, the files regularizers read, caches that lack what a run asks."""
+"""Views derived from a cache, the token files of regularizers, and caches that lack something."""
 
 import json
 import math
@@ -36,7 +36,8 @@ from embrm.training.token_rows import PackedLogits
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """Five shards; every response has token rows, the first of them two; one begins its text."""
+    """A cache of five shards. Every response has token rows; the first response has two, and one
+    response begins its text."""
     folder = tmp_path_factory.mktemp("small") / "cache"
     head = {"weight": torch.randn(100, WIDTH).bfloat16(), "scale": torch.tensor([0.5])}
     with opened(folder, lm_head=lambda: head) as writer:
@@ -70,7 +71,7 @@ def _mean_of_rows(cache: Cache) -> torch.Tensor:
     return torch.stack([states[owner == i].mean(0) for i in range(RESPONSES)])
 
 
-def test_every_view_alone_and_with_s(small: Cache) -> None:
+def test_every_view_with_and_without_s(small: Cache) -> None:
     S = torch.from_numpy(small.responses["S"].to_numpy()).float()[:, None]
     bases = {name: to_tensor(small.stored_states(name)) for name in ("last", "mean", "layer:1")}
     bases["tokens"] = _mean_of_rows(small)
@@ -100,7 +101,7 @@ def test_views_of_16_bits_keep_s_in_32(tmp_path: Path) -> None:
     assert torch.equal(with_S[:, :-1], torch.from_numpy(cache.states("last")))
 
 
-def test_a_response_without_token_rows_has_no_mean_of_them(tmp_path: Path) -> None:
+def test_a_response_without_token_rows_is_refused_by_the_view_tokens(tmp_path: Path) -> None:
     write_cache(tmp_path / "cache")
     view = open_view(open_cache(tmp_path / "cache"), "tokens")
     with pytest.raises(UserError, match=r"'tokens': 5 of responses 5\.\.\.9 have no token row"):
@@ -235,7 +236,7 @@ BAD: list[tuple[dict[str, Any], str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("lacking", "fields", "parts"), BAD)
-def test_what_a_cache_lacks_is_one_line_and_exit_2(
+def test_errors_about_the_cache_are_one_line_and_exit_with_2(
     lacking: dict[str, Any],
     fields: str,
     parts: list[str],
@@ -260,7 +261,7 @@ def test_what_a_cache_lacks_is_one_line_and_exit_2(
 
 
 @pytest.mark.parametrize("state", ["layer:1", "prenorm"])
-def test_adapters_act_after_the_final_norm_alone(state: str, tmp_path: Path) -> None:
+def test_adapters_need_states_after_the_final_norm(state: str, tmp_path: Path) -> None:
     def with_view(index: int) -> Any:
         rows, tokens = shard(index)
         views = {state if name == "layer:1" else name: v for name, v in rows.states.items()}
@@ -297,7 +298,7 @@ def test_adapters_act_after_the_final_norm_alone(state: str, tmp_path: Path) -> 
             plan_sweep(spec, tmp_path / "cache")
 
 
-def test_what_needs_no_s_runs_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_do_not_read_s_need_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "_refuse_non_finite", lambda *_: None)
     cache = toy_cache(tmp_path / "toy", token_rows=2, S=math.nan)
     dpo = HEAD + 'regularizer = { kind = "grm-dpo", alpha = 0.3 }'

@@ -1,4 +1,4 @@
-"""The bank: oracles (torch.optim, scikit-learn), and runs that do not feel their neighbours."""
+"""The bank: agreement with torch.optim and scikit-learn, and runs independent of other slots."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -190,7 +190,7 @@ def test_a_run_has_the_same_bits_alone_and_in_any_pack(
 def _streamed_bits(
     pack: Sequence[TrainSpec], data: TrainingData, path: Path, residents: Sequence[int | None]
 ) -> list[list[Any]]:
-    """Bits with states in memory, then from a file of which so many bytes may stay in memory."""
+    """Bits with states in memory, then from files with these limits on the bytes kept in memory."""
     states_module.BLOCK_BYTES, order_module.WINDOW_BLOCKS = 1024, 3
     values = data.states.values
     path.write_bytes(values.view(torch.uint8).numpy().tobytes())
@@ -229,14 +229,14 @@ def test_streamed_or_in_memory_a_run_has_the_same_bits(
     assert streamed == [memory, memory]
 
 
-def test_more_runs_than_one_block_of_slots(strict: Callable[..., Any]) -> None:
+def test_a_bank_may_have_more_slots_than_are_measured_at_a_time(strict: Callable[..., Any]) -> None:
     pack = [TrainSpec(lr=0.001 * (1 + index), epochs=2, batch_pairs=64) for index in range(40)]
     chosen = (0, 5, 31, 32, 39)
     together, *alone = strict(_packs_bits, [pack, *([pack[i]] for i in chosen)], _data())
     assert alone == [[together[index]] for index in chosen]
 
 
-def test_fitted_preprocessing_belongs_to_its_pairs() -> None:
+def test_preprocessing_is_fitted_again_for_other_pairs() -> None:
     data = _data()
     first = data.preprocess("center")
     assert data.preprocess("center") is first
@@ -302,7 +302,7 @@ def test_validation_pairs_never_train() -> None:
     assert [row["validation_nll"] for row in first] != [row["validation_nll"] for row in second]
 
 
-def test_a_diverged_run_is_reported_and_its_neighbours_are_not_touched(
+def test_a_diverged_run_is_reported_and_does_not_affect_other_slots(
     strict: Callable[..., Any],
 ) -> None:
     calm, wild = TrainSpec(epochs=3), TrainSpec(epochs=3, lr=1e38)
@@ -318,7 +318,7 @@ def _full_batch(data: TrainingData, **fields: Any) -> torch.Tensor:
     return result.parameters["output.weight"]
 
 
-def test_a_weight_of_two_is_a_pair_given_twice() -> None:
+def test_a_weight_of_two_equals_giving_the_pair_twice() -> None:
     data = _data(n=30)
     weight = torch.ones(30)
     weight[:10] = 2
@@ -333,7 +333,7 @@ def test_a_weight_of_two_is_a_pair_given_twice() -> None:
 
 
 @pytest.mark.parametrize("loss", ["bt", "hinge", "logitnorm", "bt_dr", "classifier"])
-def test_a_label_of_zero_is_the_pair_swapped(loss: str) -> None:
+def test_a_label_of_zero_equals_swapping_the_pair(loss: str) -> None:
     data = _data(n=30)
     swapped = replace(
         data.train,
@@ -349,7 +349,7 @@ def test_a_label_of_zero_is_the_pair_swapped(loss: str) -> None:
     )
 
 
-def test_seeds_change_the_order_and_the_start_and_nothing_else_does() -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_do_not() -> None:
     data = _data()
     first, again, other = (
         train([TrainSpec(epochs=2, batch_pairs=32, seed=seed)], data)[0] for seed in (0, 0, 1)
@@ -380,7 +380,7 @@ def test_schedules_in_closed_form() -> None:
     assert rate(cosine, 99, 10) == pytest.approx(0.0)  # whatever is asked after the end
 
 
-def test_the_curve_counts_what_happened() -> None:
+def test_the_curve_records_steps_and_validation_metrics() -> None:
     data = _data(n=100)
     [result] = train([TrainSpec(epochs=2, batch_pairs=30)], data)
     assert [row["step"] for row in result.curve] == [4, 8]
@@ -398,7 +398,7 @@ def test_the_curve_counts_what_happened() -> None:
     assert all(math.isfinite(value) for value in last.values())
 
 
-def test_what_the_data_cannot_give_is_refused() -> None:
+def test_missing_margins_and_pairs_are_refused() -> None:
     data = _data()
     without = replace(data, train=replace(data.train, margin=None))
     with pytest.raises(UserError, match="some training pairs have no margin"):
@@ -412,7 +412,7 @@ def test_what_the_data_cannot_give_is_refused() -> None:
 
 
 def test_smoothed_labels_in_closed_form() -> None:
-    """With a head that hardly moves Δ stays, and y goes to sigmoid(Δ) geometrically."""
+    """If the head hardly changes, Δ is constant, and labels approach sigmoid(Δ) geometrically."""
     data, beta = _data(), 0.3
     runs = [TrainSpec(lr=1e-12, epochs=4, data_smoothing=b, seed=1) for b in (beta, 0.9)]
     pairs = data.train
@@ -426,7 +426,7 @@ def test_smoothed_labels_in_closed_form() -> None:
             y = (1 - spec.data_smoothing) * y + spec.data_smoothing * said
 
 
-def test_smoothed_labels_follow_each_runs_own_head() -> None:
+def test_smoothed_labels_depend_on_each_runs_own_head() -> None:
     """After training, wrong labels have moved more than right ones."""
     data = _data(n=400)
     flipped = torch.arange(400) % 4 == 0
@@ -462,7 +462,7 @@ def test_smoothed_runs_have_the_same_bits_alone_and_in_a_pack(
     assert turned == together[::-1]
 
 
-def test_smoothed_and_other_runs_share_no_pack_and_no_record() -> None:
+def test_smoothed_runs_have_packs_of_their_own_and_take_no_regularizer() -> None:
     assert TrainSpec().pack_key() != TrainSpec(data_smoothing=0.1).pack_key()
     assert "data_smoothing" not in TrainSpec().model_dump()
     adapted = {"kind": "linear", "adapter": {"kind": "low-rank"}}

@@ -1,4 +1,4 @@
-"""Ensembles: the formulas by hand, and what no combination may depend on."""
+"""Ensembles: combinations against their formulas, and invariances."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ KINDS: tuple[Combine, ...] = ("mean", *PESSIMISTIC)
 
 
 def drawn(members: int, responses: int, seed: int) -> torch.Tensor:
-    """Rewards of members with scales and means of their own."""
+    """Rewards of members whose scales and means differ."""
     random = np.random.default_rng(seed)
     scale, mean = random.uniform(0.1, 9, (members, 1)), random.normal(0, 5, (members, 1))
     return torch.from_numpy(
@@ -48,7 +48,7 @@ def test_the_formulas(members: int, responses: int, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("members", [1, 4])
-def test_heads_that_agree_give_their_own_reward(kind: Combine, members: int) -> None:
+def test_members_that_agree_combine_to_their_common_reward(kind: Combine, members: int) -> None:
     training, rewards = (drawn(1, size, 3).expand(members, -1) for size in (50, 20))
     reference = Reference.of(training)
     assert combined(kind, rewards, reference) == pytest.approx(rewards[0].numpy(), rel=1e-5)
@@ -56,7 +56,7 @@ def test_heads_that_agree_give_their_own_reward(kind: Combine, members: int) -> 
 
 
 @given(kind=st.sampled_from(KINDS), order=st.permutations(range(5)))
-def test_the_order_of_members_is_nothing(kind: Combine, order: list[int]) -> None:
+def test_the_order_of_members_does_not_matter(kind: Combine, order: list[int]) -> None:
     training, rewards = drawn(5, 50, 0), drawn(5, 20, 1)
     expected = combined(kind, rewards, Reference.of(training))
     found = combined(kind, rewards[order], Reference.of(training[order]))
@@ -64,8 +64,8 @@ def test_the_order_of_members_is_nothing(kind: Combine, order: list[int]) -> Non
 
 
 @pytest.mark.parametrize("kind", PESSIMISTIC)
-def test_a_members_scale_and_level_do_not_weigh(kind: Combine) -> None:
-    """Up to the one scale and level of the result."""
+def test_scale_and_offset_of_a_member_do_not_change_its_weight(kind: Combine) -> None:
+    """Rescaled members change the result only by one common scale and offset."""
     training, rewards = drawn(3, 50, 0), drawn(3, 20, 1)
     stretch, shift = torch.tensor([[1.0], [8.0], [0.25]]), torch.tensor([[0.0], [5.0], [-3.0]])
     before = combined(kind, rewards, Reference.of(training))
@@ -76,7 +76,7 @@ def test_a_members_scale_and_level_do_not_weigh(kind: Combine) -> None:
     )
 
 
-def test_without_a_penalty_uwo_and_lcb_are_one_and_with_it_none_is_another() -> None:
+def test_uwo_and_lcb_agree_only_without_a_penalty() -> None:
     rewards, reference = drawn(4, 20, 1), Reference.of(drawn(4, 50, 0))
     without = [Combination(kind, 0.0, reference)(rewards) for kind in ("uwo", "lcb")]
     assert torch.equal(*without)
@@ -93,8 +93,8 @@ def test_a_constant_member_is_only_centred() -> None:
 
 
 @pytest.mark.parametrize("kind", PESSIMISTIC)
-def test_a_member_that_never_varies_sets_no_scale(kind: Combine) -> None:
-    """Nor does it turn the others' rewards into something else than numbers."""
+def test_a_constant_member_does_not_change_the_scale(kind: Combine) -> None:
+    """Nor does it make combined rewards NaN."""
     training, rewards = 1000 * drawn(2, 50, 0), 1000 * drawn(2, 20, 1)
     training[1], rewards[1] = 3, 3
     reference = Reference.of(training)

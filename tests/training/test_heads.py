@@ -1,4 +1,4 @@
-"""Heads: shapes, initial distributions, agreement with torch.nn, bits that are a slot's own."""
+"""Heads: specs, initial distributions, agreement with torch.nn, and bits of a slot alone."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +40,7 @@ def strict() -> Iterator[Callable[..., Any]]:
 
 
 def _bank(head: HeadSpec, width: int, slots: int) -> dict[str, torch.Tensor]:
-    """Heads as they begin, but for adapters that are not the identity."""
+    """Newly initialised heads, but with adapters that are not the identity."""
     bank = stack([initialise(head, width, seed) for seed in range(slots)])
     if UP in bank:
         bank[UP].normal_(generator=torch.Generator().manual_seed(1))
@@ -59,12 +59,12 @@ def _bank(head: HeadSpec, width: int, slots: int) -> dict[str, torch.Tensor]:
         ({"kind": "mlp", "width": [4]}, "did you mean 'widths'"),
     ],
 )
-def test_shapes_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
+def test_invalid_head_specs_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         HeadSpec.parse(values, "test")
 
 
-def test_names_of_heads() -> None:
+def test_descriptions_of_heads() -> None:
     assert str(HeadSpec()) == "linear"
     assert str(HeadSpec(kind="mlp", widths=(64, 32), dropout=0.1)) == "mlp 64-32 dropout 0.1"
     adapter = AdapterSpec(kind="mlp", width=8)
@@ -136,7 +136,7 @@ def test_parameters_are_found_by_name_not_by_order() -> None:
     assert torch.equal(rewards(dict(sorted(bank.items())), X), rewards(bank, X))
 
 
-def test_a_dropout_mask_silences_its_units() -> None:
+def test_a_dropout_mask_sets_its_units_to_zero() -> None:
     X = torch.randn(4, 6)
     bank = _bank(MLP, 6, 2)
     kept = [torch.ones(4, 7), torch.zeros(4, 5)]
@@ -145,7 +145,9 @@ def test_a_dropout_mask_silences_its_units() -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 @pytest.mark.parametrize("head", [HeadSpec(), MLP], ids=str)
-def test_an_adapter_moves_what_the_head_reads(head: HeadSpec, adapter: AdapterSpec) -> None:
+def test_the_head_reads_the_states_that_the_adapter_shifted(
+    head: HeadSpec, adapter: AdapterSpec
+) -> None:
     X = torch.randn(11, 6)
     bank = _bank(head.model_copy(update={"adapter": adapter}), 6, 3)
     plain = {name: tensor for name, tensor in bank.items() if not name.startswith("adapter.")}
@@ -171,7 +173,7 @@ def test_an_adapter_moves_what_the_head_reads(head: HeadSpec, adapter: AdapterSp
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 @pytest.mark.parametrize("head", [HeadSpec(), MLP], ids=str)
-def test_a_head_begins_alike_with_and_without_an_adapter(
+def test_an_adapter_does_not_change_the_heads_initial_weights(
     head: HeadSpec, adapter: AdapterSpec
 ) -> None:
     plain = initialise(head, 20, 4)
@@ -230,7 +232,7 @@ def test_rewards_and_gradients_of_a_slot_have_the_same_bits_alone(
     assert found[:slots] == found[slots:]
 
 
-def test_standardizing_uses_the_given_rows_alone() -> None:
+def test_standardizing_is_fitted_to_the_given_rows_only() -> None:
     states = torch.randn(40, 3).bfloat16()
     states[:, 1] = 2.5
     rows = torch.arange(0, 40, 2)
@@ -246,7 +248,7 @@ def test_standardizing_uses_the_given_rows_alone() -> None:
     assert torch.equal(moved[:, 1], torch.zeros(20))
 
 
-def test_centring_moves_and_does_not_scale() -> None:
+def test_centring_does_not_scale() -> None:
     states = torch.randn(20, 3) * 5 + 3
     fitted = fit_preprocess("center", States(states), torch.arange(20))
     torch.testing.assert_close(fitted(states.clone()), states - states.mean(0), atol=1e-5, rtol=0)

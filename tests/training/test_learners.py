@@ -1,4 +1,4 @@
-"""Learners: scikit-learn's own answers on rows written out in full, and the bank's bt head."""
+"""Learners against scikit-learn on explicit rows, and against a bt head trained in the bank."""
 
 import tracemalloc
 from typing import Any
@@ -47,7 +47,7 @@ def _data(seed: int = 0, *, n: int = 300, responses: int = 700, soft: bool = Fal
 
 
 def _both_ways(data: TrainingData) -> tuple[Any, Any, Any]:
-    """Every pair as two rows, in its own direction and in the other: X, y, weight."""
+    """Write every pair as two rows, one in each direction: X, y, weight."""
     pairs, states = data.train, data.states.values.double().numpy()
     X = states[pairs.chosen] - states[pairs.rejected]
     weight, label = pairs.weight.double().numpy(), pairs.label.double().numpy()
@@ -57,7 +57,7 @@ def _both_ways(data: TrainingData) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("C", [0.01, 1.0])
-def test_logistic_is_sklearns_on_every_pair_both_ways(soft: bool, C: float) -> None:
+def test_logistic_equals_sklearn_on_every_pair_in_both_directions(soft: bool, C: float) -> None:
     data = _data(soft=soft)
     result = fit(Logistic(kind="logistic", C=C), "none", 0, data, None)
     X, y, weight = _both_ways(data)
@@ -89,7 +89,7 @@ def _pairs_none() -> Pairs:
     return Pairs(empty, empty, torch.empty(0), torch.empty(0), None)
 
 
-def test_logistic_has_no_slope_left_whatever_the_scale() -> None:
+def test_logistic_ends_with_zero_gradient_whatever_the_scale() -> None:
     random = np.random.default_rng(3)
     X = random.standard_normal((200, 5)) * [1e-3, 1, 30, 1, 1]
     weight, C = random.random(200), 10.0
@@ -101,7 +101,7 @@ def test_logistic_has_no_slope_left_whatever_the_scale() -> None:
 
 
 @pytest.mark.parametrize("width", [5, 300])  # fewer components than rows, and more
-def test_ridge_is_sklearns_with_an_intercept(width: int) -> None:
+def test_ridge_equals_sklearn_with_an_intercept(width: int) -> None:
     random = np.random.default_rng(1)
     X = random.standard_normal((100, width)) + 2
     gold = X[:, 0] + random.standard_normal(100) + 7
@@ -112,7 +112,7 @@ def test_ridge_is_sklearns_with_an_intercept(width: int) -> None:
     assert loss == pytest.approx((error @ error + 3 * w @ w) / 100)
 
 
-def test_ridge_reads_gold_alone_and_its_head_orders_by_it() -> None:
+def test_ridge_reads_only_gold_and_its_head_ranks_by_it() -> None:
     data = _data()
     rows = torch.arange(0, 700, 2)
     gold = Gold(rows, data.states.values[rows, 1].double() * 5 - 2)
@@ -127,7 +127,7 @@ def test_ridge_reads_gold_alone_and_its_head_orders_by_it() -> None:
     torch.testing.assert_close(rewards - rewards[0], expected - expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_response_of_many_pairs_is_one_row_that_won_and_one_that_lost() -> None:
+def test_a_response_of_many_pairs_becomes_at_most_one_win_and_one_loss() -> None:
     pairs = Pairs(
         torch.tensor([5, 2, 5]), torch.tensor([2, 5, 9]), torch.tensor([1.0, 0.25, 0.5]),
         torch.tensor([1.0, 4.0, 2.0]), None,

@@ -1,4 +1,4 @@
-"""Numerics of a process that was not started as a worker."""
+"""Numerics in a process that was not started as a worker."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-def test_training_here_after_torch_has_multiplied_leaves_no_trace_in_the_environment() -> None:
+def test_refused_strict_mode_is_not_left_in_the_environment() -> None:
     code = """
 import os, warnings
 import torch

@@ -1,4 +1,4 @@
-"""Objectives: each gradient against float64 autograd of its textbook formula, and identities."""
+"""Objectives: gradients against float64 autograd of the textbook formulas, and identities."""
 
 import math
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def _bank_gradient(
     weight: Tensor,
     margin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [P] and its gradient by the 2B rewards, [P, 2B]."""
+    """The loss [P], and its gradient with respect to the 2B rewards, [P, 2B]."""
     both = torch.cat([c, r]).float().repeat(len(objectives), 1).requires_grad_()
     bank = ObjectiveBank(objectives, len(c), soft_labels=bool((label != 1).any()))
     rewards = _of(bank, both[:, : len(c)], both[:, len(c) :])
@@ -92,7 +92,7 @@ def _bank_gradient(
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradients_are_those_of_the_textbook(soft: bool) -> None:
+def test_gradients_equal_autograd_of_the_textbook_formulas(soft: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     c, r = (2 * torch.randn(2, 33, generator=generator)).float().double()
     label = (torch.rand(33, generator=generator) if soft else torch.ones(33)).double()
@@ -113,7 +113,7 @@ HEADS = (HeadSpec(), HeadSpec(kind="mlp", widths=(7, 5)))
 
 
 def _reward(parameters: dict[str, Tensor], slot: int, h: Tensor) -> Tensor:
-    """One slot's reward as a textbook writes it: h is [n, d]."""
+    """Rewards of one slot by the textbook formula, for h [n, d]."""
     for layer in range(len(parameters) // 2):
         weight, bias = (parameters[f"hidden.{layer}.{name}"][slot] for name in ("weight", "bias"))
         h = torch.clamp(h @ weight.T + bias, min=0)
@@ -122,10 +122,10 @@ def _reward(parameters: dict[str, Tensor], slot: int, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("soft", [False, True])
-def test_parameter_gradients_in_the_bank_are_those_of_the_textbook(
+def test_parameter_gradients_in_a_bank_equal_autograd_of_the_textbook_formulas(
     head: HeadSpec, soft: bool
 ) -> None:
-    """Every objective in one bank, pairs that share responses, against float64 autograd."""
+    """All objectives in one bank, with pairs that share responses, against float64 autograd."""
     generator = torch.Generator().manual_seed(2)
     X = torch.randn(20, 6, generator=generator)
     chosen, rejected = torch.randint(20, (2, 33), generator=generator)
@@ -181,14 +181,14 @@ def test_a_confidently_wrong_pair_keeps_its_gradient() -> None:
     assert gradient.tolist() == [[-1.0, 1.0]]
 
 
-def test_closed_values_at_zero_rewards() -> None:
+def test_losses_at_zero_rewards_in_closed_form() -> None:
     one, zero = torch.ones(1), torch.zeros(1)
     loss, _ = _bank_gradient([Objective(loss=name) for name in LOSSES], zero, zero, one, one, one)
     ln2 = math.log(2)
     torch.testing.assert_close(loss, torch.tensor([ln2, 1.0, ln2, 3 * ln2, ln2]))
 
 
-def test_logitnorm_does_not_see_the_scale() -> None:
+def test_logitnorm_is_invariant_to_the_scale_of_rewards() -> None:
     c, r = torch.randn(2, 1, 20)
     torch.testing.assert_close(logitnorm(c, r), logitnorm(1000 * c, 1000 * r))
     assert (logitnorm(c, r) >= -math.log(1 / (1 + math.exp(-math.sqrt(2)))) - 1e-6).all()
@@ -232,7 +232,7 @@ def test_bsr_gradient_is_the_same_for_every_item() -> None:
     torch.testing.assert_close(with_bsr - without, expected.expand(1, 16), rtol=1e-4, atol=1e-6)
 
 
-def test_the_effective_coefficient() -> None:
+def test_the_effective_coefficient_of_bsr() -> None:
     assert Objective(bsr=0.001).bsr_effective(512) == pytest.approx(0.512)
     assert Objective(bsr=0.001, bsr_batch=8).bsr_effective(512) == pytest.approx(0.008)
 
@@ -260,6 +260,6 @@ def test_l2_is_half_the_squared_norm_of_all_parameters() -> None:
         ({"marign": 1.0}, "did you mean 'margin'"),
     ],
 )
-def test_objectives_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
+def test_invalid_objectives_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Objective.parse(values, "test")

@@ -1,4 +1,4 @@
-"""Regularizers: textbook formulas in float64, live language models, and what must do nothing."""
+"""Regularizers against textbook formulas in float64, live language models, and no-op theorems."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ CHOSEN, REJECTED = torch.tensor([0, 2, 5, 4]), torch.tensor([1, 4, 2, 3])
 
 
 def _specs(**fields: Any) -> list[Regularizer]:
-    """One of each kind, with an α or weight of its own."""
+    """One regularizer of each kind, with different α and weights."""
     of_grm = [
         Regularizer(kind=kind, alpha=0.05 * (1 + i), beta=0.1 * (1 + i), **fields)
         for i, kind in enumerate(GRM)
@@ -73,7 +73,7 @@ def _specs(**fields: Any) -> list[Regularizer]:
 
 
 def _bank(adapter: AdapterSpec, width: int, slots: int, size: float = 0.2) -> Parameters:
-    """Adapters away from the identity, a different one in every slot."""
+    """Adapters that are not the identity, a different one in every slot."""
     bank = stack([initialise(HeadSpec(adapter=adapter), width, seed) for seed in range(slots)])
     bank[UP] = size * torch.randn(bank[UP].shape, generator=torch.Generator().manual_seed(3))
     return bank
@@ -93,7 +93,7 @@ def _log_sigmoid(x: Tensor) -> Tensor:
 
 
 def _shift(parameters: Parameters, slot: int, X: Tensor) -> Tensor:
-    """δ of one slot as a textbook writes it."""
+    """δ of one slot by the textbook formula."""
     inner = X @ parameters[DOWN][slot].T
     if DOWN_BIAS in parameters:
         inner = torch.clamp(inner + parameters[DOWN_BIAS][slot], min=0)
@@ -103,7 +103,7 @@ def _shift(parameters: Parameters, slot: int, X: Tensor) -> Tensor:
 def _of_responses(
     spec: Regularizer, S: Tensor, change: Tensor, label: Tensor, weight: Tensor
 ) -> Tensor:
-    """R of grm-* from S and S̃ - S of the responses."""
+    """R of grm-*, from S and S̃ - S of the responses."""
     S = S + change
 
     def of_pairs(c: Tensor, r: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _textbook(
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("lm_head", LM_HEADS, ids=str)
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-def test_values_and_gradients_are_those_of_the_textbook(
+def test_values_and_gradients_equal_autograd_of_the_textbook_formulas(
     adapter: AdapterSpec, lm_head: dict[str, Any], rows: int | None, soft: bool
 ) -> None:
     """Every kind in one bank, through regularize(), against float64 autograd."""
@@ -187,10 +187,10 @@ def test_values_and_gradients_are_those_of_the_textbook(
 
 @pytest.mark.parametrize("lm_head", LM_HEADS, ids=str)
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-def test_truncated_values_and_gradients_are_those_of_the_truncated_model(
+def test_truncated_values_and_gradients_equal_those_of_a_model_with_a_tail_token(
     adapter: AdapterSpec, lm_head: dict[str, Any]
 ) -> None:
-    """The tail is one more token whose logit follows its mean gradient."""
+    """In the truncated model the tail is one more token, whose logit follows the mean gradient."""
     data, dense = toy_tokens(**lm_head)
     tokens, specs = _read(data, rows=2), _specs()
     assert tokens.candidates is not None
@@ -390,7 +390,7 @@ def _cached(live: Live) -> tuple[Tensor, TokenBatch]:
 def _live_gradients(
     live: Live, spec: Regularizer, parameters: Parameters, S_ref: Tensor
 ) -> tuple[Tensor, ...]:
-    """Of (1-α)·BT + α·R (or BT + weight·R) with the adapter inside the running model."""
+    """Gradients of (1-α)·BT + α·R, or BT + weight·R, with the adapter inside the running model."""
     wide = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
     before = live.read(lambda h: h)
     after = live.read(lambda h: h + _shift(wide, 0, h))
@@ -420,7 +420,7 @@ def _live_gradients(
 def _cached_gradients(
     spec: Regularizer, parameters: Parameters, last: Tensor, tokens: TokenBatch
 ) -> tuple[Tensor, ...]:
-    """The same through our functions, as `embrm.training.bank` puts them together."""
+    """The same gradients by embrm's functions, combined as `embrm.training.bank` does."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in parameters.items()}
     ones = torch.ones(len(LIVE_CHOSEN), dtype=last.dtype)
     objective = ObjectiveBank([TrainSpec()], len(ones), soft_labels=False)
@@ -498,7 +498,7 @@ def _stored(live: Live, tokens: TokenBatch) -> TokenStore:
     )
 
 
-def test_the_response_is_masked_as_transformers_masks_it(live: Live) -> None:
+def test_log_probabilities_equal_the_masked_loss_of_transformers(live: Live) -> None:
     """Σ log p over the token rows is -loss·count with labels of -100 on the prompt; transformers
     computes it in float32."""
     _, tokens = _cached(live)
@@ -663,8 +663,8 @@ def test_training_is_torch_adamw_on_the_textbook_loss(kind: str, labels: str) ->
 
 
 @pytest.mark.parametrize("kind", GRM)
-def test_only_grm_sft_may_leave_out_a_response(kind: str) -> None:
-    """Of hard labels: that of nobody's better response. With soft ones R depends on all."""
+def test_only_grm_sft_skips_responses(kind: str) -> None:
+    """With hard labels, responses that are no pair's better one. With soft labels R reads all."""
     pairs = torch.tensor([0, 1, 2]), torch.tensor([1, 3, 4])
     regularizer = Regularizer(kind=kind)
     hard = regularizer.responses_read(6, *pairs, torch.tensor([1.0, 1.0, 0.0])).tolist()
@@ -689,8 +689,8 @@ def _dense_fisher(data: TokenStore, dense: Dense, responses: Sequence[int]) -> T
 
 @pytest.mark.parametrize("lm_head", LM_HEADS, ids=str)
 @pytest.mark.parametrize("top_k", [22, "all"])
-def test_mean_fisher_is_the_mean_covariance(lm_head: dict[str, Any], top_k: Any) -> None:
-    """With all logits but one or two: where the tail is one token, it is exact."""
+def test_mean_fisher_equals_the_mean_covariance(lm_head: dict[str, Any], top_k: Any) -> None:
+    """If all logits but one or two are cached. A tail of one token makes it exact."""
     data, dense = toy_tokens(top_k=22, **lm_head)
     responses = [0, 2, 3, 4]  # 3 has no token rows
     found = mean_fisher(data, torch.tensor(responses), top_k)
@@ -704,7 +704,7 @@ def test_mean_fisher_is_the_mean_covariance(lm_head: dict[str, Any], top_k: Any)
     assert torch.linalg.eigvalsh(known - truncated).min() > -1e-5
 
 
-def test_mean_fisher_counts_every_response_alike_in_any_portions(
+def test_mean_fisher_weights_responses_equally_however_many_are_read_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, dense = toy_tokens((4, 1, 3, 2, 1, 5, 0, 2))
@@ -735,7 +735,7 @@ def test_the_penalty_is_a_quadratic_form() -> None:
 
 
 def test_a_fisher_run_minimises_its_loss() -> None:
-    """Against Newton's method on BT + weight·vᵀF̄v in float64."""
+    """It agrees with Newton's method on BT + weight·vᵀF̄v in float64."""
     data, dense = _training_data()
     assert data.tokens is not None
     weight = 0.05
@@ -821,7 +821,7 @@ ADAPTER = {"adapter": {"kind": "low-rank", "width": 4}}
         ({"head": {"adapter": {"rank": 4}}}, ["rank", "width"]),
     ],
 )
-def test_specs_that_make_no_sense_are_refused_in_one_line(
+def test_invalid_regularizers_are_refused_in_one_line(
     fields: dict[str, Any], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -846,7 +846,7 @@ def test_defaults_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "fisher"])
-def test_a_spec_that_was_written_out_in_full_can_be_read_again(kind: str) -> None:
+def test_a_stored_spec_with_all_fields_can_be_read_again(kind: str) -> None:
     head = HeadSpec() if kind == "fisher" else HeadSpec(adapter=ADAPTERS[0])
     spec = TrainSpec.parse({"head": head.model_dump(), "regularizer": {"kind": kind}}, "test")
     assert TrainSpec.parse(spec.model_dump(mode="json"), "test") == spec

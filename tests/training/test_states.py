@@ -42,7 +42,7 @@ def test_rows_are_the_same_from_memory_and_from_a_file(
     assert torch.equal(mapped.take(torch.tensor([7])), values[7:8].float())
 
 
-def test_what_is_taken_is_a_buffer_and_the_states_stay_as_they_are() -> None:
+def test_take_returns_a_buffer_and_leaves_the_states_unchanged() -> None:
     values = torch.randn(9, 4)
     states = States(values.clone())
     first = states.take(torch.tensor([3, 4]))
@@ -59,7 +59,7 @@ def _resident_kilobytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def test_no_more_than_asked_stays_in_memory(tmp_path: Path) -> None:
+def test_the_limit_on_resident_memory_is_kept(tmp_path: Path) -> None:
     values = torch.zeros(64 << 10, 256)  # 64 MB
     path = _file(tmp_path / "states", values)
     order = torch.randperm(64 << 10)
@@ -88,7 +88,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_every_pair_comes_once_an_epoch_and_windows_hold_their_blocks() -> None:
+def test_every_pair_occurs_once_per_epoch_in_the_window_of_its_block() -> None:
     states = States(torch.zeros(200, 4))
     chosen = torch.from_numpy(np.random.default_rng(0).integers(0, 200, 333))
     found = Order(chosen, states, seed=3)

@@ -1,4 +1,4 @@
-"""Token rows: fair sampling, and truncated softmaxes against the whole vocabulary in float64."""
+"""Token rows: uniform sampling, and truncated softmaxes against the full vocabulary in float64."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def _all_rows(data: TokenStore, **options: object) -> TokenBatch:
 
 
 def _at(tokens: TokenBatch, shift: Tensor) -> Tensor:
-    """What w·h changes by, [n, C], when the states move by shift [n, d]."""
+    """The change of w·h, [n, C], when the states are shifted by shift [n, d]."""
     if tokens.candidates is None:
         return shift @ tokens.vectors.T.to(shift.dtype)
     vectors = tokens.vectors[tokens.candidates].to(shift.dtype)
@@ -64,7 +64,7 @@ def test_every_row_of_a_response_is_equally_likely(held: list[int], rows: int) -
     rows=st.none() | st.integers(1, 10),
     data=st.data(),
 )
-def test_a_sample_depends_on_its_draw_and_not_on_the_other_responses(
+def test_the_sample_of_a_response_does_not_depend_on_other_responses(
     held: list[int], rows: int | None, data: st.DataObject
 ) -> None:
     tokens, _ = toy_tokens(held, top_k=1)
@@ -79,7 +79,7 @@ def test_a_sample_depends_on_its_draw_and_not_on_the_other_responses(
             assert len(alone) == held[response]
 
 
-def test_a_row_stands_for_its_share_of_the_positions() -> None:
+def test_sampled_rows_are_weighted_by_the_positions_they_stand_for() -> None:
     data, dense = toy_tokens()
     responses = torch.tensor([4, 0, 3, 2])
     draws = np.array([0.9, 0.1, 0.5, 0.99])
@@ -126,7 +126,7 @@ def test_candidates_have_their_log_probabilities_and_the_tail_has_the_rest(
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-6)
 
 
-def test_a_tail_too_small_for_float32_is_none() -> None:
+def test_a_tail_too_small_for_float32_is_left_out() -> None:
     data, _ = toy_tokens(vocabulary=6, top_k=6)
     assert (_all_rows(data).log_p[:, -1] == -torch.inf).all()
     assert (_all_rows(data, top_k=2).log_p[:, -1] > -torch.inf).any()
@@ -173,7 +173,7 @@ def _gradient(tokens: TokenBatch) -> Tensor:
 def test_the_error_of_a_truncated_gradient_is_the_mass_and_mean_of_its_tail(
     head: dict[str, float], top_k: int | None
 ) -> None:
-    """And with the tail's mean there is none, also where fewer logits are read than are cached."""
+    """With the tail's mean there is no error, even if fewer logits are read than are cached."""
     data, dense = toy_tokens(**head, tail_means=False)  # type: ignore[arg-type]
     slopes, p = dense.gradients(dense.H), dense.log_p(dense.H).exp()
     places = torch.arange(len(p))
@@ -190,7 +190,7 @@ def test_the_error_of_a_truncated_gradient_is_the_mass_and_mean_of_its_tail(
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=2e-5)
 
 
-def test_truncation_errs_less_with_more_logits_and_not_at_all_with_all() -> None:
+def test_the_truncation_error_falls_to_zero_as_logits_are_added() -> None:
     errors = []
     for top_k in (1, 4, 16, 22, 23):
         data, dense = toy_tokens((40,), top_k=top_k, tail_means=False)
@@ -231,7 +231,7 @@ def test_token_ids_keep_their_bits_among_floats() -> None:
     assert taken.ids(1).tolist() == ids[::-1, [0, 0]].tolist()
 
 
-def test_reading_gives_one_answer_in_memory_and_streamed(tmp_path: Path) -> None:
+def test_token_rows_are_the_same_in_memory_and_streamed(tmp_path: Path) -> None:
     data, _ = toy_tokens(tuple(range(40)))
 
     def streamed(states: States, name: str) -> States:

@@ -1,6 +1,6 @@
 """Reward heads on cached states: a kind of head is one module (`linear`, `mlp`).
 
-Adding a kind takes its module, with the names of `kinds.HeadKind`, and an entry of `kinds.HEADS`.
+To add a kind, write a module with the names of `kinds.HeadKind` and enter it in `kinds.HEADS`.
 """
 
 from embrm.training.heads.adapter import (

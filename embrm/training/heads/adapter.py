@@ -1,6 +1,6 @@
-"""Residual adapters between a state and all that reads it: low-rank, or an MLP of one layer.
+"""Residual adapters, low-rank or with one hidden layer, between a state h and what reads it.
 
-h̃ = h + up·down·h, or h + up·ReLU(down·h + b). An adapter begins as the identity, with up = 0.
+h̃ = h + up·down·h, or h̃ = h + up·ReLU(down·h + b). Initially up = 0, so that h̃ = h.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ else:
     torch = LazyModule("torch")
 
 DOWN, DOWN_BIAS, UP = "adapter.down.weight", "adapter.down.bias", "adapter.up.weight"
-"""Parameters of an adapter: [P, r, d], [P, r] (of kind "mlp" alone) and [P, d, r]."""
+"""Names of an adapter's parameters: [P, r, d], [P, r] (only of kind "mlp") and [P, d, r]."""
 
 
 @dataclass(frozen=True)
 class Shift:
-    """What an adapter adds to n states, in factors: up[slot] @ inner[slot].
+    """What the adapters add to n states, as the factors of inner[slot] @ up[slot]ᵀ.
 
-    inner: float32 [n, r] of each slot. up: float32 [P, d, r].
+    inner: float32 [n, r] for each slot. up: float32 [P, d, r].
     """
 
     inner: Sequence[Tensor]
@@ -39,7 +39,7 @@ class Shift:
 
 
 def initialise(spec: AdapterSpec, width: int, random: np.random.Generator) -> Parameters:
-    """Initial parameters of one slot: down (and its bias) uniform within ±1/√d, up 0."""
+    """Initialise one slot: down, and its bias, uniform within ±1/√d, and up = 0."""
     bound = width**-0.5
     down = random.uniform(-bound, bound, (1, spec.width, width)).astype(np.float32)
     parameters = {DOWN: torch.from_numpy(down)}
@@ -51,12 +51,12 @@ def initialise(spec: AdapterSpec, width: int, random: np.random.Generator) -> Pa
 
 
 def shift_of(parameters: Parameters, X: Tensor) -> Shift | None:
-    """What the bank's adapters add to the states X [n, d]; None where it has none."""
+    """Compute what the bank's adapters add to the states X [n, d]; None if it has no adapters."""
     return Shift(adapter_inner(parameters, X), parameters[UP]) if UP in parameters else None
 
 
 def adapter_inner(parameters: Parameters, X: Tensor) -> Sequence[Tensor]:
-    """down·h, or ReLU(down·h + b), of states X float32 [n, d]: [n, r] of each slot."""
+    """Compute down·h, or ReLU(down·h + b), of states X float32 [n, d]: [n, r] for each slot."""
     inner = by_slot(X, parameters[DOWN])
     if DOWN_BIAS not in parameters:
         return inner
@@ -64,24 +64,24 @@ def adapter_inner(parameters: Parameters, X: Tensor) -> Sequence[Tensor]:
 
 
 def adapter_readouts(parameters: Parameters, vectors: Tensor) -> Sequence[Tensor]:
-    """vectors·up, [U, r] of each slot, of vectors [U, d] that are multiplied with states.
+    """Compute the readouts vectors·up, [U, r] for each slot, of vectors [U, d] of the LM head.
 
-    What such a vector reads of an adapter's shift up·inner is then readout·inner.
+    The product of such a vector with an adapter's shift up·inner is then readout·inner.
     """
     return by_slot(vectors, parameters[UP].transpose(1, 2))
 
 
 def adapted(parameters: Parameters, X: Tensor) -> Tensor:
-    """h̃ [n, d] of the states X [n, d] under a bank of one slot; X itself without an adapter."""
+    """Compute h̃ [n, d] of the states X [n, d] under a bank of one slot; X without an adapter."""
     if UP not in parameters:
         return X
     return X + adapter_inner(parameters, X)[0] @ parameters[UP][0].T
 
 
 def fold_adapter(parameters: Parameters, weight: Tensor) -> Tensor | None:
-    """The weights [P, d] that a linear head `weight` [P, d] has on h instead of h̃, float64.
+    """Fold adapters into linear heads `weight` [P, d] on h̃: equal heads on h, float64 [P, d].
 
-    None where a ReLU is in the way.
+    None if the adapter has a ReLU and is therefore not linear.
     """
     if UP not in parameters:
         return weight

@@ -1,9 +1,8 @@
-"""Heads of many runs at once: parameters have a leading dimension of slots, one slot a run.
+"""Banks: the heads of many runs in tensors with a leading dimension of slots, one slot per run.
 
-The states are multiplied by the weights of all slots in one product. A head's arithmetic is the
-same alone and beside others: under `embrm.training.numerics` an element of a product has the same
-bits wherever it stands (see `products`), and nothing behind the first product has a shape that
-depends on the number of slots.
+The states are multiplied by the weights of all slots in one product. A head's bits do not depend on
+the other slots: under `embrm.training.numerics` an element of a product has the same bits at any
+position (see `products`), and no shape after the first product depends on the number of slots.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ else:
     Parameters = dict
 
 REWARDS = "rewards"
-"""The only parameter of a run without weights: its rewards of every response of the cache, [P, n].
-Trees have no weights that a file could hold without code."""
+"""Name of the only parameter of a run by trees, whose models are not stored: its rewards of every
+response of the cache, [P, n]."""
 
 _ROWS = 512
-"""States widened to float32 at a time when many are scored."""
+"""Number of states that are scored at a time."""
 
 
 def initialise(head: HeadSpec, width: int, seed: int) -> Parameters:
-    """Initial parameters of one slot: a float32 tensor [1, ...] for each name.
+    """Initialise one slot: name → float32 tensor [1, ...].
 
-    width: components of a state. A head begins with the same weights with and without an adapter.
+    width: components of a state. An adapter does not change the initial weights of the head.
     """
     random = stream(seed, "init")
     kind = HEADS[head.kind]
@@ -64,7 +63,7 @@ def stack(slots: Sequence[Parameters]) -> Parameters:
 
 
 def rewards(parameters: Parameters, X: Tensor, kept: Sequence[Tensor] = ()) -> Tensor:
-    """Rewards float32 [P, n] of states X float32 [n, d] under each slot.
+    """Compute the rewards float32 [P, n] of states X float32 [n, d] under each slot.
 
     kept: a dropout mask [n, width] of each hidden layer, of 0 or 1/(1 - p), shared by the slots.
     """
@@ -80,9 +79,9 @@ def pair_rewards(
     means: Tensor,
     kept: Sequence[Tensor] = (),
 ) -> PairRewards:
-    """Rewards of B pairs of the states X float32 [n, d]; chosen and rejected are rows of X.
+    """Compute the rewards of B pairs of the states X float32 [n, d]; pairs are rows of X.
 
-    totals, means: the slots whose sums r_c + r_r, and whose mean sums, are wanted.
+    totals, means: the slots that need r_c + r_r of every pair, and those that need the mean reward.
     """
     from embrm.training.pairs import PairRewards
 
@@ -95,10 +94,10 @@ def pair_rewards(
 def score_states(
     parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor
 ) -> Tensor:
-    """Rewards float32 [P, n] of the states in `rows` int64 [n], without dropout, on the CPU.
+    """Compute rewards float32 [P, n], on the CPU, of the states in `rows` int64 [n], no dropout.
 
-    Rows in ascending order are read fastest. Where the parameters are `REWARDS`, `rows` are
-    responses of the cache, and the states are not read.
+    Rows in ascending order are read fastest. If the parameters are `REWARDS`, `rows` are responses
+    of the cache, and no states are read.
     """
     if REWARDS in parameters:
         return parameters[REWARDS][:, rows]
@@ -114,5 +113,5 @@ def score_states(
 
 
 def slots_of(parameters: Parameters) -> int:
-    """P, the number of slots of a bank."""
+    """Count the slots of a bank."""
     return len(next(iter(parameters.values())))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class HeadKind(Protocol):
-    """What a kind of head must offer; a module with these names, or any object.
+    """The interface of a kind of head, which is a module, or an object, with these names.
 
     Parameters are a dict of name → float32 tensor [P, ...], one row per slot of a bank.
     """
@@ -32,31 +32,31 @@ class HeadKind(Protocol):
         """Raise ValueError, with the remedy, for a spec that does not fit this kind."""
 
     def describe(self, spec: HeadSpec) -> str:
-        """The head in words, for the ledger's column `head`."""
+        """Describe the head in words, for the ledger's column `head`."""
 
     def owns(self, parameters: Parameters) -> bool:
-        """Whether a head of this kind has exactly these parameters, an adapter's left out.
+        """Whether a head of this kind has exactly these parameters, which exclude an adapter's.
 
-        No two kinds may own the same parameters, so their names differ between kinds.
+        No two kinds may own the same parameters, so the names must differ between kinds.
         """
 
     def initialise(self, spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
-        """Initial parameters of one slot, [1, ...], of a head on states of this width."""
+        """Initialise one slot, [1, ...], of a head on states of this width."""
 
     def rewards(
         self, parameters: Parameters, X: Tensor, kept: Sequence[Tensor], shift: Shift | None
     ) -> Tensor:
-        """Rewards [P, n] of states X [n, d], which an adapter shifts unless `shift` is None.
+        """Compute rewards [P, n] of states X [n, d], to which an adapter adds `shift`, if any.
 
         kept: the dropout masks of the hidden layers, empty outside training.
         """
 
     def fold(self, parameters: Parameters) -> Tensor | None:
-        """The weights [P, d] of the linear map that the head is, float64; None if it is none."""
+        """Return the weights float64 [P, d] if the head is linear in the states, else None."""
 
 
 _FUNCTIONS = ("check", "describe", "owns", "initialise", "rewards", "fold")
-"""What `register_head` asks of a kind."""
+"""Functions that `register_head` requires."""
 
 HEADS: Extensions[HeadKind] = Extensions("head", {"linear": linear, "mlp": mlp})
 """Kinds of heads by their name in a spec."""
@@ -83,10 +83,10 @@ def register_head(name: str, kind: HeadKind) -> None:
 
 
 def kind_of(parameters: Parameters) -> HeadKind:
-    """The kind of head that has these parameters.
+    """Find the kind of head that has these parameters.
 
-    Raises: UserError where not exactly one kind owns them, since rewards would then be computed by
-    another head than the one that was trained.
+    Raises: UserError unless exactly one kind owns them, since rewards might else be computed by
+    another kind of head than was trained.
     """
     own = {name: value for name, value in parameters.items() if name not in (DOWN, DOWN_BIAS, UP)}
     names = [name for name, kind in HEADS.items() if kind.owns(own)]

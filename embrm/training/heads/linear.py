@@ -22,12 +22,12 @@ else:
     torch = LazyModule("torch")
 
 WEIGHT = "output.weight"
-"""The parameter w, [P, d]."""
+"""Name of the parameter w, [P, d]."""
 
 EXPORTED = True
 
 _PAIRS = 64
-"""Pairs whose states are subtracted at a time: few enough to stay in the processor's cache."""
+"""Number of pairs whose states are subtracted at a time, so that they stay in the CPU's cache."""
 
 
 def check(spec: HeadSpec) -> None:
@@ -37,7 +37,7 @@ def check(spec: HeadSpec) -> None:
 
 
 def describe(spec: HeadSpec) -> str:  # noqa: ARG001
-    """The head in words."""
+    """Describe the head in words."""
     return "linear"
 
 
@@ -47,12 +47,12 @@ def owns(parameters: Parameters) -> bool:
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:  # noqa: ARG001
-    """w ~ N(0, 1/(d + 1)), float32 [1, d] (arXiv 2505.07271, code)."""
+    """Draw w ~ N(0, 1/(d + 1)), float32 [1, d], as the code of arXiv 2505.07271 does."""
     return {WEIGHT: reward_layer(width, random)}
 
 
 def reward_layer(width: int, random: np.random.Generator) -> Tensor:
-    """Initial weights of a layer from `width` inputs to the reward, float32 [1, width]."""
+    """Draw the weights of a layer from `width` inputs to the reward, float32 [1, width]."""
     values = (random.standard_normal((1, width)) / np.sqrt(width + 1)).astype(np.float32)
     return torch.from_numpy(values)
 
@@ -63,7 +63,7 @@ def rewards(
     kept: Sequence[Tensor],  # noqa: ARG001
     shift: Shift | None,
 ) -> Tensor:
-    """Rewards [P, n] of states X [n, d]: w·h, and w·up·inner of an adapter's shift."""
+    """Compute rewards [P, n] of states X [n, d]: w·h, plus w·up·inner if an adapter shifts h."""
     weight = parameters[WEIGHT]
     direct = product(X, weight).T.contiguous()
     if shift is None:
@@ -80,9 +80,9 @@ def pair_rewards(
     totals: Tensor,
     means: Tensor,
 ) -> PairRewards:
-    """`heads.pair_rewards` of a linear head without an adapter, by fewer products.
+    """Compute `heads.pair_rewards` of linear heads without adapters by fewer products.
 
-    As w is linear, r_c - r_r = w·(h_c - h_r) is one product a pair. r_c + r_r = w·(h_c + h_r) is
+    r_c - r_r = w·(h_c - h_r) is one product per pair. r_c + r_r = w·(h_c + h_r) is
     computed only for the slots in `totals`. The mean reward, which batch-wise sum-to-zero needs for
     the slots in `means`, is w times the mean of the minibatch's 2B states.
     """
@@ -109,5 +109,5 @@ def pair_rewards(
 
 
 def fold(parameters: Parameters) -> Tensor:
-    """The weights w, float64 [P, d]."""
+    """Return the weights w, float64 [P, d]."""
     return parameters[WEIGHT].double()

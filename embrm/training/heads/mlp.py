@@ -32,13 +32,13 @@ def check(spec: HeadSpec) -> None:
 
 
 def describe(spec: HeadSpec) -> str:
-    """The head in words."""
+    """Describe the head in words."""
     dropout = f" dropout {spec.dropout:g}" if spec.dropout else ""
     return f"mlp {'-'.join(map(str, spec.widths))}{dropout}"
 
 
 def dropout_masks(spec: HeadSpec, n: int, random: np.random.Generator) -> list[Tensor]:
-    """A mask float32 [n, width] of each hidden layer, of 0 or 1/(1 - p); none without dropout."""
+    """Draw a mask float32 [n, width] of 0 or 1/(1 - p) for each hidden layer; none if p = 0."""
     p = spec.dropout
     return [
         torch.from_numpy(random.random((n, width), dtype="float32")).ge(p).div(1 - p)
@@ -53,10 +53,10 @@ def owns(parameters: Parameters) -> bool:
 
 
 def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Parameters:
-    """Hidden layers as torch.nn.Linear draws them: weights and bias uniform within ±1/√fan_in.
+    """Draw hidden layers as torch.nn.Linear does: weights and bias uniform within ±1/√fan_in.
 
-    hidden.K.weight [1, outputs, inputs] and hidden.K.bias [1, outputs]; output.weight as of the
-    linear head.
+    Names: hidden.K.weight [1, outputs, inputs], hidden.K.bias [1, outputs], and output.weight,
+    which is drawn as for the linear head.
     """
     parameters: Parameters = {}
     for layer, outputs in enumerate(spec.widths):
@@ -71,7 +71,7 @@ def initialise(spec: HeadSpec, width: int, random: np.random.Generator) -> Param
 def rewards(
     parameters: Parameters, X: Tensor, kept: Sequence[Tensor], shift: Shift | None
 ) -> Tensor:
-    """Rewards [P, n] of states X [n, d]; the first layer serves all slots in one product."""
+    """Compute rewards [P, n] of states X [n, d], with one product for all first layers."""
     layers = sum(name.startswith("hidden.") for name in parameters) // 2
     first, last = parameters["hidden.0.weight"], parameters[WEIGHT]
     outputs = []
@@ -91,5 +91,5 @@ def rewards(
 
 
 def fold(parameters: Parameters) -> None:  # noqa: ARG001
-    """An MLP is no linear map."""
+    """Return None: an MLP is not linear in the states."""
     return

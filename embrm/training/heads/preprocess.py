@@ -18,12 +18,12 @@ else:
 PreprocessKind = Literal["none", "center", "standardize"]
 
 _ROWS = 512
-"""States widened to float32 at a time."""
+"""Number of states that are converted to float32 at a time."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """(h - mean) / scale, with mean and scale float32 [d]; both None: the states as they are."""
+    """Replaces h by (h - mean) / scale. mean, scale: float32 [d]; both None: h is not changed."""
 
     mean: Tensor | None
     scale: Tensor | None
@@ -35,7 +35,7 @@ class Preprocess:
         return X.sub_(self.mean).div_(self.scale)
 
     def to(self, device: torch.device) -> Preprocess:
-        """The same on another device."""
+        """Copy mean and scale to a device."""
         if self.mean is None or self.scale is None:
             return self
         return Preprocess(self.mean.to(device), self.scale.to(device))

@@ -19,13 +19,13 @@ columns by other kernels, whose bits would depend on the number of slots."""
 
 
 def product(X: Tensor, weight: Tensor) -> Tensor:
-    """X @ weightᵀ, [n, columns], of X [n, d] and weight [columns, d]."""
+    """Compute X @ weightᵀ, [n, columns], of X [n, d] and weight [columns, d]."""
     columns = len(weight)
     padded = F.pad(weight, (0, 0, 0, -columns % _COLUMNS))
     return (X @ padded.T)[:, :columns]
 
 
 def by_slot(X: Tensor, weights: Tensor) -> Sequence[Tensor]:
-    """X @ weights[slot]ᵀ of each slot, in one product: [n, columns] of weights [P, columns, d]."""
+    """Compute X @ weights[slot]ᵀ, [n, columns], for all slots of weights [P, columns, d]."""
     both = product(X, weights.flatten(0, 1)).view(len(X), *weights.shape[:2])
     return both.transpose(0, 1).contiguous().unbind()

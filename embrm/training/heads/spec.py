@@ -1,4 +1,4 @@
-"""The shape of a head, as a spec asks for it."""
+"""The part of a run's spec that describes the head and its adapter."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,8 +11,10 @@ from embrm.training.heads.kinds import HEADS
 
 
 class AdapterSpec(Spec):
-    """A residual adapter between a state and all that reads it: h̃ = h + up·down·h, or
-    h + up·ReLU(down·h + b). It begins as the identity: up = 0."""
+    """A residual adapter between a state h and what reads it, with up = 0 initially.
+
+    low-rank: h̃ = h + up·down·h. mlp: h̃ = h + up·ReLU(down·h + b).
+    """
 
     kind: Literal["low-rank", "mlp"] = "low-rank"
     width: int = Field(default=16, gt=0)
@@ -28,9 +30,9 @@ class HeadSpec(Spec):
     kind: str = "linear"
     """linear or mlp."""
     widths: tuple[Annotated[int, Field(gt=0)], ...] = ()
-    """Units of each hidden layer of an mlp."""
+    """Number of units of each hidden layer of an mlp."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout after every hidden layer of an mlp."""
+    """Dropout rate after every hidden layer of an mlp."""
     adapter: AdapterSpec | None = None
     """A table: see below. The head then reads h̃ instead of h."""
 
