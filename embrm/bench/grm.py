@@ -83,7 +83,7 @@ def measure_grm(
     with tempfile.TemporaryDirectory(dir=folder) as name:
         here = cache or synthetic(Path(name) / "cache", {"train": pairs}, width, tokens=tokens)
         opened = open_cache(here)
-        if opened.layout.top_k is None or "train" not in opened.splits:
+        if not opened.layout.has_token_rows or "train" not in opened.splits:
             raise UserError(
                 f"{here}: this benchmark needs a split 'train' with token rows: extract it with "
                 "--token-rows 8"

@@ -184,10 +184,9 @@ class Cache:
 
     def token_shards(self) -> Iterator[TokenRows[Stored]]:
         """Yield `token_rows` shard by shard."""
-        if self.layout.top_k is None:
+        if not self.layout.has_token_rows:
             raise UserError(
-                f"{self.folder} has no sampled token positions: extract with token_rows into "
-                "another folder"
+                f"{self.folder} has no token rows: extract with token_rows into another folder"
             )
         for index, shard in enumerate(self.manifest.shards):
             assert shard is not None  # open_cache refuses an incomplete cache

@@ -137,9 +137,9 @@ class ShardLayout(Spec):
     views: tuple[str, ...]
     """Sorted names of the stored states: last, mean, prenorm, layer:K."""
     top_k: int | None
-    """Logits kept at a sampled position; None in a cache without sampled positions."""
+    """Largest logits that are kept of a token row; None in a cache without token rows."""
     tail_mean: bool = Field(default=False, exclude_if=operator.not_)
-    """Whether sampled positions have tail means. Serialized only when true, so that manifests of
+    """Whether token rows have tail means. Serialized only when true, so that manifests of
     older caches, which have none, keep their bytes."""
 
     @field_validator("dtype")
@@ -177,6 +177,11 @@ class ShardLayout(Spec):
             top_k=tokens.top_ids.shape[1] if tokens else None,
             tail_mean=bool(tokens and tokens.tail_mean is not None),
         )
+
+    @property
+    def has_token_rows(self) -> bool:
+        """Whether the cache has token rows; with top_k = 0 they hold no logits."""
+        return self.top_k is not None
 
     @property
     def storage(self) -> np.dtype[Any]:

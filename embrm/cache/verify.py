@@ -66,7 +66,7 @@ def _content(cache: Cache) -> Iterator[str]:
     for view in cache.views:
         for _ in cache.stored_shards(view):  # reading checks shape and finiteness
             pass
-    if cache.layout.top_k is not None:
+    if cache.layout.has_token_rows:
         for index, tokens in enumerate(cache.token_shards()):
             owners = cache.manifest.rows_of(index)
             wrong_rows = (tokens.response < owners.start) | (tokens.response >= owners.stop)

@@ -13,16 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from embrm.cache.schema import TokenRows
-from embrm.lm.head import LmHead
+from embrm.lm.head import NO_TAIL, LmHead
 
 _LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20, "mps": 64 << 20}
 """Bytes of a block of float32 logits, by device type: a CPU's cache, or some GPU memory."""
 
 _LOGIT_ROWS = 256
 """Minimum rows of a block: with fewer, reading the head's weights takes longer than the product."""
-
-_NO_TAIL = 1e-6
-"""Tail probability below which float32 is too inaccurate for a tail mean, which is then zero."""
 
 
 def response_statistics(
@@ -87,7 +84,7 @@ def response_statistics(
             p.scatter_(1, top_ids[kept].long(), 0.0)
             tail = p.sum(1, keepdim=True)
             means = _weighted_sum(p.mul_(slopes), head.weight) / tail
-            tail_means[kept] = means.where(tail >= _NO_TAIL, 0.0)
+            tail_means[kept] = means.where(tail >= NO_TAIL, 0.0)
     tokens = TokenRows(
         response=torch.arange(len(asked), dtype=torch.int32).repeat_interleave(
             torch.tensor([len(own) for own in asked])

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_TAIL = 1e-6
+"""Probability below which the tail, all tokens whose logits are not kept, counts as none: float32
+logits do not resolve it."""
+
 
 @dataclass(frozen=True)
 class LmHead:

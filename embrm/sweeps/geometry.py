@@ -28,7 +28,7 @@ from embrm.training.heads import (
     adapter_inner,
     adapter_readouts,
 )
-from embrm.training.regularizers import divergence, moved
+from embrm.training.regularizers import candidate_moves, divergence
 from embrm.training.states import States
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore, TopK
 
@@ -257,4 +257,4 @@ def _divergence(tokens: TokenBatch, parameters: Parameters) -> float:
     """Mean KL(p ‖ p̃) of the rows under a bank of one slot with an adapter."""
     [inner] = adapter_inner(parameters, tokens.X)
     [readouts] = adapter_readouts(parameters, tokens.vectors)
-    return float(divergence(tokens, moved(tokens, inner, readouts)).double().mean())
+    return float(divergence(tokens, candidate_moves(tokens, inner, readouts)).double().mean())

@@ -143,7 +143,7 @@ def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:
     if any(run.spec.active_regularizer for run in runs):
         return True
     adapters = any(run.spec.head.adapter for run in runs)
-    return adapters and cache.layout.top_k is not None and cache.vocabulary > 0
+    return adapters and cache.layout.has_token_rows and cache.vocabulary > 0
 
 
 def _tables(
@@ -172,7 +172,7 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
     needs about a quarter more.
     """
     regularizer, layout = run.spec.active_regularizer, cache.layout
-    if regularizer is None or layout.top_k is None:
+    if regularizer is None or not layout.has_token_rows:
         return 0
     rows, top_k = regularizer.sampling.rows, regularizer.sampling.top_k
     responses = min(2 * run.spec.batch_pairs, cache.manifest.n_responses)
@@ -181,7 +181,7 @@ def _minibatch_bytes(cache: Cache, vocabulary: int, run: Run) -> int:
     positions = responses * (int(cache.n_token_rows.max()) if rows is None else rows)
     if top_k == "all":
         return 5 * (vocabulary * cache.width + positions * (cache.width + 6 * vocabulary))
-    candidates = positions * (2 + (layout.top_k if top_k is None else top_k))
+    candidates = positions * (2 + ((layout.top_k or 0) if top_k is None else top_k))
     return 5 * cache.width * (min(vocabulary, candidates) + 2 * positions)
 
 

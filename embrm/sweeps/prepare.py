@@ -202,7 +202,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
     S_missing = missing_S(cache)
     for run, regularizer in users:
         kind = f"regularizer {regularizer.kind!r}"
-        if layout.top_k is None:
+        if not layout.has_token_rows:
             raise UserError(
                 f"{run}: {kind} reads token rows, and {folder} has none: "
                 "extract with --token-rows 8"
@@ -218,7 +218,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
                     f"{run}: top_k = 'all' with {cache.vocabulary} tokens: it is for vocabularies "
                     f"of at most {WHOLE_VOCABULARY}: leave top_k out"
                 )
-        elif layout.top_k < (regularizer.top_k or 1):
+        elif (layout.top_k or 0) < (regularizer.top_k or 1):
             raise UserError(
                 f"{run}: top_k = {regularizer.top_k or 1}, and {folder} keeps {layout.top_k} "
                 "logits a token row: lower it, or extract with "

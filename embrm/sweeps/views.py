@@ -101,7 +101,7 @@ class View:
 
 def view_names(cache: Cache) -> list[str]:
     """The names that `open_view` takes for this cache."""
-    bases = [*cache.views, *([TOKENS] if cache.layout.top_k is not None else [])]
+    bases = [*cache.views, *([TOKENS] if cache.layout.has_token_rows else [])]
     return [*bases, *(base + _WITH_S for base in bases)]
 
 
@@ -111,7 +111,7 @@ def open_view(cache: Cache, name: str) -> View:
     Raises: UserError for a view that the cache does not have.
     """
     names, base = view_names(cache), name.removesuffix(_WITH_S)
-    if base == TOKENS and cache.layout.top_k is None:
+    if base == TOKENS and not cache.layout.has_token_rows:
         raise UserError(
             f"state {name!r} is made of token rows, and {cache.folder} has none: "
             "extract with --token-rows 8"

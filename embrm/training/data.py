@@ -18,7 +18,7 @@ class TrainingData:
 
     states: on the device that trains. train, validation: pairs on the CPU, as rows of `states`;
     without validation pairs there is no early stopping and the last epoch's weights are kept.
-    tokens: sampled token positions, for regularizers. whole: for a bootstrap resample, the data
+    tokens: token rows, for regularizers. whole: for a bootstrap resample, the data
     that it was drawn from, to which preprocessing and F̄ are fitted; else None.
     """
 

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from embrm.core.errors import UserError, nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
-from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions
+from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions, check_function
 from embrm.training.heads.adapter import adapter_inner, adapter_readouts
 from embrm.training.heads.products import product
 
@@ -47,7 +47,8 @@ class RegularizerKind:
     of_pair: for grm-*, (spec, S, change, better, worse) → the value of each pair, [B]. S [m] are
         log-probabilities of responses and change [m] what the adapter changed about them; better
         and worse [B] are numbers of responses.
-    of_position: for preserve-*, (tokens, moved) → the value at each sampled position, [n].
+    of_position: for preserve-*, (tokens, moved) → the value of each token row, [n]. moved [n, C]
+        are the changes of the candidates' w·h; `tokens.changes` gives those of their logits.
     Neither is given for "fisher", which is computed from the head alone.
 
     one_sided: whether `of_pair` reads only the better response. reads_S: whether it reads the
@@ -77,7 +78,7 @@ def _dpo_noref(spec: Regularizer, S: Tensor, _: Tensor, better: Tensor, worse: T
 
 
 def divergence(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """Compute KL(p_t ‖ p̃_t) at each sampled position, [n], in nats: log Σ p e^Δz - Σ p Δz.
+    """Compute KL(p_t ‖ p̃_t) of each token row, [n], in nats: log Σ p e^Δz - Σ p Δz.
 
     moved: the changes of the candidates' w·h, [n, C].
     """
@@ -115,11 +116,14 @@ def register_regularizer(name: str, kind: RegularizerKind) -> None:
 
     The ledger records the module of its function and the SHA-256 of that module's source.
 
-    Raises: UserError for the name of a built-in kind, or where `kind` computes nothing.
+    Raises: UserError for the name of a built-in kind, and unless `kind` has one function, written
+    with def, of five arguments (`of_pair`) or two (`of_position`).
     """
-    function = kind.of_pair or kind.of_position
-    if function is None:
-        raise UserError(f"regularizer {name!r} computes nothing: give of_pair or of_position")
+    if (kind.of_pair is None) == (kind.of_position is None):
+        which = "neither" if kind.of_pair is None else "both"
+        raise UserError(f"regularizer {name!r} has {which} of of_pair and of_position: give one")
+    function, arguments = (kind.of_pair, 5) if kind.of_pair else (kind.of_position, 2)
+    check_function(function, arguments, "regularizer", name)
     KINDS.register(name, kind, Extension.of(function, "regularizer", name))
 
 
@@ -271,7 +275,9 @@ def regularize(
     gradients: list[Tensor] = []
     for spec, own_inner, own_readouts in zip(specs, inner, readouts, strict=True):
         leaves = [leaf.detach().requires_grad_() for leaf in (own_inner, own_readouts)]
-        value = slot_value(spec, tokens, moved(tokens, *leaves), chosen, rejected, label, weight)
+        value = slot_value(
+            spec, tokens, candidate_moves(tokens, *leaves), chosen, rejected, label, weight
+        )
         gradients += torch.autograd.grad(spec.value_factor * value, leaves)
         outputs += [own_inner, own_readouts]
         values.append(value.detach())
@@ -330,7 +336,7 @@ def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
 
 
 def summed_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """Estimate S̃ - S, [m], by (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k sampled positions."""
+    """Estimate S̃ - S, [m], by (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k token rows."""
     each = tokens.share * log_probability_change(tokens, moved)
     return each.new_zeros(len(tokens.S)).index_add(0, tokens.response, each)
 
@@ -339,7 +345,7 @@ def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
     return (tokens.log_p + changes).logsumexp(1) - tokens.log_p.logsumexp(1)
 
 
-def moved(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
+def candidate_moves(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
     """Compute the change of w_j·h_t at the candidates j of each position t, [n, C].
 
     It is readouts[j]·inner[t], of inner [n, r] from `adapter_inner` and readouts [U, r] from

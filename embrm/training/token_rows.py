@@ -15,15 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from embrm.lm.head import LmHead
+from embrm.lm.head import NO_TAIL, LmHead
 from embrm.training.states import States
 
 TopK = int | Literal["all"] | None
 """Candidate tokens of a position beside its target: this many of the largest logits, all that the
 cache holds (None), or the whole vocabulary ("all")."""
-
-_NO_TAIL = 1e-6
-"""Tail probability below which float32 logits cannot distinguish it from zero."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ class PackedLogits:
         void[:, 1:] = ids[:, 1:] == ids[:, :1]
         log_p = (self.logits(k)[:, :-1] - self.logsumexp[:, None]).masked_fill(void, -torch.inf)
         tail = 1 - log_p.double().exp().sum(1, keepdim=True)
-        log_tail = torch.where(tail > _NO_TAIL, tail.clamp_min(_NO_TAIL).log(), -torch.inf)
+        log_tail = torch.where(tail >= NO_TAIL, tail.clamp_min(NO_TAIL).log(), -torch.inf)
         return torch.cat([log_p, log_tail.float()], 1)
 
 
@@ -284,7 +281,7 @@ class TokenStore:
         words = self.weight_rows.take(used)
         joining = embedding_bag(where, words, per_sample_weights=weights, mode="sum")
         mass = p[:, 1 + k :].sum(1, keepdim=True)
-        return (joining + means * p[:, -1:]) / mass.clamp_min(_NO_TAIL)
+        return (joining + means * p[:, -1:]) / mass.clamp_min(NO_TAIL)
 
     def _vectors(self, ids: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors [U, d] of the tokens `ids` [n, C - 1] and of the tails, and for every candidate

@@ -189,6 +189,20 @@ def test_a_loss_is_a_function_of_two_arguments() -> None:
         embrm.register_head("empty", functools)  # type: ignore[arg-type]
 
 
+def test_a_regularizer_has_one_function_of_the_right_arguments() -> None:
+    def of_position(tokens: Any, moved: Any) -> Any:
+        return tokens.changes(moved).sum(1)
+
+    for kind, problem in (
+        (embrm.RegularizerKind(), "neither of of_pair and of_position: give one"),
+        (embrm.RegularizerKind(of_position, of_position), "has both of"),
+        (embrm.RegularizerKind(of_pair=of_position), "called with 5"),
+        (embrm.RegularizerKind(of_position=functools.partial(of_position)), "write it with def"),
+    ):
+        with pytest.raises(embrm.UserError, match=problem):
+            embrm.register_regularizer("mine", kind)
+
+
 class _Doubled:
     """A head of one's own that names its parameter as the linear head does."""
 

@@ -202,7 +202,7 @@ def test_bad_input_is_one_line(
     refused(lambda: embrm.open_cache(""), "folder = ''")
     refused(lambda: embrm.open_cache(3), "folder = 3")  # type: ignore[arg-type]
     refused(lambda: cache.states("lost"), "'lost'", "did you mean 'last'?")
-    refused(lambda: cache.tokens, "no sampled token positions")
+    refused(lambda: cache.tokens, "has no token rows")
     refused(lambda: run.rewards("idd"), "'idd'", "did you mean 'id'?")
     refused(lambda: run.rewards(np.zeros((3, 5))), "[3, 5]", "[n, 12]")
     refused(lambda: embrm.train(cache, {"lrr": 1}), "'lrr'", "did you mean 'lr'?")

@@ -132,7 +132,7 @@ def test_without_sampled_positions(tmp_path: Path) -> None:
         for index in range(writer.n_shards):
             writer.write_shard(index, shard(index)[0], None)
         writer.finish()
-    with pytest.raises(UserError, match="has no sampled token positions: extract with token_rows"):
+    with pytest.raises(UserError, match="has no token rows: extract with token_rows"):
         open_cache(tmp_path).token_rows()
 
 

@@ -41,11 +41,11 @@ from embrm.training.regularizers import (
 )
 from embrm.training.regularizers import (
     Regularizer,
+    candidate_moves,
     direction_penalty,
     divergence,
     half_variance,
     mean_fisher,
-    moved,
     regularize,
     summed_change,
 )
@@ -244,7 +244,7 @@ def test_a_sampled_change_estimates_the_whole_without_bias() -> None:
     def change(rows: int | None, draw: float) -> float:
         tokens = data.read(torch.tensor([0]), rows=rows, top_k=None, draws=np.array([draw]))
         own = adapter_inner(bank, tokens.X)[0], adapter_readouts(bank, tokens.vectors)[0]
-        return summed_change(tokens, moved(tokens, *own)).item()
+        return summed_change(tokens, candidate_moves(tokens, *own)).item()
 
     whole = change(None, 0.0)
     assert whole * 5 / data.positions[0] == pytest.approx(
@@ -269,7 +269,7 @@ def test_a_new_adapter_is_the_identity_to_the_bit(
     bank = initialise(HeadSpec(adapter=adapter), 6, 0)
     assert torch.equal(adapted(bank, tokens.X), tokens.X)
     own = adapter_inner(bank, tokens.X)[0], adapter_readouts(bank, tokens.vectors)[0]
-    still = moved(tokens, *own)
+    still = candidate_moves(tokens, *own)
     zeros = torch.zeros(len(tokens.X))
     assert torch.equal(tokens.S + summed_change(tokens, still), tokens.S)
     assert torch.equal(divergence(tokens, still), zeros)
@@ -292,7 +292,7 @@ def test_fisher_is_the_divergence_to_second_order(lm_head: dict[str, Any]) -> No
         errors = []
         for size in (0.008, 0.004, 0.002):
             own = adapter_inner(bank, tokens.X)[0], adapter_readouts(bank, tokens.vectors)[0]
-            shift = moved(tokens, size * own[0], own[1])
+            shift = candidate_moves(tokens, size * own[0], own[1])
             kl, fisher = divergence(tokens, shift), half_variance(tokens, shift)
             errors.append(((fisher - kl).abs().sum() / kl.sum()).item())
         assert errors[0] < 0.1

@@ -25,7 +25,7 @@ from embrm.core.sampling import evenly_spaced
 from embrm.core.streams import stream
 from embrm.lm.head import LmHead
 from embrm.sweeps.mapped import in_memory
-from embrm.training.regularizers import divergence, log_probability_change, moved
+from embrm.training.regularizers import candidate_moves, divergence, log_probability_change
 from embrm.training.token_rows import PackedLogits, TokenStore
 
 DRIFTS = (0.01, 0.1)
@@ -142,7 +142,7 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
 
 def _usable(cache: Cache) -> Cache:
     folder, layout = cache.folder, cache.layout
-    if layout.top_k is None:
+    if not layout.has_token_rows:
         raise UserError(f"{folder} has no token rows: extract with --token-rows 8")
     if not layout.top_k:
         raise UserError(f"{folder} keeps 0 logits per token row: extract with --top-k 32")
@@ -247,7 +247,7 @@ def _estimated_changes(
         row: list[Tensor] = []
         for quantity in (log_probability_change, divergence):
             leaf = shift.clone().requires_grad_()
-            value = quantity(tokens, moved(tokens, leaf, tokens.vectors))
+            value = quantity(tokens, candidate_moves(tokens, leaf, tokens.vectors))
             (gradient,) = torch.autograd.grad(value.sum(), leaf)
             row += [value.detach().double(), gradient.double()]
         columns.append(tuple(row))
