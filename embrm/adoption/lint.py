@@ -21,7 +21,7 @@ _PERIODIC = 0.9
 _PERIOD_SAMPLE = 1 << 16
 """Number of gold scores that are searched for a period."""
 
-_EVERYWHERE = 3
+_MIN_REPEATS = 3
 """A vector is reported when at least this many prompts have it."""
 
 _SAMPLE = (64, 8)
@@ -153,11 +153,11 @@ def _repeated(table: pl.DataFrame, split: str, array: StateArray, scan: Scan) ->
     row = table["row"].to_numpy()
     first = _first_alike(np.zeros(len(row), np.int64), row, array, scan)
     places, prompts = np.unique(first, return_counts=True)
-    common = prompts >= _EVERYWHERE
+    common = prompts >= _MIN_REPEATS
     if common.any():
         most = places[common][prompts[common].argmax()]
         detail = (
-            f"rows whose vector {_EVERYWHERE} prompts or more have, row {row[most]} "
+            f"rows whose vector {_MIN_REPEATS} prompts or more have, row {row[most]} "
             f"{prompts.max():,} of {table['prompt'].n_unique():,}: a padding position, or states "
             "that do not depend on the prompt?"
         )
@@ -247,10 +247,11 @@ def _shuffled(table: pl.DataFrame, name: str) -> tuple[pl.DataFrame, list[Findin
 
 
 def _sorted_by_gold(table: pl.DataFrame) -> tuple[str | None, int, int]:
-    """Detect responses that are sorted by gold: (direction, sorted prompts, prompts with a rank).
+    """Detect responses that are sorted by gold: (direction, sorted prompts, sortable prompts).
 
-    With c, the chance 1/responses! that random order is sorted (mean over prompts), a direction is
-    reported when more than (1 + c) / 2 of the prompts are sorted in it. Otherwise (None, 0, 0).
+    Sortable prompts have different gold scores. c is the mean over them of 1/responses!, the chance
+    that random order is sorted. A direction is reported when more than (1 + c) / 2 of the sortable
+    prompts are sorted in it; otherwise the result is (None, 0, 0).
     """
     group, gold = table["group"].to_numpy(), table["gold"].to_numpy()
     sizes = np.diff(np.flatnonzero(np.diff(group, prepend=-1)), append=len(group))

@@ -141,7 +141,7 @@ def _remedy(fields: Iterable[str]) -> str:
 
 
 def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:
-    """The columns that hold completions, one entry per row; losers are represented by the first."""
+    """The columns of completions, one entry per row; of several losers, only the first."""
     columns = table.columns
     if shape == "pairs":
         return [columns["chosen"], columns["rejected"]]
@@ -154,8 +154,8 @@ def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:
 def _repeats(form: Form, prompt: object, completion: object) -> bool:
     """Whether a completion contains its prompt.
 
-    A text must begin with the prompt; a list of messages must begin with another role's than the
-    assistant's; for a transcript, `form.whole` decides.
+    A text contains it if it begins with the prompt, and a list of messages if its first message is
+    not the assistant's; for a transcript, `form.whole` decides.
     """
     if isinstance(completion, list):
         first = completion[0]
@@ -310,7 +310,7 @@ def _shared_messages(bodies: Sequence[Messages]) -> Messages:
 
 
 def _refuse_other_prompt(form: Form, prompt: object, head: Messages) -> None:
-    """Refuse a prompt string that does not occur in `head`, the shared start of conversations."""
+    """Refuse a prompt that is not in `head`, the shared beginning of the whole conversations."""
     text = _string(prompt, "prompt")
     if form.format == "transcript" and begins_transcript(text):
         asked = _prompt_transcript(text)

@@ -21,7 +21,7 @@ class PairRule(Spec):
     per_prompt: int | None = Field(default=None, ge=0)
     """At most this many pairs per prompt, drawn at random; 0 derives no pairs."""
     length_balanced: bool = False
-    """Keep an equal number of pairs, per prompt, whose chosen response is longer and shorter (in
+    """Keep, for each prompt, as many pairs with a longer chosen response as with a shorter one (in
     characters)."""
     # Serialized only when set, so that caches written before this key existed keep their identity.
     by_rank: bool = Field(default=False, exclude_if=operator.not_)
