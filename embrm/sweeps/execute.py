@@ -108,7 +108,7 @@ def _train(
     mode = prepared.spec.numerics
     found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
     with (
-        raised_interrupts(),  # what has finished then becomes readable tables
+        raised_interrupts(),  # After Ctrl-C, finished runs are still compacted into tables.
         workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
         laid_out(
             prepared.cache, prepared.selection, todo, out, memory=memory, jobs=jobs

@@ -7,7 +7,7 @@ from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import Run
 
 _LINEAR = 128
-"""Most linear heads in a pack. With this many, reading the states takes little time beside the
+"""Most linear heads in a pack. With this many, reading the states takes much less time than the
 products."""
 
 _COLUMNS = 512

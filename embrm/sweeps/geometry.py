@@ -33,7 +33,8 @@ from embrm.training.states import States
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore, TopK
 
 REWARD_POSITION = "last"
-"""The view whose states belong to one position; a mean of states predicts no next token."""
+"""The view for which KL at the reward position is measured: its states are those of one position,
+while a mean of states predicts no next token."""
 
 _TOKEN_ROWS = 1
 """Most token rows of a response that are measured."""
@@ -181,7 +182,7 @@ class Geometry:
             found.append(("kl_reward", own, torch.arange(len(rows)), "all" if exact else None))
         for name, data, responses, top_k in found:
             if (data.starts[responses] == data.starts[responses + 1]).all():
-                continue  # none has a token row
+                continue  # No response has a token row.
             draws = spread(len(responses))
             tokens = data.read(responses, rows=_TOKEN_ROWS, top_k=top_k, draws=draws)
             for run_id, slots in moving.items():

@@ -149,7 +149,7 @@ def _write_outcomes(
     runs.
     """
     lists = {name: f"{name}.list.element" for name in OUTCOMES}
-    few = ("wins", "ties")  # few distinct values, unless pairs have weights
+    few = ("wins", "ties")  # Unless pairs have weights, the lists have few distinct values.
     schema = pa.schema(
         {
             "run_id": pa.string(),
@@ -181,7 +181,7 @@ def _gather(part_of: Mapping[str, Path], name: str) -> pl.DataFrame:
         read_table(part / f"{name}.parquet").filter(pl.col("run_id").is_in(own))
         for part, own in by_part.items()
         if name != "geometry"
-        or (part / "geometry.parquet").exists()  # parts of older versions have none
+        or (part / "geometry.parquet").exists()  # Parts of older versions have none.
     ]
     return pl.concat(tables, how="diagonal") if tables else GEOMETRY_SCHEMA.to_frame()
 

@@ -125,7 +125,7 @@ def _fit_seconds(prepared: PreparedSweep, spec: RunSpec, learner: Learner) -> fl
         learner, trees = learner.model_copy(update={"iterations": few}), learner.iterations / few
     gold = Gold(data.train.chosen, torch.linspace(0, 1, len(data.train), dtype=torch.float64))
     start = time.perf_counter()
-    with suppress(UserError):  # random pairs may not converge where the sweep's own do
+    with suppress(UserError):  # Random pairs may not converge even if the sweep's pairs do.
         fit(learner, spec.preprocess, 0, data, gold)
     share = (spec.pairs_limit or prepared.training_pairs) / len(data.train)
     return (time.perf_counter() - start) * share * trees
@@ -136,7 +136,8 @@ def _step_seconds(prepared: PreparedSweep, pack: Pack) -> float:
     first = pack.runs[0].spec
     data = _made_up(prepared, first)
     pairs = len(data.train)
-    heads = dict.fromkeys(run.spec.member(0) for run in pack.runs)  # what is trained
+    # Members are trained, not ensembles.
+    heads = dict.fromkeys(run.spec.member(0) for run in pack.runs)
     specs = [spec.model_copy(update={"epochs": 1, "patience": None}) for spec in heads]
     start = time.perf_counter()
     train(specs, data)

@@ -81,9 +81,8 @@ def check_sweep(
     return PreparedSweep(
         training_pairs=training_pairs,
         spec=spec,
-        cache=open_cache(
-            cache.folder
-        ),  # opened anew, so that the tables read so far are freed for the hours of a sweep
+        # Opened again, to free the tables read so far during the sweep.
+        cache=open_cache(cache.folder),
         selection=selection,
         runs=runs(found, spec.seeds, selection, spec.numerics),
         evaluate=evaluate,

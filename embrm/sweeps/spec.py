@@ -262,12 +262,12 @@ def identified(
         "validation": selection.validation,
         **settings,
     }
-    if selection.scenarios:  # added only if present, so that other runs keep their ids
+    if selection.scenarios:  # Added only if present, so that other runs keep their ids.
         read["scenarios"] = selection.scenarios.model_dump(mode="json")
     out = []
     for configuration in found:
         content = configuration.spec.model_dump(mode="json", exclude={"seed"})
-        if configuration.spec.labels:  # pinned: PATH#DIGEST
+        if configuration.spec.labels:  # `pin` has made it PATH#DIGEST.
             content["labels"] = configuration.spec.labels.partition("#")[2]
         if used := configuration.spec.extensions():
             content["extensions"] = {name: part.digest for name, part in used.items()}

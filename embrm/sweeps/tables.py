@@ -49,7 +49,7 @@ class Tables:
         }
 
 
-@lru_cache(maxsize=1)  # dividing takes seconds, and several callers ask in turn
+@lru_cache(maxsize=1)  # Dividing takes seconds, and several callers need the result.
 def read_tables(cache: Cache, scenarios: Scenarios | None) -> Tables:
     """Read the tables of `cache`; with scenarios, their splits replace those that they divide.
 

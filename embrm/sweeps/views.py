@@ -82,7 +82,7 @@ class View:
     def _pooled(self) -> Iterator[torch.Tensor]:
         first = 0
         for shard, rows in zip(self.cache.manifest.shards, self.cache.token_shards(), strict=True):
-            assert shard is not None  # open_cache refuses an incomplete cache
+            assert shard is not None  # open_cache refuses incomplete caches.
             count = shard.responses.rows
             owner = torch.from_numpy(rows.response.astype(np.int64)) - first
             held = owner.bincount(minlength=count)

@@ -143,7 +143,7 @@ def _one_line(error: Exception) -> str:
 @contextmanager
 def _ignoring_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set signal handlers
+        yield  # Only the main thread may set signal handlers.
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -182,7 +182,7 @@ def _start_worker(
 
 
 def _nothing() -> None:
-    """Do nothing; submitting this starts a worker."""
+    """Do nothing. Submitting this task makes the pool start a worker."""
 
 
 _trainer: tuple[Material, Trainer] | None = None
