@@ -238,7 +238,7 @@ def test_bfloat16_without_token_rows(world: dict[str, str], tmp_path: Path) -> N
     opened = open_cache(make(world, tmp_path / "half", spec))
     assert opened.dtype == "bfloat16"
     assert opened.views == ("layer:1", "prenorm")
-    with pytest.raises(UserError, match="no sampled"):
+    with pytest.raises(UserError, match="has no token rows"):
         opened.token_rows()
 
 
