@@ -19,7 +19,7 @@ from embrm.sweeps.selection import select
 from embrm.sweeps.spec import RunSpec, Selection
 from embrm.training.bank import train
 from embrm.training.data import TrainingData
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def test_linear_bt_with_l2_is_scikit_learns_logistic_regression(cache: Cache) ->
     oracle = LogisticRegression(fit_intercept=False, C=1 / (l2 * n), tol=1e-10, max_iter=10_000)
     expected = oracle.fit(differences * sign[:, None], sign).coef_[0]
     run = RunSpec(l2=l2, lr=0.02, epochs=3000, batch_pairs=n, schedule="cosine")
-    [trained] = train([run], TrainingData(States(states), to_pairs(training), to_pairs(validation)))
+    [trained] = train(
+        [run], TrainingData(RowStore(states), to_pairs(training), to_pairs(validation))
+    )
     [weight] = trained.parameters.values()
     found = weight.flatten().double().numpy()
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)

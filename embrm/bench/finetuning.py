@@ -34,7 +34,7 @@ from embrm.lm.tokens import Encoded
 from embrm.sweeps.material import to_pairs
 from embrm.training.heads import initialise
 from embrm.training.order import Order
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 _TURNS = 4
 """Micro-batches per optimizer step in the rows that accumulate gradients."""
@@ -80,7 +80,7 @@ class Task:
     @property
     def order(self) -> Order:
         """Order of the pairs, the same in every row."""
-        return Order(to_pairs(self.pairs).chosen, States(torch.empty(0, 1)), self.run().seed)
+        return Order(to_pairs(self.pairs).chosen, RowStore(torch.empty(0, 1)), self.run().seed)
 
     @property
     def timed_tokens(self) -> int:

@@ -14,8 +14,8 @@ from embrm.training.data import TrainingData
 from embrm.training.heads import HeadSpec
 from embrm.training.numerics import begin, settings
 from embrm.training.pairs import Pairs
+from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
-from embrm.training.states import States
 
 _LINEAR, _MLP = HeadSpec(), HeadSpec(kind="mlp", widths=(64,))
 _BLOCK = 4096
@@ -72,7 +72,7 @@ def _pack(head: HeadSpec, runs: int, pairs: int, width: int, epochs: int) -> Cal
     random = torch.Generator().manual_seed(0)
     block = torch.randn(min(_BLOCK, 2 * pairs), width, generator=random).bfloat16()
     # Values do not change the time of training, and drawing so many would take long.
-    states = States(block.repeat(-(-2 * pairs // len(block)), 1)[: 2 * pairs])
+    states = RowStore(block.repeat(-(-2 * pairs // len(block)), 1)[: 2 * pairs])
     chosen, ones = torch.arange(0, 2 * pairs, 2), torch.ones(pairs)
     none = torch.zeros(0)
     data = TrainingData(

@@ -23,7 +23,7 @@ from embrm.results.weights import load_run, load_saved_model
 from embrm.sweeps.views import TOKENS
 from embrm.training.ensembles import Combination
 from embrm.training.heads import REWARDS, Parameters, Preprocess, score_states
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 _WITH_S = "+S"
 
@@ -143,7 +143,7 @@ class RunModel:
     def _score(self, states: Tensor) -> Tensor:
         rows = torch.arange(len(states))
         return self.combination(
-            score_states(self.parameters, self.preprocess, States(states), rows)
+            score_states(self.parameters, self.preprocess, RowStore(states), rows)
         )
 
 

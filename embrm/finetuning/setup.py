@@ -24,7 +24,7 @@ from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, micro_pairs
 from embrm.finetuning.trainer import RewardTrainer, Validation
 from embrm.training.order import Order
 from embrm.training.pairs import Pairs
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 SaveBest = Callable[[int, dict[str, Tensor]], None]
 """Stores the weights of an epoch, given its number and the tensors."""
@@ -127,7 +127,7 @@ def _minibatches(
     """The sweep's minibatches of `batch` pairs, in this process's micro-batches."""
     cache, processes = inputs.cache, PartialState()
     # The sweep's order depends on the size of a state, but reads no state.
-    states = States(torch.empty(0, cache.width, dtype=torch_dtype(cache)))
+    states = RowStore(torch.empty(0, cache.width, dtype=torch_dtype(cache)))
     lengths = torch.from_numpy(inputs.texts.lengths)
     longer = torch.maximum(lengths[pairs.chosen], lengths[pairs.rejected])
     return Minibatches(

@@ -17,7 +17,7 @@ from embrm.sweeps.tables import read_tables
 from embrm.sweeps.training import as_trained, with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.heads import REWARDS, score_states
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 _PAIR = (
     *("pair_id", "split", "used", "subset", "prompt_id", "source", "row"),
@@ -99,7 +99,9 @@ def rewards_of_states(run: SavedRun, states: torch.Tensor) -> NDArray[np.float32
             f"run {run.run_id} has no weights, only the rewards of its cache's responses: "
             "it cannot score other states, choose a run with a head"
         )
-    heads = score_states(run.parameters, run.preprocess, States(states), torch.arange(len(states)))
+    heads = score_states(
+        run.parameters, run.preprocess, RowStore(states), torch.arange(len(states))
+    )
     return run.combination(heads).numpy()
 
 
@@ -130,7 +132,7 @@ def head_rewards(
             own = rows[(rows >= first) & (rows < first + len(shard))] - first
             parts.append(shard[torch.from_numpy(own)])
             first += len(shard)
-        states, every = States(torch.cat(parts)), torch.arange(len(rows))
+        states, every = RowStore(torch.cat(parts)), torch.arange(len(rows))
         for place, run in enumerate(runs):
             if run.spec.state == name:
                 # Runs without weights store the rewards of all responses of the cache.

@@ -27,7 +27,7 @@ from embrm.training.heads import score_states, stack
 from embrm.training.learner_specs import Learner
 from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(self, material: Material, mode: Numerics) -> None:
         self._material, self._mode = material, mode
-        self._states: dict[str, States] = {}
+        self._states: dict[str, RowStore] = {}
         self._tokens = material.tokens.open() if material.tokens else None
         self._data: dict[tuple[Any, ...], TrainingData] = {}
         self._training, self._validation = material.pairs("training"), material.pairs("validation")
@@ -154,9 +154,9 @@ class Trainer:
             )
         return self._data[key]
 
-    def _on_device(self, states: States) -> States:
+    def _on_device(self, states: RowStore) -> RowStore:
         device = numerics.device(self._mode)
-        return states if device.type == "cpu" else States(states.values.to(device))
+        return states if device.type == "cpu" else RowStore(states.values.to(device))
 
     def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[TrainedRun]:
         """Train the runs of a pack; the members of ensembles one after another.

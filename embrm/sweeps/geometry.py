@@ -29,7 +29,7 @@ from embrm.training.heads import (
     adapter_readouts,
 )
 from embrm.training.regularizers import candidate_moves, divergence
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore, TopK
 
 REWARD_POSITION = "last"
@@ -121,7 +121,7 @@ class Geometry:
     def measure(
         self,
         spec: RunSpec,
-        states: States,
+        states: RowStore,
         preprocess: Preprocess,
         heads: Mapping[str, Parameters],
         rewards: Mapping[str, Mapping[str, NDArray[np.float32]]],
@@ -152,7 +152,7 @@ class Geometry:
         return pl.DataFrame(rows, schema=GEOMETRY_SCHEMA)
 
     def _shape(
-        self, spec: RunSpec, split: str, states: States, preprocess: Preprocess
+        self, spec: RunSpec, split: str, states: RowStore, preprocess: Preprocess
     ) -> dict[str, float]:
         """Measures of the states themselves, computed once for all heads that read them."""
         # These fields choose the training pairs, which preprocessing is fitted to.
@@ -167,7 +167,7 @@ class Geometry:
         self,
         spec: RunSpec,
         split: str,
-        states: States,
+        states: RowStore,
         moving: Mapping[str, Sequence[Parameters]],
         measured: dict[str, dict[str, float]],
     ) -> None:
@@ -192,7 +192,7 @@ class Geometry:
                     measured[run_id]["drift_tokens"] = sum(drifts) / len(drifts)
             data.release_pages()
 
-    def _rewarded_at(self, split: str, states: States) -> TokenStore:
+    def _rewarded_at(self, split: str, states: RowStore) -> TokenStore:
         """The sample's reward positions, as if each were the only token row of its response."""
         assert self.tokens is not None
         if not self._rewarded:
@@ -205,8 +205,8 @@ class Geometry:
             ):
                 self._rewarded[name] = replace(
                     self.tokens,
-                    states=States(own),
-                    packed_logits=States(found),
+                    states=RowStore(own),
+                    packed_logits=RowStore(found),
                     tail_means=None,
                     starts=np.arange(len(own) + 1),
                     positions=np.ones(len(own), np.int64),
@@ -215,7 +215,7 @@ class Geometry:
         return self._rewarded[split]
 
 
-def reward_positions(head: LmHead, weight_rows: States, X: Tensor) -> PackedLogits:
+def reward_positions(head: LmHead, weight_rows: RowStore, X: Tensor) -> PackedLogits:
     """Targets and largest logits at positions that are not cached token rows.
 
     X: their states, [n, d]. The target is the likeliest token. The vocabulary is read in parts,

@@ -17,7 +17,7 @@ from embrm.cache.tensors import lm_head_tensors, to_tensor
 from embrm.core.files import TEMPORARY, disk_errors
 from embrm.core.progress import Progress
 from embrm.lm.head import LmHead
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import PackedLogits, TokenStore
 
 
@@ -33,9 +33,9 @@ class MappedFile:
     dtype: torch.dtype
     resident: int | None
 
-    def open(self) -> States:
+    def open(self) -> RowStore:
         """Map the file into memory."""
-        return States.of_file(self.path, self.shape, self.dtype, resident=self.resident)
+        return RowStore.of_file(self.path, self.shape, self.dtype, resident=self.resident)
 
 
 def write_rows(path: Path, parts: Iterator[torch.Tensor], bar: Progress) -> None:
@@ -127,7 +127,7 @@ def in_memory(cache: Cache, rows: TokenRows[Stored]) -> TokenStore:
     """Some token rows of a cache, ascending by response, as a store in memory."""
     head = lm_head_tensors(cache)
     matrices = {"weight": head["weight"]} | _matrices(rows)
-    stored = {name: States(matrix) for name, matrix in matrices.items()}
+    stored = {name: RowStore(matrix) for name, matrix in matrices.items()}
     return _store(stored, head, positions_by_response(cache, rows.response))
 
 
@@ -147,7 +147,7 @@ def _matrices(rows: TokenRows[Stored]) -> dict[str, torch.Tensor]:
 
 
 def _store(
-    matrices: Mapping[str, States], head: Mapping[str, torch.Tensor], responses: pl.DataFrame
+    matrices: Mapping[str, RowStore], head: Mapping[str, torch.Tensor], responses: pl.DataFrame
 ) -> TokenStore:
     """matrices: by the names in `_MATRICES`. head: tensors of the LM head, of which the weight is
     replaced by that of `matrices`. responses: see `positions_by_response`."""

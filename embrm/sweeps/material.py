@@ -23,7 +23,7 @@ from embrm.sweeps.views import open_view
 from embrm.training.learner_specs import LIBRARY_BYTES
 from embrm.training.pairs import Pairs
 from embrm.training.regularizers import FISHER_AT_ONCE
-from embrm.training.states import WINDOW_BYTES
+from embrm.training.row_store import WINDOW_BYTES
 
 PROCESS_BYTES = 410_000_000
 """Memory that this process and each worker take besides states: Python, libraries, buffers."""

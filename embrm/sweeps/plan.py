@@ -28,7 +28,7 @@ from embrm.training.learner_specs import GradientBoosting, Learner
 from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics, on_cpu
 from embrm.training.pairs import Pairs
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 _TIMED_STEPS = 8
 _TIMED_TREES = 4
@@ -104,7 +104,7 @@ def _estimate(prepared: PreparedSweep, found: Sequence[Pack], jobs: int) -> floa
 def _made_up(prepared: PreparedSweep, spec: RunSpec) -> TrainingData:
     """Training data of a few minibatches, of random pairs of the cache's first shard."""
     cache = prepared.cache
-    states = States(next(open_view(cache, spec.state).shards()))
+    states = RowStore(next(open_view(cache, spec.state).shards()))
     pairs = min(_TIMED_STEPS * spec.batch_pairs, prepared.training_pairs)
     rows = torch.randint(len(states.values), (2, pairs), generator=torch.Generator().manual_seed(0))
     one, none = torch.ones(pairs), torch.zeros(0)

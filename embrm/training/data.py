@@ -8,7 +8,7 @@ from torch import Tensor
 from embrm.training.heads.preprocess import Preprocess, PreprocessKind, fit_preprocess
 from embrm.training.pairs import Pairs
 from embrm.training.regularizers import mean_fisher
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import TokenStore, TopK
 
 
@@ -22,7 +22,7 @@ class TrainingData:
     that it was drawn from, to which preprocessing and F̄ are fitted; else None.
     """
 
-    states: States
+    states: RowStore
     train: Pairs
     validation: Pairs
     tokens: TokenStore | None = None

@@ -20,7 +20,7 @@ from embrm.training.data import TrainingData
 from embrm.training.heads import REWARDS, Preprocess, PreprocessKind
 from embrm.training.learner_specs import BINS, GradientBoosting, Learner, Ridge
 from embrm.training.pairs import Pairs
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 Floats = NDArray[np.float64]
 
@@ -229,7 +229,7 @@ def _better_minus_worse(data: TrainingData, preprocess: Preprocess) -> tuple[Flo
     return X, weights.numpy()
 
 
-def _taken(states: States, preprocess: Preprocess, rows: Tensor) -> Floats:
+def _taken(states: RowStore, preprocess: Preprocess, rows: Tensor) -> Floats:
     """Read and preprocess the states in `rows`, float64 [n, d]."""
     X = np.empty((len(rows), states.width))
     for some in _parts(len(X)):

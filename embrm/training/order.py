@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from embrm.core.streams import stream
-from embrm.training.states import WINDOW_BLOCKS, States
+from embrm.training.row_store import WINDOW_BLOCKS, RowStore
 
 
 class Order:
@@ -18,7 +18,7 @@ class Order:
     shuffles the pairs of these. With no more blocks than that, it is a plain shuffle of all pairs.
     """
 
-    def __init__(self, chosen: Tensor, states: States, seed: int) -> None:
+    def __init__(self, chosen: Tensor, states: RowStore, seed: int) -> None:
         """chosen: row of each pair's chosen response, int64 [N]."""
         self._states, self._seed = states, seed
         self._blocks, places = np.unique(chosen.cpu() // states.block_rows, return_inverse=True)

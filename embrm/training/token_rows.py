@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from embrm.lm.head import NO_TAIL, LmHead
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 TopK = int | Literal["all"] | None
 """Candidate tokens of a position beside its target: this many of the largest logits, all that the
@@ -175,11 +175,11 @@ class TokenStore:
     float64 [responses], log-probability of the response.
     """
 
-    states: States
-    packed_logits: States
-    tail_means: States | None
+    states: RowStore
+    packed_logits: RowStore
+    tail_means: RowStore | None
     head: LmHead
-    weight_rows: States
+    weight_rows: RowStore
     starts: NDArray[np.int64]
     positions: NDArray[np.int64]
     S: NDArray[np.float64]

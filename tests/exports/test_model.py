@@ -16,7 +16,7 @@ from embrm.training.heads import (
     score_states,
     stack,
 )
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 WIDTH = 6
 
@@ -34,7 +34,7 @@ def preprocessing(seed: int) -> Preprocess:
 
 
 def rewards(parameters: Parameters, preprocess: Preprocess, states: torch.Tensor) -> torch.Tensor:
-    return score_states(parameters, preprocess, States(states), torch.arange(len(states))).mean(0)
+    return score_states(parameters, preprocess, RowStore(states), torch.arange(len(states))).mean(0)
 
 
 @given(

@@ -9,7 +9,7 @@ from embrm.lm.tokens import Encoded
 from embrm.training.heads import HeadSpec
 from embrm.training.order import Order
 from embrm.training.pairs import Pairs
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 PAIRS, BATCH = 37, 8
 ONES = torch.ones(PAIRS)
@@ -19,7 +19,7 @@ HEAD = HeadSpec(kind="mlp", widths=(3,), dropout=0.5)
 
 
 def _read(micro: int, processes: int) -> list[Minibatches]:
-    order = Order(DATA.chosen, States(torch.empty(0, 4)), 5)
+    order = Order(DATA.chosen, RowStore(torch.empty(0, 4)), 5)
     found = [
         Minibatches(DATA, order, HEAD, 5, batch=BATCH, micro=micro, process=p, processes=processes)
         for p in range(processes)
@@ -92,7 +92,7 @@ def test_texts_are_padded_and_predicted_where_they_are() -> None:
 
 def test_pairs_of_like_length_are_read_together_the_longest_first() -> None:
     lengths = torch.from_numpy(np.random.default_rng(2).permutation(PAIRS))
-    order = Order(DATA.chosen, States(torch.empty(0, 4)), 5)
+    order = Order(DATA.chosen, RowStore(torch.empty(0, 4)), 5)
     shape = {"batch": PAIRS, "process": 0, "processes": 1}
     (drawn,) = Minibatches(DATA, order, HEAD, 5, micro=PAIRS, **shape)
     found = [*Minibatches(DATA, order, HEAD, 5, micro=5, lengths=lengths, **shape)]

@@ -20,7 +20,7 @@ from embrm.results.ledger import open_results
 from embrm.sweeps.selection import select
 from embrm.training.heads import initialise
 from embrm.training.order import Order
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 ONE_EPOCH = """
 [defaults]
@@ -94,7 +94,7 @@ def test_bt_is_trls_reward_trainer_step_for_step(
     inputs = read_inputs(spec, plain)
     training = select(opened, inputs.selection)[0].head(30)
     chosen = torch.tensor(training["chosen"].to_numpy().astype(np.int64))
-    states = States(torch.empty(0, opened.width))
+    states = RowStore(torch.empty(0, opened.width))
     order = torch.cat([*Order(chosen, states, 0).minibatches(1, 8)]).tolist()
     ids = [entry.ids.tolist() for entry in inputs.texts.encoded]
     rows = [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embrm.lm.head import LmHead
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import PackedLogits, TokenStore
 
 
@@ -73,11 +73,11 @@ def toy_tokens(
     positions = np.array(held, np.int64) * 3 + 1
     weight = dense.W.float()
     data = TokenStore(
-        states=States(dense.H.float()),
-        packed_logits=States(packed.matrix),
-        tail_means=States(means.nan_to_num().float()) if tail_means else None,
+        states=RowStore(dense.H.float()),
+        packed_logits=RowStore(packed.matrix),
+        tail_means=RowStore(means.nan_to_num().float()) if tail_means else None,
         head=LmHead(weight, dense.b.float() if bias else None, scale, softcap),
-        weight_rows=States(weight),
+        weight_rows=RowStore(weight),
         starts=np.cumsum([0, *held]),
         positions=positions,
         S=-random.exponential(20.0, len(held)),

@@ -30,7 +30,7 @@ from embrm.sweeps.spec import Configuration, RunSpec, Selection, runs
 from embrm.sweeps.training import as_trained, bootstrap_rows, with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.heads import score_states
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 HEAD = """
 baseline = "mean"
@@ -96,7 +96,7 @@ def saved(swept: Results, config: str) -> SavedRun:
 
 def heads(cache: Path, run: SavedRun) -> np.ndarray:
     """Rewards of every response of the cache under each member, float64 [members, n]."""
-    states = States(open_view(open_cache(cache), run.spec.state).read())
+    states = RowStore(open_view(open_cache(cache), run.spec.state).read())
     rows = torch.arange(len(states.values))
     return score_states(run.parameters, run.preprocess, states, rows).double().numpy()
 

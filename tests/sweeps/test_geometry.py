@@ -33,7 +33,7 @@ from embrm.training.heads import (
     score_states,
     stack,
 )
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 NONE = Preprocess(None, None)
 ADAPTER = {"kind": "linear", "adapter": {"kind": "low-rank", "width": 2}}
@@ -73,7 +73,7 @@ class Setting:
         self, heads: dict[str, Parameters], *, tokens: bool = True, **fields: Any
     ) -> dict[tuple[str, str], dict[str, Any]]:
         geometry = Geometry(self.samples, self.tokens if tokens else None)
-        states = States(self.X)
+        states = RowStore(self.X)
         every = torch.arange(N)
         rewards = {
             run_id: score_states(own, NONE, states, every).mean(0).numpy()
@@ -296,7 +296,7 @@ def test_the_training_responses_are_sampled_as_a_split(swept: Path, cache: Path)
     with laid_out(source, selection, [], swept.parent / "material") as material:
         trained_on = material.pairs("training")
     rows = sample(np.unique(trained_on.select("chosen", "rejected").to_numpy().astype(np.int64)))
-    states = States(to_tensor(source.stored_states("last")))
+    states = RowStore(to_tensor(source.stored_states("last")))
     saved = load_run(swept, row["run_id"])
     reward = score_states(saved.parameters, saved.preprocess, states, torch.from_numpy(rows))[
         0
@@ -383,7 +383,7 @@ def test_geometry_depends_on_the_pairs_that_preprocessing_is_fitted_to() -> None
         run = RunSpec(preprocess="standardize", fold=fold)
         fitted = Preprocess(torch.zeros(WIDTH), torch.full((WIDTH,), fits[fold]))
         rewarded = {"a": {name: np.zeros(len(s.rows)) for name, s in setting.samples.items()}}
-        table = geometry.measure(run, States(setting.X), fitted, {"a": parameters}, rewarded)
+        table = geometry.measure(run, RowStore(setting.X), fitted, {"a": parameters}, rewarded)
         return float(table["norm"][0])
 
     together = Geometry(setting.samples, None)

@@ -23,8 +23,8 @@ from embrm.training.curve import TrainedRun
 from embrm.training.data import TrainingData
 from embrm.training.heads import HeadSpec, score_states
 from embrm.training.pairs import Pairs
+from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
-from embrm.training.states import States
 
 MLP = HeadSpec(kind="mlp", widths=(9, 5), dropout=0.2)
 
@@ -54,7 +54,7 @@ def _data(
             margin=torch.from_numpy(random.random(count, np.float32)),
         )
 
-    return TrainingData(States(torch.from_numpy(states).to(dtype)), pairs(n), pairs(validation))
+    return TrainingData(RowStore(torch.from_numpy(states).to(dtype)), pairs(n), pairs(validation))
 
 
 def _rewards(result: TrainedRun, data: TrainingData) -> torch.Tensor:
@@ -195,7 +195,7 @@ def _streamed_bits(
     values = data.states.values
     path.write_bytes(values.view(torch.uint8).numpy().tobytes())
     shape = (values.shape[0], values.shape[1])
-    states = [States.of_file(path, shape, values.dtype, resident=size) for size in residents]
+    states = [RowStore.of_file(path, shape, values.dtype, resident=size) for size in residents]
     return _packs_bits([pack], data) + [
         _packs_bits([pack], replace(data, states=own))[0] for own in states
     ]

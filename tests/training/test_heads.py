@@ -27,7 +27,7 @@ from embrm.training.heads import (
     score_states,
     stack,
 )
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 MLP = HeadSpec(kind="mlp", widths=(7, 5))
 ADAPTERS = (AdapterSpec(kind="low-rank", width=3), AdapterSpec(kind="mlp", width=18))
@@ -237,7 +237,7 @@ def test_standardizing_is_fitted_to_the_given_rows_only() -> None:
     states[:, 1] = 2.5
     rows = torch.arange(0, 40, 2)
     known = states[rows].double()
-    fitted = fit_preprocess("standardize", States(states), rows)
+    fitted = fit_preprocess("standardize", RowStore(states), rows)
     assert fitted.mean is not None
     assert fitted.scale is not None
     torch.testing.assert_close(fitted.mean, known.mean(0).float())
@@ -250,13 +250,13 @@ def test_standardizing_is_fitted_to_the_given_rows_only() -> None:
 
 def test_centring_does_not_scale() -> None:
     states = torch.randn(20, 3) * 5 + 3
-    fitted = fit_preprocess("center", States(states), torch.arange(20))
+    fitted = fit_preprocess("center", RowStore(states), torch.arange(20))
     torch.testing.assert_close(fitted(states.clone()), states - states.mean(0), atol=1e-5, rtol=0)
 
 
 def test_no_preprocessing_changes_nothing() -> None:
     X = torch.randn(5, 3)
-    fitted = fit_preprocess("none", States(X), torch.arange(5))
+    fitted = fit_preprocess("none", RowStore(X), torch.arange(5))
     assert torch.equal(fitted(X.clone()), X)
 
 
@@ -264,7 +264,7 @@ def test_scoring_takes_any_number_of_rows() -> None:
     states = torch.randn(5000, 3).bfloat16()
     bank = _bank(HeadSpec(), 3, 2)
     rows = torch.arange(5000).flip(0)
-    whole = score_states(bank, Preprocess(None, None), States(states), rows)
+    whole = score_states(bank, Preprocess(None, None), RowStore(states), rows)
     assert whole.shape == (2, 5000)
     torch.testing.assert_close(whole.flip(1), bank["output.weight"] @ states.float().T)
-    assert score_states(bank, Preprocess(None, None), States(states), rows[:0]).shape == (2, 0)
+    assert score_states(bank, Preprocess(None, None), RowStore(states), rows[:0]).shape == (2, 0)

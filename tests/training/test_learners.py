@@ -17,8 +17,8 @@ from embrm.training.heads import REWARDS, score_states
 from embrm.training.learner_specs import GradientBoosting, Learner, Logistic, Ridge
 from embrm.training.learners import Gold, boosting, fit, fit_logistic, ridge, wins_and_losses
 from embrm.training.pairs import Pairs
+from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
-from embrm.training.states import States
 
 WIDTH = 6
 SMALL: dict[str, Any] = {"kind": "gradient_boosting", "iterations": 8, "leaves": 4}
@@ -42,7 +42,7 @@ def _data(seed: int = 0, *, n: int = 300, responses: int = 700, soft: bool = Fal
     rejected = torch.where(worse, pairs.chosen, pairs.rejected)
     train_on = Pairs(chosen, rejected, pairs.label, pairs.weight, None)
     return TrainingData(
-        States(torch.from_numpy(states).float()), train_on, _pairs(random, 50, responses, False)
+        RowStore(torch.from_numpy(states).float()), train_on, _pairs(random, 50, responses, False)
     )
 
 

@@ -49,8 +49,8 @@ from embrm.training.regularizers import (
     regularize,
     summed_change,
 )
+from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
-from embrm.training.states import States
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore
 
 GRM = tuple(name for name, kind in ALL_KINDS.items() if kind.of_pair)
@@ -487,11 +487,11 @@ def _stored(live: Live, tokens: TokenBatch) -> TokenStore:
     )
     held = tokens.response.bincount(minlength=len(tokens.S)).numpy()
     return TokenStore(
-        states=States(tokens.X.float()),
-        packed_logits=States(packed.matrix),
+        states=RowStore(tokens.X.float()),
+        packed_logits=RowStore(packed.matrix),
         tail_means=None,
         head=tokens.head,
-        weight_rows=States(tokens.head.weight),
+        weight_rows=RowStore(tokens.head.weight),
         starts=np.cumsum([0, *held]),
         positions=held,
         S=tokens.S.numpy(),
@@ -565,7 +565,7 @@ def _training_data(
     fields = {"label": ones, "weight": ones} | of_pairs
     train_pairs = Pairs(chosen, rejected, margin=None, **fields)
     some = Pairs(chosen[:9], rejected[:9], ones[:9], ones[:9], None)
-    return TrainingData(States(states), train_pairs, some, tokens), dense
+    return TrainingData(RowStore(states), train_pairs, some, tokens), dense
 
 
 def _bits(result: TrainedRun) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from toy_tokens import Dense, toy_tokens
 
 from embrm.training.regularizers import log_probability_change
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore
 
 HEADS = [
@@ -225,7 +225,7 @@ def test_token_ids_keep_their_bits_among_floats() -> None:
     ones = np.ones((2, 3), np.float32)
     packed = PackedLogits.pack(ids[:, 0], ones[:, 0], ones[:, 1], ids, ones)
     assert packed.matrix.shape[1] == PackedLogits.width(packed.top_k)
-    taken = PackedLogits(States(packed.matrix).take(torch.tensor([1, 0])))
+    taken = PackedLogits(RowStore(packed.matrix).take(torch.tensor([1, 0])))
     assert taken.target.tolist() == ids[::-1, 0].tolist()
     assert taken.ids(3)[:, 1:].tolist() == ids[::-1].tolist()
     assert taken.ids(1).tolist() == ids[::-1, [0, 0]].tolist()
@@ -234,11 +234,11 @@ def test_token_ids_keep_their_bits_among_floats() -> None:
 def test_token_rows_are_the_same_in_memory_and_streamed(tmp_path: Path) -> None:
     data, _ = toy_tokens(tuple(range(40)))
 
-    def streamed(states: States, name: str) -> States:
+    def streamed(states: RowStore, name: str) -> RowStore:
         path = tmp_path / name
         path.write_bytes(states.values.numpy().tobytes())
         shape = (states.values.shape[0], states.values.shape[1])
-        return States.of_file(path, shape, torch.float32, resident=1)
+        return RowStore.of_file(path, shape, torch.float32, resident=1)
 
     assert data.tail_means is not None
     mapped = TokenStore(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from embrm.training.heads.preprocess import Preprocess
     from embrm.training.heads.spec import HeadSpec
     from embrm.training.pairs import PairRewards
-    from embrm.training.states import States
+    from embrm.training.row_store import RowStore
 
     Parameters = dict[str, Tensor]
 else:
@@ -92,7 +92,7 @@ def pair_rewards(
 
 
 def score_states(
-    parameters: Parameters, preprocess: Preprocess, states: States, rows: Tensor
+    parameters: Parameters, preprocess: Preprocess, states: RowStore, rows: Tensor
 ) -> Tensor:
     """Compute rewards float32 [P, n], on the CPU, of the states in `rows` int64 [n], no dropout.
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from embrm.training.states import States
+    from embrm.training.row_store import RowStore
 else:
     torch = LazyModule("torch")
 
@@ -41,7 +41,7 @@ class Preprocess:
         return Preprocess(self.mean.to(device), self.scale.to(device))
 
 
-def fit_preprocess(kind: PreprocessKind, states: States, rows: Tensor) -> Preprocess:
+def fit_preprocess(kind: PreprocessKind, states: RowStore, rows: Tensor) -> Preprocess:
     """Fit the mean, and for "standardize" the population standard deviation, of some states.
 
     rows: distinct training responses, int64. Moments are summed in float64, in two passes. A

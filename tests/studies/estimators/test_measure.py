@@ -30,7 +30,7 @@ from embrm.studies.estimators.measure import (
     sampling_error,
 )
 from embrm.studies.estimators.table import advice
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 from embrm.training.token_rows import TokenStore
 
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
@@ -278,7 +278,7 @@ def token_data(parts: list[list[float]], positions: list[int]) -> tuple[TokenSto
 
     parts: ℓ̃ - ℓ of the cached rows of each response. positions: how many positions each has.
     """
-    nothing = States(torch.zeros(0, 1))
+    nothing = RowStore(torch.zeros(0, 1))
     data = TokenStore(
         states=nothing,
         packed_logits=nothing,
@@ -427,7 +427,7 @@ def test_a_sample_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
     def emptied(cache: Any, size: int) -> TokenStore:
         data = real(cache, size)
-        return replace(data, states=States(data.states.values[:0]))
+        return replace(data, states=RowStore(data.states.values[:0]))
 
     monkeypatch.setattr(estimators, "_sampled", emptied)
     with pytest.raises(UserError, match="none of 7 responses has token rows: raise --sample"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from embrm.training import order as order_module
 from embrm.training import states as states_module
 from embrm.training.order import Order
-from embrm.training.states import States
+from embrm.training.row_store import RowStore
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,8 +28,8 @@ def test_rows_are_the_same_from_memory_and_from_a_file(
 ) -> None:
     values = torch.randn(3000, 40).to(dtype)
     path = _file(tmp_path / "states", values)
-    mapped = States.of_file(path, (3000, 40), dtype, resident=resident)
-    memory = States(values)
+    mapped = RowStore.of_file(path, (3000, 40), dtype, resident=resident)
+    memory = RowStore(values)
     assert mapped.width == memory.width == 40
     assert mapped.block_rows == memory.block_rows == (8 << 20) // (40 * dtype.itemsize)
     for rows in (torch.randint(3000, (500,)), torch.tensor([2999, 0]), torch.arange(3000)):
@@ -44,7 +44,7 @@ def test_rows_are_the_same_from_memory_and_from_a_file(
 
 def test_take_returns_a_buffer_and_leaves_the_states_unchanged() -> None:
     values = torch.randn(9, 4)
-    states = States(values.clone())
+    states = RowStore(values.clone())
     first = states.take(torch.tensor([3, 4]))
     first.zero_()
     second = states.take(torch.tensor([3]))
@@ -64,17 +64,17 @@ def test_the_limit_on_resident_memory_is_kept(tmp_path: Path) -> None:
     path = _file(tmp_path / "states", values)
     order = torch.randperm(64 << 10)
     # Once before, so that the code itself is in memory.
-    warm = States.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
+    warm = RowStore.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
     warm.take(order[:512].sort().values)
     warm.release_pages()
     before = _resident_kilobytes()
-    streamed = States.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
+    streamed = RowStore.of_file(path, (64 << 10, 256), torch.float32, resident=8 << 20)
     peak = 0
     for rows in order.split(512):
         streamed.take(rows.sort().values)
         peak = max(peak, _resident_kilobytes() - before)
     assert peak <= (8 << 10) + 512
-    whole = States.of_file(path, (64 << 10, 256), torch.float32, resident=None)
+    whole = RowStore.of_file(path, (64 << 10, 256), torch.float32, resident=None)
     streamed.release_pages()
     whole.take(torch.arange(64 << 10))
     assert _resident_kilobytes() - before > 60 << 10
@@ -89,7 +89,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_every_pair_occurs_once_per_epoch_in_the_window_of_its_block() -> None:
-    states = States(torch.zeros(200, 4))
+    states = RowStore(torch.zeros(200, 4))
     chosen = torch.from_numpy(np.random.default_rng(0).integers(0, 200, 333))
     found = Order(chosen, states, seed=3)
     epochs = [torch.cat([*found.minibatches(epoch, 32)]) for epoch in (1, 2)]
@@ -112,7 +112,7 @@ def test_every_pair_occurs_once_per_epoch_in_the_window_of_its_block() -> None:
 
 def test_one_window_is_a_plain_shuffle() -> None:
     """Every pair is as likely in every place: a chi-squared test on 2,000 epochs."""
-    found = Order(torch.arange(5), States(torch.zeros(5, 4)), seed=0)
+    found = Order(torch.arange(5), RowStore(torch.zeros(5, 4)), seed=0)
     counts = np.zeros((5, 5))
     for epoch in range(2000):
         counts[np.arange(5), torch.cat([*found.minibatches(epoch, 2)]).numpy()] += 1
@@ -131,6 +131,6 @@ def test_minibatches_cover_any_data(pairs: int, rows: int, batch: int, block: in
         patch.setattr(states_module, "BLOCK_BYTES", block * 16)
         patch.setattr(order_module, "WINDOW_BLOCKS", 2)
         chosen = torch.from_numpy(np.random.default_rng(pairs).integers(0, rows, pairs))
-        found = [*Order(chosen, States(torch.zeros(rows, 4)), seed=0).minibatches(1, batch)]
+        found = [*Order(chosen, RowStore(torch.zeros(rows, 4)), seed=0).minibatches(1, batch)]
     assert [len(some) for some in found[:-1]] == [batch] * (len(found) - 1)
     assert sorted(torch.cat(found).tolist()) == list(range(pairs))

@@ -1,7 +1,8 @@
-"""The states that training reads, in memory or mapped from a file that may be larger than memory.
+"""Matrices that training reads by rows: states, token rows and LM-head weights.
 
-All processes that train map the same flat file of rows and share its pages; released pages are read
-again when needed. No result depends on how much of the file stays in memory.
+They are in memory, or mapped from a file that may be larger than memory. All processes that train
+map the same flat file of rows and share its pages; released pages are read again when needed. No
+result depends on how much of the file stays in memory.
 """
 
 import mmap
@@ -27,14 +28,14 @@ _MAPPED_BYTES = 2 << 20
 """Linux may map this many bytes around a page when it is first read."""
 
 
-class States:
-    """States [responses, width] in their stored dtype, converted to float32 when they are taken.
+class RowStore:
+    """A matrix [rows, width] in its stored dtype, of which rows are taken as float32.
 
     Arguments called rows are row numbers, int64 [n].
     """
 
     def __init__(self, values: Tensor, mapping: mmap.mmap | None = None, resident: int = 0) -> None:
-        """values: the states, on the device that trains. mapping: the file that they are mapped
+        """values: the matrix, on the device that reads it. mapping: the file that they are mapped
         from, if at most `resident` bytes of it may stay in memory."""
         self.values = values
         self._mapping, self._resident = mapping, resident
@@ -44,7 +45,7 @@ class States:
     @classmethod
     def of_file(
         cls, path: Path, shape: tuple[int, int], dtype: torch.dtype, *, resident: int | None
-    ) -> "States":
+    ) -> "RowStore":
         """Map a file of rows. resident: the bytes of it that may stay in memory; None: no limit."""
         with path.open("rb") as file:
             # Copy on write, because torch wants a writable buffer; nothing is written to it.
@@ -54,16 +55,16 @@ class States:
 
     @property
     def width(self) -> int:
-        """Number of components of a state."""
+        """Number of columns."""
         return self.values.shape[1]
 
     @property
     def block_rows(self) -> int:
-        """Number of rows in a block; it depends on the shape and dtype of the states alone."""
+        """Number of rows in a block; it depends on the shape and dtype of the matrix alone."""
         return max(1, BLOCK_BYTES // self._row_bytes)
 
     def take(self, rows: Tensor, spare: int = 0) -> Tensor:
-        """Read states into float32 [n + spare, width], a buffer that the next call overwrites.
+        """Read rows into float32 [n + spare, width], a buffer that the next call overwrites.
 
         The last `spare` rows are uninitialised, for the caller to fill.
         """
