@@ -7,12 +7,12 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweep_fixtures import sweep_fixture, toy_cache_fixture
 from toy_cache import toy_cache
 
 from embrm.core.errors import UserError
 from embrm.results.ledger import open_results
 from embrm.results.replay import replay
-from embrm.sweeps.execute import sweep
 
 SPEC = """
 baseline = "bt"
@@ -36,16 +36,8 @@ head = { kind = "mlp", widths = [8], dropout = 0.2 }
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("cache") / "toy")
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    spec = tmp_path_factory.mktemp("sweeps") / "first.toml"
-    spec.write_text(SPEC)
-    return sweep(spec, cache, jobs=1)
+cache = toy_cache_fixture()
+swept = sweep_fixture(SPEC)
 
 
 def test_every_run_trained_alone_has_the_bits_of_the_sweep(swept: Path) -> None:

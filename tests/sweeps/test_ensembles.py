@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from toy_cache import toy_cache
+from sweep_fixtures import results_fixture, toy_cache_fixture, training_fixture
 
 from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
@@ -72,22 +72,9 @@ COMBINED = {"mean": "mean", "timid": "uwo"} | {
 }
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("cache") / "toy", prompts=100)
-
-
-@pytest.fixture(scope="module")
-def training(cache: Path) -> pl.DataFrame:
-    opened = open_cache(cache)
-    return select(opened, Selection(opened.cache_id, ("train",), 0.1))[0]
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Results:
-    spec = tmp_path_factory.mktemp("sweeps") / "ensembles.toml"
-    spec.write_text(SPEC)
-    return open_results(sweep(spec, cache, jobs=1))
+cache = toy_cache_fixture(prompts=100)
+training = training_fixture()
+swept = results_fixture(SPEC)
 
 
 def saved(swept: Results, config: str) -> SavedRun:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from sweep_fixtures import sweep_fixture, toy_cache_fixture
 from toy_cache import toy_cache
 
 from embrm.cache.reader import open_cache
@@ -55,16 +56,8 @@ margin_scale = 0.5
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("cache") / "toy")
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    spec = tmp_path_factory.mktemp("sweeps") / "first.toml"
-    spec.write_text(SPEC)
-    return sweep(spec, cache, jobs=1)
+cache = toy_cache_fixture()
+swept = sweep_fixture(SPEC)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

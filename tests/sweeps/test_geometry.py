@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 from strict_process import strict_process
+from sweep_fixtures import sweep_fixture, toy_cache_fixture
 from toy_cache import toy_cache
 from toy_tokens import toy_tokens
 
@@ -233,16 +234,8 @@ regularizer = { kind = "preserve-kl", weight = 10.0 }
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("cache") / "toy", prompts=300, token_rows=2)
-
-
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    path = tmp_path_factory.mktemp("sweeps") / "one.toml"
-    path.write_text(SPEC)
-    return sweep(path, cache, jobs=1)
+cache = toy_cache_fixture(prompts=300, token_rows=2)
+swept = sweep_fixture(SPEC)
 
 
 def test_a_sweep_stores_geometry_for_every_run_and_split(swept: Path) -> None:

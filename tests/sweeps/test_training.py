@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from toy_cache import toy_cache
+from sweep_fixtures import toy_cache_fixture, training_fixture
 from toy_groups import toy_groups
 
-from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.label_tables import LabelTable, read_label_table, write_label_table
 from embrm.data.splits import folds, holdout
@@ -20,8 +19,7 @@ from embrm.studies.annotation import annotation
 from embrm.studies.strength.measure import deciles, strengths
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.prepare import prepare_sweep
-from embrm.sweeps.selection import select
-from embrm.sweeps.spec import RunSpec, Selection
+from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.training import as_trained, with_rules
 
 MADE = {"rule": "test", "parameters": {}, "cache_id": "c", "embrm": "0"}
@@ -40,15 +38,8 @@ def _table(path: Path, rows: pl.DataFrame) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_cache(tmp_path_factory.mktemp("cache") / "toy", prompts=100)
-
-
-@pytest.fixture(scope="module")
-def training(cache: Path) -> pl.DataFrame:
-    opened = open_cache(cache)
-    return select(opened, Selection(opened.cache_id, ("train",), 0.1))[0]
+cache = toy_cache_fixture(prompts=100)
+training = training_fixture()
 
 
 @pytest.fixture(scope="module")
