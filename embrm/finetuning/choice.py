@@ -109,7 +109,7 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
         .iter_rows(named=True)
     }
     specs = {
-        name: RunSpec.parse(json.loads(rows[name]["spec"]), f"{results.folder}: run {name!r}")
+        name: RunSpec.stored(json.loads(rows[name]["spec"]), f"{results.folder}: run {name!r}")
         for name in ranking.names
     }
     ranks = {name: place for place, name in enumerate(ranking.names, start=1)}

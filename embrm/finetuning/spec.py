@@ -10,6 +10,9 @@ from embrm.data.sources import SourceSpec
 from embrm.finetuning.contrast import SimcseSpec
 from embrm.finetuning.meta import MetaSpec
 from embrm.sweeps.spec import RunSpec, SweepSpec
+from embrm.training.regularizers import is_nonlinear
+
+_UNSAMPLED = {"token_rows": 2, "estimator": "plug-in"}
 
 Tune = Literal["full", "lora", "frozen"]
 
@@ -22,6 +25,16 @@ class FinetuneRun(RunSpec):
     """A table: adds a contrastive loss over two views of the minibatch; see below."""
     metarm: MetaSpec | None = Field(default=None, exclude_if=lambda found: found is None)
     """A table: takes gradients at weights that look ahead (MetaRM); see below."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _samples_nothing(cls, values: Any) -> Any:
+        # A fine-tune computes a regularizer exactly. What says how a sweep samples token rows has
+        # one value here, so that it is in no run's id; `check_fits` refuses any other.
+        regularizer = values.get("regularizer") if isinstance(values, dict) else None
+        if not isinstance(regularizer, dict) or not is_nonlinear(str(regularizer.get("kind"))):
+            return values
+        return values | {"regularizer": _UNSAMPLED | regularizer}
 
     @model_validator(mode="after")
     def _moves_something(self) -> Self:
@@ -163,11 +176,15 @@ def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
         ]
         wrong += [
             (
-                getattr(regularizer, field) != type(regularizer).model_fields[field].default,
+                getattr(regularizer, field) not in unset,
                 f"regularizer.{field} = {getattr(regularizer, field)!r}",
                 "a fine-tune reads every token and the whole vocabulary: remove it",
             )
-            for field in ("token_rows", "top_k")
+            for field, unset in (
+                ("token_rows", (_UNSAMPLED["token_rows"],)),
+                ("top_k", (None,)),
+                ("estimator", (None, _UNSAMPLED["estimator"])),
+            )
         ]
     for refused, found, remedy in wrong:
         if refused:

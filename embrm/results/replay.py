@@ -128,7 +128,7 @@ def _chosen(results: Results, run: str | None, sample: int | None) -> list[dict[
 
 
 def _run(row: dict[str, Any]) -> Run:
-    spec = RunSpec.parse(json.loads(row["spec"]), f"run {row['run_id']}")
+    spec = RunSpec.stored(json.loads(row["spec"]), f"run {row['run_id']}")
     if row.get("extensions"):
         check_recorded(json.loads(row["extensions"]), spec.extensions())
     return Run(row["config"], row["run_id"], row["config_id"], spec)

@@ -56,7 +56,7 @@ def load_run(folder: Path, run_id: str) -> SavedRun:
     mean, scale = (tensors.pop(PREPROCESS + name, None) for name in ("mean", "scale"))
     means, sds = (tensors.pop(REFERENCE + name, None) for name in ("mean", "sd"))
     reference = None if means is None or sds is None else Reference(means, sds)
-    spec = RunSpec.parse(header["run"], str(path))
+    spec = RunSpec.stored(header["run"], str(path))
     return SavedRun(
         run_id=run_id,
         spec=spec,

@@ -3,7 +3,7 @@
 import itertools
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
@@ -16,6 +16,7 @@ from embrm.data.scenarios import Scenarios
 from embrm.training.ensembles import PENALTY, Combine
 from embrm.training.learner_specs import Learner
 from embrm.training.numerics import Numerics
+from embrm.training.regularizers import is_nonlinear
 from embrm.training.spec import TrainSpec
 
 TRAINING_VERSION = "0.3.0"
@@ -59,6 +60,21 @@ class RunSpec(TrainSpec):
     learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
     """A table: see below. scikit-learn fits this learner in place of a head; keys that it does not
     read must keep their defaults."""
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any], where: str) -> Self:
+        """The spec of a finished run, from what was stored with it.
+
+        A regularizer stored without an estimator had the only one before 0.4.0, plug-in, while in
+        a new spec no estimator means the default of its kind.
+
+        Raises: UserError as `parse`.
+        """
+        values = dict(values)
+        regularizer = values.get("regularizer")
+        if regularizer and "estimator" not in regularizer and is_nonlinear(regularizer["kind"]):
+            values["regularizer"] = regularizer | {"estimator": "plug-in"}
+        return cls.parse(values, where)
 
     def member(self, number: int) -> "RunSpec":
         """The spec of one head of the ensemble; the first has the run's seed.

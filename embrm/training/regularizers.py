@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from embrm.core.errors import UserError, nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
+from embrm.training.cross_fitting import cross_fitted, plug_in
 from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions, check_function
 from embrm.training.heads.adapter import adapter_inner, adapter_readouts
 from embrm.training.heads.products import product
@@ -52,13 +53,15 @@ class RegularizerKind:
     Neither is given for "fisher", which is computed from the head alone.
 
     one_sided: whether `of_pair` reads only the better response. reads_S: whether it reads the
-    cached log-probability S itself, and not only its change.
+    cached log-probability S itself, and not only its change. linear: whether `of_pair` is linear in
+    S and change, so that sampling token rows does not bias it.
     """
 
     of_pair: Callable[[Regularizer, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     of_position: Callable[[TokenBatch, Tensor], Tensor] | None = None
     one_sided: bool = False
     reads_S: bool = False  # noqa: N815
+    linear: bool = False
 
 
 def _sft(spec: Regularizer, S: Tensor, _: Tensor, better: Tensor, __: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ KINDS = Extensions(
     {
         "grm-sft": RegularizerKind(of_pair=_sft, one_sided=True, reads_S=True),
         "grm-sft-unsquashed": RegularizerKind(
-            of_pair=_sft_unsquashed, one_sided=True, reads_S=True
+            of_pair=_sft_unsquashed, one_sided=True, reads_S=True, linear=True
         ),
         "grm-dpo": RegularizerKind(of_pair=_dpo),
         "grm-dpo-noref": RegularizerKind(of_pair=_dpo_noref, reads_S=True),
@@ -125,6 +128,12 @@ def register_regularizer(name: str, kind: RegularizerKind) -> None:
     function, arguments = (kind.of_pair, 5) if kind.of_pair else (kind.of_position, 2)
     check_function(function, arguments, "regularizer", name)
     KINDS.register(name, kind, Extension.of(function, "regularizer", name))
+
+
+def is_nonlinear(kind: str) -> bool:
+    """Whether R of this kind is a function of S̃ that is not linear, which sampling can bias."""
+    known = KINDS.get(kind)
+    return known is not None and known.of_pair is not None and not known.linear
 
 
 class Sampling(NamedTuple):
@@ -164,10 +173,23 @@ class Regularizer(Spec):
     """Weight of preserve-* and fisher."""
     token_rows: int | Literal["all"] = 2
     """Number of a response's cached positions that a minibatch reads, drawn anew in each epoch;
-    all: every cached one."""
+    all: every cached one, which is the default of grm-sft, grm-dpo and grm-dpo-noref."""
+    estimator: Literal["cross-fitted", "plug-in"] | None = Field(
+        default=None, exclude_if=lambda value: value != "cross-fitted"
+    )
+    """How grm-sft, grm-dpo and grm-dpo-noref, which are not linear in S̃, are estimated from sampled
+    positions. cross-fitted (the default): no ridge from sampling; plug-in: as before 0.4.0, pulls
+    an adapter back as a ridge penalty does."""
     top_k: int | Literal["all"] | None = None
     """Candidate tokens at a position, besides its target: this many of the largest cached logits,
     all cached logits (None), or the whole vocabulary ("all")."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_its_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not is_nonlinear(str(values.get("kind"))):
+            return values
+        return {"token_rows": "all", "estimator": "cross-fitted"} | values
 
     @field_validator("kind")
     @classmethod
@@ -196,6 +218,16 @@ class Regularizer(Spec):
                     raise ValueError(f"{field} is of grm-*: {self.kind} has a weight")
         if not self.moves_states and "token_rows" in given:
             raise ValueError("fisher is computed once, from all token rows: remove token_rows")
+        if self.estimator is not None and not is_nonlinear(self.kind):
+            raise ValueError(
+                f"estimator is of grm-sft, grm-dpo and grm-dpo-noref: {self.kind} is linear in "
+                "what is sampled, remove estimator"
+            )
+        if self.estimator == "cross-fitted" and self.token_rows == 1:
+            raise ValueError(
+                "token_rows = 1 leaves no other row of a response to take the derivative from: "
+                "take at least 2, or 'all'"
+            )
         return self
 
     @property
@@ -300,8 +332,15 @@ def slot_value(
     of_position = KINDS[spec.kind].of_position
     if of_position is not None:
         return of_position(tokens, moved).mean()
-    change = summed_change(tokens, moved)
-    return grm(spec, tokens.S + change, change, chosen, rejected, label, weight)
+    each = log_probability_change(tokens, moved)
+
+    def values(S: Tensor, change: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
+        copies = len(chosen) // len(label)
+        of_pairs = label.repeat(copies), weight.repeat(copies)
+        return _of_pairs(spec, S, change, chosen, rejected, *of_pairs)
+
+    estimate = cross_fitted if spec.estimator == "cross-fitted" else plug_in
+    return estimate(values, tokens, each, (chosen, rejected))
 
 
 def grm(
@@ -318,11 +357,23 @@ def grm(
     S, change: float32 [m], log-probabilities of responses, and what the adapter changed about them.
     chosen, rejected: int64 [B], numbers of responses. label, weight: [B].
     """
+    return _of_pairs(spec, S, change, chosen, rejected, label, weight).mean()
+
+
+def _of_pairs(
+    spec: Regularizer,
+    S: Tensor,
+    change: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    label: Tensor,
+    weight: Tensor,
+) -> Tensor:
     of_pair = KINDS[spec.kind].of_pair
     assert of_pair is not None  # Callers pass only grm-*.
     forward = of_pair(spec, S, change, chosen, rejected)
     swapped = of_pair(spec, S, change, rejected, chosen)
-    return ((label * forward + (1 - label) * swapped) * weight).mean()
+    return (label * forward + (1 - label) * swapped) * weight
 
 
 def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
@@ -333,12 +384,6 @@ def log_probability_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
     changes = tokens.changes(moved)
     own = changes.gather(1, tokens.target[:, None])[:, 0]
     return own - _normaliser_change(tokens, changes)
-
-
-def summed_change(tokens: TokenBatch, moved: Tensor) -> Tensor:
-    """Estimate S̃ - S, [m], by (|R|/k)·Σ_t (ℓ̃_t - ℓ_t) over a response's k token rows."""
-    each = tokens.share * log_probability_change(tokens, moved)
-    return each.new_zeros(len(tokens.S)).index_add(0, tokens.response, each)
 
 
 def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:

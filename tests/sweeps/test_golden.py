@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from scipy.special import expit
 from strict_process import strict_process
 
@@ -31,10 +32,24 @@ ARITHMETIC = "952d71de0a5ab9e4b8ca1e988e73213bc69548b7dfd4fc6d8eea2786a66d1d6a"
 """Digest of `arithmetic` on the processor that made the sweep."""
 
 
+AS_BEFORE = """\
+grid = { regularizer = [
+    { kind = "grm-sft", token_rows = 2, estimator = "plug-in" },
+    { kind = "grm-dpo", token_rows = 2, estimator = "plug-in" },
+    { kind = "preserve-kl" },
+] }
+"""
+
+
 @pytest.fixture
 def golden(tmp_path: Path) -> Path:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
+    # Since 0.4.0, regularizers that are not linear in S̃ have another estimator by default.
+    spec = tmp_path / "sweep.toml"
+    entry = 'grid = { "regularizer.kind" = ["grm-sft", "grm-dpo", "preserve-kl"] }'
+    assert entry in spec.read_text()
+    spec.write_text(spec.read_text().replace(entry, AS_BEFORE))
     return tmp_path
 
 
@@ -75,14 +90,27 @@ def test_ids_are_those_of_the_release(golden: Path) -> None:
     )
 
 
+def test_a_corrected_default_does_not_take_older_runs_for_its_own(golden: Path) -> None:
+    spec = golden / "sweep.toml"
+    spec.write_text(spec.read_text().replace(', token_rows = 2, estimator = "plug-in"', ""))
+    found = {run.run_id: run for run in prepare_sweep(spec, golden / "cache", None).runs}
+    stored = open_results(golden / "sweep").ledger
+    new = [run.spec.regularizer for id_, run in found.items() if id_ not in {*stored["run_id"]}]
+    assert {own.kind for own in new if own} == {"grm-sft", "grm-dpo"}
+
+
 def test_nothing_is_trained_again(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished run was trained again")
 
     monkeypatch.setattr("embrm.sweeps.workers.Workers.run", refuse)
-    before = {path: path.read_bytes() for path in (golden / "sweep").glob("ledger.parquet")}
+    path = golden / "sweep" / "ledger.parquet"
+    before = pl.read_parquet(path)
     sweep(golden / "sweep.toml", golden / "cache")
-    assert {path: path.read_bytes() for path in before} == before
+    # The estimator is written out in the names of three configurations.
+    assert_frame_equal(
+        pl.read_parquet(path).drop("config").sort("run_id"), before.drop("config").sort("run_id")
+    )
 
 
 def test_training_gives_the_bits_of_the_release(golden: Path) -> None:

@@ -18,6 +18,7 @@ from embrm.core.errors import UserError
 from embrm.lm.head import LmHead
 from embrm.training import regularizers as module
 from embrm.training.bank import train
+from embrm.training.cross_fitting import summed
 from embrm.training.curve import TrainedRun
 from embrm.training.data import TrainingData
 from embrm.training.heads import (
@@ -45,9 +46,10 @@ from embrm.training.regularizers import (
     direction_penalty,
     divergence,
     half_variance,
+    is_nonlinear,
+    log_probability_change,
     mean_fisher,
     regularize,
-    summed_change,
 )
 from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
@@ -65,7 +67,13 @@ CHOSEN, REJECTED = torch.tensor([0, 2, 5, 4]), torch.tensor([1, 4, 2, 3])
 def _specs(**fields: Any) -> list[Regularizer]:
     """One regularizer of each kind, with different α and weights."""
     of_grm = [
-        Regularizer(kind=kind, alpha=0.05 * (1 + i), beta=0.1 * (1 + i), **fields)
+        Regularizer(
+            kind=kind,
+            alpha=0.05 * (1 + i),
+            beta=0.1 * (1 + i),
+            estimator="plug-in" if is_nonlinear(kind) else None,
+            **fields,
+        )
         for i, kind in enumerate(GRM)
     ]
     of_preserve = [Regularizer(kind=kind, weight=0.7, **fields) for kind in KINDS[len(GRM) :]]
@@ -244,7 +252,7 @@ def test_a_sampled_change_estimates_the_whole_without_bias() -> None:
     def change(rows: int | None, draw: float) -> float:
         tokens = data.read(torch.tensor([0]), rows=rows, top_k=None, draws=np.array([draw]))
         own = adapter_inner(bank, tokens.X)[0], adapter_readouts(bank, tokens.vectors)[0]
-        return summed_change(tokens, candidate_moves(tokens, *own)).item()
+        return summed(tokens, log_probability_change(tokens, candidate_moves(tokens, *own))).item()
 
     whole = change(None, 0.0)
     assert whole * 5 / data.positions[0] == pytest.approx(
@@ -271,7 +279,7 @@ def test_a_new_adapter_is_the_identity_to_the_bit(
     own = adapter_inner(bank, tokens.X)[0], adapter_readouts(bank, tokens.vectors)[0]
     still = candidate_moves(tokens, *own)
     zeros = torch.zeros(len(tokens.X))
-    assert torch.equal(tokens.S + summed_change(tokens, still), tokens.S)
+    assert torch.equal(tokens.S + summed(tokens, log_probability_change(tokens, still)), tokens.S)
     assert torch.equal(divergence(tokens, still), zeros)
     assert torch.equal(half_variance(tokens, still), zeros)
     specs, ones = _specs(), torch.ones(4)
@@ -604,6 +612,8 @@ def test_training_is_torch_adamw_on_the_textbook_loss(kind: str, labels: str) ->
         label = (label > 0.3).float()
     data, dense = _training_data(label=label, weight=weight)
     asked = {"alpha": 0.3, "beta": 0.2} if kind in GRM else {"weight": 2.0}
+    if is_nonlinear(kind):
+        asked["estimator"] = "plug-in"  # the textbook's
     regularizer = Regularizer(kind=kind, token_rows="all", top_k="all", **asked)
     head = HeadSpec(adapter=ADAPTERS[1])
     spec = TrainSpec(
