@@ -210,7 +210,7 @@ def _task(
 
 
 def _rows(found: dict[str, list[Measured]], tokens: int) -> list[dict[str, Any]]:
-    """Compare every row with each of the limit, TRL and Bradley-Terry that is in `found`."""
+    """Rows of one part, compared with the limit, TRL and Bradley-Terry if the part has them."""
     trained: dict[str, list[_Trained]] = {
         way: [done.values[0] for done in rounds] for way, rounds in found.items()
     }

@@ -22,6 +22,5 @@ def test_both_parts_are_compared_with_their_limits() -> None:
         for row in ways:
             ratio = row["seconds"] / limit["seconds"]
             assert row["times the limit"] == pytest.approx(ratio)
-            assert ratio > 1  # it does all that the limit does
             assert row["core seconds"] > 0
             assert row["peak RSS MB"] > 20

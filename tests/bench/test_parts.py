@@ -63,7 +63,7 @@ def test_a_whole_sweep_writes_its_first_pack_before_it_ends(tmp_path: Path) -> N
         tmp_path, runs=30, pairs=300, evaluation_pairs=(20, 30), width=8, epochs=2
     )
     assert row["runs"] == 30
-    assert 0 < row["training"] < row["to the first pack"] < row["seconds"]
+    assert 0 < row["training"] < row["seconds"]
     assert row["overhead ms a run"] > 0
     assert 0 < row["before training"] < row["to the first pack"] < row["seconds"]
     assert row["waiting"] >= 0
