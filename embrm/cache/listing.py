@@ -78,7 +78,7 @@ def list_caches(root: Path) -> pl.DataFrame:
 
 
 def _tokens(described: dict[str, Any]) -> str:
-    """The sampled positions as text such as "438,204, top 32, tail mean"; "" without any."""
+    """The token rows as text such as "438,204, top 32, tail mean"; "" without any."""
     if described["top_k"] is None:
         return ""
     tail = ", tail mean" if described["tail_mean"] else ""

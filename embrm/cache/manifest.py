@@ -28,7 +28,7 @@ class FileEntry(Spec):
 
 
 class ShardEntry(Spec):
-    """The files of a finished shard; `tokens` is None in a cache without sampled positions."""
+    """The files of a finished shard; `tokens` is None in a cache without token rows."""
 
     responses: FileEntry
     tokens: FileEntry | None
@@ -158,7 +158,7 @@ def responses_file(index: int) -> str:
 
 
 def tokens_file(index: int) -> str:
-    """Path of a shard's sampled positions below the cache folder."""
+    """Path of a shard's token rows below the cache folder."""
     return f"tokens/part-{index:05d}.parquet"
 
 

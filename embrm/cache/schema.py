@@ -69,7 +69,7 @@ Other = TypeVar("Other")
 
 @dataclass(frozen=True)
 class TokenRows(Generic[Column]):
-    """Sampled positions of responses, one per row: of a batch, of a shard or of a whole cache.
+    """Token rows: sampled positions of responses, of a batch, a shard or a whole cache.
 
     Its fields are the columns of a shard's file of token rows, under the same names. They are
     numpy arrays (`TokenRows[Stored]`), or tensors where an engine computes them.

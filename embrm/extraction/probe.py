@@ -31,7 +31,7 @@ BATCH_TOKENS = (1, 1024, 8192)
 class Deviation:
     """How one quantity of the sample deviates from the cache under one batch size.
 
-    quantity: a view's name, S, or the logsumexp of the sampled positions. absolute: the largest
+    quantity: a view's name, S, or the logsumexp of the token rows. absolute: the largest
     |new - stored| of any component. relative: the largest ‖new - stored‖ / ‖stored‖ over the
     responses (for a number, |new - stored| / |stored|). orders_changed: number of pairs in the
     sample whose two responses swap ranks, by S or, for a view, by a fixed random linear readout;

@@ -39,7 +39,7 @@ class ExtractSpec(Spec):
     states: tuple[str, ...] = ("last",)
     """Views (kinds of state) to store: last, mean, prenorm, layer:K."""
     token_rows: int = Field(default=0, ge=0)
-    """Number of sampled token positions per response; regularizers need them."""
+    """Number of token rows per response, which are sampled positions; regularizers need them."""
     # Fields added after version 1 of the format are serialized only when set, so that older
     # manifests keep their bytes.
     token_positions: PositionsRule = Field(
@@ -48,9 +48,9 @@ class ExtractSpec(Spec):
     """How positions are sampled. random: without replacement; spaced: evenly spaced from a random
     start."""
     top_k: int = Field(default=32, ge=0)
-    """Number of largest logits to store per sampled position."""
+    """Number of largest logits to store per token row."""
     tail_mean: bool = Field(default=False, exclude_if=operator.not_)
-    """Also store the mean gradient of all other logits, one vector per sampled position."""
+    """Also store the mean gradient of all other logits, one vector per token row."""
     seed: int = Field(default=0, ge=0)
     """Seed of the sampling of positions."""
     engine: str = Field(
@@ -85,6 +85,6 @@ class ExtractSpec(Spec):
     def _tails_have_rows(self) -> "ExtractSpec":
         if self.tail_mean and not self.token_rows:
             raise ValueError(
-                "tail_mean = true needs sampled positions, but token_rows = 0: set token_rows"
+                "tail_mean = true needs token rows, but token_rows = 0: set token_rows"
             )
         return self

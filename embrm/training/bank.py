@@ -52,11 +52,11 @@ def train(pack: Sequence[TrainSpec], data: TrainingData) -> list[TrainedRun]:
     monitor = ValidationMonitor(data, fitted)
     for epoch in range(1, max(spec.epochs for spec in pack) + 1):
         dropout = stream(first.seed, "dropout", epoch)
-        positions = stream(first.seed, "tokens", epoch)
+        token_draws = stream(first.seed, "tokens", epoch)
         total = torch.zeros(len(active), dtype=torch.float64)
         total_R = torch.zeros(len(active), dtype=torch.float64)
         for some in order.minibatches(epoch, batch):
-            read = minibatches.read(some.to(device), dropout, positions)
+            read = minibatches.read(some.to(device), dropout, token_draws)
             labels = read.label if moving is None else moving.labels[:, read.pairs]
             loss, R = bank.step(preprocess(data.states.take(read.rows)), read, labels)
             total += loss.cpu().double() * len(some)
@@ -120,7 +120,7 @@ class _Minibatches:
         self._regularizer = regularizer
         self._weight = pairs.relative_weight
 
-    def read(self, pairs: Tensor, dropout: Generator, positions: Generator) -> _Minibatch:
+    def read(self, pairs: Tensor, dropout: Generator, token_draws: Generator) -> _Minibatch:
         """Read the minibatch of these pairs, drawing from the epoch's random streams."""
         own = self._pairs
         rows, places = torch.cat([own.chosen[pairs], own.rejected[pairs]]).unique(
@@ -136,7 +136,7 @@ class _Minibatches:
                 rows.cpu(),
                 rows=sampling.rows,
                 top_k=sampling.top_k,
-                draws=positions.random(len(rows)),
+                draws=token_draws.random(len(rows)),
                 wanted=self._regularizer.responses_read(len(rows), chosen, rejected, label).cpu(),
             ).to(rows.device)
         margin = None if own.margin is None else own.margin[pairs]

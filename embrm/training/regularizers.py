@@ -172,7 +172,7 @@ class Regularizer(Spec):
     weight: float = Field(default=1.0, ge=0)
     """Weight of preserve-* and fisher."""
     token_rows: int | Literal["all"] = 2
-    """Number of a response's cached positions that a minibatch reads, drawn anew in each epoch;
+    """Number of a response's token rows that a minibatch reads, drawn anew in each epoch;
     all: every cached one, which is the default of grm-sft, grm-dpo and grm-dpo-noref."""
     estimator: Literal["cross-fitted", "plug-in"] | None = Field(
         default=None, exclude_if=lambda value: value != "cross-fitted"
@@ -181,7 +181,7 @@ class Regularizer(Spec):
     positions. cross-fitted (the default): no ridge from sampling; plug-in: as before 0.4.0, pulls
     an adapter back as a ridge penalty does."""
     top_k: int | Literal["all"] | None = None
-    """Candidate tokens at a position, besides its target: this many of the largest cached logits,
+    """Candidate tokens of a token row, besides its target: this many of the largest cached logits,
     all cached logits (None), or the whole vocabulary ("all")."""
 
     @model_validator(mode="before")
@@ -391,7 +391,7 @@ def _normaliser_change(tokens: TokenBatch, changes: Tensor) -> Tensor:
 
 
 def candidate_moves(tokens: TokenBatch, inner: Tensor, readouts: Tensor) -> Tensor:
-    """Compute the change of w_j·h_t at the candidates j of each position t, [n, C].
+    """Compute the change of w_j·h_t at the candidates j of each token row t, [n, C].
 
     It is readouts[j]·inner[t], of inner [n, r] from `adapter_inner` and readouts [U, r] from
     `adapter_readouts`.

@@ -19,7 +19,7 @@ from embrm.lm.head import NO_TAIL, LmHead
 from embrm.training.row_store import RowStore
 
 TopK = int | Literal["all"] | None
-"""Candidate tokens of a position beside its target: this many of the largest logits, all that the
+"""Candidate tokens of a token row beside its target: this many of the largest logits, all that the
 cache holds (None), or the whole vocabulary ("all")."""
 
 

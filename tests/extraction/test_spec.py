@@ -17,7 +17,7 @@ from embrm.core.errors import UserError
         ({"token_row": 3}, "did you mean 'token_rows'"),
         ({"data": []}, "data"),
         ({"seed": -1}, "seed"),
-        ({"token_rows": 0}, "tail_mean = true needs sampled positions, but token_rows = 0"),
+        ({"token_rows": 0}, "tail_mean = true needs token rows, but token_rows = 0"),
         ({"token_positions": "evenly"}, "token_positions"),
     ],
 )

@@ -76,7 +76,7 @@ def shard(index: int, dtype: str = "float32") -> tuple[ShardRows, TokenRows[Stor
             "layer:1": states.norm(dim=1).numpy(),
         },
     )
-    m = 0 if index == 1 else n  # one shard without a sampled position
+    m = 0 if index == 1 else n  # one shard without token rows
     tokens = TokenRows(
         response=np.arange(first, first + m, dtype=np.int32),
         position=counts[0][:m],
