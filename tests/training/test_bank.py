@@ -16,7 +16,7 @@ from strict_process import strict_process
 
 from embrm.core.errors import UserError
 from embrm.training import order as order_module
-from embrm.training import states as states_module
+from embrm.training import row_store
 from embrm.training.adamw import AdamW, rate
 from embrm.training.bank import train
 from embrm.training.curve import TrainedRun
@@ -191,7 +191,7 @@ def _streamed_bits(
     pack: Sequence[TrainSpec], data: TrainingData, path: Path, residents: Sequence[int | None]
 ) -> list[list[Any]]:
     """Bits with states in memory, then from files with these limits on the bytes kept in memory."""
-    states_module.BLOCK_BYTES, order_module.WINDOW_BLOCKS = 1024, 3
+    row_store.BLOCK_BYTES, order_module.WINDOW_BLOCKS = 1024, 3
     values = data.states.values
     path.write_bytes(values.view(torch.uint8).numpy().tobytes())
     shape = (values.shape[0], values.shape[1])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embrm.training import order as order_module
-from embrm.training import states as states_module
+from embrm.training import row_store
 from embrm.training.order import Order
 from embrm.training.row_store import RowStore
 
@@ -83,7 +83,7 @@ def test_the_limit_on_resident_memory_is_kept(tmp_path: Path) -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8 rows of width 4, windows of 3 blocks."""
-    monkeypatch.setattr(states_module, "BLOCK_BYTES", 8 * 4 * 4)
+    monkeypatch.setattr(row_store, "BLOCK_BYTES", 8 * 4 * 4)
     monkeypatch.setattr(order_module, "WINDOW_BLOCKS", 3)
 
 
@@ -128,7 +128,7 @@ def test_one_window_is_a_plain_shuffle() -> None:
 )
 def test_minibatches_cover_any_data(pairs: int, rows: int, batch: int, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(states_module, "BLOCK_BYTES", block * 16)
+        patch.setattr(row_store, "BLOCK_BYTES", block * 16)
         patch.setattr(order_module, "WINDOW_BLOCKS", 2)
         chosen = torch.from_numpy(np.random.default_rng(pairs).integers(0, rows, pairs))
         found = [*Order(chosen, RowStore(torch.zeros(rows, 4)), seed=0).minibatches(1, batch)]
