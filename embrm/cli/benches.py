@@ -106,7 +106,7 @@ def bench_grm(
         int | None, typer.Option(help="Pairs of the synthetic cache [15000].", min=100)
     ] = None,
     folder: Annotated[
-        Path, typer.Option(help="Folder for temporary files, 4 to 5 GB for 15,000 pairs.")
+        Path, typer.Option(help="Folder for temporary files, 3.5 GB for 15,000 pairs.")
     ] = Path(),
     top_k: Annotated[
         int | None,
@@ -197,7 +197,7 @@ def bench_finetune(
     folder: Folder = Path(),
     as_json: Json = False,
 ) -> None:
-    """Compare fine-tuning with TRL, and GRM with Bradley-Terry. Takes about 3 minutes for each of
+    """Compare fine-tuning with TRL, and GRM with Bradley-Terry. Takes about 2 minutes for each of
     two parts."""
     from embrm.bench.extraction import Size
     from embrm.bench.finetuning import measure_finetuning
