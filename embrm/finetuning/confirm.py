@@ -110,6 +110,7 @@ def finetune_values(
     merged = {
         "train": list(sweep.train),
         "validation": sweep.validation,
+        "validation_labels": sweep.validation_labels,
         "evaluate": evaluated,
         **({"scenarios": divided.model_dump(mode="json", exclude_none=True)} if divided else {}),
         **values,
@@ -123,7 +124,7 @@ def finetune_values(
                 f"{where}: defaults.{field}: the sweep's configurations settle it: remove it, "
                 f"defaults may have {', '.join(_OPTIMISATION)}"
             )
-    for field in ("train", "validation", "scenarios"):
+    for field in ("train", "validation", "validation_labels", "scenarios"):
         if getattr(spec, field) != getattr(sweep, field):
             raise UserError(
                 f"{where}: {field} = {values[field]!r}, and the sweep has "

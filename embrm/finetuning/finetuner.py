@@ -23,6 +23,7 @@ from embrm.finetuning.inference import score_texts
 from embrm.finetuning.inputs import FinetuneInputs, run_spec
 from embrm.finetuning.model import load_tuned
 from embrm.finetuning.setup import build_trainer, memory_remedies, micro_pairs_of, out_of_memory
+from embrm.finetuning.spec import FinetuneRun
 from embrm.finetuning.trainer import RewardTrainer, Validation
 from embrm.metrics.geometry import drift, norms_and_rank
 from embrm.sweeps.evaluation import Evaluation, ledger_row, part_tables
@@ -31,8 +32,9 @@ from embrm.sweeps.ledger import GEOMETRY_SCHEMA, TABLES, parquet
 from embrm.sweeps.material import to_pairs
 from embrm.sweeps.selection import evaluation_splits, select
 from embrm.sweeps.spec import Run
-from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.training import as_trained, as_validated, with_rules
 from embrm.sweeps.weights import MODEL_FORMAT, tensors_digest
+from embrm.training.pairs import Pairs
 
 
 class Finetuner:
@@ -43,15 +45,14 @@ class Finetuner:
         self._inputs, self._out, self._device = inputs, out, device
         cache, selection = inputs.cache, inputs.selection
         self.splits = evaluation_splits(cache, selection)
-        self._training, validation = select(cache, selection)
+        self._training, self._validation = select(cache, selection)
         responses = cache.responses.select("n_response", "S")
         self._samples = samples(responses, self._training, selection.train, self.splits)
         sampled = [sample.rows.numpy() for sample in self._samples.values()]
-        self._evaluation = Evaluation.of(validation, self.splits, sampled)
+        self._evaluation = Evaluation.of(self._validation, self.splits, sampled)
         self._sampled_rows = np.unique(np.concatenate(sampled))
         # Drift is the distance that fine-tuning moves a state from the base model's.
         self._states_before = to_tensor(cache.stored_states("last")[self._sampled_rows]).float()
-        self._validation = Validation(to_pairs(validation), inputs.texts.encoded)
         name = torch.cuda.get_device_name() if device == "cuda" else device
         self.numerics = f"{name} {inputs.spec.dtype}"
 
@@ -62,7 +63,8 @@ class Finetuner:
         """
         start = time.time()
         folder = self._out / "checkpoints" / run.run_id
-        trainer = self._train(run, folder)
+        validation = self._validated(run_spec(run))
+        trainer = self._train(run, folder, to_pairs(validation))
         course, best = trainer.course, folder / f"{trainer.best_name}.safetensors"
         train_pairs, main = len(trainer.train_dataset), trainer.args.should_save
         trainer.accelerator.wait_for_everyone()
@@ -82,12 +84,13 @@ class Finetuner:
                 diverged=None,
                 cache_id=self._inputs.cache.cache_id,
                 train_pairs=train_pairs,
-                validation_pairs=len(self._validation.pairs),
+                validation_pairs=len(validation),
                 bsr_effective=self._bsr_effective(run, train_pairs),
                 numerics=self.numerics,
             )
             row["weights_sha256"] = tensors_digest(safetensors.torch.load_file(best))
-            columns, outcomes = self._evaluation.measure(run.run_id, rewards)
+            evaluation = self._evaluation.validated_on(validation)
+            columns, outcomes = evaluation.measure(run.run_id, rewards)
             curves = [{"run_id": run.run_id, **point} for point in course.curve]
             tables = part_tables(
                 [row | columns],
@@ -102,7 +105,14 @@ class Finetuner:
             self._store(run, best, tables)
         PartialState().wait_for_everyone()
 
-    def _train(self, run: Run, folder: Path) -> RewardTrainer:
+    def _validated(self, spec: FinetuneRun) -> pl.DataFrame:
+        """The validation pairs of a run, with the labels that it validates on."""
+        labels, pairs = self._inputs.selection.validation_labels, self._validation
+        if labels == "noisy":
+            pairs = with_rules(pairs, [spec], "validation")
+        return as_validated(pairs, spec, labels)
+
+    def _train(self, run: Run, folder: Path, validation: Pairs) -> RewardTrainer:
         """Train `run` to its end, from its last checkpoint if it has one."""
         spec = run_spec(run)
         pairs = to_pairs(as_trained(with_rules(self._training, [spec]), spec))
@@ -119,7 +129,7 @@ class Finetuner:
                 self._inputs,
                 spec,
                 pairs,
-                self._validation,
+                Validation(validation, self._inputs.texts.encoded),
                 folder,
                 device=self._device,
                 save_best=lambda epoch, tensors: self._save_best(run, folder, epoch, tensors),

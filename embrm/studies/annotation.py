@@ -31,6 +31,8 @@ def annotation(
 ) -> Annotation:
     """Label the training pairs of a sweep by a Boltzmann annotator, `annotators.win_probability`.
 
+    With `validation_labels = "noisy"` the validation pairs are labelled too.
+
     The gold difference of a pair is its margin, which pairs derived from groups have. It is divided
     by the standard deviation of gold scores over the responses of the groups in the train splits.
 
@@ -42,7 +44,9 @@ def annotation(
             f"quality = {quality:g}: give a number of at least 0; labels are coin flips at 0"
         )
     prepared = prepare_sweep(spec, cache, None)
-    pairs, _ = select(prepared.cache, prepared.selection)
+    pairs, validation = select(prepared.cache, prepared.selection)
+    if prepared.selection.validation_labels == "noisy":
+        pairs = pl.concat([pairs, validation])
     members = read_tables(prepared.cache, prepared.spec.scenarios).members
     trained = members.filter(pl.col("split").is_in(prepared.spec.train))
     where = ", ".join(prepared.spec.train)

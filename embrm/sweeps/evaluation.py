@@ -1,7 +1,7 @@
 """What is kept of a trained run: its ledger row, outcomes by prompt, curve and times."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -58,6 +58,23 @@ _CURVES = pl.Schema(
 
 
 @dataclass(frozen=True, eq=False)
+class _Validation:
+    """The validation pairs: places of their responses among the evaluated rows."""
+
+    chosen: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+    label: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, pairs: pl.DataFrame, rows: NDArray[np.int64]) -> Self:
+        chosen, rejected = (
+            np.searchsorted(rows, pairs[side].to_numpy()) for side in ("chosen", "rejected")
+        )
+        return cls(chosen, rejected, pairs["label"].to_numpy(), pairs["weight"].to_numpy())
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """The data that runs are evaluated on, prepared once for all of them. Create it with `of`.
 
@@ -68,10 +85,7 @@ class Evaluation:
     rows: NDArray[np.int64]
     splits: dict[str, EvaluationSplit]
     _places: dict[str, NDArray[np.int64]]
-    _chosen: NDArray[np.int64]
-    _rejected: NDArray[np.int64]
-    _label: NDArray[np.float64]
-    _weight: NDArray[np.float64]
+    _validation: _Validation
 
     @classmethod
     def of(
@@ -88,16 +102,17 @@ class Evaluation:
         sides = [validation[side].to_numpy() for side in ("chosen", "rejected")]
         split_rows = [split.rows for split in splits.values()]
         rows = np.unique(np.concatenate([*sides, *split_rows, *others]).astype(np.int64))
-        chosen, rejected = (np.searchsorted(rows, side) for side in sides)
         return cls(
             rows=rows,
             splits=splits,
             _places={name: np.searchsorted(rows, split.rows) for name, split in splits.items()},
-            _chosen=chosen,
-            _rejected=rejected,
-            _label=validation["label"].to_numpy(),
-            _weight=validation["weight"].to_numpy(),
+            _validation=_Validation.of(validation, rows),
         )
+
+    def validated_on(self, validation: pl.DataFrame) -> Self:
+        """The same evaluation with other labels or weights of the validation pairs, or fewer of
+        them."""
+        return replace(self, _validation=_Validation.of(validation, self.rows))
 
     def measure(
         self, run_id: str, rewards: Rewards
@@ -120,7 +135,8 @@ class Evaluation:
         For every split: the mean over its responses, and the area under the ROC curve for telling
         them from the validation pairs' responses by it, P(larger there) + ½·P(equal).
         """
-        known = np.sort(spread[np.union1d(self._chosen, self._rejected)])
+        pairs = self._validation
+        known = np.sort(spread[np.union1d(pairs.chosen, pairs.rejected)])
         columns: dict[str, float] = {}
         for name, places in self._places.items():
             own = spread[places]
@@ -132,8 +148,9 @@ class Evaluation:
 
     def _temperature(self, rewards: Rewards) -> float:
         """The temperature that fits the validation pairs; soft labels count in both directions."""
-        margins = rewards[self._chosen].astype(np.float64) - rewards[self._rejected]
-        label, weight = self._label, self._weight
+        pairs = self._validation
+        margins = rewards[pairs.chosen].astype(np.float64) - rewards[pairs.rejected]
+        label, weight = pairs.label, pairs.weight
         if (label == 1).all():
             return fit_temperature(margins, weight)
         return fit_temperature(

@@ -16,7 +16,7 @@ from embrm.sweeps.ledger import TABLES, parquet
 from embrm.sweeps.material import Material, to_pairs
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.spec import RunSpec
-from embrm.sweeps.training import as_trained, bootstrap_rows, gold_as_trained
+from embrm.sweeps.training import as_trained, as_validated, bootstrap_rows, gold_as_trained
 from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
 from embrm.training.bank import train
@@ -46,7 +46,7 @@ class Trainer:
         self._material, self._mode = material, mode
         self._states: dict[str, RowStore] = {}
         self._tokens = material.tokens.open() if material.tokens else None
-        self._data: dict[tuple[Any, ...], TrainingData] = {}
+        self._data: dict[tuple[Any, ...], tuple[TrainingData, Evaluation]] = {}
         self._training, self._validation = material.pairs("training"), material.pairs("validation")
         splits = material.splits()
         found = samples(material.responses(), self._training, material.selection.train, splits)
@@ -62,7 +62,7 @@ class Trainer:
         """Train and evaluate `pack`; returns the files to write below the results folder."""
         start = time.time()
         asked = pack.runs[0].spec
-        data = self._training_data(asked)
+        data, evaluation = self._read(asked)
         if asked.learner:
             trained = [self._fitted(asked, asked.learner, data)] * len(pack.runs)
         else:
@@ -98,10 +98,10 @@ class Trainer:
                     own.combination.reference,
                 )
                 files[f"weights/{run.run_id}.safetensors"] = content
-                columns, sums = self._evaluation.measure(run.run_id, own.rewards)
+                columns, sums = evaluation.measure(run.run_id, own.rewards)
                 row |= columns
                 if own.disagreement is not None:
-                    row |= self._evaluation.disagreement(own.disagreement)
+                    row |= evaluation.disagreement(own.disagreement)
                 outcomes += sums
             ledger.append(row)
         geometry = self._measured(pack, trained, scored, data)
@@ -141,17 +141,21 @@ class Trainer:
         spec, preprocess = pack.runs[0].spec, trained[0].preprocess
         return self._geometry.measure(spec, data.states, preprocess, heads, rewarded)
 
-    def _training_data(self, spec: RunSpec) -> TrainingData:
+    def _read(self, spec: RunSpec) -> tuple[TrainingData, Evaluation]:
+        """The run's training and validation pairs, and the evaluation that has the latter."""
         key, view = spec.data_key(), spec.state
         if key not in self._data:
             if view not in self._states:
                 self._states[view] = self._on_device(self._material.states[view].open())
-            self._data[key] = TrainingData(
+            labels = self._material.selection.validation_labels
+            validation = as_validated(self._validation, spec, labels)
+            data = TrainingData(
                 self._states[view],
                 to_pairs(as_trained(self._training, spec)),
-                to_pairs(self._validation),
+                to_pairs(validation),
                 self._tokens,
             )
+            self._data[key] = data, self._evaluation.validated_on(validation)
         return self._data[key]
 
     def _on_device(self, states: RowStore) -> RowStore:

@@ -50,7 +50,7 @@ class Material:
     tables: dict[str, Path]
 
     def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
-        """Training pairs, from which `training.as_trained` selects, or validation pairs."""
+        """The pairs that `training.as_trained` or `training.as_validated` reads."""
         return pl.read_ipc(self.tables[side])
 
     def gold(self) -> pl.DataFrame:
@@ -153,7 +153,11 @@ def _tables(
     cache = open_cache(cache.folder)
     training, validation = select(cache, selection)
     yield "training", with_rules(training, specs).drop("pair_id", "prompt_id")
-    yield "validation", validation.select(TRAINED_ON)
+    if selection.validation_labels == "noisy":
+        validation = with_rules(validation, specs, "validation").drop("pair_id", "prompt_id")
+    else:
+        validation = validation.select(TRAINED_ON)
+    yield "validation", validation
     del training, validation
     if any(spec.learner and spec.learner.reads_gold for spec in specs):
         yield "gold", with_gold(cache, selection)

@@ -20,7 +20,7 @@ from embrm.sweeps.spec import (
     runs,
 )
 from embrm.sweeps.tables import read_tables
-from embrm.sweeps.training import as_trained, gold_as_trained, pinned, with_rules
+from embrm.sweeps.training import as_trained, as_validated, gold_as_trained, pinned, with_rules
 from embrm.sweeps.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.training.numerics import Numerics
 from embrm.training.regularizers import WHOLE_VOCABULARY
@@ -148,6 +148,10 @@ def check_data(
         if asked.labels or asked.fold:
             try:
                 pairs = as_trained(with_rules(training, [asked]), asked)
+                if spec.validation_labels == "noisy":
+                    validated = with_rules(validation, [asked], "validation")
+                    validated = as_validated(validated, asked, spec.validation_labels)
+                    _check_validated(validated, spec.validation)
             except UserError as error:
                 raise UserError(f"{run}: {error}") from None
             if not pairs["weight"].sum():
@@ -161,6 +165,14 @@ def check_data(
                 f"{len(pairs)} training pairs have no margin: use margin instead"
             )
     return selection, len(training), list(spec.evaluate) if spec.evaluate else others
+
+
+def _check_validated(pairs: pl.DataFrame, share: float) -> None:
+    if share and not pairs["weight"].sum():
+        raise UserError(
+            "its label table leaves no validation pair: give some a weight above 0, or take "
+            "validation_labels = 'clean'"
+        )
 
 
 def pin(found: Sequence[Configuration], where: str) -> list[Configuration]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ from embrm.training.learner_specs import Learner
 from embrm.training.numerics import Numerics
 from embrm.training.regularizers import is_nonlinear
 from embrm.training.spec import TrainSpec
+
+ValidationLabels = Literal["clean", "noisy"]
 
 TRAINING_VERSION = "0.3.0"
 """The release since which training has given the same bits. It is part of every run's identity in
@@ -39,7 +41,7 @@ class RunSpec(TrainSpec):
     label_noise: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of the training pairs whose label is flipped. A hash of the pair id chooses them: the
     same pairs for every seed, and a higher share includes those of a lower one. Validation pairs
-    keep their labels."""
+    keep their labels unless validation_labels = "noisy"."""
     # Fields that were added later are recorded only if set, so that other runs keep their ids.
     labels: str | None = Field(default=None, exclude_if=lambda path: path is None)
     """A table made by embrm labels, whose labels, weights and margins replace those of the training
@@ -125,6 +127,11 @@ class RunSpec(TrainSpec):
         found = re.fullmatch(r"(\d+)/(\d+)", self.fold or "")
         return (int(found[1]), int(found[2])) if found else (-1, 0)
 
+    @property
+    def relabels(self) -> bool:
+        """Whether the run's labels may differ from the cache's."""
+        return bool(self.label_noise or self.labels)
+
     def data_key(self) -> tuple[Any, ...]:
         """Runs with equal keys are trained on the same data."""
         key = self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
@@ -157,6 +164,12 @@ class SweepSpec(Spec):
     """Splits that runs are evaluated on. None: all that are not trained on."""
     validation: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the training prompts kept out for early stopping and the temperature."""
+    validation_labels: ValidationLabels = Field(
+        default="clean", exclude_if=lambda labels: labels == "clean"
+    )
+    """Labels of the validation pairs of runs with label_noise or a label table. clean: those of the
+    cache. noisy: flipped and replaced by the same rules as training labels, as where validation
+    pairs are split off a noisy training set."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Every configuration is trained once with each seed."""
     numerics: Numerics = "native"
@@ -184,7 +197,9 @@ class SweepSpec(Spec):
 
     def selection(self, cache_id: str) -> "Selection":
         """The selection of pairs that this sweep makes in a cache."""
-        return Selection(cache_id, self.train, self.validation, self.scenarios)
+        return Selection(
+            cache_id, self.train, self.validation, self.scenarios, self.validation_labels
+        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +218,7 @@ class Selection:
     train: tuple[str, ...]
     validation: float
     scenarios: Scenarios | None = None
+    validation_labels: ValidationLabels = "clean"
 
 
 @dataclass(frozen=True)
@@ -287,12 +303,15 @@ def identified(
             content["labels"] = configuration.spec.labels.partition("#")[2]
         if used := configuration.spec.extensions():
             content["extensions"] = {name: part.digest for name, part in used.items()}
+        own = read
+        if selection.validation_labels == "noisy" and configuration.spec.relabels:
+            own = {**read, "validation_labels": "noisy"}
         for seed in seeds:
             out.append(
                 Run(
                     name=configuration.name,
-                    run_id=content_id({**read, "run": {**content, "seed": seed}}),
-                    config_id=content_id({**read, "run": content}),
+                    run_id=content_id({**own, "run": {**content, "seed": seed}}),
+                    config_id=content_id({**own, "run": content}),
                     spec=configuration.spec.model_copy(update={"seed": seed}),
                 )
             )

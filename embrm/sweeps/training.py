@@ -1,9 +1,12 @@
 """The training pairs of a run: limit, fold, label table and label noise are applied in this order.
 
+With `validation_labels = "noisy"`, label table and label noise are applied to its validation pairs.
+
 A member of an ensemble may be trained on a bootstrap resample of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -13,11 +16,13 @@ from embrm.core.errors import UserError
 from embrm.core.streams import stream
 from embrm.data.label_tables import LabelTable, read_label_table
 from embrm.data.splits import folds, holdout
-from embrm.sweeps.spec import RunSpec
+from embrm.sweeps.spec import RunSpec, ValidationLabels
 
 _TABLE = ("label", "weight", "margin")
 
 _PROMPT = "number of the prompt"
+
+_CLEAN = " with validation = 0, or take validation_labels = 'clean'"
 
 
 def pinned(labels: str) -> str:
@@ -39,44 +44,49 @@ def _read(labels: str) -> LabelTable:
     return table
 
 
-def with_rules(training: pl.DataFrame, specs: Sequence[RunSpec]) -> pl.DataFrame:
-    """Add the columns that `as_trained` reads for these runs: hashes of ids, rows of label tables.
+def with_rules(
+    pairs: pl.DataFrame,
+    specs: Sequence[RunSpec],
+    side: Literal["training", "validation"] = "training",
+) -> pl.DataFrame:
+    """Add the columns that `as_trained` and `as_validated` read for these runs: hashes of ids, rows
+    of label tables.
 
-    training: pair_id, prompt_id, label, weight, margin, ...
+    pairs: pair_id, prompt_id, label, weight, margin, ... side: which pairs these are, for messages.
 
     Raises: UserError when a label table is missing, or lacks some of the pairs.
     """
     columns: dict[str, pl.Series] = {}
     for spec in specs:
         if spec.label_noise and _flip(spec) not in columns:
-            flipped = holdout(training["pair_id"], spec.label_noise, 0, "label noise")
+            flipped = holdout(pairs["pair_id"], spec.label_noise, 0, "label noise")
             columns[_flip(spec)] = pl.Series(flipped)
         if spec.fold and _fold(spec) not in columns:
-            columns[_fold(spec)] = pl.Series(folds(training["prompt_id"], spec.fold_of[1]))
+            columns[_fold(spec)] = pl.Series(folds(pairs["prompt_id"], spec.fold_of[1]))
         if spec.bootstrap and _PROMPT not in columns:
-            columns[_PROMPT] = training["prompt_id"].rank("dense")
+            columns[_PROMPT] = pairs["prompt_id"].rank("dense")
         if spec.labels and _from_table(spec, "label") not in columns:
-            columns |= _relabelled(training, spec)
-    return training.with_columns(**columns)
+            columns |= _from_its_table(pairs, spec, side)
+    return pairs.with_columns(**columns)
 
 
-def _relabelled(training: pl.DataFrame, spec: RunSpec) -> dict[str, pl.Series]:
-    """The columns of the run's label table in the order of `training`.
+def _from_its_table(pairs: pl.DataFrame, spec: RunSpec, side: str) -> dict[str, pl.Series]:
+    """The columns of the run's label table in the order of `pairs`.
 
-    Columns that the table lacks are those of `training`.
+    Columns that the table lacks are those of `pairs`.
     """
     assert spec.labels is not None
     rows = _read(spec.labels).rows
-    missing = training.join(rows, on="pair_id", how="anti")
+    missing = pairs.join(rows, on="pair_id", how="anti")
     if missing.height:
         raise UserError(
             f"labels = {spec.labels.partition('#')[0]!r} lacks {missing.height} of the "
-            f"{training.height} training pairs, such as {missing['pair_id'][0]}: make it from the "
-            "pairs of this sweep"
+            f"{pairs.height} {side} pairs, such as {missing['pair_id'][0]}: make it from the "
+            f"pairs of this sweep{_CLEAN if side == 'validation' else ''}"
         )
-    own = training.select("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")
+    own = pairs.select("pair_id").join(rows, on="pair_id", how="left", maintain_order="left")
     return {
-        _from_table(spec, name): (own if name in own.columns else training)[name] for name in _TABLE
+        _from_table(spec, name): (own if name in own.columns else pairs)[name] for name in _TABLE
     }
 
 
@@ -85,6 +95,20 @@ def as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
     table = table.head(spec.pairs_limit or table.height)
     if spec.fold:
         table = table.filter(pl.col(_fold(spec)) != spec.fold_of[0])
+    return _relabelled(table, spec)
+
+
+def as_validated(table: pl.DataFrame, spec: RunSpec, labels: ValidationLabels) -> pl.DataFrame:
+    """The validation pairs of a run.
+
+    labels: "noisy" applies the run's label table and label noise to the pairs, which `with_rules`
+    returned; "clean" returns them as they are.
+    """
+    return table if labels == "clean" else _relabelled(table, spec)
+
+
+def _relabelled(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
+    """The pairs with the run's labels, without those to which its label table gives weight 0."""
     if spec.labels:
         names = {name: pl.col(_from_table(spec, name)) for name in _TABLE}
         table = table.with_columns(**names).filter(pl.col("weight") > 0)

@@ -9,6 +9,7 @@ import pytest
 from sweep_fixtures import toy_cache_fixture, training_fixture
 from toy_groups import toy_groups
 
+from embrm.cache.reader import open_cache
 from embrm.core.errors import UserError
 from embrm.data.label_tables import LabelTable, read_label_table, write_label_table
 from embrm.data.splits import folds, holdout
@@ -277,3 +278,81 @@ def test_annotations_follow_gold_and_report_their_error(tmp_path: Path, cache: P
         annotation(spec, cache, quality=1)
     with pytest.raises(UserError, match="quality = -1: give a number of at least 0"):
         annotation(spec, cache, quality=-1)
+
+
+NOISY = (
+    'validation_labels = "noisy"\n'
+    + HEAD
+    + """
+[[runs]]
+name = "noise"
+label_noise = 0.2
+patience = 2
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Results]:
+    """The same sweep with noisy and with clean validation labels."""
+    folder = tmp_path_factory.mktemp("validated")
+    texts = {"noisy": NOISY, "clean": NOISY.replace('"noisy"', '"clean"')}
+    for name, text in texts.items():
+        (folder / f"{name}.toml").write_text(text)
+    return {name: open_results(sweep(folder / f"{name}.toml", cache, jobs=1)) for name in texts}
+
+
+def test_without_label_noise_both_validation_labels_are_one_run(noisy: dict[str, Results]) -> None:
+    for column in ("run_id", "weights_sha256", "temperature", "validation_nll"):
+        clean, flipped = (_column(noisy[name], "bt", column) for name in ("clean", "noisy"))
+        assert clean == flipped
+    ids = [{*_column(noisy[name], "noise", "run_id")} for name in ("clean", "noisy")]
+    assert not ids[0] & ids[1]
+    assert "validation_labels" not in noisy["clean"].spec.model_dump()
+
+
+@pytest.mark.parametrize("labels", ["clean", "noisy"])
+def test_noisy_validation_labels_are_flipped_by_the_rule_of_training(
+    noisy: dict[str, Results], labels: str
+) -> None:
+    """Validation accuracy, NLL and temperature follow from the rewards and the flipped labels."""
+    results = noisy[labels]
+    for seed in (0, 1):
+        row = results.find(f"noise@{seed}")
+        pairs = scores(results.folder, row["run_id"]).filter(used="validation")
+        flip = holdout(pairs["pair_id"], 0.2, 0, "label noise") & (labels == "noisy")
+        assert flip.any() == (labels == "noisy")
+        sign = np.where(flip, -1.0, 1.0)
+        margin = sign * (pairs["scores_chosen"] - pairs["scores_rejected"]).to_numpy().astype(float)
+        assert row["validation_accuracy"] == pytest.approx((margin > 0).mean())
+        assert row["validation_nll"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
+        if row["temperature"] is not None:
+            grid = np.geomspace(0.5, 2, 41) * row["temperature"]
+            losses = [np.log1p(np.exp(-margin / T)).mean() for T in grid]
+            assert int(np.argmin(losses)) == 20
+
+
+def test_a_label_table_replaces_noisy_validation_labels(
+    noisy: dict[str, Results], cache: Path, training: pl.DataFrame, tmp_path: Path
+) -> None:
+    pairs = open_cache(cache).pairs.filter(split="train").select("pair_id")
+    flipped = holdout(pairs["pair_id"], 0.2, 0, "label noise")
+    whole = _table(tmp_path / "whole.parquet", pairs.with_columns(label=pl.Series(1.0 - flipped)))
+    spec = tmp_path / "s.toml"
+    spec.write_text(NOISY.replace("label_noise = 0.2", f'labels = "{whole}"'))
+    results = open_results(sweep(spec, cache, jobs=1))
+    for column in ("weights_sha256", "best_epoch", "temperature", "validation_accuracy"):
+        assert _column(results, "noise", column) == _column(noisy["noisy"], "noise", column)
+    assert replay(results.folder, run="noise@1").runs[0].same_bits
+    half = _table(tmp_path / "half.parquet", training.select("pair_id", label=pl.lit(1.0)))
+    spec.write_text(NOISY.replace("label_noise = 0.2", f'labels = "{half}"'))
+    left = len(pairs) - len(training)
+    with pytest.raises(UserError, match=f"lacks {left} of the {left} validation pairs, .*'clean'"):
+        prepare_sweep(spec, cache, None)
+    none = pairs.with_columns(
+        weight=pl.col("pair_id").is_in(training["pair_id"].implode()).cast(pl.Float64)
+    )
+    weightless = _table(tmp_path / "none.parquet", none)
+    spec.write_text(NOISY.replace("label_noise = 0.2", f'labels = "{weightless}"'))
+    with pytest.raises(UserError, match="run 'noise': its label table leaves no validation pair"):
+        prepare_sweep(spec, cache, None)
