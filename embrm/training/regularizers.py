@@ -21,10 +21,10 @@ from pydantic import Field, field_validator, model_validator
 from embrm.core.errors import UserError, nearest
 from embrm.core.lazy import LazyModule
 from embrm.core.specs import Spec
-from embrm.training.cross_fitting import cross_fitted, plug_in
 from embrm.training.extensions import REGISTER_FIRST, Extension, Extensions, check_function
 from embrm.training.heads.adapter import adapter_inner, adapter_readouts
 from embrm.training.heads.products import product
+from embrm.training.row_sampling import empirical_bayes, plug_in
 
 if TYPE_CHECKING:
     import torch
@@ -174,12 +174,12 @@ class Regularizer(Spec):
     token_rows: int | Literal["all"] = 2
     """Number of a response's token rows that a minibatch reads, drawn anew in each epoch;
     all: every cached one, which is the default of grm-sft, grm-dpo and grm-dpo-noref."""
-    estimator: Literal["cross-fitted", "plug-in"] | None = Field(
-        default=None, exclude_if=lambda value: value != "cross-fitted"
+    estimator: Literal["empirical-bayes", "plug-in"] | None = Field(
+        default=None, exclude_if=lambda value: value != "empirical-bayes"
     )
     """How grm-sft, grm-dpo and grm-dpo-noref, which are not linear in S̃, are estimated from sampled
-    positions. cross-fitted (the default): no ridge from sampling; plug-in: as before 0.4.0, pulls
-    an adapter back as a ridge penalty does."""
+    positions. empirical-bayes (the default): the expectation given the positions; plug-in: as
+    before 0.4.0, which pulls an adapter back as a ridge penalty does."""
     top_k: int | Literal["all"] | None = None
     """Candidate tokens of a token row, besides its target: this many of the largest cached logits,
     all cached logits (None), or the whole vocabulary ("all")."""
@@ -189,7 +189,7 @@ class Regularizer(Spec):
     def _defaults_of_its_kind(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not is_nonlinear(str(values.get("kind"))):
             return values
-        return {"token_rows": "all", "estimator": "cross-fitted"} | values
+        return {"token_rows": "all", "estimator": "empirical-bayes"} | values
 
     @field_validator("kind")
     @classmethod
@@ -223,9 +223,9 @@ class Regularizer(Spec):
                 f"estimator is of grm-sft, grm-dpo and grm-dpo-noref: {self.kind} is linear in "
                 "what is sampled, remove estimator"
             )
-        if self.estimator == "cross-fitted" and self.token_rows == 1:
+        if self.estimator == "empirical-bayes" and self.token_rows == 1:
             raise ValueError(
-                "token_rows = 1 leaves no other row of a response to take the derivative from: "
+                "token_rows = 1 says nothing of how positions differ, which the estimator needs: "
                 "take at least 2, or 'all'"
             )
         return self
@@ -339,7 +339,7 @@ def slot_value(
         of_pairs = label.repeat(copies), weight.repeat(copies)
         return _of_pairs(spec, S, change, chosen, rejected, *of_pairs)
 
-    estimate = cross_fitted if spec.estimator == "cross-fitted" else plug_in
+    estimate = plug_in if spec.estimator == "plug-in" else empirical_bayes
     return estimate(values, tokens, each, (chosen, rejected))
 
 

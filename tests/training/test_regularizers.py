@@ -18,7 +18,6 @@ from embrm.core.errors import UserError
 from embrm.lm.head import LmHead
 from embrm.training import regularizers as module
 from embrm.training.bank import train
-from embrm.training.cross_fitting import summed
 from embrm.training.curve import TrainedRun
 from embrm.training.data import TrainingData
 from embrm.training.heads import (
@@ -51,6 +50,7 @@ from embrm.training.regularizers import (
     mean_fisher,
     regularize,
 )
+from embrm.training.row_sampling import summed
 from embrm.training.row_store import RowStore
 from embrm.training.spec import TrainSpec
 from embrm.training.token_rows import PackedLogits, TokenBatch, TokenStore
