@@ -339,7 +339,7 @@ def slot_value(
         of_pairs = label.repeat(copies), weight.repeat(copies)
         return _of_pairs(spec, S, change, chosen, rejected, *of_pairs)
 
-    estimate = plug_in if spec.estimator == "plug-in" else empirical_bayes
+    estimate = empirical_bayes if spec.estimator == "empirical-bayes" else plug_in
     return estimate(values, tokens, each, (chosen, rejected))
 
 
