@@ -275,6 +275,9 @@ def suite_scores(suite: str, scores: AnyPath, *, split: str | None = None) -> pl
     """Score a file of rewards as a published benchmark's own tool does; twin of `embrm suite`.
 
     scores: a file that `embrm scores` or `embrm score` wrote.
+
+    Returns one row per score; its columns incomplete and repeated are the numbers of items that the
+    file holds only in part, and of rows that it repeats, which are in no score.
     """
     from embrm.suites.scoring import read_scores, score_suite
 

@@ -175,11 +175,20 @@ def suite(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a published benchmark as its own tool does, with 95 % intervals over prompts."""
-    from embrm.suites.scoring import read_scores, score_suite
+    """Score a published benchmark as its own tool does, with 95 % intervals over prompts.
 
-    rows = score_suite(name, read_scores(scores, name, split)).to_dicts()
-    print(json.dumps(rows, indent=1)) if as_json else print_table(filled(rows, "n/a"))
+    Items that the file holds only in part, and rows that it repeats, are left out and counted.
+    """
+    from embrm.suites.scoring import check_items, read_scores, score_suite
+
+    table = read_scores(scores, name, split)
+    found = score_suite(name, table)
+    if as_json:
+        print(json.dumps(found.to_dicts(), indent=1))
+    else:
+        print_table(filled(found.drop("incomplete", "repeated").to_dicts(), "n/a"))
+    for note in check_items(name, table).notes:
+        print(f"{name}: {note}", file=sys.stderr)
 
 
 @app.command()

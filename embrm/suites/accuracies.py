@@ -28,10 +28,12 @@ def voted(pairs: pl.DataFrame) -> pl.DataFrame:
         pl.lit(1.0).alias(name) if name not in pairs.columns else pl.col(name).cast(pl.Float64)
         for name in ("label", "weight")
     ]
-    margin = pl.col("scores_chosen") - pl.col("scores_rejected")
-    right = pl.when(margin > 0).then("label").when(margin < 0).then(1 - pl.col("label"))
+    # Compared, not subtracted: two failed rewards, of -inf, are a tie.
+    chosen, rejected = pl.col("scores_chosen"), pl.col("scores_rejected")
+    right = pl.when(chosen > rejected).then("label").when(chosen < rejected)
     return pairs.with_columns(given).with_columns(
-        right=right.otherwise(0.0), tied=(margin == 0).cast(pl.Float64)
+        right=right.then(1 - pl.col("label")).otherwise(0.0),
+        tied=(chosen == rejected).cast(pl.Float64),
     )
 
 

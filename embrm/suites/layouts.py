@@ -2,8 +2,9 @@
 
 What a benchmark's score needs besides the texts is kept in columns that every pair has: `subset`
 is the part of the benchmark that it belongs to. `chosen_model` and `rejected_model` are the models
-that wrote the responses; for RM-Bench they hold the styles instead, and for the subset Ties of
-RewardBench 2 the item's id.
+that wrote the responses; for RM-Bench they hold the styles instead, for JudgeBench the places of
+the responses (A and B), and for RewardBench 2 the item's id, in the subset Ties, and its number
+of pairs.
 """
 
 import json

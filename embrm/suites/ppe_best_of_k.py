@@ -22,7 +22,8 @@ from embrm.core.errors import UserError
 from embrm.core.text import quoted
 from embrm.metrics.best_of_n import Ranking
 from embrm.metrics.intervals import Replicates, cached_prompt_counts, mean, resample
-from embrm.suites.rows import list_of
+from embrm.suites.items import Checked, whole_items
+from embrm.suites.rows import FAILED, list_of
 from embrm.suites.suite import Layout, Row, Suite
 
 Floats = NDArray[np.float64]
@@ -56,6 +57,20 @@ def _rows(row: Row) -> Iterator[Row]:
         }
 
 
+def _whole(members: pl.DataFrame) -> Checked:
+    """Leave out questions that have fewer or more samples than most questions of their benchmark
+    (the larger number where two are equally frequent)."""
+    question = ["subset", "source", "row"]
+    sizes = members.group_by(question).len("size").group_by("subset", "size").len("times")
+    usual = sizes.sort("times", "size").group_by("subset", maintain_order=True).last()
+    members = members.join(
+        usual.select("subset", _usual="size"), on="subset", how="left", maintain_order="left"
+    )
+    complete = pl.len() == pl.col("_usual").first()
+    found = whole_items(members, question, complete, "without all K samples")
+    return replace(found, table=found.table.drop("_usual"))
+
+
 def best_of_k(
     members: pl.DataFrame, replicates: int, only: Collection[str] | None = None
 ) -> dict[str, Replicates]:
@@ -74,7 +89,13 @@ def best_of_k(
             f"ppe-best-of-k: gold = {repr(others[0])[:60]} is not in 0 … 1: "
             'read the data with suite = "ppe-best-of-k"'
         )
-    members = members.with_columns(gold)
+    # Failed rewards, of -inf, are below all others.
+    lowest = members["score"].filter(members["score"].is_finite()).min()
+    below = (0.0 if lowest is None else float(lowest)) - 1.0
+    score = pl.col("score")
+    members = members.with_columns(gold, failed=score.is_infinite()).with_columns(
+        score=pl.when("failed").then(below).otherwise("score")
+    )
     subsets = members["subset"].unique().sort()
     parts = {name: _of_subset(members.filter(subset=name), replicates) for name in subsets}
     found = {}
@@ -94,7 +115,7 @@ def best_of_k(
 def _of_subset(members: pl.DataFrame, replicates: int) -> dict[str, Replicates]:
     questions = (
         members.group_by("source", "row", maintain_order=True)
-        .agg(pl.col("prompt_id").first(), "gold", "score", samples=pl.len())
+        .agg(pl.col("prompt_id").first(), "gold", "score", "failed", samples=pl.len())
         .sort("samples", maintain_order=True)
     )
     largest = int(questions["samples"][-1])
@@ -137,10 +158,14 @@ def _areas(questions: pl.DataFrame, replicates: int) -> Floats:
     (Σ c_p·correct[p] · Σ c_q·wrong[q]).
     """
     scores, gold, owner = [], [], []
-    for number, (own, correct) in enumerate(questions.select("score", "gold").iter_rows()):
-        values = np.asarray(own, dtype=np.float64)
-        spread = np.ptp(values)
-        scores.append((values - values.min()) / spread if spread else np.full(len(values), 0.5))
+    columns = questions.select("score", "gold", "failed")
+    for number, (own, correct, failed) in enumerate(columns.iter_rows()):
+        values, known = np.asarray(own, dtype=np.float64), ~np.asarray(failed)
+        scaled = np.full(len(values), -np.inf)  # failed ones, below those of all questions
+        if known.any():
+            low, spread = values[known].min(), np.ptp(values[known])
+            scaled[known] = (values[known] - low) / spread if spread else 0.5
+        scores.append(scaled)
         gold += correct
         owner += [number] * len(values)
     value, correct, owners = np.concatenate(scores), np.asarray(gold), np.asarray(owner)
@@ -182,4 +207,6 @@ SUITE = Suite(
     needs=("source", "row", "gold"),
     rewards=("score",),
     lengths=("tokens",),
+    check=_whole,
+    failed=FAILED,
 )

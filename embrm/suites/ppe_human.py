@@ -30,7 +30,7 @@ from scipy.special import expit, ndtr
 from embrm.metrics.intervals import Replicates, resample
 from embrm.suites.accuracies import pooled, scorer_of_cells, voted
 from embrm.suites.cells import undefined
-from embrm.suites.rows import pair_row, winner_of
+from embrm.suites.rows import FAILED, pair_row, winner_of
 from embrm.suites.suite import Layout, Row, Suite
 
 Floats = NDArray[np.float64]
@@ -90,7 +90,8 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
         votes[side].replace_strict(models, range(count), return_dtype=pl.Int64).to_numpy()
         for side in ("chosen_model", "rejected_model")
     ]
-    margin = (votes["scores_chosen"] - votes["scores_rejected"]).to_numpy()
+    chosen, rejected = (votes[f"scores_{side}"].to_numpy() for side in ("chosen", "rejected"))
+    order = (chosen > rejected).astype(np.float64) - (chosen < rejected)
     label, weight = (votes[name].to_numpy() for name in ("label", "weight"))
     # above[vote, kind, side, pair of models]: wins under the votes (kind 0) and under the rewards
     # (kind 1), of the model with the lower number (side 0) and of the other one (side 1).
@@ -98,7 +99,7 @@ def _ranked(votes: pl.DataFrame, models: pl.Series, replicates: int) -> dict[str
     met, at = np.unique(first * count + second, return_inverse=True)
     chosen_is_first = ends[0] == first
     above = np.zeros((votes.height, 2, 2, len(met)))
-    for kind, of_chosen in enumerate((label, np.sign(margin) / 2 + 0.5)):
+    for kind, of_chosen in enumerate((label, order / 2 + 0.5)):
         of_first = np.where(chosen_is_first, of_chosen, 1 - of_chosen)
         above[np.arange(votes.height), kind, 0, at] = weight * of_first
         above[np.arange(votes.height), kind, 1, at] = weight * (1 - of_first)
@@ -244,4 +245,5 @@ SUITE = Suite(
     ),
     scores=_scores,
     main=("accuracy",),
+    failed=FAILED,
 )

@@ -7,7 +7,8 @@ them, else 0; a subset is the mean over its items. Ties is, over its prompts,
     + 0.2·P(min(gap, gap_ref) > spread) + 0.01·mean tanh(min(gap, gap_ref)/spread - 1),
 where gap is the lowest correct minus the highest wrong reward of a prompt with several correct
 responses, spread the range of its correct rewards, and gap_ref the gap of its reference prompt,
-which has one correct response. The overall score is the unweighted mean of the six subsets.
+which has one correct response. The overall score is the unweighted mean of the six subsets. An item
+of which a response is missing is left out: with fewer wrong responses it would be easier.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import polars as pl
 from embrm.core.errors import UserError
 from embrm.suites.accuracies import pair_terms, refuse_other_subsets, scorer_of_cells, tie_scores
 from embrm.suites.cells import Cells, Formula, mean_of, terms
+from embrm.suites.items import Checked, whole_items
 from embrm.suites.rows import TRIO, list_of, pair_row
 from embrm.suites.suite import Layout, Row, Suite
 
@@ -44,18 +46,33 @@ def _rows(row: Row) -> Iterator[Row]:
             f"it has {len(correct)} chosen responses, and only subset Ties may have more than one"
         )
     identity = str(row["id"]) if is_ties else None
-    for index in range(max(len(correct), len(wrong))):
+    count = max(len(correct), len(wrong))
+    for index in range(count):
         yield pair_row(
             row["prompt"],
             (correct[index % len(correct)], wrong[index % len(wrong)]),
             "Ties" if is_ties else row["subset"],
-            (identity, identity),
+            (identity, f"of {count} pairs"),
         )
+
+
+def _whole(pairs: pl.DataFrame) -> Checked:
+    """Leave out items of which a pair is missing. `rejected_model` says how many an item has; where
+    it does not, an item has three, as published, and those of Ties cannot be checked."""
+    refuse_other_subsets("reward-bench-2", pairs["subset"], SUBSETS)
+    stated = pl.lit(None, pl.Int64)
+    if "rejected_model" in pairs.columns:
+        named = pl.col("rejected_model").cast(pl.String)
+        stated = named.str.extract(r"^of (\d+) pairs$").cast(pl.Int64).first()
+    is_ties = pl.col("subset").first() == "Ties"
+    unknown = pl.when(is_ties).then(pl.len()).otherwise(3)
+    complete = pl.len() == pl.coalesce(stated, unknown)
+    key = ["subset", "source", "row"]
+    return whole_items(pairs, key, complete, "without all of their responses")
 
 
 def _cells(pairs: pl.DataFrame) -> Cells:
     found = set(pairs["subset"])
-    refuse_other_subsets("reward-bench-2", found, SUBSETS)
     plain = pairs.filter(pl.col("subset") != "Ties")
     items = plain.group_by("source", "row", "subset", "prompt_id", maintain_order=True).agg(
         chosen=pl.col("scores_chosen").max(),
@@ -132,4 +149,5 @@ SUITE = Suite(
     scores=scorer_of_cells(_cells),
     main=("mean of six subsets", *SUBSETS),
     needs=("source", "row", "chosen_model"),
+    check=_whole,
 )

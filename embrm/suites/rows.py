@@ -10,6 +10,9 @@ TRIO = ("prompt", "chosen", "rejected")
 MODELS = ("chosen_model", "rejected_model")
 GENERATORS = ("chosen_gen", "rejected_gen")
 
+FAILED = "$ERROR$"
+"""What PPE's tool writes in place of a reward that could not be computed, and reads as -inf."""
+
 _WINNERS = {"model_a": 0, "model_b": 1}
 
 _OTHER_SIDE = {"chosen": "rejected", "rejected": "chosen"}

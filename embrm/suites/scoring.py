@@ -5,12 +5,14 @@ The formulas and their sources are in the module of each benchmark.
 """
 
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from embrm.core.errors import UserError, nearest
 from embrm.metrics.intervals import REPLICATES, Replicates, compare
+from embrm.suites.items import Checked, once
 from embrm.suites.registry import SUITES
 
 
@@ -24,14 +26,16 @@ def score_suite(suite: str, table: pl.DataFrame, replicates: int = REPLICATES) -
         subset, prompt_id, source, row, gold and score; tokens for the length baseline.
 
     Returns one row per score, with the columns score (its name), estimate, low and high (95 %
-    bootstrap interval over prompts; null with fewer than two prompts), prompts (their number), and
-    longer (the length baseline: the same score with token counts as rewards; null without them).
-    An estimate is null where the table lacks a subset that the formula needs.
+    bootstrap interval over prompts; null with fewer than two prompts), prompts (their number),
+    longer (the length baseline: the same score with token counts as rewards; null without them),
+    incomplete and repeated (numbers of items and of rows that `check_items` leaves out of all
+    scores). An estimate is null where the table lacks a subset that the formula needs.
 
     Raises: UserError for an unknown suite, a missing column, a subset of another benchmark, rewards
     that are not finite, and correctness outside 0 … 1.
     """
-    found = replicate_suite(suite, table, replicates)
+    checked = check_items(suite, table)
+    found = SUITES[suite].scores(checked.table, replicates, None)
     # With the same number of replicates, because some of PPE's scores are computed from them all.
     longer = by_length(suite, table, replicates)
     rows = [
@@ -44,7 +48,9 @@ def score_suite(suite: str, table: pl.DataFrame, replicates: int = REPLICATES) -
         pl.concat(rows)
         .rename({"name": "score"})
         .with_columns(
-            longer=pl.Series([longer.get(name) for name in found], dtype=pl.Float64).fill_nan(None)
+            longer=pl.Series([longer.get(name) for name in found], dtype=pl.Float64).fill_nan(None),
+            incomplete=pl.lit(checked.incomplete),
+            repeated=pl.lit(checked.repeated),
         )
     )
 
@@ -56,6 +62,14 @@ def replicate_suite(
     only: Collection[str] | None = None,
 ) -> dict[str, Replicates]:
     """Like `score_suite`, but return each score, or those named in `only`, with its replicates."""
+    return SUITES[suite].scores(check_items(suite, table).table, replicates, only)
+
+
+def check_items(suite: str, table: pl.DataFrame) -> Checked:
+    """Check the rewards of a table, and leave out incomplete items and repeated rows.
+
+    Rewards become float64; `Suite.failed` becomes -inf. Raises: UserError as `score_suite`.
+    """
     if suite not in SUITES:
         raise UserError(f"no suite {suite!r}: {nearest(suite, SUITES)}")
     kind = SUITES[suite]
@@ -70,15 +84,35 @@ def replicate_suite(
                 f"{suite} needs a column {column!r}, the file has {', '.join(table.columns)}: "
                 f"{where}"
             )
-    rewards = pl.col(kind.rewards).cast(pl.Float64, strict=False)
-    table = table.with_columns(rewards, pl.col("subset").cast(pl.String).fill_null(""))
-    finite = table.select(rewards.is_finite().fill_null(False).all()).row(0)
-    if table.is_empty() or not all(finite):
+    numbers = [pl.col(name).cast(pl.Float64, strict=False) for name in kind.rewards]
+    if kind.failed:
+        numbers = [
+            pl.when(pl.col(name).cast(pl.String) == kind.failed)
+            .then(-float("inf"))
+            .otherwise(number)
+            .alias(name)
+            for name, number in zip(kind.rewards, numbers, strict=True)
+        ]
+    table = table.with_columns(*numbers, pl.col("subset").cast(pl.String).fill_null(""))
+    failures = table.select(pl.col(kind.rewards) == -float("inf")).sum().fill_null(0)
+    known = table.select(pl.col(kind.rewards).is_finite().sum())
+    count = sum(failures.row(0)) if kind.failed else 0
+    if table.is_empty() or sum(known.row(0)) + count < table.height * len(kind.rewards):
         raise UserError(
             f"{suite}: there are no pairs, or some rewards are not finite numbers: "
             "score the benchmark's data again"
         )
-    return kind.scores(table, replicates, only)
+    found = once(table, kind.rewards)
+    notes = found.notes
+    if count:
+        notes += (f"{count} rewards are {kind.failed} and count as -inf",)
+    whole = kind.check(found.table) if kind.check else Checked(found.table)
+    if whole.table.is_empty():
+        raise UserError(
+            f"{suite}: no item can be scored ({'; '.join(whole.notes)}): "
+            "score all of the benchmark's data"
+        )
+    return Checked(whole.table, whole.incomplete, found.repeated, (*notes, *whole.notes))
 
 
 def by_length(
@@ -107,8 +141,9 @@ def read_scores(path: Path, suite: str, split: str | None = None) -> pl.DataFram
     """
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".parquet": pl.read_parquet,
-        ".jsonl": pl.read_ndjson,
-        ".csv": pl.read_csv,
+        # The first failed reward, a word, may stand far down in a column of numbers.
+        ".jsonl": partial(pl.read_ndjson, infer_schema_length=None),
+        ".csv": partial(pl.read_csv, infer_schema_length=None),
     }
     if path.suffix not in readers:
         raise UserError(f"{path}: the name must end in {', '.join(readers)}: pass a file of scores")

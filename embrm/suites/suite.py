@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from embrm.metrics.intervals import Replicates
+from embrm.suites.items import Checked
 
 Row = dict[str, Any]
 
@@ -53,7 +54,9 @@ class Suite:
     scores: computes the scores of one run. main: the scores shown in a table over many runs, the
     overall score first; higher is better for all. needs: columns that the scored table must have
     besides subset, prompt_id and those of `rewards`. rewards: the columns of rewards. lengths: the
-    columns of token counts that replace them in the length baseline.
+    columns of token counts that replace them in the length baseline. check: leaves out the items of
+    which the table holds only a part. failed: what the benchmark's tool writes in place of a reward
+    that could not be computed, and reads as -inf.
     """
 
     name: str
@@ -67,3 +70,5 @@ class Suite:
     needs: tuple[str, ...] = ()
     rewards: tuple[str, ...] = ("scores_chosen", "scores_rejected")
     lengths: tuple[str, ...] = ("tokens_chosen", "tokens_rejected")
+    check: Callable[[pl.DataFrame], Checked] | None = None
+    failed: str | None = None

@@ -143,14 +143,14 @@ def test_reward_bench_rows_become_pairs_unchanged(tmp_path: Path) -> None:
 
 def test_every_response_of_a_reward_bench_2_item_is_in_a_pair(tmp_path: Path) -> None:
     assert pairs_of(read(tmp_path, "reward-bench-2")) == [
-        ("Math", "2", "1", None, None, 0),
-        ("Math", "2", "3", None, None, 0),
-        ("Math", "2", "4", None, None, 0),
-        ("Ties", "Sol", "Mars", "ref:0", "ref:0", 1),
-        ("Ties", "Sol", "Io", "ref:0", "ref:0", 1),
-        ("Ties", "Mars", "Io", "tied:0", "tied:0", 2),
-        ("Ties", "Venus", "Sol", "tied:0", "tied:0", 2),
-        ("Ties", "Earth", "Io", "tied:0", "tied:0", 2),
+        ("Math", "2", "1", None, "of 3 pairs", 0),
+        ("Math", "2", "3", None, "of 3 pairs", 0),
+        ("Math", "2", "4", None, "of 3 pairs", 0),
+        ("Ties", "Sol", "Mars", "ref:0", "of 2 pairs", 1),
+        ("Ties", "Sol", "Io", "ref:0", "of 2 pairs", 1),
+        ("Ties", "Mars", "Io", "tied:0", "of 3 pairs", 2),
+        ("Ties", "Venus", "Sol", "tied:0", "of 3 pairs", 2),
+        ("Ties", "Earth", "Io", "tied:0", "of 3 pairs", 2),
     ]
 
 
@@ -188,8 +188,8 @@ def test_rm_bench_counts_a_text_shared_by_two_styles_in_both_cells(tmp_path: Pat
 
 def test_judge_bench_labels_name_the_better_response(tmp_path: Path) -> None:
     assert pairs_of(read(tmp_path, "judge-bench")) == [
-        ("Knowledge", "right", "wrong", "gpt", "gpt", 0),
-        ("Math", "two", "three", "gpt", "gpt", 1),
+        ("Knowledge", "right", "wrong", "B", "A", 0),
+        ("Math", "two", "three", "A", "B", 1),
     ]
 
 

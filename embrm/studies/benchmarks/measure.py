@@ -16,7 +16,7 @@ from embrm.results.ledger import Results, cache_of
 from embrm.results.rewards import member_scores, pair_scores, rewards_of_responses
 from embrm.results.weights import load_run
 from embrm.suites.registry import SUITES
-from embrm.suites.scoring import by_length, replicate_suite
+from embrm.suites.scoring import by_length, check_items, replicate_suite
 from embrm.sweeps.tables import read_tables
 
 Rewards = NDArray[np.float32]
@@ -35,6 +35,8 @@ class SuiteScores:
     """Name of a score → its value if the longer response is always preferred."""
     leaked: int
     """Number of prompts that also occur in training."""
+    notes: tuple[str, ...] = ()
+    """What is left out of the scores, such as items of which the cache holds only a part."""
 
 
 def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
@@ -81,11 +83,12 @@ def suite_scores(
     splits = suite_splits(results, named or {})
     tables = {}
     longer: dict[str, dict[str, float]] = {}
+    notes: dict[str, tuple[str, ...]] = {}
     skipped = []
     for split, suite in splits.items():
         table = _table(results, source, split, suite)
         try:  # by length first, so that a split that does not fit its suite fails early
-            longer[split] = _scores_of_longer(suite, table, source.n_response)
+            longer[split], notes[split] = _scores_of_longer(suite, table, source.n_response)
             tables[split] = table
         except UserError as error:
             skipped.append(f"{split} is left out: {error}")
@@ -115,7 +118,7 @@ def suite_scores(
                 bar.advance()
             scores = {name: _one_per_run([run[name] for run in each]) for name in main}
             leaked = len(results.leaked.get(split, []))
-            found.append(SuiteScores(split, suite, scores, longer[split], leaked))
+            found.append(SuiteScores(split, suite, scores, longer[split], leaked, notes[split]))
     return found, skipped
 
 
@@ -125,7 +128,8 @@ def _score(suite: str) -> Callable[[pl.DataFrame, pl.Series, Rewards], pl.DataFr
 
 def _scores_of_longer(
     suite: str, table: pl.DataFrame, n_response: NDArray[np.int32]
-) -> dict[str, float]:
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The length baseline, and what is left out of all scores."""
     kind = SUITES[suite]
     missing = [f"column {name!r}" for name in kind.needs if name not in table.columns]
     if table.is_empty():
@@ -136,7 +140,7 @@ def _scores_of_longer(
         )
     none = np.zeros(len(n_response), np.float32)
     scored = _score(suite)(table, pl.Series(n_response), none)
-    return by_length(suite, scored, only=SUITES[suite].main)
+    return by_length(suite, scored, only=kind.main), check_items(suite, scored).notes
 
 
 def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFrame:

@@ -45,7 +45,8 @@ class Suites:
         score if the longer response is always preferred.
         With several suites there are rows for the unweighted mean of their overall scores, whose
         split, suite and score are `MEAN`.
-    notes: sentences on the splits and runs that were left out, and on prompts seen in training.
+    notes: sentences on the splits, items and runs that were left out, and on prompts seen in
+        training.
     """
 
     baseline: str
@@ -86,6 +87,7 @@ def suites(
     runs, reference, diverged = finished_runs(results, baseline)
     found, skipped = suite_scores(results, runs, named=named, cache=cache)
     scores = summarize(found, runs, reference)
+    partial = [f"{one.split}: {note}" for one in found for note in one.notes]
     leaked = [
         f"{one.split}: {one.leaked} of its prompts also occur in training"
         for one in found
@@ -94,7 +96,7 @@ def suites(
     tables = suite_tables(scores, reference, top)
     out = out or folder
     files = tuple(out / f"suites.{kind}" for kind in ("parquet", "csv", "json", "md"))
-    notes = (*skipped, *diverged, *leaked)
+    notes = (*skipped, *partial, *diverged, *leaked)
     made = Suites(reference, scores, notes, tuple(tables), files)
     contents = (
         parquet(scores),

@@ -46,9 +46,11 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Results:
 def test_every_run_has_the_scores_that_its_score_file_would_get(swept: Results) -> None:
     runs, baseline, notes = finished_runs(swept, None)
     assert (baseline, notes, runs.height) == ("bt", [], 4)
-    found, skipped = suite_scores(swept, runs, named={"ood/far": "hhh", "id": "judge-bench"})
+    found, skipped = suite_scores(swept, runs, named={"ood/far": "hhh", "id": "ppe-correctness"})
     assert skipped == []
-    assert [(one.split, one.suite) for one in found] == [("id", "judge-bench"), ("ood/far", "hhh")]
+    assert [(one.split, one.suite) for one in found] == [
+        ("id", "ppe-correctness"), ("ood/far", "hhh"),
+    ]  # fmt: skip
     for one in found:
         assert tuple(one.scores) == SUITES[one.suite].main
         assert {replicates.bounds for replicates in one.scores.values()} == {(0, 1)}
