@@ -90,8 +90,8 @@ def best_of_k(
             'read the data with suite = "ppe-best-of-k"'
         )
     # Failed rewards, of -inf, are below all others.
-    lowest = members["score"].filter(members["score"].is_finite()).min()
-    below = (0.0 if lowest is None else float(lowest)) - 1.0
+    scores = members["score"].to_numpy()
+    below = float(scores[np.isfinite(scores)].min(initial=0.0)) - 1.0
     score = pl.col("score")
     members = members.with_columns(gold, failed=score.is_infinite()).with_columns(
         score=pl.when("failed").then(below).otherwise("score")
