@@ -1,6 +1,7 @@
 """The collector: accumulates the tables of a dataset, row by row, while its sources are read."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class Collector:
         self._prompt_ids: dict[tuple[str, str], str] = {}
         self._numbers: dict[str, int] = {}
         self._seen: set[object] = set()
+        self._repeats: Counter[str] = Counter()
 
     def prompt_id(self, record: Record) -> str:
         """The id of a record's prompt: a hash of its kind and text."""
@@ -98,33 +100,46 @@ class Collector:
         chosen_rejected: tuple[int, int],
         margin_label_weight: tuple[float | None, float, float],
         models: tuple[str | None, str | None],
+        repeats: bool = False,
     ) -> None:
         """Add a pair, given as row numbers in `responses`.
 
-        A pair that its split already has is listed as a duplicate instead.
+        A pair that its split already has is listed as a duplicate instead or, with `repeats`, added
+        once more under an id of its own: benchmarks' own tools score every row of their files.
         """
         ids = self.responses["response_id"]
         chosen, rejected = chosen_rejected
         pair_id = pair_id_of(place.split, ids[chosen], ids[rejected])
         if pair_id in self._seen:
-            self.exclude(place, "duplicate", f"pair {pair_id} is in this split already")
-            return
+            if not repeats:
+                self.exclude(place, "duplicate", f"pair {pair_id} is in this split already")
+                return
+            self._repeats[pair_id] += 1
+            pair_id = _hash(pair_id, str(self._repeats[pair_id]))
         self._seen.add(pair_id)
         values = (pair_id, place.split, place.subset, prompt_id, chosen, rejected)
         _append(self.pairs, (*values, *margin_label_weight, *models, place.source, place.row))
 
     def member(
-        self, place: Place, prompt_id: str, response: int, model: str | None, gold: float
+        self,
+        place: Place,
+        prompt_id: str,
+        response: int,
+        model: str | None,
+        gold: float,
+        repeats: bool = False,
     ) -> bool:
-        """Add a member of a group. Returns False, and lists a duplicate, if it exists already."""
+        """Add a member of a group. Returns False if it exists already; then it is listed as a
+        duplicate or, with `repeats`, added once more, as in `pair`."""
         key = (place.split, response, model, gold)
-        if key in self._seen:
+        known = key in self._seen
+        if known and not repeats:
             self.exclude(place, "duplicate", "same response, model and gold score")
             return False
         self._seen.add(key)
         values = (place.split, place.subset, prompt_id, response, model, gold)
         _append(self.members, (*values, place.source, place.row))
-        return True
+        return not known
 
     def exclude(self, place: Place, reason: str, detail: str) -> None:
         """Record why a row, pair or member is left out of the dataset."""

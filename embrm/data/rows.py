@@ -14,6 +14,7 @@ from embrm.data.groups import Member, pair_members
 from embrm.data.labels import finite_number, pair_numbers
 from embrm.data.sources import SourceSpec, SourceTable, read_rows
 from embrm.data.splits import holdout
+from embrm.suites.registry import SUITES
 
 
 def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
@@ -57,6 +58,11 @@ class _Source:
     """Members by (split, prompt_id), when the shape is groups."""
     places: list[Place] = field(default_factory=list)
     """The place of each member in `groups`; `Member.row` is the index."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a pair or member that occurs again is kept, as a benchmark's own tool does."""
+        return self.spec.suite is not None and SUITES[self.spec.suite].merge is None
 
     def add(self, index: int, split: str | None) -> None:
         """Add row `index` of the table, or record why it is excluded."""
@@ -124,7 +130,9 @@ class _Source:
         names = _name(models[0]), _name(models[1])
         prompt_id = self.collector.prompt_id(record)
         place = self._after_holdout(place, prompt_id)
-        self.collector.pair(place, prompt_id, chosen_rejected, margin_label_weight, names)
+        self.collector.pair(
+            place, prompt_id, chosen_rejected, margin_label_weight, names, self.repeats
+        )
 
     def _member(self, index: int, place: Place) -> None:
         record = canonical(self.form, self.cell("prompt", index), (self.cell("response", index),))
@@ -134,7 +142,7 @@ class _Source:
         prompt_id, response = self.collector.prompt_id(record), self.collector.response(record, 0)
         place = self._after_holdout(place, prompt_id)
         model = _name(self.cell("model", index))
-        if self.collector.member(place, prompt_id, response, model, gold):
+        if self.collector.member(place, prompt_id, response, model, gold, self.repeats):
             response_id = self.collector.responses["response_id"][response]
             length, row = record.lengths[0], len(self.places)
             member = Member(response, response_id, gold, length, model, row)

@@ -244,9 +244,10 @@ def test_ppe_best_of_k_reads_every_sample_with_its_correctness(tmp_path: Path) -
         ("ppe-best-of-k", "nope", 0.0, "gemma", 0),
         ("ppe-best-of-k", "a", 1.0, "gemma", 1),
         ("ppe-best-of-k", "b", 0.0, "gemma", 1),
+        ("ppe-best-of-k", "a", 1.0, "gemma", 1),
     ]
     assert dataset.pairs.is_empty()
-    assert dataset.reason_counts() == {"duplicate": 1}
+    assert dataset.reason_counts() == {}
     some = SourceSpec.model_validate(
         {
             "suite": "ppe-best-of-k",

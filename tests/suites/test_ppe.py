@@ -83,12 +83,11 @@ def test_curves_are_those_of_all_orders() -> None:
     assert found["loss to the true best of k"] == pytest.approx(((true - ours) ** 2).mean())
 
 
-def test_a_question_with_fewer_samples_keeps_its_last_value() -> None:
+def test_a_question_with_fewer_samples_is_left_out_of_the_suite() -> None:
     whole, short = ([2.0, 1.0, 0.0], [1.0, 0.0, 0.0]), ([1.0, 2.0], [1.0, 0.0])
-    found = values(samples([whole, short]))
-    assert found["best of K"] == pytest.approx((1 + 0) / 2)
-    # Curves 1/3, 2/3, 1 and 1/2, 0, 0; the true ones 1/3, 2/3, 1 and 1/2, 1, 1.
-    assert found["loss to the true best of k"] == pytest.approx((0 + 0.25 + 0.25) / 3)
+    found = score_suite("ppe-best-of-k", samples([whole, short]), 20)
+    best = found.filter(score="MATH: best of K").row(0, named=True)
+    assert (best["estimate"], best["prompts"], best["incomplete"]) == (1.0, 1, 1)
 
 
 @settings(max_examples=20, deadline=None)
