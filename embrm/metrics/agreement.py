@@ -3,7 +3,8 @@ against fine-tuned backbones (the full stage), with bootstrap intervals.
 
 Both stages evaluate the same configurations on the same prompts. Every statistic is computed from
 means over seeds, and again in every replicate of the bootstrap of `embrm.metrics.intervals`, which
-uses the same prompts in both stages and draws seeds separately for each configuration and stage.
+uses the same prompts in both stages. Seeds are drawn, with replacement, separately for each
+configuration and stage: their variance is not pooled, since the statistics average over it.
 
 Before seeds are drawn, the effect that a seed has on all configurations of a stage alike is
 subtracted, since it cannot change any of these statistics: the mean deviation of the K
@@ -29,8 +30,8 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from embrm.core.streams import blake2b_number
-from embrm.metrics.intervals import Replicates, mean_over_seeds
+from embrm.core.streams import blake2b_number, generator
+from embrm.metrics.intervals import Replicates, over_seeds
 
 Floats = NDArray[np.float64]
 
@@ -117,7 +118,7 @@ class Stage:
                     for seed, column in own.items()
                 ]
             )
-            resampled[name] = mean_over_seeds(alone, draws[:, places], _stream(of, name))
+            resampled[name] = _mean_over_seeds(alone, draws[:, places], _stream(of, name))
         common = sorted(set.intersection(*(set(own) for own in once.values())))
         return cls(
             names=tuple(names),
@@ -133,6 +134,30 @@ def _without_shared(deviation: float, deviations: Sequence[float]) -> float:
     all configurations that have the seed. deviations: theirs, its own among them."""
     K = len(deviations)
     return deviation if K == 1 else float((deviation - np.mean(deviations)) * np.sqrt(K / (K - 1)))
+
+
+def _mean_over_seeds(estimates: Floats, draws: Floats, stream: int) -> Floats:
+    """Replicates, over prompts and seeds, of the mean over k seeds: float64 [replicates].
+
+    Each adds the mean of k draws, with replacement, of the seeds' deviations from their mean, which
+    are multiplied by √(k/(k-1)) so that it has the unbiased variance s²/k.
+
+    estimates: float64 [k]. draws: float64 [replicates, k], replicates over prompts. stream: below
+    2^64; configurations with the same stream and number of seeds draw the same seeds, others draw
+    independently.
+    """
+    k = len(estimates)
+    values = over_seeds(draws)
+    if k > 1:
+        deviations = (estimates - float(estimates.mean())) * np.sqrt(k / (k - 1))
+        values = values + _seed_draws(k, len(draws), stream) @ deviations
+    return values
+
+
+def _seed_draws(k: int, replicates: int, stream: int) -> Floats:
+    """Share of each of k seeds among k draws with replacement: float64 [replicates, k]."""
+    random = generator(k + (stream << 64))
+    return random.multinomial(k, np.full(k, 1 / k), replicates) / k
 
 
 def spearman(x: Floats, y: Floats) -> Floats:

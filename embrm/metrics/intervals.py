@@ -8,17 +8,18 @@ Differences between runs are therefore paired, and a mean over splits accounts f
 several of them contain. A metric is a ratio of sums, recomputed in every replicate:
 accuracy = Σ c·wins / Σ c·(pairs - ties).
 
-Seeds are a second source of variance, crossed with prompts. With k seeds the statistic is the mean
-over them, and every replicate adds the mean of k draws, with replacement, from the observed
-deviations of the seeds from their mean. The mean of such draws has variance (k-1)/k · s²/k, with s²
-the unbiased variance between seeds, so the deviations are multiplied by √(k/(k-1)) to make it
-s²/k. With one seed the interval covers prompts only. An interaction of seed and prompt is counted
-in both terms, so 95 % intervals are somewhat wide (they cover 95 to 98 % where it dominates); with
-two or three seeds and a large variance between seeds they are too narrow, as a bootstrap of two or
-three values is.
+Seeds are a second source of variance, crossed with prompts. The replicates of the mean over k seeds
+have the variance σ² that prompts cause, with that of their interaction with seeds: ι²/k, where ι²
+is the variance over prompts of a seed's deviation from the mean of the seeds. ι² is also in s̃², the
+variance between seeds, which `embrm.metrics.seed_variance` pools over configurations. What seeds do
+to all prompts alike is the rest, so every replicate adds √(max(s̃² - ι², 0)/k)·t, where t is drawn
+from Student's distribution with the degrees of freedom f of s̃²: with few, the rest is poorly known.
+p is computed from the same sum of a normal variable of variance σ² and of that t. With one seed the
+interval covers prompts only.
 
-Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps; Chamandy et al. 2012 on the
-Poisson bootstrap; Holm 1979 on the adjusted p.
+Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps and the variance components of
+prompts and seeds; Chamandy et al. 2012 on the Poisson bootstrap; Behrens 1929 and Fisher 1935 on
+sums of a t and another variable; Holm 1979 on the adjusted p.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,9 +31,12 @@ import polars as pl
 import polars.selectors as cs
 from numpy.typing import NDArray
 from scipy.special import ndtr
+from scipy.stats import chi2
+from scipy.stats import t as student
 
 from embrm.core.streams import blake2b_number, generator
 from embrm.metrics.outcomes import Outcomes
+from embrm.metrics.seed_variance import NONE, SeedVariance, of_differences, of_values
 
 Floats = NDArray[np.float64]
 
@@ -166,14 +170,17 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
 
     runs: name (of the configuration) and seed, one row per column of `replicates`.
 
+    The variance between seeds is pooled over the configurations that have all seeds in question and
+    whose outcomes depend on the seed.
+
     Returns one row per configuration, sorted by name:
-        name, seeds (their number), estimate, low, high: the mean over seeds and the 2.5 and 97.5
-            percentiles of its replicates, clipped to the metric's bounds;
+        name, seeds (their number), estimate, low, high: the mean over seeds and its interval,
+            clipped to the metric's bounds;
         common_seeds, difference, difference_low, difference_high: configuration minus baseline,
             over the seeds that both have (common_seeds of them);
-        p: two-sided, 2·Φ(-|difference|/sd), sd being the standard deviation of the difference's
-            replicates. The share of replicates beyond 0 would not resolve below 1/2000, which is
-            too coarse for Holm's adjustment over hundreds of configurations;
+        p: two-sided, that of |difference| over its standard deviation. The share of replicates
+            beyond 0 would not resolve below 1/2000, which is too coarse for Holm's adjustment over
+            hundreds of configurations;
         p_holm: p adjusted by Holm's method over the table (`holm`).
     Null where undefined: intervals with fewer than two prompts, and differences for the baseline
     itself, without common seeds, or without a baseline.
@@ -182,19 +189,24 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
     for column, (name, seed) in enumerate(runs.select("name", "seed").iter_rows()):
         seeds_of.setdefault(name, {})[seed] = column
     reference = seeds_of.get(baseline, {}) if baseline is not None else {}
+    pools = _Pools(replicates, seeds_of, baseline)
     rows = []
     for name, columns in sorted(seeds_of.items()):
         own = list(columns.values())
         estimate, low, high, _ = _interval(
-            replicates.estimates[own], replicates.draws[:, own], replicates.prompts
+            replicates.estimates[own],
+            replicates.draws[:, own],
+            replicates.prompts,
+            pools.of_value(name, columns),
         )
         common = sorted(columns.keys() & reference.keys()) if name != baseline else []
         ours = [columns[seed] for seed in common]
         theirs = [reference[seed] for seed in common]
-        difference, difference_low, difference_high, deviation = _interval(
+        difference, difference_low, difference_high, p = _interval(
             replicates.estimates[ours] - replicates.estimates[theirs],
             replicates.draws[:, ours] - replicates.draws[:, theirs],
             replicates.prompts,
+            pools.of_difference(name, common),
         )
         rows.append(
             {
@@ -207,11 +219,67 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
                 "difference": difference,
                 "difference_low": difference_low,
                 "difference_high": difference_high,
-                "p": _p_value(difference, deviation),
+                "p": p,
             }
         )
     table = pl.DataFrame(rows, schema=_COMPARISON).with_columns(cs.float().fill_nan(None))
     return table.with_columns(p_holm=holm(table["p"]))
+
+
+class _Pools:
+    """Variances between seeds of the configurations of one table."""
+
+    def __init__(
+        self, replicates: Replicates, seeds_of: dict[str, dict[int, int]], baseline: str | None
+    ) -> None:
+        self._replicates = replicates
+        self._seeds_of = seeds_of
+        self._baseline = baseline
+        self._found: dict[tuple[int, ...], tuple[dict[str, SeedVariance], ...]] = {}
+
+    def of_value(self, name: str, seeds: Iterable[int]) -> SeedVariance:
+        return self._of(seeds)[0].get(name, NONE)
+
+    def of_difference(self, name: str, seeds: Iterable[int]) -> SeedVariance:
+        """Of the configuration minus the baseline. Where seeds change one of the two only, its
+        variance is that of the difference."""
+        values, differences = self._of(seeds)
+        return differences.get(name) or values.get(name) or values.get(self._baseline or "", NONE)
+
+    def _of(self, seeds: Iterable[int]) -> tuple[dict[str, SeedVariance], ...]:
+        """Variances over these seeds of the values and of the differences to the baseline, by name,
+        of all configurations that have the seeds and depend on them."""
+        key = tuple(sorted(seeds))
+        if key not in self._found:
+            self._found[key] = self._pool(key) if len(key) > 1 else ({}, {})
+        return self._found[key]
+
+    def _pool(self, seeds: tuple[int, ...]) -> tuple[dict[str, SeedVariance], ...]:
+        names, columns = [], list[list[int]]()
+        for name, own in sorted(self._seeds_of.items()):
+            if own.keys() >= set(seeds):
+                places = [own[seed] for seed in seeds]
+                if _depends(self._replicates, places):
+                    names.append(name)
+                    columns.append(places)
+        if not names:
+            return {}, {}
+        table = np.array(columns).T  # [seeds, configurations]
+        values, draws = self._replicates.estimates[table], self._replicates.draws[:, table]
+        alone = dict(zip(names, of_values(values, draws), strict=True))
+        if self._baseline not in names:
+            return alone, {}
+        differences = of_differences(values, draws, names.index(self._baseline))
+        return alone, dict(zip(names, differences, strict=True))
+
+
+def _depends(replicates: Replicates, places: list[int]) -> bool:
+    """Whether these runs, which differ in their seeds only, have different outcomes on any prompt;
+    equal means over prompts alone may be chance."""
+    estimates, draws = replicates.estimates[places], replicates.draws[:, places]
+    if np.isnan(estimates).any():
+        return False
+    return bool((estimates != estimates[0]).any() or (draws != draws[:, :1]).any())
 
 
 def holm(p: pl.Series) -> pl.Series:
@@ -230,9 +298,10 @@ def holm(p: pl.Series) -> pl.Series:
     return pl.Series(p.name, spread).fill_nan(None)
 
 
-def _interval(estimates: Floats, draws: Floats, prompts: int) -> tuple[float, float, float, float]:
-    """Mean over seeds [k], the 2.5 and 97.5 percentiles of its replicates, and their standard
-    deviation."""
+def _interval(
+    estimates: Floats, draws: Floats, prompts: int, seeds: SeedVariance
+) -> tuple[float, float, float, float]:
+    """Mean over seeds [k], its 95 % interval, and p of its difference from 0."""
     k = len(estimates)
     nan = float("nan")
     if k == 0 or np.isnan(estimates).any():
@@ -240,41 +309,55 @@ def _interval(estimates: Floats, draws: Floats, prompts: int) -> tuple[float, fl
     estimate = float(estimates.mean())
     if prompts < 2:
         return estimate, nan, nan, nan
-    values = mean_over_seeds(estimates, draws)
-    values = values[~np.isnan(values)]
-    if not values.size:  # such as the separability of PPE, which is computed from all replicates
+    values = over_seeds(draws)
+    known = ~np.isnan(values)
+    if not known.any():  # such as the separability of PPE, which is computed from all replicates
         return estimate, nan, nan, nan
+    draws, values = draws[known], values[known]
+    variance, rest = float(values.var()), 0.0
+    if seeds.variance > 0:
+        interaction = float((draws - values[:, None]).var(axis=0).sum()) / (k - 1)
+        rest = max(seeds.variance - interaction, 0.0) / k
+        values = values + np.sqrt(rest) * _student_scores(len(known), seeds.freedom)[known]
     low, high = np.quantile(values, [0.025, 0.975])
-    return estimate, float(low), float(high), float(values.std())
+    return estimate, float(low), float(high), _p_value(estimate, variance, rest, seeds.freedom)
 
 
-def mean_over_seeds(estimates: Floats, draws: Floats, stream: int = 0) -> Floats:
-    """Replicates, over prompts and seeds, of the mean over k seeds: float64 [replicates].
-
-    estimates: float64 [k]. draws: float64 [replicates, k], replicates over prompts. stream: below
-    2^64; configurations with the same stream and number of seeds draw the same seeds, others draw
-    independently. The module's docstring has the formula.
-    """
-    k = len(estimates)
+def over_seeds(draws: Floats) -> Floats:
+    """Mean of replicates over the seeds of a configuration. draws: float64 [replicates, seeds]."""
     # draws.mean(axis=1) would sum in an order that depends on the memory layout.
-    values = np.add.reduce([draws[:, seed] for seed in range(k)]) / k
-    if k > 1:
-        deviations = (estimates - float(estimates.mean())) * np.sqrt(k / (k - 1))
-        values = values + _seed_draws(k, len(draws), stream) @ deviations
-    return values
+    k = draws.shape[1]
+    return np.add.reduce([draws[:, seed] for seed in range(k)]) / k
 
 
-def _seed_draws(k: int, replicates: int, stream: int) -> Floats:
-    """Share of each of k seeds among k draws with replacement: float64 [replicates, k]."""
-    random = generator(k + (stream << 64))
-    return random.multinomial(k, np.full(k, 1 / k), replicates) / k
+@lru_cache(maxsize=64)
+def _student_scores(replicates: int, freedom: float) -> Floats:
+    """Quantiles of Student's t in an order that depends on their number alone: a sample without
+    noise in its percentiles."""
+    scores = student.ppf((np.arange(replicates) + 0.5) / replicates, freedom)
+    return generator(0).permutation(scores)
 
 
-def _p_value(difference: float, deviation: float) -> float:
+def _p_value(difference: float, variance: float, rest: float, freedom: float) -> float:
+    """P(|x| ≥ |difference|) of x = √variance·z + √rest·t, with z standard normal and t Student's:
+    the mean of 2·Φ(-|difference|/√(variance + rest/w)) over w = χ²/freedom."""
     if difference == 0:
         return 1.0
     # Where all prompts have the same difference, its variance over other prompts is unknown.
-    return float(2 * ndtr(-abs(difference) / deviation)) if deviation > 0 else float("nan")
+    if variance + rest <= 0:
+        return float("nan")
+    if rest == 0:
+        return float(2 * ndtr(-abs(difference) / np.sqrt(variance)))
+    w, weights = _chi_squares(freedom)
+    return float(weights @ (2 * ndtr(-abs(difference) / np.sqrt(variance + rest / w))))
+
+
+@lru_cache(maxsize=64)
+def _chi_squares(freedom: float) -> tuple[Floats, Floats]:
+    """Values of χ²/freedom and weights that sum to 1, dense at 0, where far tails come from."""
+    edges = np.linspace(0, 1, 401)
+    middle = (edges[1:] + edges[:-1]) / 2
+    return chi2.ppf(middle**4, freedom) / freedom, np.diff(edges**4)
 
 
 def _fixed_point(terms: Floats) -> Floats:

@@ -1,14 +1,17 @@
 """Compare two sweeps: paired differences of the configurations that both have."""
 
+import numpy as np
 import polars as pl
+import polars.selectors as cs
 
 from embrm.core.errors import UserError
-from embrm.metrics.intervals import compare, holm, replicate
+from embrm.metrics.intervals import Replicates, compare, holm, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.results.comparison import available_metrics
 from embrm.results.ledger import Results
 
 _SIDES = ("this", "other")
+_ZERO = ""  # which names no configuration
 
 
 def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
@@ -17,7 +20,8 @@ def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
     Returns one row per split, metric (accuracy, or tau for groups) and configuration: estimate and
     other_estimate (means over seeds), common_seeds, difference (this minus other, over the common
     seeds) with its 95 % bootstrap interval over prompts and seeds, p, and p_holm (Holm's adjustment
-    over the whole table).
+    over the whole table). The variance of the differences between seeds is pooled over the
+    configurations (`embrm.metrics.seed_variance`).
 
     Raises: UserError where the sweeps share no configuration, or no split with the same prompts.
     """
@@ -31,9 +35,8 @@ def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
     for split in this.evaluated:
         prompts = _prompts(this, split)
         if split in other.evaluated and prompts.equals(_prompts(other, split)):
-            sides = [_outcomes(results, split, prompts) for results in (this, other)]
-            for metric in available_metrics(sides[0][1]):
-                found += [_row(split, metric, name, sides) for name in names]
+            sides = [_outcomes(results, split, prompts, names) for results in (this, other)]
+            found += [_table(split, metric, sides) for metric in available_metrics(sides[0][1])]
     if not found:
         raise UserError(
             f"{this.folder} and {other.folder} have no evaluation split with the same prompts: "
@@ -51,27 +54,57 @@ def _prompts(results: Results, split: str) -> pl.DataFrame:
     return results.prompts.filter(pl.col("split") == split).drop("split")
 
 
-def _outcomes(results: Results, split: str, prompts: pl.DataFrame) -> tuple[pl.DataFrame, Outcomes]:
-    runs = _finished(results).select("run_id", "config", "seed").sort("config", "seed")
+def _outcomes(
+    results: Results, split: str, prompts: pl.DataFrame, names: list[str]
+) -> tuple[pl.DataFrame, Outcomes]:
+    runs = _finished(results).filter(pl.col("config").is_in(names))
+    runs = runs.select("run_id", pl.col("config").alias("name"), "seed").sort("name", "seed")
     own = results.outcomes.filter(pl.col("split") == split)
     return runs, Outcomes.of(prompts, own, runs["run_id"].to_list())
 
 
-def _row(
-    split: str, metric: str, name: str, sides: list[tuple[pl.DataFrame, Outcomes]]
-) -> pl.DataFrame:
-    chosen, parts = [], []
-    for side, (runs, outcomes) in zip(_SIDES, sides, strict=True):
-        places = (runs["config"] == name).arg_true().to_list()
-        chosen.append(pl.DataFrame({"name": side, "seed": runs["seed"].gather(places)}))
-        parts.append(outcomes.by(places))
-    both = Outcomes.side_by_side(parts)
-    table = compare(replicate(both, metric), pl.concat(chosen), "other")
-    here, there = (table.filter(name=side) for side in _SIDES)
-    return pl.DataFrame({"split": split, "metric": metric, "config": name}).hstack(
-        here.select(
-            "estimate",
-            pl.lit(there["estimate"][0]).alias("other_estimate"),
-            *("common_seeds", "difference", "difference_low", "difference_high", "p"),
+def _table(split: str, metric: str, sides: list[tuple[pl.DataFrame, Outcomes]]) -> pl.DataFrame:
+    """One row per configuration."""
+    both = replicate(Outcomes.side_by_side([outcomes for _, outcomes in sides]), metric)
+    runs = pl.concat(
+        runs.select("name", "seed", side=pl.lit(side))
+        for side, (runs, _) in zip(_SIDES, sides, strict=True)
+    ).with_columns(estimate=both.estimates)
+    means = runs.group_by("name", "side").agg(pl.col("estimate").mean()).pivot("side", index="name")
+    return (
+        means.select("name", estimate=_SIDES[0], other_estimate=_SIDES[1])
+        .join(_differences(both, runs), on="name", how="left")
+        .sort("name")
+        .select(
+            pl.lit(split).alias("split"),
+            pl.lit(metric).alias("metric"),
+            pl.col("name").alias("config"),
+            *("estimate", "other_estimate"),
+            pl.col("common_seeds").fill_null(0),
+            *("difference", "difference_low", "difference_high", "p"),
         )
+        .with_columns(cs.float().fill_nan(None))
+    )
+
+
+def _differences(both: Replicates, runs: pl.DataFrame) -> pl.DataFrame:
+    """`intervals.compare` of each run minus the run of the same name and seed in the other sweep,
+    to a configuration that is 0 throughout: the variance of the differences between seeds is pooled
+    over configurations.
+
+    runs: name, seed and side, one row per column of `both`.
+    """
+    places = runs.with_row_index("place").pivot("side", index=["name", "seed"], values="place")
+    common = places.drop_nulls().sort("name", "seed")
+    ours, theirs = (common[side].to_list() for side in _SIDES)
+    seeds = common["seed"].unique().sort()
+    changes = Replicates(
+        np.append(both.estimates[ours] - both.estimates[theirs], np.zeros(len(seeds))),
+        np.pad(both.draws[:, ours] - both.draws[:, theirs], ((0, 0), (0, len(seeds)))),
+        both.prompts,
+    )
+    zeros = pl.DataFrame({"name": pl.repeat(_ZERO, len(seeds), eager=True), "seed": seeds})
+    compared = compare(changes, pl.concat([common.select("name", "seed"), zeros]), _ZERO)
+    return compared.select(
+        "name", "common_seeds", "difference", "difference_low", "difference_high", "p"
     )

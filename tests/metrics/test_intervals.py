@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from scipy.stats import t as student
 
 from embrm.metrics.accuracy import OUTCOMES, PROMPTS
 from embrm.metrics.intervals import Replicates, compare, holm, mean, prompt_counts, replicate
@@ -58,17 +59,86 @@ def test_ratio_variance_matches_the_delta_method() -> None:
     assert result.draws[:, 0].std() == pytest.approx(expected, rel=0.06)
 
 
-def test_seed_variance_is_unbiased() -> None:
-    """Prompts that never vary leave only the seeds: the replicates must have variance s²/k."""
+def test_without_variance_over_prompts_the_interval_is_students() -> None:
+    """Prompts that never vary leave only the seeds: mean ± t·s/√k, where k is 3 and the baseline,
+    which no seed changes, has no variance to pool."""
     estimates = np.concatenate([[0.60, 0.64, 0.71], np.full(3, 0.62)])
     result = Replicates(estimates, np.tile(estimates, (20_000, 1)), prompts=50)
     table = compare(result, seeds(["a"] * 3 + ["b"] * 3, [0, 1, 2] * 2), "b")
     row = table.row(0, named=True)
     deviation = np.sqrt(estimates[:3].var(ddof=1) / 3)
     assert row["estimate"] == pytest.approx(0.65)
-    assert row["p"] == pytest.approx(2 * norm.sf(0.03 / deviation), rel=0.03)
+    assert row["high"] - 0.65 == pytest.approx(student.ppf(0.975, 2) * deviation, rel=1e-3)
+    assert row["p"] == pytest.approx(2 * student.sf(0.03 / deviation, 2), rel=1e-4)
     assert row["difference_low"] == pytest.approx(row["low"] - 0.62)
     assert row["difference_high"] == pytest.approx(row["high"] - 0.62)
+
+
+def test_p_of_a_normal_and_a_t_agrees_with_their_draws() -> None:
+    random = np.random.default_rng(0)
+    draws = 0.3 * random.normal(size=4_000_000) + 0.2 * random.standard_t(4, size=4_000_000)
+    estimates = np.array([0.8 - 0.4, 0.8 - 0.1, 0.8, 0.8 + 0.3, 0.8 + 0.2])
+    scale = 0.2 / np.sqrt(estimates.var(ddof=1) / 5)
+    estimates = 0.8 + (estimates - estimates.mean()) * scale
+    over_prompts = 0.3 * norm.ppf((np.arange(100_000) + 0.5) / 100_000)
+    result = Replicates(estimates, estimates + over_prompts[:, None], prompts=50)
+    zero = Replicates(np.zeros(5), np.zeros((100_000, 5)), 50)
+    both = Replicates(
+        np.concatenate([result.estimates, zero.estimates]),
+        np.hstack([result.draws, zero.draws]),
+        50,
+    )
+    names = seeds(["a"] * 5 + ["zero"] * 5, [*range(5)] * 2)
+    row = compare(both, names, "zero").row(0, named=True)
+    assert row["difference"] == pytest.approx(0.8)
+    assert row["p"] == pytest.approx((np.abs(draws) > 0.8).mean(), rel=0.01)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert row["difference_low"] == pytest.approx(0.8 + low, abs=0.01)
+    assert row["difference_high"] == pytest.approx(0.8 + high, abs=0.01)
+
+
+def test_an_interaction_of_seeds_and_prompts_is_counted_once() -> None:
+    """Where seeds shift no prompts alike, σ² of the mean over seeds is all there is."""
+    random = np.random.default_rng(1)
+    wins = (random.random((4000, 5)) < 0.6).astype(float)
+    result = replicate(outcomes(wins, np.ones(4000)), "accuracy")
+    estimates = 0.6 + (result.estimates - result.estimates.mean()) / 100
+    result = replace(result, estimates=estimates)
+    row = compare(result, seeds(["a"] * 5, [*range(5)]), None).row(0, named=True)
+    half = 1.96 * np.sqrt(0.6 * 0.4 / (4000 * 5))
+    assert row["high"] - row["low"] == pytest.approx(2 * half, rel=0.1)
+
+
+def test_a_learner_that_no_seed_changes_is_neither_widened_nor_pooled() -> None:
+    random = np.random.default_rng(2)
+    ridge = np.repeat(random.binomial(1, 0.7, size=(200, 1)), 3, axis=1)
+    heads = random.binomial(1, np.clip(0.7 + random.normal(0, 0.2, size=6), 0, 1), size=(200, 6))
+    names = seeds(["ridge"] * 3 + ["a"] * 3 + ["b"] * 3, [0, 1, 2] * 3)
+    result = replicate(outcomes(np.hstack([ridge, heads]), np.ones(200)), "accuracy")
+    a, b, fixed = compare(result, names, "ridge").rows(named=True)
+    once = replicate(outcomes(ridge[:, :1], np.ones(200)), "accuracy")
+    alone = compare(once, seeds(["ridge"], [0]), None).row(0, named=True)
+    assert fixed["low"] == pytest.approx(alone["low"])
+    assert fixed["high"] == pytest.approx(alone["high"])
+    without = compare(replicate(outcomes(heads, np.ones(200)), "accuracy"), names[3:], None).select(
+        "low", "high"
+    )
+    assert without.rows() == [(row["low"], row["high"]) for row in (a, b)]
+
+
+def test_two_seeds_borrow_from_other_configurations() -> None:
+    """Two seeds that agree by chance do not make a narrow interval among many that do not."""
+    random = np.random.default_rng(3)
+    luck = random.normal(0, 0.2, size=(30, 2))
+    luck[1] = luck[1].mean()
+    wins = random.random((500, 60)) < np.clip(0.6 + luck.ravel(), 0, 1)
+    names = seeds([f"{name:02}" for name in range(30) for _ in range(2)], [0, 1] * 30)
+    every = replicate(outcomes(wins.astype(float), np.ones(500)), "accuracy")
+    row = compare(every, names, "00").row(1, named=True)
+    typical = np.sqrt(2 * luck.var(axis=1, ddof=1).mean() / 2)
+    assert row["difference_high"] - row["difference"] > 1.5 * typical
+    alone = Replicates(every.estimates[2:4], every.draws[:, 2:4], 500)
+    assert compare(alone, names[2:4], None)["high"][0] < row["high"]
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -115,16 +185,15 @@ def test_paired_differences_cover_and_are_tighter_than_unpaired() -> None:
 
 
 def test_an_accuracy_interval_stays_within_0_and_1() -> None:
-    """Seeds at 1.0 and 0.7 deviate from 0.85 by 0.21 after scaling, beyond 1 unless clipped."""
+    """Two seeds at 1.0 and 0.7 have the half-width 12.7·0.15 unless it is clipped."""
     wins = np.tile([10.0, 7.0, 3.0, 0.0], (9, 1))
     runs = seeds(["good", "good", "bad", "bad"], [0, 1, 0, 1])
     found = replicate(outcomes(wins, np.full(9, 10)), "accuracy")
     for result in (found, mean([found, found])):
-        bad, good = compare(result, runs, "bad").rows(named=True)
-        assert (good["high"], bad["low"]) == (1, 0)
-        assert 0 < bad["high"] < good["low"] < 1
+        for row in compare(result, runs, "bad").iter_rows(named=True):
+            assert (row["low"], row["high"]) == (0, 1)
     good = compare(Replicates(found.estimates, found.draws, 9), runs, None).row(1, named=True)
-    assert good["high"] == pytest.approx(0.85 + 0.15 * np.sqrt(2))
+    assert good["high"] == pytest.approx(0.85 + 0.15 * student.ppf(0.975, 1), rel=0.02)
 
 
 def test_a_tau_interval_stays_within_1_of_0_and_a_difference_need_not() -> None:
