@@ -1,6 +1,6 @@
 """Two stages whose true means are known, to count how often the intervals of agreement cover them.
 
-`python tests/agreement_world.py` prints the numbers of docs/methods.md.
+`python tests/helpers/agreement_world.py` prints the numbers of docs/methods.md.
 """
 
 import numpy as np

@@ -98,7 +98,7 @@ def test_noise_alone_is_not_reported_as_a_drop() -> None:
 
 
 def test_a_true_drop_is_found_despite_noise() -> None:
-    chosen, runs = planted({"falls": D * (1.5 - 0.8 * D)}, prompts=300, noise=1.0)
+    chosen, runs = planted({"falls": D * (1.5 - 0.8 * D)}, prompts=300, seeds=5, noise=1.0)
     row = summarize(chosen, runs, "falls")[1].row(0, named=True)
     assert 0 < row["drop_low"] < row["drop"] < row["drop_high"]
     assert row["gap_low"] < row["gap"] < row["gap_high"]
