@@ -6,9 +6,10 @@ samples, averaged over questions (`metrics.best_of_n`), and g(k) is that of a re
 is correct. The scores of a benchmark are f(K), max_k f(k), the mean over k of (f(k) - g(k))², f(1),
 and the ROC AUC of correct against wrong samples; the overall scores are means over benchmarks.
 
-PPE's own code draws random orders of the samples and averages over them. Here f is the exact
-expectation over orders, so max_k f(k) is at most the mean of the orders' maxima, and the squared
-distance lacks the variance between orders. PPE's code has not been compared with this module.
+f is the exact expectation over orders of the samples. Where a tool averages over sampled orders
+(that PPE's does is not verified), max_k f(k) is at most the mean of the orders' maxima, and the
+squared distance lacks the variance between orders. A failed reward, which PPE's code writes as
+$ERROR$ and reads as -inf, is below all others; the AUC scales the other rewards of its question.
 """
 
 from collections.abc import Collection, Iterator

@@ -48,9 +48,9 @@ SECTIONS: dict[str, dict[str, int]] = {
     "Prior Sets": {"anthropic_helpful": 1, "anthropic_hhh": 1, "shp": 1, "summarize": 1},
 }
 """Section → subset → weight. A weight is the subset's number of pairs, except that math-prm (447
-pairs) has 984, as much as the six code subsets together, and the prior sets have 1 each. Releases
-of the reward-bench package swap the weights 154 and 250 of the two xstest subsets; those here are
-the numbers of pairs in the data."""
+pairs) has 984, as much as the six code subsets together, and the prior sets have 1 each. Versions
+0.1.0 to 0.1.2 of the rewardbench package swap the weights 154 and 250 of the two xstest subsets;
+those here are the numbers of pairs in the data, as in later versions."""
 
 
 def _cells(pairs: pl.DataFrame) -> Cells:
