@@ -214,7 +214,7 @@ def test_tracked_sweep_specs_are_valid(path: Path) -> None:
         assert configurations(SweepSpec.parse(values, path.name), path.name)
     else:  # how embrm confirm fine-tunes the runs that it is told
         asked = FinetuneSpec.parse(values | {"baseline": "a", "runs": [{"name": "a"}]}, path.name)
-        assert configurations(asked, path.name, FinetuneRun)
+        assert configurations(asked, path.name)
 
 
 def test_extraction_specs_of_the_docs_run(

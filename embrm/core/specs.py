@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embrm.core.errors import UserError, nearest
+from embrm.core.errors import UserError
+from embrm.core.spec_errors import error_line
 
 
 class Spec(BaseModel):
@@ -28,7 +29,7 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{where}: {_first_line(error, cls)}") from None
+            raise UserError(f"{where}: {error_line(error, cls)}") from None
 
     def content_id(self) -> str:
         """Identity of this spec: see `content_id`."""
@@ -71,45 +72,3 @@ def canonical_json(value: Any) -> str:
 def content_id(value: Any, length: int = 16) -> str:
     """First `length` hex digits of SHA-256 over the canonical JSON of `value`."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
-
-
-def _first_line(error: ValidationError, model: type[BaseModel]) -> str:
-    # A union reports its members' complaints too; the deepest path is the most specific one.
-    details = max(error.errors(), key=lambda entry: len(entry["loc"]))
-    location = [str(part) for part in details["loc"]]
-    field = ".".join(location) or "spec"
-    if details["type"] == "extra_forbidden":
-        owner = _model_at(model, details["loc"][:-1])
-        remedy = nearest(location[-1], owner.model_fields) if owner else "remove it"
-        return f"unknown key {field!r}: {remedy}"
-    if details["type"] == "missing":
-        return f"{field} is missing: add it"
-    message = details["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if details["type"] == "value_error" and not location:
-        return message
-    return f"{field} = {details['input']!r}: {message}"
-
-
-def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The model that owns the key at the end of `path`, walking nested models and tuples."""
-    current: Any = model
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return None
-        if part not in current.model_fields:
-            continue  # a union's tag, not a field
-        current = _inner_model(current.model_fields[part].annotation)
-    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
-
-
-def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _inner_model(argument)
-        if found is not None:
-            return found
-    return None

@@ -72,7 +72,7 @@ def read_inputs(spec_path: Path, cache_folder: Path | None) -> FinetuneInputs:
     """
     where = str(spec_path)
     spec = FinetuneSpec.parse(read_toml(spec_path), where)
-    found = pin(configurations(spec, where, FinetuneRun), where)
+    found = pin(configurations(spec, where), where)
     for configuration in found:
         check_fits(run_spec(configuration), spec.tune, f"{where}: run {configuration.name!r}")
     _check_trackers(spec, where)

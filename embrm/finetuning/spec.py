@@ -1,6 +1,6 @@
 """The spec of a fine-tune: a sweep's spec, and how the model itself is trained."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -59,6 +59,8 @@ class LoraSpec(Spec):
 
 class FinetuneSpec(SweepSpec):
     """A fine-tune's TOML file: all fields of a sweep's, and those below."""
+
+    run_spec: ClassVar[type[RunSpec]] = FinetuneRun
 
     model: str | None = None
     """Folder or hub id of the model, if it has moved since the cache was made."""

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from embrm.core.errors import UserError, nearest
+from embrm.core.spec_errors import ELSEWHERE
 from embrm.core.specs import Spec, content_id
 from embrm.data.scenarios import Scenarios
 from embrm.training.ensembles import PENALTY, Combine
@@ -153,6 +154,9 @@ class SweepSpec(Spec):
     in `defaults`.
     """
 
+    run_spec: ClassVar[type[RunSpec]] = RunSpec
+    """The spec of one of its runs."""
+
     cache: str | None = None
     """Cache folder; the option --cache takes precedence."""
     train: Annotated[tuple[str, ...], Field(min_length=1)] = ("train",)
@@ -182,6 +186,23 @@ class SweepSpec(Spec):
     """Keys that apply to every run; see below."""
     runs: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)]
     """One table per entry: a name, keys as below, and optionally a grid of key = list of values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_runs_are_in_runs(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            own = ELSEWHERE.get(key, key)
+            if own in cls.run_spec.model_fields and own not in cls.model_fields:
+                if own == "seed":
+                    raise ValueError("unknown key 'seed': write seeds = [0, 1, 2], one or more")
+                raise ValueError(
+                    f"{own} is a key of runs: write it below [defaults], for all runs, or in a "
+                    "[[runs]] table"
+                    if own == key
+                    else f"unknown key {key!r}: did you mean {own!r}, a key of [defaults] and "
+                    "[[runs]]?"
+                )
+        return values
 
     @model_validator(mode="after")
     def _lists_name_things_once(self) -> Self:
@@ -231,16 +252,13 @@ class Run:
     spec: RunSpec
 
 
-def configurations(
-    sweep: SweepSpec, where: str, kind: type[RunSpec] = RunSpec
-) -> list[Configuration]:
+def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
     """Expand a sweep, read from `where`, into its configurations, in the order of the spec.
-
-    kind: the class of its runs.
 
     Raises: UserError for a wrong field (naming the entry), two configurations of one name or of
     one content, or a baseline that none of them is.
     """
+    kind = sweep.run_spec
     found: dict[str, Configuration] = {}
     contents: dict[RunSpec, str] = {}
     for index, entry in enumerate(sweep.runs):
@@ -250,6 +268,12 @@ def configurations(
                     f"{where}: run {name!r}: seed = {fields['seed']!r}: "
                     "seeds belong to the whole sweep, write seeds = [...] at the top"
                 )
+            for key in fields:
+                if key in type(sweep).model_fields and key not in kind.model_fields:
+                    raise UserError(
+                        f"{where}: run {name!r}: {key} is a key of the whole spec: write it at the "
+                        "top, above [defaults] and [[runs]]"
+                    )
             spec = kind.parse(fields, f"{where}: run {name!r}")
             if name in found:
                 raise UserError(f"{where}: two runs are named {name!r}: rename one")

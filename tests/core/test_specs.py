@@ -32,11 +32,11 @@ class Outer(Spec):
             "unknown key 'heads.0.width': did you mean 'widths'?",
         ),
         ({"maybe": {"dropot": 0.1}}, "unknown key 'maybe.dropot': did you mean 'dropout'?"),
-        ({"learning_rate": -1.0}, "learning_rate = -1.0: input should be greater than 0"),
-        ({"learning_rate": float("nan")}, "learning_rate = nan: input should be a finite number"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0: must be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan: must be a finite number"),
         (
             {"heads": [{"dropout": 1.0}]},
-            "heads.0.dropout = 1.0: input should be less than 1",
+            "heads.0.dropout = 1.0: must be less than 1",
         ),
     ],
 )

@@ -101,7 +101,7 @@ def test_provenance_includes_the_remedy_and_that_of_the_strengths() -> None:
         ({"flip": [0.2, 0.2]}, r"flip = .*: a range is \[from, to\] with 0 <= from < to"),
         ({"drop": [-0.1, 0.2]}, r"drop = .*: a range is \[from, to\] with 0 <= from < to"),
         ({"soft": [0, 0.5], "smooth": [0.4, 1]}, "overlap, but both set the label: move one"),
-        ({"smooth": [0, 1], "epsilon": 0.5}, "epsilon = 0.5: input should be less than 0.5"),
+        ({"smooth": [0, 1], "epsilon": 0.5}, "epsilon = 0.5: must be less than 0.5"),
     ],
 )
 def test_invalid_remedies_are_refused(fields: dict[str, Any], line: str) -> None:

@@ -9,7 +9,7 @@ from embrm.sweeps.spec import RunSpec, Selection, configurations, identified
 def ids(**fields: Any) -> str:
     values = {"baseline": "bt", "runs": [{"name": "bt"}], "micro_pairs": 4} | fields
     spec = FinetuneSpec.parse(values, "test")
-    found = configurations(spec, "test", FinetuneRun)
+    found = configurations(spec, "test")
     selection = Selection("c", ("train",), 0.1)
     identity = spec.identity(found[0].spec)
     return identified(found, (0,), selection, identity)[0].run_id

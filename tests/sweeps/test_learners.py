@@ -228,10 +228,13 @@ def test_runs_without_a_learner_keep_their_ids() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('learner = { kind = "svm" }', "learner = {'kind': 'svm'}: input tag 'svm'"),
-        ("learner = { C = 1 }", "learner = {'C': 1}: unable to extract tag"),
+        (
+            'learner = { kind = "svm" }',
+            "learner = {'kind': 'svm'}: its kind must be one of 'logistic'",
+        ),
+        ("learner = { C = 1 }", "learner = {'C': 1}: 'kind' is missing in it"),
         ('learner = { kind = "logistic", alpha = 1 }', "unknown key 'learner.logistic.alpha'"),
-        ('learner = { kind = "ridge", alpha = 0 }', "alpha = 0: input should be greater than 0"),
+        ('learner = { kind = "ridge", alpha = 0 }', "alpha = 0: must be greater than 0"),
         (
             'lr = 0.1\nlearner = { kind = "logistic" }',
             "lr = 0.1 with learner 'logistic', which does not read it: remove lr here, or from "

@@ -249,7 +249,7 @@ def test_l2_is_half_the_squared_norm_of_all_parameters() -> None:
     [
         ({"loss": "bradley"}, "loss = 'bradley': unknown loss: valid: bt"),
         ({"loss": "logitnrm"}, "did you mean 'logitnorm'"),
-        ({"bsr": -0.1}, r"bsr = -0.1: input should be greater than or equal to 0"),
+        ({"bsr": -0.1}, r"bsr = -0.1: must be greater than or equal to 0"),
         ({"l2": float("nan")}, "finite"),
         ({"label_smoothing": 0.5}, "less than 0.5"),
         ({"loss": "logitnorm", "margin": 1.0}, "has no margin"),

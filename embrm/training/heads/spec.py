@@ -1,6 +1,6 @@
 """The part of a run's spec that describes the head and its adapter."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ class AdapterSpec(Spec):
     """
 
     kind: Literal["low-rank", "mlp"] = "low-rank"
+    """low-rank: a product of two matrices; mlp: one hidden layer with ReLU."""
     width: int = Field(default=16, gt=0)
     """Rank of a low-rank adapter, or hidden units of an mlp."""
 
@@ -26,6 +27,8 @@ class AdapterSpec(Spec):
 
 class HeadSpec(Spec):
     """A head's shape: reward = w·h, or an MLP with ReLU and dropout after each hidden layer."""
+
+    example: ClassVar = '{ kind = "mlp", widths = [64] }'
 
     kind: str = "linear"
     """linear or mlp."""
