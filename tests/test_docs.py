@@ -76,6 +76,11 @@ SPECS = {
 }
 INHERITED = {FinetuneSpec: SweepSpec, FinetuneRun: RunSpec}
 """Its keys are those of the other too, which has a table of its own."""
+BESIDE = {
+    "Extraction": "| `out` | str | not given | Cache folder to write, such as cache/NAME. Required "
+    "here or as the option --out, which takes precedence. |"
+}
+"""Rows of keys that a file may have beside the spec's own."""
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -111,9 +116,10 @@ def spec_reference() -> str:
         for name, field in model.model_fields.items():
             if name in inherited:
                 continue
-            default = "required" if field.is_required() else f"`{_default(field)}`"
+            default = "required" if field.is_required() else _default(field)
             meaning = " ".join((field.description or "").split()).replace("|", "\\|")
             parts.append(f"| `{name}` | {_type(hints[name])} | {default} | {meaning} |")
+        parts += [BESIDE[title]] if title in BESIDE else []
         parts.append("")
     return "\n".join(parts)
 
@@ -121,8 +127,8 @@ def spec_reference() -> str:
 def _default(field: Any) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
-        return "none"
-    return "{}" if isinstance(value, Spec) else json.dumps(value)
+        return "not given"
+    return "`{}`" if isinstance(value, Spec) else f"`{json.dumps(value)}`"
 
 
 def test_the_spec_reference_is_the_specs() -> None:

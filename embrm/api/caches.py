@@ -7,7 +7,16 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embrm.api.arguments import AnyData, AnyPath, AnySpec, path, public, sources, spec_source
+from embrm.api.arguments import (
+    AnyData,
+    AnyPath,
+    AnySpec,
+    names,
+    path,
+    public,
+    sources,
+    spec_source,
+)
 from embrm.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,6 +102,7 @@ def extract_shard(
 @public
 def plan_extraction(
     spec: AnySpec | None = None,
+    out: AnyPath | None = None,
     *,
     data: AnyData | Sequence[AnyData] | None = None,
     device: str = "auto",
@@ -101,10 +111,13 @@ def plan_extraction(
     compiled: bool = False,
     **fields: Any,
 ) -> DryRun:
-    """Count the rows, tokens, bytes and seconds of an extraction; twin of `extract --dry-run`."""
+    """Count the rows, tokens, bytes and seconds of an extraction; twin of `extract --dry-run`.
+
+    The arguments are those of `extract`. Nothing is written, so `out` may be left out.
+    """
     from embrm.extraction.dry_run import dry_run
 
-    parsed, _ = _extraction(spec, "unwritten", data, fields)
+    parsed, _ = _extraction(spec, "unwritten" if out is None else out, data, fields)
     return dry_run(
         parsed,
         device=device,
@@ -122,8 +135,11 @@ def _extraction(
 ) -> tuple[ExtractSpec, Path]:
     """The parsed spec, and the folder to write."""
     from embrm.core.specs import spec_values
+    from embrm.data.tables import READERS
     from embrm.extraction.spec import ExtractSpec
 
+    if isinstance(spec, str | PathLike) and Path(spec).suffix in READERS:
+        raise UserError(f"{spec} is a data file, not a TOML spec: pass it as data (--data)")
     values, where = spec_values({} if spec is None else spec_source(spec))
     named = values.pop("out", None)
     if named is not None and not isinstance(named, str | PathLike):
@@ -135,6 +151,13 @@ def _extraction(
         values["model"] = str(values["model"])
     if isinstance(values.get("states"), str):
         values["states"] = [view.strip() for view in values["states"].split(",")]
+    if spec is None and values.keys() <= ExtractSpec.model_fields.keys():
+        for name, remedy in (
+            ("model", "name a folder or a hub id"),
+            ("data", "name files or hub ids of preference data"),
+        ):
+            if not values.get(name):
+                raise UserError(f"{name} (--{name}) is missing: {remedy}, or give a TOML spec")
     parsed = ExtractSpec.parse(values, where)
     if out is None and named is None:
         raise UserError("out (--out) is missing: name the cache folder to write, as cache/NAME")
@@ -175,7 +198,14 @@ def adopt(
         values, where = spec_values(spec_source(spec))
         parsed = AdoptSpec.parse(values, where)
     elif states:
-        parsed = parse_arrays(states, gold, rows, order=order, models=models, pairs=pairs)
+        parsed = parse_arrays(
+            names(states, "states"),
+            names(gold, "gold"),
+            names(rows, "rows"),
+            order=order,
+            models=models,
+            pairs=pairs,
+        )
     else:
         raise UserError("states is missing: name an array of states, or give a spec")
     return open_cache(run(parsed, path(out, "out")))
@@ -205,7 +235,10 @@ def list_caches(root: AnyPath = "cache") -> pl.DataFrame:
 
 @public
 def verify(folder: AnyPath) -> list[str]:
-    """Check every byte of a cache against its manifest; the problems found, one line each."""
+    """Check every byte of a cache against its manifest; the problems found, one line each.
+
+    Raises: UserError where there is no cache.
+    """
     from embrm.cache.verify import verify as run
 
     return run(path(folder, "folder"))
@@ -217,6 +250,8 @@ def merge(parts: Iterable[AnyPath], out: AnyPath) -> Cache:
     from embrm.cache.merge import merge as run
     from embrm.cache.reader import open_cache
 
+    if isinstance(parts, str | PathLike) or not isinstance(parts, Iterable):
+        raise UserError(f"parts = {parts!r}: give a list of the folders")
     return open_cache(run([path(part, "parts") for part in parts], path(out, "out")))
 
 

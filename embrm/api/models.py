@@ -93,7 +93,7 @@ def export(
         run,
         path(out, "out"),
         cache=optional_path(cache, "cache"),
-        model=None if model is None else str(model),
+        model=None if model is None else str(path(model, "model")),
         custom=custom,
         sample=sample,
         device=device,
@@ -119,7 +119,7 @@ def score(
     from embrm.exports.scoring import score as run
 
     return run(
-        str(model),
+        str(path(model, "model")),
         sources(data),
         cache=optional_path(cache, "cache"),
         batch_tokens=batch_tokens,

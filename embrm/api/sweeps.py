@@ -10,6 +10,8 @@ from embrm.api.arguments import (
     AnySpec,
     byte_size,
     cache_folder,
+    names,
+    numerics_mode,
     opened,
     optional_path,
     path,
@@ -54,11 +56,12 @@ def train(
 @public
 def train(
     cache: Cache | AnyPath,
-    specs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    specs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     *,
     train: str | Sequence[str] = "train",
     validation: float = 0.1,
     numerics: Numerics = "native",
+    **misplaced: Any,
 ) -> TrainedHead | list[TrainedHead]:
     """Train reward heads in this process and evaluate them, with the bits that a sweep gives.
 
@@ -70,29 +73,38 @@ def train(
     Returns one run for one spec, a list for several: weights, curve, metrics, and
     `rewards(split)` or `rewards(states)`.
 
-    Raises: UserError for a wrong key or value, and what the cache lacks.
+    Raises: UserError for a wrong key or value, what the cache lacks, and keys of a run that are
+    given as arguments instead of a mapping.
     """
     from embrm.api.trained import TrainedHead
     from embrm.results.in_process import train_here
 
+    if misplaced:
+        raise UserError(
+            f"{next(iter(misplaced))} is no argument of train: give the keys of a run as a mapping,"
+            f" such as embrm.train(cache, {misplaced!r})"
+        )
     single = isinstance(specs, Mapping)
     found = train_here(
         opened(cache),
         _run_specs(specs),
-        train=(train,) if isinstance(train, str) else tuple(train),
+        train=names(train, "train"),
         validation=validation,
-        numerics=numerics,
+        numerics=numerics_mode(numerics) or "native",
     )
     heads = [TrainedHead(opened(cache), result) for result in found]
     return heads[0] if single else heads
 
 
-def _run_specs(specs: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _run_specs(
+    specs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None,
+) -> list[Mapping[str, Any]]:
     several = [specs] if isinstance(specs, Mapping) else specs
-    if isinstance(several, str) or not all(isinstance(spec, Mapping) for spec in several):
+    listed = isinstance(several, Sequence) and not isinstance(several, str)
+    if several is None or not listed or not all(isinstance(spec, Mapping) for spec in several):
         raise UserError(
-            f"specs = {specs!r}: give the keys of a run, such as {{'loss': 'bt'}}, or a list of "
-            "such mappings"
+            f"specs = {specs!r}: give the keys of a run as a mapping, such as {{'loss': 'bt'}}, or "
+            "a list of such mappings"
         )
     return [*several]
 
@@ -125,7 +137,7 @@ def sweep(
         out=optional_path(out, "out"),
         jobs=jobs,
         memory=byte_size(memory, "memory"),
-        numerics=numerics,
+        numerics=numerics_mode(numerics),
     )
     return open_results(folder)
 
@@ -147,7 +159,7 @@ def plan_sweep(
         cache_folder(cache),
         jobs=jobs,
         out=optional_path(out, "out"),
-        numerics=numerics,
+        numerics=numerics_mode(numerics),
     )
 
 
@@ -230,13 +242,19 @@ def best_of_n(
     cache: AnyPath | None = None,
     out: AnyPath | None = None,
 ) -> BestOfN:
-    """Gold and proxy reward of the best of n responses under each head; twin of `embrm bon`."""
+    """Gold and proxy reward of the best of n responses under each head; twin of `embrm bon`.
+
+    n: numbers of responses to choose from, such as [1, 4, 16].
+    """
     from embrm.studies.best_of_n.table import best_of_n as run
 
+    numbers = [n] if isinstance(n, int) else n
+    if numbers is not None and not all(isinstance(one, int) and one > 0 for one in numbers):
+        raise UserError(f"n = {n!r}: give whole numbers from 1, such as [1, 4, 16]")
     return run(
         path(folder, "folder"),
         split=split,
-        ns=n,
+        ns=numbers,
         baseline=baseline,
         top=top,
         cache=optional_path(cache, "cache"),
@@ -260,6 +278,8 @@ def benchmark_scores(
     """
     from embrm.studies.benchmarks.table import suites as run
 
+    if not isinstance(suites, Mapping | None):
+        raise UserError(f"suites = {suites!r}: give a mapping of split to suite")
     return run(
         path(folder, "folder"),
         named=dict(suites or {}),

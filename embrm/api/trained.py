@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from embrm.api.arguments import public
 from embrm.core.errors import UserError, nearest
+from embrm.core.text import quoted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,8 +105,13 @@ class TrainedHead:
         assert saved is not None
         cache = self._cache
         if not isinstance(of, str):
-            states = np.asarray(of, np.float32)
             width = self._width()
+            try:
+                states = np.asarray(of, np.float32)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"of = {quoted(of)}: give a split of the cache, or states [n, {width}]"
+                ) from None
             if states.ndim != 2 or states.shape[1] != width:
                 raise UserError(
                     f"states have shape {list(states.shape)}: give [n, {width}], of the view "

@@ -176,6 +176,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        if (folder / "sweep.json").exists():
+            raise UserError(
+                f"{folder} holds the results of a sweep, not a cache: name the cache's folder"
+            ) from None
         raise UserError(
             f"no cache at {folder} (no {NAME}): check the path, or make it with embrm extract"
         ) from None

@@ -10,7 +10,12 @@ from embrm.core.files import TEMPORARY
 
 
 def verify(folder: Path) -> list[str]:
-    """List the problems of the cache at `folder`, one line each; empty if it is sound."""
+    """List the problems of the cache at `folder`, one line each; empty if it is sound.
+
+    Raises: UserError where there is no cache, not even an unfinished one.
+    """
+    if not (folder / NAME).exists() and not (folder / "responses").exists():
+        read_manifest(folder)  # raises: without either there is nothing to verify
     try:
         manifest = read_manifest(folder)
     except UserError as error:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from embrm.cli.caches import cache_show
 from embrm.cli.options import Json, Memory, MovedCache, SweepFolder, byte_size
 from embrm.cli.printing import print_report, show
 from embrm.cli.spec_options import with_spec_options
-from embrm.core.errors import UserError, nearest
+from embrm.core.errors import UserError
 from embrm.extraction.engines import engine_help
 
 app = typer.Typer()
@@ -119,11 +119,9 @@ def sweep(
 ) -> None:
     """Train the reward heads of a sweep on a cache; finished runs are skipped."""
     from embrm.api import sweeps
-    from embrm.training.numerics import Numerics
+    from embrm.api.arguments import numerics_mode
 
-    if numerics is not None and numerics not in get_args(Numerics):
-        raise UserError(f"--numerics {numerics!r}: {nearest(numerics, get_args(Numerics))}")
-    mode = cast("Numerics | None", numerics)
+    mode = numerics_mode(numerics)
     if dry_run:
         show(sweeps.plan_sweep(spec, cache, jobs=jobs, out=out, numerics=mode), as_json)
         return

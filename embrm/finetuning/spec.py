@@ -74,12 +74,12 @@ class FinetuneSpec(SweepSpec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the backbone, by autocast; its weights stay in float32."""
     micro_pairs: int | None = Field(default=None, gt=0)
-    """Pairs of a forward step on each device. None: the device's whole part of a minibatch."""
+    """Pairs of a forward step on each device. Not given: the device's whole part of a minibatch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward step: less memory, about a third more time."""
     max_grad_norm: float | None = Field(default=None, ge=0)
-    """Largest gradient norm, to which larger gradients are scaled down. 0: no limit. None: 1, and
-    no limit with tune = "frozen"."""
+    """Largest gradient norm, to which larger gradients are scaled down. 0: no limit. Not given:
+    1, and no limit with tune = "frozen"."""
     save_steps: int = Field(default=200, gt=0)
     """Steps between checkpoints to resume from."""
     bsr_scope: Literal["batch", "micro"] = "batch"

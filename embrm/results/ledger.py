@@ -1,5 +1,6 @@
 """Read the results of a sweep or a fine-tune from its folder."""
 
+import difflib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ import polars as pl
 
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError, nearest
+from embrm.core.text import listed
 from embrm.data.scenarios import SCENARIOS
 from embrm.sweeps.ledger import GEOMETRY_SCHEMA, read_table
 from embrm.sweeps.spec import SweepSpec
@@ -81,15 +83,34 @@ class Results:
         rows = self.ledger.filter((pl.col("run_id").str.starts_with(run) & (run != "")) | named)
         if rows.height == 1:
             return rows.row(0, named=True)
-        seeds = self.ledger.filter(pl.col("config") == run)["seed"].sort().to_list()
         if rows.height:
             remedy = f"{rows.height} run ids begin with it, give more of the id"
-        elif seeds:
-            remedy = f"it is a configuration, add a seed: {', '.join(f'{run}@{s}' for s in seeds)}"
         else:
-            config, seed = self.ledger.row(0, named=True)["config"], self.ledger["seed"][0]
-            remedy = f"name a run id or CONFIGURATION@SEED, such as '{config}@{seed}'"
+            remedy = self._nearest_run(run)
         raise UserError(f"no run {run!r} in {self.folder}: {remedy}")
+
+    def _nearest_run(self, run: str) -> str:
+        """The remedy clause for the name of a run that does not exist."""
+        seeds: dict[str, list[int]] = {}
+        for config, seed in self.ledger.select("config", "seed").sort("config", "seed").rows():
+            seeds.setdefault(config, []).append(seed)
+        if run in seeds:
+            named = ", ".join(f"{run}@{seed}" for seed in seeds[run])
+            return f"it is a configuration, add a seed: {named}"
+        config, at, seed = run.rpartition("@")
+        config = config if at else run
+        if config in seeds:
+            return f"seeds of {config}: {', '.join(map(str, seeds[config]))}"
+        of_grid = [name for name in seeds if name.startswith(f"{config}[")]
+        if of_grid:
+            return f"configurations of {config}: {listed(of_grid)}; add @SEED"
+        close = difflib.get_close_matches(config, seeds, n=1, cutoff=0.5)
+        if close:
+            own = seeds[close[0]]
+            number = seed if at and seed in map(str, own) else own[0]
+            return f"did you mean '{close[0]}@{number}'?"
+        config, (first, *_) = next(iter(seeds.items()))
+        return f"name a run id or CONFIGURATION@SEED, such as '{config}@{first}'"
 
 
 def open_results(folder: Path) -> Results:
@@ -111,11 +132,23 @@ def open_results(folder: Path) -> Results:
             ledger=read_table(folder / "ledger.parquet"),
         )
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no sweep results in {folder}: run embrm sweep first") from None
+        raise UserError(_no_results(folder)) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder / 'sweep.json'} is damaged: run the sweep again, finished runs are kept"
         ) from None
+
+
+def _no_results(folder: Path) -> str:
+    """What is at `folder` instead of results, and where they are."""
+    own = folder.with_suffix("")
+    if folder.suffix == ".toml" and (own / "sweep.json").exists():
+        return f"{folder} is a spec; its results are in {own}: name that folder"
+    if folder.suffix == ".toml" and folder.exists():
+        return f"{folder} is a spec without results: run embrm sweep {folder} first"
+    if (folder / "manifest.json").exists():
+        return f"{folder} is a cache: name the results folder of a sweep on it, such as sweeps/NAME"
+    return f"no sweep results in {folder}: run embrm sweep first"
 
 
 def cache_of(results: Results, moved: Path | None) -> Cache:

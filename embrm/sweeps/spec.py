@@ -165,7 +165,7 @@ class SweepSpec(Spec):
     scenarios: Scenarios | None = Field(default=None, exclude_if=lambda rule: rule is None)
     """A table: divide groups into the splits train, id, prompt, model and mutual; see below."""
     evaluate: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Splits that runs are evaluated on. None: all that are not trained on."""
+    """Splits that runs are evaluated on. Not given: all that are not trained on."""
     validation: float = Field(default=0.1, ge=0, le=0.5)
     """Share of the training prompts kept out for early stopping and the temperature."""
     validation_labels: ValidationLabels = Field(
@@ -192,9 +192,8 @@ class SweepSpec(Spec):
     def _keys_of_runs_are_in_runs(cls, values: Any) -> Any:
         for key in values if isinstance(values, dict) else ():
             own = ELSEWHERE.get(key, key)
-            if own in cls.run_spec.model_fields and own not in cls.model_fields:
-                if own == "seed":
-                    raise ValueError("unknown key 'seed': write seeds = [0, 1, 2], one or more")
+            elsewhere = own in cls.run_spec.model_fields and own not in cls.model_fields
+            if elsewhere and own != "seed":
                 raise ValueError(
                     f"{own} is a key of runs: write it below [defaults], for all runs, or in a "
                     "[[runs]] table"

@@ -192,7 +192,7 @@ class Objective(Spec):
     loss: str = "bt"
     """bt, hinge, logitnorm, bt_dr or classifier."""
     margin: float | None = Field(default=None, ge=0)
-    """Margin m of bt and hinge, the same for every pair. None: 0 for bt, 1 for hinge."""
+    """Margin m of bt and hinge, the same for every pair. Not given: 0 for bt, 1 for hinge."""
     margin_scale: float | None = Field(default=None, gt=0)
     """Margins from the data: m = margin_scale · the pair's margin, for bt and hinge."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -200,7 +200,8 @@ class Objective(Spec):
     bsr: float = Field(default=0.0, ge=0)
     """λ of batch-wise sum-to-zero: λ·B_ref·r̄² is added to the loss."""
     bsr_batch: int | None = Field(default=None, gt=0)
-    """B_ref of batch-wise sum-to-zero. None: the minibatch size."""
+    """B_ref of batch-wise sum-to-zero. Not given: the minibatch size. Set it to keep λ·B_ref the
+    same while batch_pairs changes, or as in a published run."""
     centering: float = Field(default=0.0, ge=0)
     """c of centering: c·mean (r_c + r_r)² is added to the loss."""
     l2: float = Field(default=0.0, ge=0)

@@ -36,7 +36,7 @@ class TrainSpec(Objective):
     batch_pairs: int = Field(default=512, gt=0)
     """Pairs in a minibatch."""
     patience: int | None = Field(default=None, gt=0)
-    """Stop after this many epochs without a better validation NLL; None: run all epochs."""
+    """Stop after this many epochs without a better validation NLL. Not given: run all epochs."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate falls to 0 over all epochs; constant: it does not."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
@@ -46,7 +46,8 @@ class TrainSpec(Objective):
     """β of iterative data smoothing: after every epoch each label becomes (1-β)·label + β·p, with p
     the run's own probability of the pair (arXiv 2401.16335)."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the initial weights, the order of the pairs and dropout; a sweep sets it."""
+    """Seed of the initial weights, the order of the pairs and dropout; for `embrm.train`. A sweep
+    sets it: give seeds instead."""
 
     @model_validator(mode="after")
     def _head_fits(self) -> Self:

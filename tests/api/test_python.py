@@ -232,6 +232,76 @@ def test_bad_input_is_one_line(
     refused(lambda: embrm.read_labels(gone), str(gone))
 
 
+def test_arguments_of_a_wrong_type_are_one_line(
+    cache: embrm.Cache, results: embrm.SweepResults, tmp_path: Path
+) -> None:
+    call: Any = embrm  # what a type checker would refuse
+    own: Any = results
+    head: Any = embrm.train(cache, {"epochs": 1})
+    at, gone = results.folder, tmp_path / "gone"
+    refused(lambda: own.scores(0), "run = 0: give text")
+    refused(lambda: own.scores(None), "run = None: give text")
+    refused(lambda: own.ranking(0), "split = 0: give text")
+    refused(lambda: own.figures(top="x"), "top = 'x': give a whole number")
+    refused(lambda: own.figures(top=True), "top = True: give a whole number")
+    refused(lambda: own.compare(3), "folder = 3")
+    refused(lambda: call.train(cache, None), "specs = None: give the keys of a run as a mapping")
+    refused(lambda: call.train(cache, 3), "specs = 3: give the keys of a run as a mapping")
+    refused(lambda: call.train(cache, loss="bt", epochs=1), "embrm.train(cache, {'loss': 'bt', ")
+    refused(lambda: call.train(cache, {}, train=3), "train = 3: give a name or a list of names")
+    refused(lambda: call.train(cache, {}, validation="x"), "validation = 'x': give a number")
+    refused(lambda: call.train(cache, {}, numerics="gpu"), "numerics (--numerics) = 'gpu'")
+    refused(lambda: call.sweep(SPEC, cache, out=gone, numerics=3), "numerics (--numerics) = 3")
+    refused(lambda: call.sweep(SPEC, cache, out=gone, jobs="x"), "jobs = 'x'")
+    refused(lambda: call.sweep(SPEC, cache, out=gone, memory=[1]), "memory = [1]", "'4GB'")
+    refused(lambda: call.best_of_n(at, n="4"), "n = '4': give whole numbers")
+    refused(lambda: call.benchmark_scores(at, suites="x"), "suites = 'x': give a mapping")
+    refused(lambda: call.suite_scores(3, gone), "suite = 3: give text")
+    refused(lambda: call.merge("x", gone), "parts = 'x': give a list")
+    refused(lambda: call.merge(3, gone), "parts = 3: give a list")
+    refused(lambda: call.probe(cache.folder, device=3), "device = 3: give text")
+    refused(lambda: call.extract(model="m", data=3, out=gone), "data = 3")
+    refused(lambda: call.extract_shard(model="m", data="x", out=gone, shard=0), "shard = 0")
+    refused(lambda: call.adopt(out=gone, states=3), "states = 3: give a name or a list")
+    refused(lambda: call.annotate_labels(SPEC, gone, quality="x"), "quality = 'x': give a number")
+    refused(lambda: call.measure_strengths(at, 3, gone), "configuration = 3: give text")
+    refused(lambda: call.confirm(at, 3, gone), "runs = 3: give text")
+    refused(lambda: call.export(at, "bt@0", gone, custom=3), "custom = 3: give True or False")
+    refused(lambda: call.score(3, "x.jsonl"), "model = 3")
+    refused(lambda: head.rewards({}), "of = {}", "[n, 12]")
+    refused(lambda: cache.states(3), "view 3 ", "valid: last, mean")  # type: ignore[arg-type]
+
+
+def test_what_is_missing_has_the_name_that_it_is_given_by(tmp_path: Path) -> None:
+    refused(lambda: embrm.extract(), "model (--model) is missing")
+    refused(lambda: embrm.extract(model="m"), "data (--data) is missing")
+    refused(lambda: embrm.extract(modle="m"), "unknown key 'modle': did you mean 'model'?")
+    refused(lambda: embrm.extract("x.jsonl"), "x.jsonl is a data file", "data (--data)")
+    missing = tmp_path / "no-model"  # every argument of extract is one of its plan
+    refused(
+        lambda: embrm.plan_extraction(model=missing, data="x.jsonl", out=tmp_path / "q"),
+        f"model = '{missing}'",
+    )
+
+
+def test_a_path_of_something_else_is_named(
+    cache: embrm.Cache, results: embrm.SweepResults, tmp_path: Path
+) -> None:
+    refused(lambda: embrm.verify(tmp_path / "nope"), "no cache at", "nope")
+    refused(lambda: embrm.open_cache(results.folder), "holds the results of a sweep, not a cache")
+    refused(lambda: embrm.open_results(cache.folder), "is a cache: name the results folder")
+    spec = results.folder.with_suffix(".toml")
+    refused(lambda: embrm.open_results(spec), f"is a spec; its results are in {results.folder}")
+
+
+def test_the_name_of_an_unknown_run_leads_to_a_known_one(results: embrm.SweepResults) -> None:
+    refused(lambda: results.scores("btt@1"), "no run 'btt@1'", "did you mean 'bt@1'?")
+    refused(lambda: results.scores("bsr@0"), "configurations of bsr: 'bsr[bsr=0.01]', 'bsr[bsr=")
+    refused(lambda: results.scores("bt@7"), "seeds of bt: 0, 1")
+    refused(lambda: results.scores("bt"), "add a seed: bt@0, bt@1")
+    refused(lambda: results.scores("zzzz"), "name a run id or CONFIGURATION@SEED, such as ")
+
+
 def test_a_deleted_cache_is_named(tmp_path: Path) -> None:
     import shutil
 

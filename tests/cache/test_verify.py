@@ -14,6 +14,7 @@ from small_cache import opened, shard, tables, write_cache
 from embrm.cache.manifest import NAME, read_manifest, responses_file, tokens_file, write_manifest
 from embrm.cache.schema import to_parquet, tokens_table
 from embrm.cache.verify import verify
+from embrm.core.errors import UserError
 from embrm.core.files import TEMPORARY, sha256
 
 
@@ -167,6 +168,7 @@ def test_a_wrong_row_count_is_found(copy: Path) -> None:
     assert "leaks has 0 rows instead of 3" in problem
 
 
-def test_a_folder_without_a_cache_is_a_problem(tmp_path: Path) -> None:
-    [problem] = verify(tmp_path)
-    assert problem.startswith(f"no cache at {tmp_path}")
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(UserError, match=f"no cache at {place}"):
+            verify(place)

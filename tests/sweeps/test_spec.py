@@ -102,7 +102,7 @@ A = '[[runs]]\nname = "a"\n'
         (TOP + "[[run]]\nname = 'a'", "s.toml: unknown key 'run': did you mean 'runs'?"),
         ("epochs = 3\n" + TOP + A, "s.toml: epochs is a key of runs: write it below [defaults]"),
         ("learning_rate = 3\n" + TOP + A, "unknown key 'learning_rate': did you mean 'lr', a key"),
-        ("seed = 3\n" + TOP + A, "unknown key 'seed': write seeds = [0, 1, 2]"),
+        ("seed = 3\n" + TOP + A, "unknown key 'seed': did you mean 'seeds'?"),
         (TOP + A + "scenarios = {}", "run 'a': scenarios is a key of the whole spec: write it at"),
         (TOP + A + "learning_rate = 1", "unknown key 'learning_rate': did you mean 'lr'?"),
         (TOP + A + "num_train_epochs = 1", "'num_train_epochs': did you mean 'epochs'?"),
