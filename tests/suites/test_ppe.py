@@ -65,7 +65,7 @@ def test_a_curve_by_hand() -> None:
 
 
 def test_curves_are_those_of_all_orders() -> None:
-    """PPE's code follows the first highest reward in sampled orders; here all are enumerated."""
+    """The first highest reward among the first k samples, averaged over all orders."""
     groups = drawn(3, k=4)
     curves = np.zeros((2, len(groups), 4))
     for number, (scores, golds) in enumerate(groups):

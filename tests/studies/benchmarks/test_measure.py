@@ -17,6 +17,7 @@ from embrm.metrics.intervals import compare
 from embrm.results.ledger import Results, finished_runs, open_results
 from embrm.results.rewards import scores
 from embrm.studies.benchmarks.measure import suite_scores, suite_splits
+from embrm.studies.benchmarks.table import suites
 from embrm.suites.registry import SUITES
 from embrm.suites.scoring import score_suite
 
@@ -126,3 +127,20 @@ def test_what_cannot_be_scored_is_refused_or_left_out(
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="baseline = 'bsr' has no finished runs"):
         finished_runs(swept, "bsr")
+
+
+def test_items_of_which_the_cache_holds_a_part_are_named_and_left_out(
+    swept: Results, cache: Path, tmp_path: Path
+) -> None:
+    """In the cache, one question has fewer samples than the others."""
+    partial = made(tmp_path / "toy", members=lambda members: answered(members).head(-3))
+    runs, _, _ = finished_runs(swept, None)
+    named = {"ood/far": "ppe-best-of-k"}
+    whole = suites(swept.folder, named=named, out=tmp_path)
+    assert not [note for note in whole.notes if "left out" in note]
+    [found], _ = suite_scores(swept, runs, named=named, cache=cache, replicates=20)
+    assert found.notes == ()
+    other = toy_sweep(tmp_path, partial, MEAN_STATE)
+    some = suites(other, named=named)
+    assert "ood/far: 1 items without all K samples are left out" in " ".join(some.notes)
+    assert "1 items without all K samples" in (other / "suites.md").read_text()
