@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from embrm.core.drawing import (
     BLACK,
@@ -27,12 +27,19 @@ from embrm.results.comparison import Comparison
 _MOST_BEYOND = 0.25
 """A reference line at most this share of the axis beyond its ends is drawn; the axis grows."""
 
+_MOST_NUMBERED = 24
+"""Largest number of configurations that the figure of distortion names: a column beside it."""
+
+_LINEAR = 10
+"""Token KLs that differ by more than this factor are drawn on a logarithmic axis."""
+
 
 def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str, bytes]:
     """Draw the figures that the sweep has data for; file name, such as "ranked.png" → content.
 
     ranked: estimates, and differences to the baseline, of the best `top` configurations.
     id_vs_ood: accuracy out of distribution against accuracy in distribution.
+    distortion: the ranking's metric against token KL, of the configurations with an adapter.
     curves: validation NLL and accuracy by epoch, of the best configurations and the baseline.
 
     The argument `curves` has the columns name (of the configuration), run_id, epoch,
@@ -42,6 +49,9 @@ def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str,
     scatter = _scatter_axes(comparison)
     if scatter:
         made["id_vs_ood"] = _id_vs_ood(comparison, *scatter)
+    moved = _moved(comparison)
+    if not moved.is_empty():
+        made["distortion"] = _distortion(comparison, moved, top)
     names = comparison.best(len(CURVES) - 1)
     curves = curves.filter(pl.col("name").is_in(names)).drop_nulls("validation_nll")
     if curves["epoch"].n_unique() > 1:
@@ -262,6 +272,94 @@ def _id_vs_ood(
         return figure
 
     return draw
+
+
+def _moved(comparison: Comparison) -> pl.DataFrame:
+    """The rows of `Comparison.distortion` with a point to draw: token KL and an estimate."""
+    table = comparison.distortion
+    return table if table.is_empty() else table.drop_nulls(["kl", "estimate"])
+
+
+def _distortion(comparison: Comparison, moved: pl.DataFrame, top: int) -> Callable[[], Figure]:
+    def draw() -> Figure:
+        scale = 100 if comparison.metric == "accuracy" else 1
+        rows = {row["name"]: row for row in moved.iter_rows(named=True)}
+        points = {name: (row["kl"], scale * row["estimate"]) for name, row in rows.items()}
+        figure, (axis,) = new_figure(4.4, 1)
+        for name, row in rows.items():
+            if row["twin"] in points:
+                ends = zip(points[row["twin"]], points[name], strict=True)
+                axis.plot(*ends, color="#D0D0D0", linewidth=0.8, zorder=1)
+        twins = set(moved["twin"].drop_nulls())
+        for label, color, names in _distortion_groups(moved, twins):
+            own = [rows[name] for name in names if rows[name]["low"] is not None]
+            axis.vlines(
+                [row["kl"] for row in own],
+                [scale * row["low"] for row in own],
+                [scale * row["high"] for row in own],
+                color=color,
+                linewidth=0.9,
+                alpha=0.5,
+                zorder=2,
+            )
+            axis.plot(
+                *zip(*(points[name] for name in names), strict=True),
+                "D" if twins & set(names) else "o",
+                color=color,
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.5,
+                label=label,
+                zorder=3,
+            )
+        best = [name for name in rows if name not in twins][:top]
+        numbered = [name for name in rows if name in twins or name in best][:_MOST_NUMBERED]
+        for number, name in enumerate(numbered, start=1):
+            axis.annotate(
+                str(number),
+                points[name],
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=7,
+            )
+        listing = [f"{number}  {short_name(name, 30)}" for number, name in enumerate(numbered, 1)]
+        axis.text(1.03, 0.99, "\n".join(listing), transform=axis.transAxes, va="top", fontsize=7)
+        values = moved["kl"].to_numpy()
+        least, most = values.min(), values.max()
+        if 0 < _LINEAR * least < most:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")  # By default numbers are mathematics.
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(0.08)
+        axis.grid()
+        axis.set_axisbelow(True)
+        axis.set_xlabel(f"Token KL, {short_name(comparison.trained_on, 30)} (nats)")
+        axis.set_ylabel(_label(comparison))
+        figure.legend(
+            *axis.get_legend_handles_labels(), loc="outside lower left", ncols=3, columnspacing=1.2
+        )
+        return figure
+
+    return draw
+
+
+def _distortion_groups(moved: pl.DataFrame, twins: set[str]) -> list[tuple[str, str, list[str]]]:
+    """Label, colour and configurations of every kind of point that there is: BT twins, other
+    configurations without a regularizer, and each kind of regularizer."""
+    plain = pl.col("regularizer").is_null()
+    is_twin = pl.col("name").is_in(list(twins))
+    kinds = moved["regularizer"].drop_nulls().unique().sort()
+    groups = [
+        ("no regularizer", GREY, plain & ~is_twin),
+        *(
+            (kind, CURVES[number % len(CURVES)], pl.col("regularizer") == kind)
+            for number, kind in enumerate(kinds)
+        ),
+        ("BT twin", BLACK, plain & is_twin),
+    ]
+    named = [(label, color, moved.filter(own)["name"].to_list()) for label, color, own in groups]
+    return [group for group in named if group[2]]
 
 
 def _learning_curves(

@@ -37,6 +37,8 @@ from embrm.studies.robustness.scenarios import scenario_figure
 _CAPTIONS = {
     "ranked": "Configurations with 95 % intervals; right, paired differences to the baseline",
     "id_vs_ood": "Accuracy in distribution against out of distribution",
+    "distortion": "What each run scores against how far it moved the language model; lines lead "
+    "from a BT twin to the same run with a regularizer",
     "scenarios": SCENARIOS,
     "noise": NOISE,
     "reliability": RELIABILITY,

@@ -12,6 +12,7 @@ from embrm.core.table import Table
 from embrm.reports.sections.by_split import accuracy_tables, tau_tables
 from embrm.reports.sections.calibration import calibration_tables, calibration_tables_by_split
 from embrm.reports.sections.disagreement import disagreement_tables
+from embrm.reports.sections.distortion import distortion_tables
 from embrm.reports.sections.geometry import moved_geometry_tables, unmoved_geometry_tables
 from embrm.reports.sections.leak_free import leak_free_tables
 from embrm.reports.sections.ranking import ranking_tables
@@ -25,6 +26,7 @@ SectionTables = Callable[[Comparison, int], list[Table]]
 
 TERMINAL_SECTIONS: tuple[SectionTables, ...] = (
     ranking_tables,
+    distortion_tables,
     split_tables,
     accuracy_tables,
     tau_tables,

@@ -12,6 +12,7 @@ from embrm.metrics.geometry import MEASURES as GEOMETRY
 from embrm.metrics.intervals import Replicates, compare, mean, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.metrics.robustness import noise_falls, noise_lines, scenario_falls
+from embrm.results.distortion import measure_distortion
 from embrm.results.ledger import Results
 from embrm.sweeps.ledger import training_name
 
@@ -58,6 +59,12 @@ class Comparison:
     validation: name, and the accuracy on the validation pairs, mean over seeds.
     geometry: split, name and `geometry.MEASURES`, aggregated as measures; empty where no run was
         measured. trained_on: the name that the training responses have in its column split.
+    distortion: name, regularizer (its kind), kl and kl_sd (KL at the token rows of the training
+        responses, nats: mean over seeds and standard deviation), twin (the configuration that
+        differs in having no regularizer only), twin_kl, twin_kl_sd, estimate, low, high of the
+        ranking's metric, and its difference to the twin (difference, difference_low,
+        difference_high); configurations with a regularizer or an adapter, and twins, in the
+        ranking's order. Null where undefined or not measured.
     scenarios: the splits that the sweep's scenarios made of groups, the nearest to training first.
     scenario_falls: metric, and compared, for the last scenario minus the first.
     noise: split (or "mean", over the ranked splits), line, label_noise, name, estimate, low, high,
@@ -84,6 +91,7 @@ class Comparison:
     validation: pl.DataFrame
     geometry: pl.DataFrame
     trained_on: str
+    distortion: pl.DataFrame
     scenarios: tuple[str, ...]
     scenario_falls: pl.DataFrame
     noise: pl.DataFrame
@@ -180,7 +188,8 @@ def compare_runs(
         for metric in available_metrics(part)
     }
     ranked_splits, unranked_splits, metric = _ranked(rank_by, list(parts), resampled)
-    ranking = _ranking(mean(resampled[s, metric] for s in ranked_splits), runs, baseline)
+    ranked = mean(resampled[s, metric] for s in ranked_splits)
+    ranking = _ranking(ranked, runs, baseline)
     at_limit = _at_epoch_limit(finished)
     scores = pl.concat(
         _tagged(result, runs, baseline, split=split, metric=name)
@@ -209,6 +218,9 @@ def compare_runs(
         .sort("name"),
         geometry=_geometry(tables.geometry, runs, [tables.trained_on, *parts]),
         trained_on=tables.trained_on,
+        distortion=measure_distortion(
+            ledger, runs, tables.geometry, tables.trained_on, ranked, ranking
+        ),
         scenarios=scenarios,
         scenario_falls=scenario_falls(resampled, scenarios, runs, baseline),
         noise=noise,
