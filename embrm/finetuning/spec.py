@@ -164,6 +164,11 @@ def check_fits(run: FinetuneRun, tune: Tune, where: str) -> None:
             "acts on states that move: set tune = 'full' or 'lora'",
         ),
         (
+            run.match is not None,
+            f"match.kl = {run.match.kl if run.match else 0:g}",
+            "embrm sweep chooses learning rates; give lr here",
+        ),
+        (
             run.learner is not None,
             f"learner = {str(run.learner)!r}",
             "embrm sweep fits it to frozen states; remove it here",

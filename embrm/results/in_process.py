@@ -98,6 +98,11 @@ def _prepared(
         raise UserError(
             f"{where}: grid = {values['grid']!r}: give the keys of one run, or use embrm.sweep"
         )
+    if "match" in values:
+        raise UserError(
+            f"{where}: match = {values['match']!r}: a learning rate is chosen by embrm.sweep: use "
+            "it, or give lr"
+        )
     seed = values.pop("seed", 0)
     values.setdefault("name", f"run {index}")
     spec = SweepSpec.parse(

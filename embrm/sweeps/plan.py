@@ -15,6 +15,7 @@ from embrm.sweeps.execute import results_folder
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
+from embrm.sweeps.matching import matched
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
 from embrm.sweeps.selection import evaluation_splits
@@ -52,7 +53,9 @@ def plan_sweep(
     prepared = prepare_sweep(spec, cache, numerics)
     mode = prepared.spec.numerics
     jobs = worker_count(jobs, mode)
-    done = finished(results_folder(spec, out))
+    folder = results_folder(spec, out)
+    prepared = matched(prepared, folder, jobs=jobs, memory=None, train=False)
+    done = finished(folder)
     todo = [run for run in prepared.runs if run.run_id not in done]
     found = packs(
         todo,

@@ -29,6 +29,14 @@ coming release whenever a change alters a bit of any stored result, and never ot
 tests/sweeps/test_golden.py fails when it is forgotten."""
 
 
+class Match(Spec):
+    """A learning rate chosen by how far it lets plain Bradley-Terry move the language model."""
+
+    kl: float = Field(gt=0)
+    """Mean KL(p ‖ p̃) in nats at the token rows of the training responses that the run without
+    regularizer, other objective or ensemble is to reach, within 5 %."""
+
+
 class RunSpec(TrainSpec):
     """One run: which data it reads from the cache, and how it is trained."""
 
@@ -60,6 +68,8 @@ class RunSpec(TrainSpec):
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
     """Train each member on a bootstrap resample of the training prompts."""
+    match: Match | None = Field(default=None, exclude_if=lambda match: match is None)
+    """A table: lr is chosen so that plain Bradley-Terry distorts as asked; see below."""
     learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
     """A table: see below. scikit-learn fits this learner in place of a head; keys that it does not
     read must keep their defaults."""
@@ -96,6 +106,15 @@ class RunSpec(TrainSpec):
             raise ValueError(
                 f"penalty = {self.penalty:g} with combine = {self.combine!r}: it is the λ of "
                 "'uwo' and the β of 'lcb': take one of them, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _match_can_be_measured(self) -> Self:
+        if self.match is not None and self.head.adapter is None:
+            raise ValueError(
+                f"match.kl = {self.match.kl:g} without an adapter: nothing moves the language "
+                "model, add head.adapter or remove match"
             )
         return self
 
@@ -273,6 +292,11 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
                         f"{where}: run {name!r}: {key} is a key of the whole spec: write it at the "
                         "top, above [defaults] and [[runs]]"
                     )
+            if "match" in fields and "lr" in fields:
+                raise UserError(
+                    f"{where}: run {name!r}: lr = {fields['lr']!r} beside match, which chooses it: "
+                    "remove lr here, or from defaults"
+                )
             spec = kind.parse(fields, f"{where}: run {name!r}")
             if name in found:
                 raise UserError(f"{where}: two runs are named {name!r}: rename one")
