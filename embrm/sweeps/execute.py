@@ -14,7 +14,7 @@ from embrm.core.provenance import provenance
 from embrm.core.specs import SpecSource
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
-from embrm.sweeps.matching import matched
+from embrm.sweeps.matching import match_rates
 from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep
 from embrm.sweeps.selection import evaluation_splits, prompt_table
 from embrm.sweeps.spec import Run
@@ -46,7 +46,7 @@ def sweep(
     jobs = worker_count(jobs, mode)
     with exclusive(out):
         remove_temporaries(out)
-        prepared = matched(prepared, out, jobs=jobs, memory=memory)
+        prepared = match_rates(prepared, out, jobs=jobs, memory=memory)
         done = finished(out)
         todo = [run for run in prepared.runs if run.run_id not in done]
         environment = _environment(out, mode, trained=bool(todo))

@@ -83,7 +83,7 @@ class _Search:
         return []
 
 
-def matched(
+def match_rates(
     prepared: PreparedSweep, out: Path, *, jobs: int, memory: int | None, train: bool = True
 ) -> PreparedSweep:
     """Give every run with `match` the learning rate that its twin needs.

@@ -15,7 +15,7 @@ from embrm.sweeps.execute import results_folder
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
-from embrm.sweeps.matching import matched
+from embrm.sweeps.matching import match_rates
 from embrm.sweeps.pack import Pack
 from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
 from embrm.sweeps.selection import evaluation_splits
@@ -54,7 +54,7 @@ def plan_sweep(
     mode = prepared.spec.numerics
     jobs = worker_count(jobs, mode)
     folder = results_folder(spec, out)
-    prepared = matched(prepared, folder, jobs=jobs, memory=None, train=False)
+    prepared = match_rates(prepared, folder, jobs=jobs, memory=None, train=False)
     done = finished(folder)
     todo = [run for run in prepared.runs if run.run_id not in done]
     found = packs(

@@ -12,7 +12,7 @@ from embrm.core.errors import UserError
 from embrm.results.ledger import open_results
 from embrm.results.replay import replay
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.matching import FOLDER, TOLERANCE, matched, twin
+from embrm.sweeps.matching import FOLDER, TOLERANCE, match_rates, twin
 from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.spec import RunSpec
@@ -94,9 +94,9 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_rates(
         for path in kept.iterdir():
             (target / path.name).write_bytes(path.read_bytes())
     prepared = prepare_sweep(_spec(), cache, None)
-    found = matched(prepared, tmp_path, jobs=1, memory=None)
+    found = match_rates(prepared, tmp_path, jobs=1, memory=None)
     assert [run.run_id for run in found.runs] == [
-        run.run_id for run in matched(prepared, swept, jobs=1, memory=None).runs
+        run.run_id for run in match_rates(prepared, swept, jobs=1, memory=None).runs
     ]
 
 
