@@ -38,7 +38,7 @@ from embrm.extraction.spec import ExtractSpec
 from embrm.finetuning.contrast import SimcseSpec
 from embrm.finetuning.meta import MetaSpec
 from embrm.finetuning.spec import FinetuneRun, FinetuneSpec, LoraSpec
-from embrm.sweeps.spec import Match, RunSpec, SweepSpec, configurations
+from embrm.sweeps.spec import MatchSpec, RunSpec, SweepSpec, configurations
 from embrm.training.heads import AdapterSpec, HeadSpec
 from embrm.training.learner_specs import GradientBoosting, Logistic, Ridge
 from embrm.training.regularizers import Regularizer
@@ -65,7 +65,7 @@ SPECS = {
     "Sweep: `head`": HeadSpec,
     "Sweep: `head.adapter`": AdapterSpec,
     "Sweep: `regularizer`": Regularizer,
-    "Sweep: `match`": Match,
+    "Sweep: `match`": MatchSpec,
     "Sweep: `learner`, logistic": Logistic,
     "Sweep: `learner`, ridge": Ridge,
     "Sweep: `learner`, gradient_boosting": GradientBoosting,

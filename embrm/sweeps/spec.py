@@ -29,7 +29,7 @@ coming release whenever a change alters a bit of any stored result, and never ot
 tests/sweeps/test_golden.py fails when it is forgotten."""
 
 
-class Match(Spec):
+class MatchSpec(Spec):
     """A learning rate chosen by how far it lets plain Bradley-Terry move the language model."""
 
     kl: float = Field(gt=0)
@@ -68,7 +68,7 @@ class RunSpec(TrainSpec):
     """λ of combine = "uwo", β of combine = "lcb"."""
     bootstrap: bool = Field(default=False, exclude_if=operator.not_)
     """Train each member on a bootstrap resample of the training prompts."""
-    match: Match | None = Field(default=None, exclude_if=lambda match: match is None)
+    match: MatchSpec | None = Field(default=None, exclude_if=lambda match: match is None)
     """A table: lr is chosen so that plain Bradley-Terry distorts as asked; see below."""
     learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
     """A table: see below. scikit-learn fits this learner in place of a head; keys that it does not
