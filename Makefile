@@ -41,16 +41,17 @@ clean:
 
 # What the demo needs; the full set for development includes it.
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
-	@echo "Installing torch, transformers and what they need into $(VENV). On Linux, torch's default"
-	@echo "build brings several GB of CUDA libraries; README.md says how to install the CPU build."
+	@echo "Installing torch, transformers and what they need into $(VENV), which takes some minutes."
+	@ls -d $(VENV)/lib/python*/site-packages/torch >/dev/null 2>&1 || echo "On Linux, torch's default \
+	build brings several GB of CUDA libraries; README.md says how to install the CPU build."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --constraint constraints.txt --editable '.[extract]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[extract]'
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "Installing embrm with everything its tests need into $(VENV)."
+	@echo "Installing embrm with everything its tests need into $(VENV), which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ $(VENV)/.installed-demo
 
 # uv and not pip: only uv can leave out packages whose build does not match the CPU build of torch.

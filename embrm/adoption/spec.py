@@ -87,14 +87,15 @@ def parse_arrays(
 
     Raises: UserError for a split given twice, or for gold or rows of a split without states.
     """
-    found = _by_split("--states", states)
-    parts = {"gold": _by_split("--gold", gold), "rows": _by_split("--rows", rows)}
+    found = _by_split("states", states)
+    parts = {"gold": _by_split("gold", gold), "rows": _by_split("rows", rows)}
     for option, files in parts.items():
         for split, path in files.items():
             if split not in found:
                 written = path if split is None else f"{split}={path}"
                 raise UserError(
-                    f"--{option} {quoted(written)}: no --states has that split: write both as "
+                    f"{option} (--{option}) = {quoted(written)}: no states (--states) have that "
+                    "split: write both as "
                     "SPLIT=PATH"
                 )
     shared = {"order": order, "models": models, "pairs": _rule(pairs)}
@@ -114,10 +115,11 @@ def _by_split(option: str, entries: Sequence[str]) -> dict[str | None, str]:
         if "=" in text and not Path(text).exists():
             split, _, place = text.partition("=")
         if split == "" or not place:
-            raise UserError(f"{option} {quoted(text)}: write [SPLIT=]PATH")
+            raise UserError(f"{option} (--{option}) = {quoted(text)}: write [SPLIT=]PATH")
         if split in found:
             raise UserError(
-                f"{option} {quoted(text)}: {quoted(found[split])} has the same split: name another"
+                f"{option} (--{option}) = {quoted(text)}: {quoted(found[split])} has the same "
+                "split: name another"
             )
         found[split] = place
     return found
@@ -130,5 +132,6 @@ def _rule(text: str | None) -> object:
         return tomllib.loads(f"pairs = {{ {text} }}")["pairs"]
     except tomllib.TOMLDecodeError:
         raise UserError(
-            f"--pairs {quoted(text)}: write keys and values, such as 'per_prompt = 4, gap = 0.5'"
+            f"pairs (--pairs) = {quoted(text)}: write keys and values, such as 'per_prompt = 4, "
+            "gap = 0.5'"
         ) from None

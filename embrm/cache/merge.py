@@ -59,7 +59,7 @@ def _refuse_other(out: Path, stored: Manifest, whole: Manifest) -> None:
     if not found and stored.files() and stored != whole:
         found = f"{len(stored.done)} finished shards of its own"
     if found:
-        raise UserError(f"{out} holds another cache ({found}): choose another --out")
+        raise UserError(f"{out} holds another cache ({found}): choose another out (--out)")
 
 
 def _piece(folder: Path) -> _Piece:

@@ -186,7 +186,8 @@ class Cache:
         """Yield `token_rows` shard by shard."""
         if not self.layout.has_token_rows:
             raise UserError(
-                f"{self.folder} has no token rows: extract with token_rows into another folder"
+                f"{self.folder} has no token rows: extract with token_rows = 8 (--token-rows 8) "
+                "into another folder"
             )
         for index, shard in enumerate(self.manifest.shards):
             assert shard is not None  # open_cache refuses an incomplete cache

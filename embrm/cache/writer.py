@@ -239,7 +239,7 @@ def _resumed(folder: Path, fresh: Manifest) -> Manifest:
     differs = difference(defining(stored), defining(fresh))
     if differs:
         raise UserError(
-            f"{folder} was extracted with {differs}: use the same settings or another --out"
+            f"{folder} was extracted with {differs}: use the same settings or another out (--out)"
         )
     lost = {
         name for name, entry in stored.files().items() if not _has_size(folder / name, entry.bytes)
@@ -278,7 +278,8 @@ def refuse_foreign(folder: Path) -> None:
     foreign = sorted(n for n in names if n != ".lock" and not n.startswith(TEMPORARY))
     if foreign and NAME not in names:
         raise UserError(
-            f"{folder} is not a cache (it has {foreign[0]!r} but no {NAME}): choose another --out"
+            f"{folder} is not a cache (it has {foreign[0]!r} but no {NAME}): choose another out "
+            "(--out)"
         )
 
 

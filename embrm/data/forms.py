@@ -16,7 +16,7 @@ from typing import Any
 
 from embrm.core.errors import UserError
 from embrm.core.text import listed, quoted
-from embrm.data.sources import SourceTable
+from embrm.data.sources import FIELDS, SourceTable
 from embrm.data.transcripts import Message, begins_transcript, is_dialogue, parse_transcript
 
 Messages = tuple[Message, ...]
@@ -127,17 +127,21 @@ def _shape(table: SourceTable) -> str:
             missing = [field for field in needed if field not in fields]
             raise UserError(
                 f"{table.name}: has {' and '.join(present)} but no column {missing[0]!r}: "
-                f"found {listed(table.found)}; map it: {_remedy(missing)}"
+                f"found {listed(table.found)}; {_remedy(table, missing)}"
             )
     raise UserError(
         f"{table.name}: no columns of pairs (chosen, rejected), groups (prompt, response, gold) "
         f"or best_of_n (best, losers): found {listed(table.found)}; "
-        f"map them: {_remedy(['chosen', 'rejected'])}"
+        f"{_remedy(table, ['chosen', 'rejected'])}"
     )
 
 
-def _remedy(fields: Iterable[str]) -> str:
-    return "columns = { " + ", ".join(f'{field} = "..."' for field in fields) + " }"
+def _remedy(table: SourceTable, fields: Sequence[str]) -> str:
+    """How a spec says which columns hold `fields`; with its name where only one can be meant."""
+    others = [name for name in table.found if not any(name in known for known in FIELDS.values())]
+    column = others[0] if len(others) == len(fields) == 1 else "COLUMN"
+    mapped = ", ".join(f"{field} = {json.dumps(column)}" for field in fields)
+    return f"in a spec: [[data]] {table.place}, columns = {{ {mapped} }}"
 
 
 def _completion_columns(table: SourceTable, shape: str) -> list[list[Any]]:

@@ -73,7 +73,9 @@ def write_label_table(path: Path, table: LabelTable) -> None:
     Raises: UserError for a path that does not end in .parquet.
     """
     if path.suffix != ".parquet":
-        raise UserError(f"--out {path}: a label table is a Parquet file: end its name in .parquet")
+        raise UserError(
+            f"out (--out) = {path}: a label table is a Parquet file: end its name in .parquet"
+        )
     header = {"kind": table.kind, "digest": table.digest, **table.provenance}
     stream = io.BytesIO()
     rows = table.rows.sort("pair_id").rechunk()

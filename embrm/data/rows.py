@@ -39,7 +39,10 @@ def add_source(collector: Collector, spec: SourceSpec) -> dict[str, Any]:
         remedy = "check columns and where"
         if set(reasons) == {"nan_label"}:
             column = details[0].split()[0]  # the detail of a nan_label begins with the field
-            remedy = f'fix that column, or leave it out: columns = {{ {column} = "" }}'
+            remedy = (
+                f"fix that column, or leave it out, in a spec: [[data]] {table.place}, "
+                f'columns = {{ {column} = "" }}'
+            )
         raise UserError(
             f"{spec.name}: every row was excluded: {reason_summary(reasons, details)}; {remedy}"
         )
@@ -181,8 +184,8 @@ def _splits(table: SourceTable, spec: SourceSpec) -> list[str | None]:
             column = spec.columns.get("split", "split")
             raise UserError(
                 f"{spec.name}: split {spec.split!r} was given, but its split column has "
-                f"{listed(names)}: leave the split out, or select with "
-                f"where = {{ {column} = {json.dumps(names[0])} }}"
+                f"{listed(names)}: leave the split out, or select one in a spec: "
+                f"[[data]] {table.place}, where = {{ {column} = {json.dumps(names[0])} }}"
             )
         return [spec.split] * len(table.rows)
     if cells:

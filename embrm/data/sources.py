@@ -1,5 +1,6 @@
 """Sources: reads a file, hub dataset or benchmark named by the user into canonical columns."""
 
+import json
 import operator
 import re
 from collections.abc import Sequence
@@ -100,7 +101,12 @@ class SourceSpec(Spec):
     @field_validator("columns")
     @classmethod
     def _fields_exist(cls, columns: dict[str, str]) -> dict[str, str]:
-        for field in columns:
+        for field, column in columns.items():
+            if field not in FIELDS and column in FIELDS:
+                raise ValueError(
+                    f"no field {quoted(field)}: the field comes first, write "
+                    f"columns = {{ {column} = {json.dumps(field)} }}"
+                )
             if field not in FIELDS:
                 raise ValueError(f"no field {quoted(field)}: {nearest(field, FIELDS)}")
         return columns
@@ -128,6 +134,8 @@ class SourceTable:
     """The rows of one source as columns, before their form is detected."""
 
     name: str
+    place: str
+    """Where it is, as the `[[data]]` table of a spec says it."""
     found: tuple[str, ...]
     """Names of all columns of the file."""
     columns: Columns
@@ -150,13 +158,16 @@ def parse_source(text: str) -> SourceSpec:
     if "=" in text and not Path(text).exists():
         split, _, place = text.partition("=")
     if split == "" or not place:
-        raise UserError(f"--data {quoted(text)}: write [SPLIT=]PATH_OR_HUB_ID")
+        raise UserError(f"data (--data) = {quoted(text)}: write [SPLIT=]PATH_OR_HUB_ID")
     values: dict[str, str] = {} if split is None else {"split": split}
     suite, at, rest = place.partition("@")
     if suite in SUITES and not Path(place).exists():
         values["suite"], place = suite, rest
         if not at:
             return SourceSpec.parse(values, "command line")
+    named, colon, rest = place.partition(":")
+    if split is None and colon and not Path(place).exists() and Path(rest).exists():
+        raise UserError(f"data (--data) = {quoted(text)}: write SPLIT=PATH, {named}={rest}")
     is_file = Path(place).exists() or Path(place).suffix in READERS
     is_hub = not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
     return SourceSpec.parse({"hub" if is_hub else "path": place, **values}, "command line")
@@ -211,6 +222,7 @@ def read_rows(spec: SourceSpec) -> SourceTable:
         )
     return SourceTable(
         name=spec.name,
+        place=f"hub = {json.dumps(spec.hub)}" if spec.hub else f"path = {json.dumps(spec.path)}",
         found=tuple(found),
         columns=columns,
         rows=rows,

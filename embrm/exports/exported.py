@@ -60,7 +60,7 @@ class ExportedModel:
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"out of memory on {self.model.device} with a batch of "
-                    f"{inputs['input_ids'].numel():,} tokens: lower --batch-tokens"
+                    f"{inputs['input_ids'].numel():,} tokens: lower batch_tokens (--batch-tokens)"
                 ) from None
             out[list(batch)] = logits.float().cpu() - self.offset
             advance(sum(len(text.ids) for text in own))
@@ -92,7 +92,7 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
     Raises: UserError when it is not a reward model, is damaged, or has no pad token.
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype!r}: {nearest(dtype, _DTYPES)}")
+        raise UserError(f"dtype (--dtype) = {dtype!r}: {nearest(dtype, _DTYPES)}")
     chosen = find_device(device)
     here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -124,7 +124,9 @@ def load_exported(folder: Path, *, dtype: str | None = None, device: str = "auto
             )
         model = model.to(chosen).eval()
     except torch.OutOfMemoryError:
-        raise UserError(f"model {folder} does not fit on {chosen}: use --dtype bfloat16") from None
+        raise UserError(
+            f"model {folder} does not fit on {chosen}: use dtype = 'bfloat16' (--dtype bfloat16)"
+        ) from None
     except UserError:
         raise
     except Exception as error:  # transformers raises many kinds for files it cannot use

@@ -111,7 +111,8 @@ def check_parity(
             raise UserError(
                 f"the exported model reorders or ties {share:.1%} of the pairs of responses that "
                 f"the run orders ({name}), more than {bound:.0%}: nothing is exported; "
-                "--custom keeps the head in float32, a cache extracted in float32 all of it"
+                "custom (--custom) keeps the head in float32, a cache extracted in float32 all of "
+                "it"
             )
         differences[name], shares[name] = largest, share
     return Parity(len(rows), allowed, scale, differences, bound, shares, position_ids)

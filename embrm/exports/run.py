@@ -103,7 +103,8 @@ def write_model(
     reason = why_not_stock(run_model, prepared)
     if reason and not custom:
         raise UserError(
-            f"run {run_model.name} has no stock form: {reason}; with --custom it is saved with a "
+            f"run {run_model.name} has no stock form: {reason}; with custom (--custom) it is saved "
+            "with a "
             "small class of ours, or score with embrm score FOLDER:RUN"
         )
     rows = evenly_spaced(len(prepared.encoded), sample).tolist()

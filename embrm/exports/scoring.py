@@ -76,7 +76,7 @@ def score(
     run = _run_of(model)
     if run is None:
         if cache is not None:
-            raise UserError(f"--cache is for RESULTS_FOLDER:RUN, and the model is {model}")
+            raise UserError(f"cache (--cache) is for RESULTS_FOLDER:RUN, and the model is {model}")
         exported = load_exported(model_folder(model, None), dtype=dtype, device=device)
         dataset = load(data)
         encoded, drops = encode(dataset.responses, exported.tokenizer, exported.policy)
@@ -85,7 +85,9 @@ def score(
         rewards = _exported_rewards(exported, kept, batch_tokens)
     else:
         if dtype is not None:
-            raise UserError(f"--dtype is for a model's folder: a run has its cache's; drop {dtype}")
+            raise UserError(
+                f"dtype (--dtype) is for a model's folder: a run has its cache's; drop {dtype}"
+            )
         run_model = open_run_model(*run, cache)
         prepared = run_model.prepared_for(data)
         dataset, kept = prepared.dataset, prepared.encoded

@@ -25,7 +25,7 @@ class Share:
         share = cls(int(numbers[1]), int(numbers[2])) if numbers else None
         if share is None or share.index >= share.count:
             raise UserError(
-                f"--shard {quoted(text)}: write i/n with i from 0 to n - 1, "
+                f"shard (--shard) = {quoted(text)}: write i/n with i from 0 to n - 1, "
                 "such as 0/4, 1/4, 2/4 and 3/4 for four processes"
             )
         return share

@@ -45,7 +45,8 @@ def open_engine(settings: EngineSettings) -> "TransformersEngine":
     """Load the engine for an extraction. Raises: UserError as `load_engine` does."""
     if settings.tensor_parallel > 1:
         raise UserError(
-            f"tensor_parallel = {settings.tensor_parallel} is for vLLM only: add --engine vllm, "
+            f"tensor_parallel = {settings.tensor_parallel} is for vLLM only: add engine = 'vllm' "
+            "(--engine vllm), "
             "or leave it out"
         )
     return load_engine(
@@ -154,7 +155,7 @@ class TransformersEngine:
         if reason:
             raise UserError(
                 f"torch.compile fails on {type(self.model).__name__} ({reason}): "
-                "leave out --compile"
+                "leave out compiled (--compile)"
             )
         self.environment["compiled"] = True
 
@@ -196,13 +197,14 @@ class TransformersEngine:
         except torch.OutOfMemoryError:
             raise UserError(
                 f"out of memory on {self.model.device} with a batch of "
-                f"{sum(len(request.ids) for request in requests):,} tokens: lower --batch-tokens; "
+                f"{sum(len(request.ids) for request in requests):,} tokens: lower batch_tokens "
+                "(--batch-tokens); "
                 "finished shards are kept"
             ) from None
         except TorchDynamoException as error:  # a shape that compile() did not try
             raise UserError(
                 f"torch.compile fails on {type(self.model).__name__} ({reason_of(error)}): run "
-                "again without --compile; finished shards are kept"
+                "again without compiled (--compile); finished shards are kept"
             ) from None
 
     @torch.inference_mode()

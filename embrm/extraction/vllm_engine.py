@@ -71,7 +71,7 @@ def suits(views: Sequence[str], device: str) -> bool:
     if _release(found) == _release(_TESTED):
         return True
     remedy = (
-        "add --engine vllm to use it anyway"
+        "add engine = 'vllm' (--engine vllm) to use it anyway"
         if _release(found) > _release(_TESTED)
         else f"install vllm=={_TESTED}.*"
     )
@@ -89,18 +89,19 @@ def refuse_unusable(views: Sequence[str]) -> None:
     if found is None:
         raise UserError(
             f"engine = 'vllm': vLLM is not installed: pip install 'vllm=={_TESTED}.*', "
-            "or use --engine transformers"
+            "or use engine = 'transformers' (--engine transformers)"
         )
     if _release(found) < _release(_TESTED):
         raise UserError(
             f"engine = 'vllm': vLLM {found} is older than {_TESTED}, the version embrm is tested "
-            f"with: install vllm=={_TESTED}.*, or use --engine transformers"
+            f"with: install vllm=={_TESTED}.*, or use engine = 'transformers' (--engine "
+            "transformers)"
         )
     other = [view for view in views if view not in VIEWS]
     if other:
         raise UserError(
             f"states: view {other[0]!r} is not available with vLLM, which gives last and mean: "
-            "use --engine transformers"
+            "use engine = 'transformers' (--engine transformers)"
         )
 
 
@@ -112,8 +113,9 @@ def open_engine(settings: EngineSettings) -> "VllmEngine":
     """Load the engine for an extraction. Raises: UserError as `load_vllm` does."""
     if settings.compiled:
         raise UserError(
-            "--compile is for the transformers engine (vLLM compiles by itself): leave it out, or "
-            "add --engine transformers"
+            "compiled (--compile) is for the transformers engine (vLLM compiles by itself): leave "
+            "it out, or "
+            "add engine = 'transformers' (--engine transformers)"
         )
     assert settings.max_length is not None  # an extraction knows its texts
     return load_vllm(
@@ -192,8 +194,10 @@ def _platform(device: str) -> Any:
     kind = current_platform.device_type
     if device not in ("auto", kind):
         raise UserError(
-            f"device = {device!r}: the vLLM installed here is built for {kind}: use --device auto "
-            "(CUDA_VISIBLE_DEVICES selects GPUs), or --engine transformers"
+            f"device = {device!r}: the vLLM installed here is built for {kind}: use device = "
+            "'auto' (--device auto) "
+            "(CUDA_VISIBLE_DEVICES selects GPUs), or engine = 'transformers' (--engine "
+            "transformers)"
         )
     return current_platform
 
@@ -226,7 +230,7 @@ def _start(folder: Path, arguments: dict[str, Any]) -> Any:
     except Exception as error:  # unknown architectures, memory, kernels that a dtype lacks
         raise UserError(
             f"model {folder}: vLLM does not start with it ({_reason(error)}): "
-            "see its log above, or use --engine transformers"
+            "see its log above, or use engine = 'transformers' (--engine transformers)"
         ) from None
 
 
@@ -258,13 +262,13 @@ def _refuse_other_logits(llm: Any, head: LmHead) -> None:
     if rule is None:
         raise UserError(
             "vLLM does not say how this model computes its logits, so S and token rows could be "
-            "wrong: use --engine transformers"
+            "wrong: use engine = 'transformers' (--engine transformers)"
         )
     scale, softcap = rule
     if not math.isclose(scale, head.scale, rel_tol=1e-6) or (softcap or None) != head.softcap:
         raise UserError(
             f"vLLM computes this model's logits with scale and soft cap {(scale, softcap)}, but "
-            f"embrm with {mine}: use --engine transformers"
+            f"embrm with {mine}: use engine = 'transformers' (--engine transformers)"
         )
 
 
@@ -321,7 +325,7 @@ class VllmEngine:
         if waiting:
             raise UserError(
                 f"vLLM {installed_version()} returned fewer states than tokens for {len(waiting)} "
-                "responses: use --engine transformers"
+                "responses: use engine = 'transformers' (--engine transformers)"
             )
         return self._batch([answers[index] for index in range(len(requests))])
 

@@ -42,7 +42,7 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
     except Exception as error:  # unusual architectures may raise anything here
         raise UserError(
             f"model {folder}: its LM head, which vLLM does not load, is not found "
-            f"({reason_of(error)}): use --engine transformers"
+            f"({reason_of(error)}): use engine = 'transformers' (--engine transformers)"
         ) from None
 
     def stored(part: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def load_head(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> L
                         return file.get_tensor(name).to(getattr(torch, dtype))
         raise UserError(
             f"model {folder}: no tensor {' or '.join(map(repr, names))} for the LM head, which "
-            "vLLM does not load: use --engine transformers"
+            "vLLM does not load: use engine = 'transformers' (--engine transformers)"
         )
 
     bias = None if head.bias is None else stored(head.bias)

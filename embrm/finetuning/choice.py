@@ -75,7 +75,9 @@ def rank(results: Results, rank_by: str | None) -> SweepRanking:
             if column.partition("@")[0] in (*_HIGHER_IS_BETTER, *_LOWER_IS_BETTER) and "@" in column
         ]
         if rank_by not in known:
-            raise UserError(f"rank_by = {rank_by!r} is no metric@split: {nearest(rank_by, known)}")
+            raise UserError(
+                f"rank_by (--rank-by) = {rank_by!r} is no metric@split: {nearest(rank_by, known)}"
+            )
         means = (
             results.ledger.filter(pl.col("config").is_in(names), pl.col("status") == "ok")
             .group_by("config")
@@ -122,7 +124,7 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
     baseline = results.spec.baseline
     if baseline not in chosen:
         raise UserError(
-            f"--runs {wanted!r} leaves out {baseline!r}, which gains are measured from: "
+            f"runs (--runs) = {wanted!r} leaves out {baseline!r}, which gains are measured from: "
             "add baseline"
         )
     if baseline in reasons:
@@ -138,7 +140,8 @@ def choose(results: Results, ranking: SweepRanking, wanted: str) -> Choice:
     if len(full) < 2:
         dropped = [f"{name}: {reasons[name]}" for name in chosen if name in reasons][:3]
         raise UserError(
-            f"--runs {wanted!r} comes to one objective to fine-tune, and there is nothing to "
+            f"runs (--runs) = {wanted!r} comes to one objective to fine-tune, and there is nothing "
+            "to "
             f"compare: choose more{''.join(f'; {entry}' for entry in dropped)}"
         )
     matches = tuple(
@@ -186,12 +189,12 @@ def _parse_choice(
                 known = results.ledger.filter(pl.col("config") == name)
                 if len(known):
                     raise UserError(
-                        f"--runs: {name!r} has no run that ended well and was evaluated: "
+                        f"runs (--runs): {name!r} has no run that ended well and was evaluated: "
                         "leave it out"
                     )
                 valid = {*ranks, "top:N", "random:N", "spread:N", "baseline"}
                 raise UserError(
-                    f"--runs: {name!r} is no configuration of {results.folder}: "
+                    f"runs (--runs): {name!r} is no configuration of {results.folder}: "
                     f"{nearest(name, valid)}"
                 )
             chosen.setdefault(name, []).append(part)
@@ -208,7 +211,7 @@ def _counted(
 ) -> list[str]:
     """The configurations that the entry `part`, which reads kind:number, chooses."""
     if not number.isdecimal() or int(number) == 0:
-        raise UserError(f"--runs: {part!r}: write a number of at least 1, such as {kind}:4")
+        raise UserError(f"runs (--runs): {part!r}: write a number of at least 1, such as {kind}:4")
     count = int(number)
     if kind == "random":
         able = sorted(
@@ -216,7 +219,7 @@ def _counted(
             key=lambda name: content_id(["confirm", rows[name]["config_id"]]),
         )
     if count > len(able):
-        raise UserError(f"--runs: {part!r}, and {len(able)} can be fine-tuned: lower it")
+        raise UserError(f"runs (--runs): {part!r}, and {len(able)} can be fine-tuned: lower it")
     if kind == "spread":
         return [able[place] for place in evenly_spaced(len(able), count, nearest=True)]
     return list(able[:count])

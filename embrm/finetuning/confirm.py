@@ -56,7 +56,9 @@ def confirm(
     """
     out = out or spec_path.with_suffix("")
     if out.resolve() == sweep.resolve():
-        raise UserError(f"--out {out} is the sweep's own folder: name another for the fine-tune")
+        raise UserError(
+            f"out (--out) = {out} is the sweep's own folder: name another for the fine-tune"
+        )
     frozen = open_results(sweep)
     ranking = rank(frozen, rank_by)
     choice = choose(frozen, ranking, runs)
@@ -104,7 +106,7 @@ def finetune_values(
     """
     for field in ("runs", "baseline"):
         if field in values:
-            raise UserError(f"{where}: {field}: the sweep and --runs say which: remove it")
+            raise UserError(f"{where}: {field}: the sweep and runs (--runs) say which: remove it")
     sweep, evaluated = frozen.spec, sorted(frozen.prompts["split"].unique())
     divided = sweep.scenarios
     merged = {

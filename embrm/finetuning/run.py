@@ -82,7 +82,9 @@ def _refuse_sweep(out: Path) -> None:
     except (OSError, ValueError):
         return  # there are no results, or a damaged header, which is written again
     if "finetune" not in header:
-        raise UserError(f"{out} holds the results of a sweep: choose another folder with --out")
+        raise UserError(
+            f"{out} holds the results of a sweep: choose another folder with out (--out)"
+        )
 
 
 def _write_results(inputs: FinetuneInputs, out: Path, finetuner: Finetuner) -> None:

@@ -92,7 +92,8 @@ class FinetuneSpec(SweepSpec):
     def _no_field_of_sweeps(self) -> Self:
         if self.numerics != "native":
             raise ValueError(
-                f"numerics = {self.numerics!r} is of sweeps: remove it, and choose with --device"
+                f"numerics = {self.numerics!r} is of sweeps: remove it, and choose with device "
+                "(--device)"
             )
         if self.lora != LoraSpec() and self.tune != "lora":
             raise ValueError(f"lora with tune = {self.tune!r} does nothing: set tune = 'lora'")

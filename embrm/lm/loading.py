@@ -120,7 +120,8 @@ def load_model(
         model = model.to(chosen).eval()
     except torch.OutOfMemoryError:
         raise UserError(
-            f"model {folder} does not fit on {chosen}: use --dtype bfloat16 or a smaller model"
+            f"model {folder} does not fit on {chosen}: use dtype = 'bfloat16' (--dtype bfloat16) "
+            "or a smaller model"
         ) from None
     except Exception as error:  # unknown architectures, damaged or mismatched weight files
         raise UserError(

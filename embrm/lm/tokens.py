@@ -153,12 +153,13 @@ def _pad_id(tokenizer: Any, pad_token: str | None, eos: int | None, allow_pad_eo
     if pad is None:
         raise UserError(
             "the tokenizer has no pad token, so the final position of an exported reward model "
-            "would be undefined: name an unused vocabulary token with --pad-token"
+            "would be undefined: name an unused vocabulary token with pad_token (--pad-token)"
         )
     if pad == eos and not allow_pad_eos:
         raise UserError(
             f"pad token = EOS token (id {pad}): the final position would be before the EOS; "
-            "name another token with --pad-token, or accept it with --allow-pad-eos"
+            "name another token with pad_token (--pad-token), or accept it with allow_pad_eos "
+            "(--allow-pad-eos)"
         )
     return pad
 

@@ -247,7 +247,8 @@ def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None
         status = ledger.filter(pl.col("name") == baseline)["status"]
         if not status.is_empty() and (status == "diverged").all():
             raise UserError(
-                f"baseline {baseline!r} diverged with every seed: choose another with --baseline"
+                f"baseline {baseline!r} diverged with every seed: choose another with baseline "
+                "(--baseline)"
             )
         raise UserError(
             f"baseline = {baseline!r} has no finished runs: {nearest(baseline, set(runs['name']))}"
@@ -382,7 +383,8 @@ def _ranked(
         wanted = [name for name in splits if name == rank_by or name.startswith(f"{rank_by}/")]
         if not wanted:
             raise UserError(
-                f"rank_by = {rank_by!r} is not an evaluated split: {nearest(rank_by, splits)}"
+                f"rank_by (--rank-by) = {rank_by!r} is not an evaluated split: "
+                f"{nearest(rank_by, splits)}"
             )
     if rank_by is None and any(not split.startswith("train") for split in splits):
         wanted = [split for split in splits if not split.startswith("train")]
@@ -393,7 +395,7 @@ def _ranked(
             return tuple(large), tuple(split for split in having if split not in large), metric
     raise UserError(
         f"{', '.join(wanted)}: neither pairs nor groups to rank by, choose another split with "
-        "--rank-by"
+        "rank_by (--rank-by)"
     )
 
 

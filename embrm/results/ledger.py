@@ -159,13 +159,13 @@ def cache_of(results: Results, moved: Path | None) -> Cache:
     if moved is None and not Path(results.cache).is_dir():
         raise UserError(
             f"the sweep's cache is not at {results.cache}, its path when the sweep ran: "
-            "pass its path with --cache"
+            "pass its path as cache (--cache)"
         )
     cache = open_cache(moved or Path(results.cache))
     if cache.cache_id != results.cache_id:
         raise UserError(
             f"{cache.folder} is cache {cache.cache_id}, but the run was trained on "
-            f"{results.cache_id}: pass the path of that cache with --cache"
+            f"{results.cache_id}: pass the path of that cache as cache (--cache)"
         )
     return cache
 
@@ -185,7 +185,8 @@ def finished_runs(results: Results, baseline: str | None) -> tuple[pl.DataFrame,
     reference = baseline or results.spec.baseline
     if reference not in runs["name"]:
         raise UserError(
-            f"baseline = {reference!r} has no finished runs, choose another with --baseline: "
+            f"baseline = {reference!r} has no finished runs, choose another with baseline "
+            "(--baseline): "
             f"{nearest(reference, set(runs['name']))}"
         )
     diverged = ledger.height - runs.height

@@ -19,7 +19,7 @@ _CONTENT: dict[str, Callable[[pl.DataFrame], bytes]] = {
 def check_table_name(path: Path) -> None:
     """Raises: UserError for a name that ends in no known format."""
     if path.suffix not in _CONTENT:
-        raise UserError(f"--out {path}: its name must end in {', '.join(_CONTENT)}")
+        raise UserError(f"out (--out) = {path}: its name must end in {', '.join(_CONTENT)}")
 
 
 def write_table(path: Path, table: pl.DataFrame) -> None:

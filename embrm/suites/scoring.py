@@ -162,6 +162,7 @@ def read_scores(path: Path, suite: str, split: str | None = None) -> pl.DataFram
         wanted = splits[0]
     if wanted not in splits:
         raise UserError(
-            f"{path} has no split {wanted!r}: choose one with --split, {nearest(wanted, splits)}"
+            f"{path} has no split {wanted!r}: choose one with split (--split), "
+            f"{nearest(wanted, splits)}"
         )
     return pairs.filter(pl.col("split").cast(pl.String) == wanted)

@@ -222,6 +222,6 @@ def _share(size: int, memory: int | None, jobs: int, needed: int) -> float | Non
         least = (PROCESS_BYTES + jobs * (needed + LEAST_RESIDENT)) / 1e9
         raise UserError(
             f"memory = {memory / 1e9:.2f} GB: {jobs} workers need at least {least:.2f} GB: "
-            "raise it, or lower --jobs"
+            "raise it, or lower jobs (--jobs)"
         )
     return None if size <= left else left / jobs / size

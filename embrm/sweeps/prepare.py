@@ -93,7 +93,9 @@ def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:
     """Open the cache in `folder`, or the spec's own. Raises: UserError when neither is given."""
     folder = folder or (Path(spec.cache) if spec.cache else None)
     if folder is None:
-        raise UserError(f"{where}: cache is missing: add cache = 'cache/NAME', or pass --cache")
+        raise UserError(
+            f"{where}: cache is missing: add cache = 'cache/NAME', or pass cache (--cache)"
+        )
     return open_cache(folder)
 
 
@@ -134,7 +136,7 @@ def check_data(
     if not others:
         raise UserError(
             f"{where}: {folder} has no split to evaluate on beside {', '.join(spec.train)}: "
-            "extract one with another --data, or hold out prompts with holdout in its spec"
+            "extract one with more data (--data), or hold out prompts with holdout in its spec"
         )
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
@@ -216,7 +218,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
         if not layout.has_token_rows:
             raise UserError(
                 f"{run}: {kind} reads token rows, and {folder} has none: "
-                "extract with --token-rows 8"
+                "extract with token_rows = 8 (--token-rows 8)"
             )
         if not cache.vocabulary:
             raise UserError(
@@ -233,7 +235,7 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
             raise UserError(
                 f"{run}: top_k = {regularizer.top_k or 1}, and {folder} keeps {layout.top_k} "
                 "logits a token row: lower it, or extract with "
-                f"--top-k {regularizer.top_k or 32}"
+                f"top_k = {regularizer.top_k or 32} (--top-k {regularizer.top_k or 32})"
             )
         if regularizer.reads_S and S_missing:
             raise UserError(

@@ -114,7 +114,7 @@ def open_view(cache: Cache, name: str) -> View:
     if base == TOKENS and not cache.layout.has_token_rows:
         raise UserError(
             f"state {name!r} is made of token rows, and {cache.folder} has none: "
-            "extract with --token-rows 8"
+            "extract with token_rows = 8 (--token-rows 8)"
         )
     if name not in names:
         raise UserError(f"state {name!r} is not in {cache.folder}: {nearest(name, names)}")

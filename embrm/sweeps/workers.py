@@ -95,7 +95,7 @@ class Workers:
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, perhaps for lack of memory: finished "
-                "runs are kept; run the same command again with fewer --jobs"
+                "runs are kept; run the same command again with fewer jobs (--jobs)"
             ) from None
         return failures
 

@@ -266,5 +266,5 @@ def _check(pack: Sequence[TrainSpec], data: TrainingData) -> None:
         if spec.active_regularizer and data.tokens is None:
             raise UserError(
                 f"regularizer {spec.active_regularizer.kind!r} reads token rows, and there are "
-                "none: use a cache extracted with --token-rows"
+                "none: use a cache extracted with token_rows (--token-rows)"
             )

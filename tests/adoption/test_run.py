@@ -219,7 +219,7 @@ def test_a_cache_of_another_array_is_not_overwritten(tmp_path: Path) -> None:
     source = {"states": saved(tmp_path, "a", states), "gold": saved(tmp_path, "gold", gold)}
     adopted(tmp_path, source)
     saved(tmp_path, "a", states + 1)
-    with pytest.raises(UserError, match="use the same settings or another --out"):
+    with pytest.raises(UserError, match=r"use the same settings or another out \(--out\)"):
         adopted(tmp_path, source)
 
 
@@ -317,7 +317,10 @@ def test_command_line_options_make_a_spec() -> None:
 BAD_COMMANDS: list[tuple[list[str], str]] = [
     (["--gold", "g.npy"], "--states is missing"),
     (["--states", "a.npy"], "have no gold scores"),
-    (["--states", "a.npy", "--gold", "x=g.npy"], "--gold 'x=g.npy': no --states has that split"),
+    (
+        ["--states", "a.npy", "--gold", "x=g.npy"],
+        "gold (--gold) = 'x=g.npy': no states (--states) have that split",
+    ),
     (["--states", "=a.npy"], "write [SPLIT=]PATH"),
     (["--states", "x=a.npy", "--states", "x=b.npy"], "'a.npy' has the same split"),
     (["--states", "a.npy", "--gold", "g.npy", "--pairs", "4"], "write keys and values"),

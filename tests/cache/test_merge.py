@@ -380,7 +380,11 @@ def test_an_output_folder_with_other_content_is_refused(tmp_path: Path, parts: l
     refused(
         parts, tmp_path / "begun", r"begun holds another cache \(1 finished shards of its own\)"
     )
-    refused(parts, parts[0], r"part-0 holds another cache \(part = '0/3, .*: choose another --out")
+    refused(
+        parts,
+        parts[0],
+        r"part-0 holds another cache \(part = '0/3, .*: choose another out \(--out\)",
+    )
 
 
 def test_an_output_folder_that_is_being_written_is_refused(

@@ -292,7 +292,7 @@ def test_wrong_shares(
     embrm: Callable[..., Outcome], model: Path, data: Path, tmp_path: Path, share: str
 ) -> None:
     outcome = embrm(*extract_words(model, data, tmp_path / "out"), "--shard", share)
-    refused(outcome, f"--shard '{share}'", "from 0 to n - 1")
+    refused(outcome, f"shard (--shard) = '{share}'", "from 0 to n - 1")
     assert [*tmp_path.iterdir()] == []
 
 

@@ -273,7 +273,7 @@ def test_the_split_is_that_of_the_spec_or_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load([_source(tmp_path, two, split="id")])
     message = str(caught.value)
-    assert "its split column has 'ood/x', 'train': leave the split out, or select with" in message
+    assert "its split column has 'ood/x', 'train': leave the split out, or select one in" in message
     assert 'where = { split = "ood/x" }' in message
     renamed = load([_source(tmp_path, two, split="id", where={"split": "train"})])
     assert renamed.pairs["split"].to_list() == ["id"]
@@ -332,12 +332,14 @@ def test_identical_responses_without_a_prompt_column_are_excluded_as_identical(
         (
             [_pair("p", "a", str(n), label="x\n" * 99) for n in range(6)],
             "6 nan_label (first: label '" + "x\\n" * 19 + "x… is not a number); "
-            'fix that column, or leave it out: columns = { label = "" }',
+            'fix that column, or leave it out, in a spec: [[data]] path = "PATH", columns = '
+            '{ label = "" }',
         ),
         (
             [_pair("p", "a", "b", weight=-1), _pair("p", "a", "c", weight=NAN)],
             "2 nan_label (first: weight out of range: -1.0 is not at least 0); "
-            'fix that column, or leave it out: columns = { weight = "" }',
+            'fix that column, or leave it out, in a spec: [[data]] path = "PATH", columns = '
+            '{ weight = "" }',
         ),
         (
             [_pair("p", "a", "b", label="good"), _pair("p", "a", "a")],
@@ -351,7 +353,11 @@ def test_a_source_without_usable_rows_is_an_error_with_counts(
 ) -> None:
     with pytest.raises(UserError) as caught:
         load([_source(tmp_path, rows)])
-    assert str(caught.value) == f"{tmp_path.name}/mine.jsonl: every row was excluded: {message}"
+    assert str(
+        caught.value
+    ) == f"{tmp_path.name}/mine.jsonl: every row was excluded: {message}".replace(
+        "PATH", str(tmp_path / "mine.jsonl")
+    )
 
 
 def test_the_suggested_columns_setting_for_unusable_labels_works(tmp_path: Path) -> None:

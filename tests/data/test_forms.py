@@ -14,7 +14,9 @@ from embrm.data.sources import SourceTable
 
 def _table(columns: dict[str, list[Any]]) -> SourceTable:
     rows = len(next(iter(columns.values())))
-    return SourceTable("mine", tuple(columns), columns, list(range(rows)), "mine")
+    return SourceTable(
+        "mine", 'path = "data/mine.csv"', tuple(columns), columns, list(range(rows)), "mine"
+    )
 
 
 def _user(text: str) -> dict[str, str]:
@@ -247,7 +249,12 @@ def test_groups_and_best_of_n() -> None:
         (["prompt", "response"], "has response but no column 'gold'"),
         (["response", "gold"], "has response and gold but no column 'prompt'"),
         (["best"], "has best but no column 'losers'"),
-        (["prompt"], 'map them: columns = { chosen = "...", rejected = "..." }'),
+        (
+            ["prompt"],
+            'in a spec: [[data]] path = "data/mine.csv", '
+            'columns = { chosen = "COLUMN", rejected = "COLUMN" }',
+        ),
+        (["prompt", "accepted", "rejected"], ', columns = { chosen = "accepted" }'),
     ],
 )
 def test_missing_columns(columns: list[str], message: str) -> None:

@@ -175,6 +175,10 @@ def test_an_error_about_a_missing_column_suggests_the_nearest_name(tmp_path: Pat
         ({"path": "x", "hub": "a/b"}, "either path or hub"),
         ({"path": "x", "config": "main"}, "config belongs to a hub dataset"),
         ({"path": "x", "columns": {"chosenn": "c"}}, "did you mean 'chosen'?"),
+        (
+            {"path": "x", "columns": {"accepted": "chosen"}},
+            'the field comes first, write columns = { chosen = "accepted" }',
+        ),
         ({"path": "x", "limit": 0}, "limit = 0"),
         ({"path": "x", "spilt": "train"}, "did you mean 'split'?"),
         ({"path": "x", "pairs": {"gapp": 1}}, "did you mean 'gap'?"),
@@ -211,6 +215,8 @@ def test_data_arguments_of_the_command_line_are_parsed(
     for text in ("", "train=", "=x.parquet"):
         with pytest.raises(UserError, match=r"write \[SPLIT=\]PATH_OR_HUB_ID"):
             parse_source(text)
+    with pytest.raises(UserError, match="write SPLIT=PATH, train=here/data"):
+        parse_source("train:here/data")
 
 
 def test_without_the_datasets_package_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

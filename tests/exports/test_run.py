@@ -211,7 +211,7 @@ def test_folders_load_where_embrm_is_not_installed(swept: Path, tmp_path: Path) 
 def test_other_heads_need_the_flag_and_then_score_as_the_sweep_does(
     swept: Path, tmp_path: Path, run: str
 ) -> None:
-    with pytest.raises(UserError, match=r"no stock form: .*--custom"):
+    with pytest.raises(UserError, match=r"no stock form: .* with custom \(--custom\) it is"):
         export(swept, f"{run}@0", tmp_path / "rm", device="cpu")
     assert [*tmp_path.iterdir()] == []
     made = export(swept, f"{run}@0", tmp_path / "rm", custom=True, device="cpu")

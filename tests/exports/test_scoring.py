@@ -179,11 +179,11 @@ def test_what_cannot_score_is_refused_in_one_line(
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="batch_tokens = 0"):
         score(str(folder), data, batch_tokens=0)
-    with pytest.raises(UserError, match="--dtype is for a model's folder"):
+    with pytest.raises(UserError, match=r"dtype \(--dtype\) is for a model\'s folder"):
         score(f"{swept}:bt@0", data, dtype="float16")
     with pytest.raises(UserError, match="'float61': did you mean 'float16'"):
         score(str(folder), data, dtype="float61")
-    with pytest.raises(UserError, match="--cache is for"):
+    with pytest.raises(UserError, match=r"cache \(--cache\) is for"):
         score(str(folder), data, cache=tmp_path)
 
 

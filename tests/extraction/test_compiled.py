@@ -97,7 +97,9 @@ def test_states_that_compiling_changes_are_refused(tmp_path: Path) -> None:
 
     torch.compiler.set_default_backend(wrong)
     folder = save_config(tmp_path, CONFIGS["llama-tied"], tokenizer())
-    with pytest.raises(UserError, match=r"\(it changes the states\): leave out --compile"):
+    with pytest.raises(
+        UserError, match=r"\(it changes the states\): leave out compiled \(--compile\)"
+    ):
         load_engine(folder, compiled=True, **WANTED)
 
 

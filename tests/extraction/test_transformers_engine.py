@@ -183,7 +183,9 @@ def test_out_of_memory_suggests_a_smaller_batch(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr("embrm.extraction.transformers_engine.response_statistics", full)
-    with pytest.raises(UserError, match=r"out of memory on cpu .*: lower --batch-tokens"):
+    with pytest.raises(
+        UserError, match=r"out of memory on cpu .*: lower batch_tokens \(--batch-tokens\)"
+    ):
         next(engine.forward([requests_of()]))
 
 

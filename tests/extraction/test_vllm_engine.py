@@ -378,7 +378,7 @@ def test_a_newer_version_is_used_with_a_warning(
 @pytest.mark.parametrize("view", ["prenorm", "layer:1"])
 @pytest.mark.usefixtures("vllm")
 def test_views_that_vllm_does_not_give_are_refused(world: dict[str, str], view: str) -> None:
-    with pytest.raises(UserError, match=f"view '{view}' .*: use --engine transformers"):
+    with pytest.raises(UserError, match=f"view '{view}' .*: use engine = 'transformers' "):
         with_engine(spec_of(world, states=["last", view], engine="vllm"), "auto")
 
 
@@ -415,7 +415,7 @@ def test_auto_chooses_vllm_only_where_it_works(
 @pytest.mark.parametrize(
     ("version", "remedy"),
     [
-        ("0.33.1", "add --engine vllm to use it anyway"),
+        ("0.33.1", "add engine = 'vllm' (--engine vllm) to use it anyway"),
         ("0.31.2", "install vllm==0.32.*"),
     ],
 )

@@ -49,7 +49,7 @@ def test_ranks_as_the_report_does(sweep: Path) -> None:
     assert rank(results, None).names == ORDER
     assert rank(results, None).ranked_splits == ("id", "ood/far")
     assert rank(results, "ood").ranked_splits == ("ood/far",)
-    with pytest.raises(UserError, match="rank_by = 'odd'"):
+    with pytest.raises(UserError, match=r"rank_by \(--rank-by\) = \'odd\'"):
         rank(results, "odd")
 
 

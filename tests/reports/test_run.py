@@ -82,7 +82,7 @@ def test_a_second_report_in_another_folder_has_the_same_bytes(folder: Path, tmp_
 
 def test_rank_by_chooses_the_splits_of_the_ranking(folder: Path) -> None:
     assert report(folder, rank_by="ood/maths").tables[0].title == "Ranking by accuracy %: ood/maths"
-    with pytest.raises(UserError, match="rank_by = 'nowhere'"):
+    with pytest.raises(UserError, match=r"rank_by \(--rank-by\) = \'nowhere\'"):
         report(folder, rank_by="nowhere")
 
 

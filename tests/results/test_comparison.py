@@ -282,7 +282,10 @@ def test_order_of_rows_does_not_matter() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank_by": "ood/math"}, "rank_by = 'ood/math' .* did you mean 'ood/maths'"),
+        (
+            {"rank_by": "ood/math"},
+            r"rank_by \(--rank-by\) = 'ood/math' .* did you mean 'ood/maths'",
+        ),
         ({"baseline": "btt"}, "baseline = 'btt' .* did you mean 'bt'"),
         ({"outcomes": SWEEP.outcomes.head(0)}, "small has no finished runs"),
         (
@@ -301,7 +304,8 @@ def test_order_of_rows_does_not_matter() -> None:
                     .otherwise("status")
                 ),
             },
-            "^baseline 'bt' diverged with every seed: choose another with --baseline$",
+            "^baseline 'bt' diverged with every seed: choose another with baseline "
+            r"\(--baseline\)$",
         ),
     ],
 )

@@ -226,7 +226,11 @@ def test_strength_refusals(swept: Results) -> None:
     for name, out_of_fold, line in (
         ("b", False, "no 'b' in .*: "),
         ("bt", True, "no folds of 'bt' in .*: add grid = { fold"),
-        ("folds[fold=0/3]", False, "was trained without fold 0/3: pass --out-of-fold with the"),
+        (
+            "folds[fold=0/3]",
+            False,
+            "was trained without fold 0/3: pass out_of_fold (--out-of-fold) with",
+        ),
     ):
         with pytest.raises(UserError, match=line.replace("[", r"\[").replace("{", r"\{")):
             strengths(swept.folder, name, out_of_fold=out_of_fold)

@@ -57,7 +57,7 @@ def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
     if not found:
         raise UserError(
             f"{results.folder} evaluates no split named after a suite, only "
-            f"{', '.join(results.evaluated)}: say which holds one with --suite SPLIT=SUITE"
+            f"{', '.join(results.evaluated)}: say which holds one with suites (--suite SPLIT=SUITE)"
         )
     return found
 

@@ -111,7 +111,9 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
     """
     data = _sampled(_usable(open_cache(folder)), sample)
     if not len(data.states.values):
-        raise UserError(f"{folder}: none of {sample} responses has token rows: raise --sample")
+        raise UserError(
+            f"{folder}: none of {sample} responses has token rows: raise sample (--sample)"
+        )
     shifts = torch.stack([_shifts(data, drift) for drift in DRIFTS])
     changes, truncation = _compare(data, shifts)
     held = int(np.diff(data.starts).max())
@@ -143,9 +145,11 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
 def _usable(cache: Cache) -> Cache:
     folder, layout = cache.folder, cache.layout
     if not layout.has_token_rows:
-        raise UserError(f"{folder} has no token rows: extract with --token-rows 8")
+        raise UserError(f"{folder} has no token rows: extract with token_rows = 8 (--token-rows 8)")
     if not layout.top_k:
-        raise UserError(f"{folder} keeps 0 logits per token row: extract with --top-k 32")
+        raise UserError(
+            f"{folder} keeps 0 logits per token row: extract with top_k = 32 (--top-k 32)"
+        )
     if not cache.vocabulary:
         raise UserError(f"{folder} has no LM head: extract one with embrm extract --model MODEL")
     return cache

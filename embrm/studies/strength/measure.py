@@ -104,7 +104,8 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
     for member in members:
         if not out_of_fold and member.spec.fold:
             raise UserError(
-                f"{name!r} was trained without fold {member.spec.fold}: pass --out-of-fold with "
+                f"{name!r} was trained without fold {member.spec.fold}: pass out_of_fold "
+                "(--out-of-fold) with "
                 "the name of its entry in the spec"
             )
         learner = member.spec.learner

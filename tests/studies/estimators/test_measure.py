@@ -430,5 +430,7 @@ def test_a_sample_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         return replace(data, states=RowStore(data.states.values[:0]))
 
     monkeypatch.setattr(estimators, "_sampled", emptied)
-    with pytest.raises(UserError, match="none of 7 responses has token rows: raise --sample"):
+    with pytest.raises(
+        UserError, match=r"none of 7 responses has token rows: raise sample \(--sample\)"
+    ):
         measure_estimators(tmp_path, sample=7)
