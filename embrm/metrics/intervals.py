@@ -22,7 +22,7 @@ prompts and seeds; Chamandy et al. 2012 on the Poisson bootstrap; Behrens 1929 a
 sums of a t and another variable; Holm 1979 on the adjusted p.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -164,14 +164,20 @@ def mean(parts: Iterable[Replicates]) -> Replicates:
     )
 
 
-def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
+def compare(
+    replicates: Replicates,
+    runs: pl.DataFrame,
+    baseline: str | None,
+    names: Collection[str] | None = None,
+) -> pl.DataFrame:
     """Average each configuration over its seeds, with 95 % intervals and paired differences to the
     configuration `baseline`.
 
-    runs: name (of the configuration) and seed, one row per column of `replicates`.
+    runs: name (of the configuration) and seed, one row per column of `replicates`. names: the
+    configurations to return; None: all.
 
     The variance between seeds is pooled over the configurations that have all seeds in question and
-    whose outcomes depend on the seed.
+    whose outcomes depend on the seed, whether they are returned or not.
 
     Returns one row per configuration, sorted by name:
         name, seeds (their number), estimate, low, high: the mean over seeds and its interval,
@@ -192,6 +198,8 @@ def compare(replicates: Replicates, runs: pl.DataFrame, baseline: str | None) ->
     pools = _Pools(replicates, seeds_of, baseline)
     rows = []
     for name, columns in sorted(seeds_of.items()):
+        if names is not None and name not in names:
+            continue
         own = list(columns.values())
         estimate, low, high, _ = _interval(
             replicates.estimates[own],

@@ -33,6 +33,9 @@ _MOST_NUMBERED = 24
 _LINEAR = 10
 """Token KLs that differ by more than this factor are drawn on a logarithmic axis."""
 
+_MANY_TICKS = 1000
+"""Where they differ by more than this, only powers of ten have room for their numbers."""
+
 
 def figures(comparison: Comparison, curves: pl.DataFrame, top: int) -> dict[str, bytes]:
     """Draw the figures that the sweep has data for; file name, such as "ranked.png" → content.
@@ -322,13 +325,15 @@ def _distortion(comparison: Comparison, moved: pl.DataFrame, top: int) -> Callab
                 textcoords="offset points",
                 fontsize=7,
             )
-        listing = [f"{number}  {short_name(name, 30)}" for number, name in enumerate(numbered, 1)]
-        axis.text(1.03, 0.99, "\n".join(listing), transform=axis.transAxes, va="top", fontsize=7)
+        listing = [f"{number}  {short_name(name)}" for number, name in enumerate(numbered, 1)]
+        axis.text(1.03, 0.99, "\n".join(listing), transform=axis.transAxes, va="top", fontsize=6.5)
         values = moved["kl"].to_numpy()
         least, most = values.min(), values.max()
         if 0 < _LINEAR * least < most:
             axis.set_xscale("log")
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_locator(
+                LogLocator(subs=(1, 2, 5) if most < _MANY_TICKS * least else (1,))
+            )
             axis.xaxis.set_major_formatter("{x:g}")  # By default numbers are mathematics.
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(0.08)

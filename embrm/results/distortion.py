@@ -77,9 +77,9 @@ def measure_distortion(
         return pl.DataFrame()
     measured = _token_kl(runs, geometry, trained_on)
     differences = [
-        compare(result, runs, twin)
-        .filter(pl.col("name").is_in(found.filter(twin=twin)["name"].implode()))
-        .select("name", *_DIFFERENCE)
+        compare(result, runs, twin, set(found.filter(twin=twin)["name"])).select(
+            "name", *_DIFFERENCE
+        )
         for twin in sorted(set(found["twin"].drop_nulls()) & set(runs["name"]))
     ]
     empty = pl.DataFrame(schema={"name": pl.String()} | dict.fromkeys(_DIFFERENCE, pl.Float64()))

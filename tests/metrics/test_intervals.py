@@ -225,6 +225,16 @@ def test_baseline_and_missing_seeds() -> None:
     assert compare(result, seeds(["a", "b", "c", "d"], [0] * 4), None)["difference"].is_null().all()
 
 
+def test_rows_that_are_not_asked_for_change_no_other() -> None:
+    generator = np.random.default_rng(6)
+    wins = generator.binomial(10, 0.6, size=(60, 6))
+    runs = seeds(["a", "a", "b", "b", "c", "c"], [0, 1, 0, 1, 0, 1])
+    result = replicate(outcomes(wins, np.full(60, 10.0)), "accuracy")
+    every, some = compare(result, runs, "b"), compare(result, runs, "b", ["a"])
+    assert some["name"].to_list() == ["a"]
+    assert some.drop("p_holm").equals(every.filter(name="a").drop("p_holm"))
+
+
 def test_a_copy_of_the_baseline_differs_by_exactly_0() -> None:
     wins = np.repeat(np.random.default_rng(3).binomial(9, 0.7, size=(25, 1)), 2, axis=1)
     result = replicate(outcomes(wins, np.full(25, 9)), "accuracy")

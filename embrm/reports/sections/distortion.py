@@ -15,6 +15,9 @@ from embrm.core.formatting import (
 from embrm.core.table import Table
 from embrm.results.comparison import Comparison
 
+_LARGE = 10
+"""Values of at least this are shown without decimals, smaller ones with two digits."""
+
 _NO_TWIN = "none in this sweep: add it"
 
 _EXPLAINED = (
@@ -95,7 +98,12 @@ def _cells(comparison: Comparison, row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _kl_text(mean: float | None, sd: float | None) -> str:
-    return small_text(mean) if sd is None else f"{small_text(mean)}±{sd:.1g}"
+    if mean is None:
+        return MISSING
+    text = f"{mean:.0f}" if mean >= _LARGE else small_text(mean)
+    if sd is None:
+        return text
+    return f"{text}±{sd:.0f}" if sd >= _LARGE else f"{text}±{sd:.1g}"
 
 
 def _notes(comparison: Comparison, shown: pl.DataFrame, left_out: int) -> list[str]:
