@@ -25,9 +25,9 @@ _EXPLAINED = (
     "token rows of the training responses; mean over seeds ± standard deviation. BT twin: the "
     "configuration with the same spec, its pair loss included, and no regularizer. A regularizer "
     "can only protect predictions that training distorts, so compare regularizers at matched "
-    "distortion: where their twins have the same token KL, such as that of a fine-tune. At a "
-    "twin's KL of 0.02 nats there is next to nothing to protect, and a difference near 0 is no "
-    "verdict on the regularizer."
+    "distortion: where their twins have the same token KL, such as that of a fine-tune (match in "
+    "the sweep's runs chooses learning rates for it). At a twin's KL of 0.02 nats there is next to "
+    "nothing to protect, and a difference near 0 is no verdict on the regularizer."
 )
 _PAIRED = (
     "minus twin: paired difference, plus or minus half its 95 % interval; triangle: the interval "
