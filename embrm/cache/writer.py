@@ -350,8 +350,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def difference(was: dict[str, Any] | ShardLayout, given: dict[str, Any] | ShardLayout) -> str:
     """The first field that differs, with both values, and the names of further ones; "" if none."""
     stored, given = _flat(was), _flat(given)
-    # Digests of the data differ whenever any setting does, and explain least, so they come last.
-    known = sorted(stored.keys() | given.keys(), key=lambda name: (name.startswith("data."), name))
+    known = sorted(stored.keys() | given.keys(), key=lambda name: (_explains(name), name))
     names = [
         name
         for name in known
@@ -362,6 +361,17 @@ def difference(was: dict[str, Any] | ShardLayout, given: dict[str, Any] | ShardL
     first, *others = names
     also = f" (also: {', '.join(others[:5])})" if others else ""
     return f"{first} = {_short(stored.get(first))}, not {_short(given.get(first))}{also}"
+
+
+def _explains(name: str) -> int:
+    """The order in which differing fields are named.
+
+    States come first, and data before the counts that follow from it; but settings come before
+    data, because digests of data differ whenever any setting of the texts does.
+    """
+    counts = ("n_responses", "shard_rows", "part", "data.token_ids")
+    last = 3 if name in counts else 2 if name.startswith("data.") else 1
+    return 0 if name.startswith("states.") else last
 
 
 def _short(value: Any) -> str:

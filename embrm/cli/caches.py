@@ -90,7 +90,9 @@ def cache_ls(
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        print_table(rows)
+        used = [name for name in rows[0] if any(row[name] not in (None, "") for row in rows)]
+        shown = [{name: row[name] for name in used} for row in rows]
+        print_table(filled(shown), whole=("cache_id", "responses", "pairs", "bytes"))
     else:
         print(f"no caches in {root}")
 

@@ -1,7 +1,7 @@
 """How commands print: nested values, tables, reports, or JSON for machines."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,17 +57,19 @@ def print_lines(value: dict[str, Any], indent: str) -> None:
                 print(f"{indent}{name} {number}:")
                 print_lines(entry, indent + "  ")
         else:
-            print(f"{indent}{name}: {cell_text(inner)}")
+            empty = inner is None or inner in ({}, [], "")
+            print(f"{indent}{name}: {'none' if empty else cell_text(inner)}")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], whole: Collection[str] = ()) -> None:
+    """Print rows as a table; columns named in `whole` are never broken over lines."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for name in rows[0]:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in whole)
     for row in rows:
         table.add_row(*(Text(cell_text(value)) for value in row.values()))
     Console().print(table)

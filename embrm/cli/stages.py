@@ -84,6 +84,12 @@ def extract(
             raise UserError("--dry-run is for all shards together: leave --shard out")
         planned = dataclasses.asdict(caches.plan_extraction(spec, **here, **fields))
         planned["leaks"] = planned["leaks"].to_dicts()
+        if not as_json:
+            first = planned.pop("first_exclusions")
+            counts = planned["exclusions"].items()
+            planned["exclusions"] = {
+                reason: f"{count:,}, the first is {first[reason]}" for reason, count in counts
+            }
         show(planned, as_json)
         return
     if shard is None:

@@ -16,7 +16,7 @@ from rich.text import Text
 class Table:
     """Plain text cells; the renderers escape them. The first `left` columns are left-aligned.
 
-    wide: columns that Markdown shows and the terminal has no room for.
+    note: lines below the table. wide: columns that Markdown shows and the terminal has no room for.
     """
 
     title: str
@@ -47,7 +47,7 @@ def terminal(table: Table) -> Group:
                 for index in kept
             )
         )
-    note = [Text(printable(table.note), style="dim")] if table.note else []
+    note = [Text(printable(line), style="dim") for line in table.note.splitlines()]
     return Group(Text(printable(table.title), style="bold underline"), view, *note)
 
 
@@ -79,7 +79,7 @@ def markdown(table: Table) -> str:
                 *([escape(cell) for cell in row] for row in table.rows),
             )
         ),
-        *(["", escape(table.note)] if table.note else []),
+        *(part for line in table.note.splitlines() for part in ("", escape(line))),
     ]
     return "\n".join(lines) + "\n"
 

@@ -73,6 +73,12 @@ class Dataset:
         """For each reason, the number of exclusions that give it."""
         return dict(self.exclusions.group_by("reason").len().sort("reason").rows())
 
+    def first_exclusions(self) -> dict[str, str]:
+        """For each reason, the first exclusion that gives it: source, row (from 0) and detail."""
+        first = self.exclusions.unique("reason", keep="first", maintain_order=True).sort("reason")
+        rows = first.select("reason", "source", "row", "detail").rows()
+        return {reason: f"{source}, row {row}: {detail}" for reason, source, row, detail in rows}
+
     def without(
         self, responses: pl.DataFrame | None = None, pairs: pl.DataFrame | None = None
     ) -> "Dataset":

@@ -42,7 +42,8 @@ class Scenarios(Spec):
     models: float = Field(default=0.25, gt=0, lt=1)
     """Share of the response models that are unseen in training."""
     responses: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the training models' responses to training prompts that go to id, not to train."""
+    """Share of the training models' responses to training prompts that go to id, not to train. Each
+    is drawn by itself, so a model with few of them may have all in id."""
     seed: int = 0
     """Seed of the choice of prompts, models and responses."""
     pairs: PairRule = PairRule()

@@ -30,6 +30,9 @@ class DryRun:
     """Size of each part of the cache, and the total, without Parquet headers and small tables."""
     exclusions: dict[str, int]
     """For each reason, the number of rows that are left out."""
+    first_exclusions: dict[str, str]
+    """For each reason, the first row that is left out (counted from 0), and what is wrong with
+    it."""
     leaks: pl.DataFrame
     tokens_per_second: float
     """Measured on a sample of the data. Data with many responses per prompt may run faster."""
@@ -68,6 +71,7 @@ def dry_run(
         tokens=int(lengths.sum()),
         cache_bytes=_cache_bytes(prepared, engine),
         exclusions=prepared.dataset.reason_counts(),
+        first_exclusions=prepared.dataset.first_exclusions(),
         leaks=prepared.leaks,
         tokens_per_second=speed,
         seconds=float(lengths.sum()) / speed,

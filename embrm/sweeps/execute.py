@@ -1,6 +1,7 @@
 """Running a sweep: worker processes train packs of runs, resumable at any moment."""
 
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from embrm.core.specs import SpecSource
 from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
 from embrm.sweeps.matching import match_rates
-from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep
+from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep, step_warnings
 from embrm.sweeps.selection import evaluation_splits, prompt_table
 from embrm.sweeps.spec import Run
 from embrm.sweeps.workers import modules_of, worker_count, workers
@@ -49,6 +50,8 @@ def sweep(
         prepared = match_rates(prepared, out, jobs=jobs, memory=memory)
         done = finished(out)
         todo = [run for run in prepared.runs if run.run_id not in done]
+        for line in step_warnings(prepared) if todo else ():
+            print(f"warning: {line}", file=sys.stderr)
         environment = _environment(out, mode, trained=bool(todo))
         failures: dict[str, str] = {}
         interrupted = False

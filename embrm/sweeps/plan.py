@@ -17,7 +17,7 @@ from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
 from embrm.sweeps.matching import match_rates
 from embrm.sweeps.pack import Pack
-from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
+from embrm.sweeps.prepare import PreparedSweep, prepare_sweep, step_warnings
 from embrm.sweeps.selection import evaluation_splits
 from embrm.sweeps.spec import RunSpec
 from embrm.sweeps.tables import read_tables
@@ -74,6 +74,7 @@ def plan_sweep(
         "jobs": jobs,
         "evaluate": prepared.evaluate,
         "splits": read_tables(prepared.cache, prepared.spec.scenarios).sizes(prepared.spec.train),
+        "warnings": step_warnings(prepared),
         "estimated_seconds": round(_estimate(prepared, found, jobs), 1),
     }
 

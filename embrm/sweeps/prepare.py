@@ -9,6 +9,7 @@ import polars as pl
 from embrm.cache.reader import Cache, open_cache
 from embrm.core.errors import UserError, nearest
 from embrm.core.specs import SpecSource, spec_values
+from embrm.core.text import listed
 from embrm.sweeps.selection import select, with_gold
 from embrm.sweeps.spec import (
     Configuration,
@@ -87,6 +88,32 @@ def check_sweep(
         runs=runs(found, spec.seeds, selection, spec.numerics),
         evaluate=evaluate,
     )
+
+
+FEW_STEPS = 100
+"""Optimizer steps in all below which a warning says so: AdamW hardly moves the weights in them."""
+
+
+def step_warnings(prepared: PreparedSweep) -> list[str]:
+    """One line that names the configurations of very few optimizer steps; none if there are none.
+
+    Steps are counted without early stopping, in which a run may take fewer.
+    """
+    few: dict[str, int] = {}
+    for run in prepared.runs:
+        spec = run.spec
+        pairs = spec.pairs_limit or prepared.training_pairs
+        steps = spec.epochs * -(-pairs // spec.batch_pairs)
+        if spec.learner is None and steps < FEW_STEPS:
+            few[run.name] = steps
+    if not few:
+        return []
+    low, high = min(few.values()), max(few.values())
+    count = f"{low}" if low == high else f"{low} to {high}"
+    return [
+        f"{listed([*few][:3])}{f' and {len(few) - 3} more' if len(few) > 3 else ''}: "
+        f"{count} optimizer steps in all: lower batch_pairs or raise epochs"
+    ]
 
 
 def cache_for(spec: SweepSpec, folder: Path | None, where: str) -> Cache:

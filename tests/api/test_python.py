@@ -41,7 +41,7 @@ def results(cache: embrm.Cache, tmp_path_factory: pytest.TempPathFactory) -> emb
 def test_every_public_name_exists_and_is_documented() -> None:
     for name in embrm.__all__:
         assert getattr(embrm, name).__doc__, name
-    assert set(embrm.__all__) <= set(dir(embrm))
+    assert set(dir(embrm)) == {*embrm.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'sweeps_'"):
         _ = embrm.sweeps_  # type: ignore[attr-defined]
 

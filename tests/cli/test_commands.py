@@ -152,6 +152,35 @@ def test_dry_run_prints_rows_tokens_bytes_time_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_shows_the_first_row_of_every_exclusion_and_says_none(
+    embrm: Callable[..., Outcome], model: Path, tmp_path: Path
+) -> None:
+    path = write_pairs(tmp_path / "train.jsonl", 6)
+    words = one_file(model, path, tmp_path / "out")
+    lines = embrm(*words, "--dry-run").out.splitlines()
+    assert "exclusions: none" in lines
+    assert "leaks: none" in lines
+    with path.open("a") as stream:
+        for _ in range(2):
+            stream.write(json.dumps({"prompt": "p?", "chosen": "a", "rejected": "a"}) + "\n")
+    outcome = embrm(*words, "--dry-run")
+    place = f"{tmp_path.name}/train.jsonl"
+    assert f"  identical: 2, the first is {place}, row 6: 'a'" in outcome.out.splitlines()
+    planned = json.loads(embrm(*words, "--dry-run", "--json").out)
+    assert planned["exclusions"] == {"identical": 2}
+    assert planned["first_exclusions"] == {"identical": f"{place}, row 6: 'a'"}
+
+
+def test_the_list_of_caches_keeps_ids_whole_and_drops_empty_columns(
+    embrm: Callable[..., Outcome], cache: Path, tmp_path: Path
+) -> None:
+    long = shutil.copytree(cache, tmp_path / "a-name-that-takes-more-than-its-share-of-the-line")
+    out = embrm("cache", "ls", tmp_path).out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
+    assert open_cache(long).cache_id in out
+    assert "tokens" not in out.splitlines()[0].split()  # it has none
+
+
 def test_two_processes_and_a_merge_equal_one(
     embrm: Callable[..., Outcome], model: Path, data: Path, cache: Path, spec: Path, tmp_path: Path
 ) -> None:

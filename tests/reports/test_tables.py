@@ -127,7 +127,10 @@ def test_epoch_limits_are_marked_and_explained() -> None:
     some = ranking("bt", "bsr[lr=0.01]")
     assert [row[1] for row in some.rows if row[1].endswith("°")] == ["bsr[lr=0.01]°", "bt°"]
     end = "reached their epoch limit before early stopping: raise epochs."
-    assert f"° 2 of 4 configurations (bsr[lr=0.01], bt) {end}" in some.note
+    last = f"° 2 of 4 configurations (bsr[lr=0.01], bt) {end}"
+    assert some.note.splitlines()[1] == last
+    assert f"\n{last}" in shown(some, width=120)
+    assert f"\n\n° 2 of 4 configurations (bsr\\[lr=0.01\\], bt) {end}" in markdown(some)
     every = ranking(*SKILL).note
     assert f"° 4 of 4 configurations (bsr[lr=0.01], bt, hinge|$x_1$ [red]*, …) {end}" in every
 

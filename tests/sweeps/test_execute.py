@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -188,6 +189,28 @@ def test_the_plan_counts_and_writes_nothing(cache: Path, swept: Path, tmp_path: 
     assert planned["estimated_seconds"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["s.toml"]
     assert plan_sweep(spec, cache, out=swept)["finished"] == 12
+
+
+def test_configurations_of_very_few_steps_are_named(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec: dict[str, Any] = {
+        "baseline": "few",
+        "seeds": [0],
+        "runs": [
+            {"name": "few", "epochs": 3, "batch_pairs": 512},
+            {"name": "many", "epochs": 100, "batch_pairs": 8},
+            {"name": "limited", "epochs": 2, "batch_pairs": 8, "pairs_limit": 9},
+            {"name": "fitted", "learner": {"kind": "logistic"}},
+        ],
+    }
+    line = "'few', 'limited': 3 to 4 optimizer steps in all: lower batch_pairs or raise epochs"
+    assert plan_sweep(spec, cache, out=tmp_path / "out", jobs=1)["warnings"] == [line]
+    fewer = spec | {"runs": spec["runs"][:1]}
+    for said in (True, False):  # the second time, there is nothing left to train
+        sweep(fewer, cache, out=tmp_path / "out", jobs=1)
+        line = "warning: 'few': 3 optimizer steps in all: lower batch_pairs or raise epochs\n"
+        assert (line in capsys.readouterr().err) == said
 
 
 def test_validation_pairs_and_limits_are_chosen_by_hash(cache: Path) -> None:

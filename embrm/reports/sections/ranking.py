@@ -3,7 +3,7 @@
 from typing import Any
 
 from embrm.core.formatting import difference_text, p_text, range_text, value_text
-from embrm.core.table import Table
+from embrm.core.table import Table, printable
 from embrm.results.comparison import MEAN, Comparison
 
 _MOST_NAMED = 3
@@ -34,7 +34,7 @@ def ranking_tables(comparison: Comparison, top: int) -> list[Table]:
             title=f"Ranking by {label}: {over}",
             columns=("#", "configuration", "seeds", label, versus, "Holm p"),
             rows=tuple(cells),
-            note=" ".join(_notes(comparison, len(shown))),
+            note=_note(comparison, len(shown)),
             left=2,
         )
     ]
@@ -52,8 +52,27 @@ def _cells(comparison: Comparison, row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _note(comparison: Comparison, shown: int) -> str:
+    """Explain the table's signs, and say what it leaves out. shown: number of configurations.
+
+    What is to be done about runs at their epoch limit stands on a line of its own.
+    """
+    lines = [" ".join(_notes(comparison, shown)), _at_epoch_limit(comparison)]
+    return "\n".join(printable(line) for line in lines if line)
+
+
+def _at_epoch_limit(comparison: Comparison) -> str:
+    count, names = len(comparison.at_epoch_limit), comparison.at_epoch_limit[:_MOST_NAMED]
+    if not count:
+        return ""
+    return (
+        f"° {count} of {comparison.ranking.height} configurations "
+        f"({', '.join([*names, *(['…'] if count > _MOST_NAMED else [])])}) reached their epoch "
+        "limit before early stopping: raise epochs."
+    )
+
+
 def _notes(comparison: Comparison, shown: int) -> list[str]:
-    """Explain the table's signs, and say what it leaves out. shown: number of configurations."""
     ranking = comparison.ranking
     if ranking["low"].is_null().all():
         notes = ["No intervals: too few prompts to resample."]
@@ -76,13 +95,6 @@ def _notes(comparison: Comparison, shown: int) -> list[str]:
         f"{row['name']}: {row['runs']} runs {row['status']}, left out."
         for row in comparison.unfinished.iter_rows(named=True)
     ]
-    if comparison.at_epoch_limit:
-        count, names = len(comparison.at_epoch_limit), comparison.at_epoch_limit[:_MOST_NAMED]
-        notes.append(
-            f"° {count} of {ranking.height} configurations "
-            f"({', '.join([*names, *(['…'] if count > _MOST_NAMED else [])])}) reached their epoch "
-            "limit before early stopping: raise epochs."
-        )
     return [
         *notes,
         "The best of many configurations owes part of its lead to luck: confirm it on prompts that "
