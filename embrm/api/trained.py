@@ -118,7 +118,8 @@ class TrainedHead:
                     f"{self.spec.state!r}"
                 )
             return rewards_of_states(saved, torch.from_numpy(states))
-        tables = read_tables(cache, self._result.selection.scenarios)
+        selection = self._result.selection
+        tables = read_tables(cache, selection.scenarios, selection.data_seed)
         if of not in tables.splits:
             raise UserError(f"split {of!r} is not in {cache.folder}: {nearest(of, tables.splits)}")
         [scored] = rewards_of_responses(cache, [saved], np.arange(cache.manifest.n_responses))

@@ -52,6 +52,16 @@ class Scenarios(Spec):
     """Train on pairs of responses to different prompts: prompts are ordered by a hash, and the
     responses to each are paired with those to the next. Evaluation pairs stay within a prompt."""
 
+    def overlap(self, split: str) -> float:
+        """Share held out over share trained on, of what is unseen in `split`: the correction of
+        Nadeau and Bengio (2003, Machine Learning 52) for divisions that share training data.
+
+        In mutual both prompts and models are unseen; the larger of their two ratios counts.
+        """
+        shares = {"id": [self.responses], "prompt": [self.prompts], "model": [self.models]}
+        shares["mutual"] = [self.prompts, self.models]
+        return max((share / (1 - share) for share in shares.get(split, [])), default=0.0)
+
     @model_validator(mode="after")
     def _one_pairing(self) -> Self:
         if self.cross_prompt and self.pairs.by_rank:
@@ -60,7 +70,7 @@ class Scenarios(Spec):
 
 
 def divide(
-    members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios
+    members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios, data_seed: int = 0
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Divide the groups of `rule.splits` into `SCENARIOS`; returns their (pairs, members).
 
@@ -68,6 +78,7 @@ def divide(
     and n_response (tokens), one row per response number. The returned tables have the columns of
     `collector.PAIRS` and those of `members`. Pairs have label and weight 1, the gold difference as
     margin, and the source and row of their chosen response.
+    data_seed: is added to the seed of `rule`; it also chooses the sweep's validation prompts.
 
     Left out are members of unseen models whose response a training model gave too, and groups of
     id and model whose prompt has no training pair.
@@ -87,7 +98,7 @@ def divide(
     )
     held = pl.DataFrame(
         {
-            name: holdout(found[column], share, rule.seed, f"scenario {name}")
+            name: holdout(found[column], share, rule.seed + data_seed, f"scenario {name}")
             for name, column, share in shares
         }
     )
@@ -112,7 +123,7 @@ def divide(
     )
     seen_too = unseen_model & (~unseen_model).any().over("response")
     divided = found.hstack(held).with_columns(split=split).filter(~seen_too)
-    pairs = _pairs(divided, responses, rule)
+    pairs = _pairs(divided, responses, rule, data_seed)
     trained_on = pl.col("prompt_id").is_in(pairs.filter(split="train")["prompt_id"].implode())
     kept = trained_on | ~pl.col("split").is_in(SHARED)
     pairs, divided = pairs.filter(kept), divided.filter(kept)
@@ -142,7 +153,9 @@ def _check(found: pl.DataFrame, rule: Scenarios) -> None:
         )
 
 
-def _pairs(members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios) -> pl.DataFrame:
+def _pairs(
+    members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios, data_seed: int
+) -> pl.DataFrame:
     """Derive pairs for each group (split, prompt_id), in the order in which groups appear."""
     lengths = responses["n_response"].gather(members["response"])
     columns = [members[name] for name in ("response", "response_id", "gold", "model")]
@@ -156,7 +169,7 @@ def _pairs(members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios) -> p
         name: [] for name in ("pair_id", "chosen", "rejected", "margin", "rejected_model")
     }
     places: list[int] = []
-    following = _following(groups) if rule.cross_prompt else {}
+    following = _following(groups, data_seed) if rule.cross_prompt else {}
     for (split, prompt_id), group in groups.items():
         others: list[Member] = []
         if rule.cross_prompt and split == "train":
@@ -186,14 +199,16 @@ def _pairs(members: pl.DataFrame, responses: pl.DataFrame, rule: Scenarios) -> p
     )
 
 
-def _following(groups: dict[tuple[str, str], list[Member]]) -> dict[str, list[Member]]:
+def _following(
+    groups: dict[tuple[str, str], list[Member]], data_seed: int
+) -> dict[str, list[Member]]:
     """For each training prompt but the last, the training group that follows it in hash order.
 
     The order is that of the hash which chooses a sweep's validation prompts. Those come first in
     it, so only one pair of neighbouring prompts joins validation and training.
     """
     prompts = [prompt_id for split, prompt_id in groups if split == "train"]
-    drawn = dict(zip(prompts, draws(prompts, 0, "validation"), strict=True))
+    drawn = dict(zip(prompts, draws(prompts, data_seed, "validation"), strict=True))
     ordered = sorted(prompts, key=lambda prompt_id: (drawn[prompt_id], prompt_id))
     return {one: groups["train", following] for one, following in itertools.pairwise(ordered)}
 

@@ -36,9 +36,10 @@ def holdout(
     return np.array([draw < bound for draw in drawn], dtype=np.bool_)
 
 
-def folds(prompt_ids: Iterable[str], count: int) -> NDArray[np.int64]:
-    """The fold of each prompt, int64 [N] in 0..count-1; it depends on its id and `count` only."""
-    drawn = draws(prompt_ids, 0, f"fold of {count}")
+def folds(prompt_ids: Iterable[str], count: int, seed: int = 0) -> NDArray[np.int64]:
+    """The fold of each prompt, int64 [N] in 0..count-1, which depends on its id, `count` and `seed`
+    only."""
+    drawn = draws(prompt_ids, seed, f"fold of {count}")
     return np.array([draw * count >> 64 for draw in drawn], dtype=np.int64)
 
 

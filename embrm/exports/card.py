@@ -132,11 +132,16 @@ def _results(run_model: RunModel) -> Table:
     results = run_model.results
     run_id = run_model.row["run_id"]
     rows = []
-    for split in results.prompts["split"].unique(maintain_order=True):
+    data_seed = run_model.row.get("data_seed") or 0
+    prompts = results.prompts
+    if "data_seed" in prompts.columns:
+        prompts = prompts.filter(pl.col("data_seed").fill_null(data_seed) == data_seed)
+    for split in prompts["split"].unique(maintain_order=True):
         outcomes = Outcomes.of(
-            results.prompts.filter(pl.col("split") == split).drop("split"),
+            prompts.filter(pl.col("split") == split).drop("split"),
             results.outcomes.filter(pl.col("split") == split, pl.col("run_id") == run_id),
             [run_id],
+            [run_model.row.get("data_seed") or 0],
         )
         rows.append(
             (

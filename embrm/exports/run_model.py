@@ -18,7 +18,7 @@ from embrm.extraction.probe import refuse_other
 from embrm.extraction.spec import ExtractSpec
 from embrm.extraction.texts import PreparedTexts, prepare_texts
 from embrm.extraction.transformers_engine import load_engine
-from embrm.results.ledger import Results, cache_of, open_results
+from embrm.results.ledger import Results, cache_of, open_results, run_name
 from embrm.results.weights import load_run, load_saved_model
 from embrm.sweeps.views import TOKENS
 from embrm.training.ensembles import Combination
@@ -48,8 +48,8 @@ class RunModel:
 
     @property
     def name(self) -> str:
-        """The run as CONFIGURATION@SEED."""
-        return f"{self.row['config']}@{self.row['seed']}"
+        """The run as CONFIGURATION@SEED, with /DATASEED unless the data seed is 0."""
+        return run_name(self.row)
 
     @property
     def view(self) -> str:
@@ -166,7 +166,7 @@ def open_run_model(folder: Path, run: str, cache: Path | None = None) -> RunMode
         head = load_run(folder, row["run_id"])
         if REWARDS in head.parameters:
             raise UserError(
-                f"run {row['config']}@{row['seed']} has no weights, only its rewards of the "
+                f"run {run_name(row)} has no weights, only its rewards of the "
                 "cache's responses: read them with embrm scores, or name a run with a head or a "
                 "linear learner"
             )

@@ -60,6 +60,11 @@ def confirm(
             f"out (--out) = {out} is the sweep's own folder: name another for the fine-tune"
         )
     frozen = open_results(sweep)
+    if frozen.spec.data_seeds != (0,):
+        raise UserError(
+            f"{sweep} has data_seeds = {list(frozen.spec.data_seeds)}, and a fine-tune has data "
+            "seed 0: confirm a sweep without data_seeds"
+        )
     ranking = rank(frozen, rank_by)
     choice = choose(frozen, ranking, runs)
     values = finetune_values(frozen, choice, read_toml(spec_path), str(spec_path))

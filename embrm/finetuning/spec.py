@@ -95,6 +95,11 @@ class FinetuneSpec(SweepSpec):
                 f"numerics = {self.numerics!r} is of sweeps: remove it, and choose with device "
                 "(--device)"
             )
+        if self.data_seeds != (0,):
+            raise ValueError(
+                f"data_seeds = {list(self.data_seeds)} is of sweeps: remove it, a fine-tune has "
+                "data seed 0"
+            )
         if self.lora != LoraSpec() and self.tune != "lora":
             raise ValueError(f"lora with tune = {self.tune!r} does nothing: set tune = 'lora'")
         if self.bsr_scope == "micro" and self.micro_pairs is None:

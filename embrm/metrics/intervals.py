@@ -17,13 +17,20 @@ from Student's distribution with the degrees of freedom f of s̃²: with few, th
 p is computed from the same sum of a normal variable of variance σ² and of that t. With one seed the
 interval covers prompts only.
 
+With several data seeds, what is said of seeds holds for data seeds: the value of each is the mean
+over its k seeds, so the variance between data seeds holds that of seeds, over k. Data seeds are
+independent, as runs of different data seeds share no random numbers. Where data seeds divide groups
+into scenarios, divisions share training data, and s̃²/D over D divisions is replaced by
+s̃²·(1/D + r), with r the share held out over the share trained on.
+
 Sources: Owen and Eckles 2012 (arXiv 1106.2125) on crossed bootstraps and the variance components of
 prompts and seeds; Chamandy et al. 2012 on the Poisson bootstrap; Behrens 1929 and Fisher 1935 on
-sums of a t and another variable; Holm 1979 on the adjusted p.
+sums of a t and another variable; Nadeau and Bengio 2003 (Machine Learning 52) on divisions that
+overlap; Holm 1979 on the adjusted p.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -73,6 +80,8 @@ class Replicates:
     draws: float64 [replicates, runs], the replicates.
     prompts: number of prompts that were resampled.
     bounds: lowest and highest value that the metric can have.
+    overlap: r, share held out over share trained on, where data seeds divide prompts and models
+        into scenarios; 0 where they do not.
     Values are NaN where a denominator is zero.
     """
 
@@ -80,6 +89,7 @@ class Replicates:
     draws: Floats
     prompts: int
     bounds: tuple[float, float] = _UNBOUNDED
+    overlap: float = 0.0
 
 
 def prompt_counts(prompt_ids: Sequence[str], replicates: int = REPLICATES) -> NDArray[np.uint8]:
@@ -161,6 +171,49 @@ def mean(parts: Iterable[Replicates]) -> Replicates:
         draws=np.mean([part.draws for part in parts], axis=0),
         prompts=min(part.prompts for part in parts),
         bounds=(float(np.mean(lows)), float(np.mean(highs))),
+        overlap=max(part.overlap for part in parts),
+    )
+
+
+def by_replicate(replicates: Replicates, runs: pl.DataFrame) -> tuple[Replicates, pl.DataFrame]:
+    """Average the runs of a configuration and data seed over their seeds, where there are several
+    data seeds: the means are then the independent replicates.
+
+    runs: name, seed and, of sweeps with data seeds, data_seed, one row per column of `replicates`.
+    Returns both with one column, or row, per replicate. Its number, the data seed, or the seed if
+    there is one data seed only, is called seed.
+    """
+    if "data_seed" not in runs.columns or runs["data_seed"].n_unique() < 2:
+        return replace(replicates, overlap=0.0), runs
+    keys = runs.select("name", "data_seed").with_row_index("column")
+    grouped = keys.group_by("name", "data_seed", maintain_order=True).agg("column")
+    places = grouped["column"].to_list()
+    averaged = replace(
+        replicates,
+        estimates=np.array([replicates.estimates[own].mean() for own in places]),
+        draws=np.stack([over_seeds(replicates.draws[:, own]) for own in places], axis=1),
+    )
+    return averaged, grouped.select("name", seed="data_seed")
+
+
+def covered(runs: pl.DataFrame) -> str:
+    """A sentence on the sources of variation that the intervals of `compare` cover, and on those
+    that they do not.
+
+    runs: name, seed and perhaps data_seed of the runs.
+    """
+    seeds = "seeds (initialisation, order, dropout)"
+    data = "data seeds (validation split, label flips, subsets, divisions)"
+    redrawn = "data_seed" in runs.columns and runs["data_seed"].n_unique() > 1
+    inside = ["prompts"]
+    if redrawn or runs["seed"].n_unique() > 1:
+        inside.append(seeds)
+    if redrawn:
+        inside.append(data)
+    outside = [source for source in (seeds, data) if source not in inside]
+    return (
+        f"Intervals cover {' and '.join(inside)}; they do not cover "
+        f"{', '.join([*outside, 'other training data'])} or another language model."
     )
 
 
@@ -173,8 +226,9 @@ def compare(
     """Average each configuration over its seeds, with 95 % intervals and paired differences to the
     configuration `baseline`.
 
-    runs: name (of the configuration) and seed, one row per column of `replicates`. names: the
-    configurations to return; None: all.
+    runs: name (of the configuration), seed and perhaps data_seed, one row per column of
+        `replicates`. With several data seeds, "seed" stands below for a data seed, whose value is
+        the mean over its seeds. names: the configurations to return; None: all.
 
     The variance between seeds is pooled over the configurations that have all seeds in question and
     whose outcomes depend on the seed, whether they are returned or not.
@@ -191,6 +245,7 @@ def compare(
     Null where undefined: intervals with fewer than two prompts, and differences for the baseline
     itself, without common seeds, or without a baseline.
     """
+    replicates, runs = by_replicate(replicates, runs)
     seeds_of: dict[str, dict[int, int]] = {}
     for column, (name, seed) in enumerate(runs.select("name", "seed").iter_rows()):
         seeds_of.setdefault(name, {})[seed] = column
@@ -206,6 +261,7 @@ def compare(
             replicates.draws[:, own],
             replicates.prompts,
             pools.of_value(name, columns),
+            replicates.overlap,
         )
         common = sorted(columns.keys() & reference.keys()) if name != baseline else []
         ours = [columns[seed] for seed in common]
@@ -215,6 +271,7 @@ def compare(
             replicates.draws[:, ours] - replicates.draws[:, theirs],
             replicates.prompts,
             pools.of_difference(name, common),
+            replicates.overlap,
         )
         rows.append(
             {
@@ -307,7 +364,7 @@ def holm(p: pl.Series) -> pl.Series:
 
 
 def _interval(
-    estimates: Floats, draws: Floats, prompts: int, seeds: SeedVariance
+    estimates: Floats, draws: Floats, prompts: int, seeds: SeedVariance, overlap: float
 ) -> tuple[float, float, float, float]:
     """Mean over seeds [k], its 95 % interval, and p of its difference from 0."""
     k = len(estimates)
@@ -325,7 +382,7 @@ def _interval(
     variance, rest = float(values.var()), 0.0
     if seeds.variance > 0:
         interaction = float((draws - values[:, None]).var(axis=0).sum()) / (k - 1)
-        rest = max(seeds.variance - interaction, 0.0) / k
+        rest = max(seeds.variance * (1 + k * overlap) - interaction, 0.0) / k
         values = values + np.sqrt(rest) * _student_scores(len(known), seeds.freedom)[known]
     low, high = np.quantile(values, [0.025, 0.975])
     return estimate, float(low), float(high), _p_value(estimate, variance, rest, seeds.freedom)

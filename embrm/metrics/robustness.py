@@ -6,6 +6,8 @@ A change is the hardest minus the easiest condition, paired by prompt and seed.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -84,7 +86,11 @@ def noise_falls(
     Only for lines that have both the highest and the lowest rate of all lines, so that they can be
     compared. lines: from `noise_lines`. result: one column per run. runs: name and seed.
     """
-    places = {key: place for place, key in enumerate(runs.select("name", "seed").iter_rows())}
+    seeds = [name for name in ("seed", "data_seed") if name in runs.columns]
+    places = {
+        (name, tuple(own)): place
+        for place, (name, *own) in enumerate(runs.select("name", *seeds).iter_rows())
+    }
     rate = pl.col(_NOISE)
     clean, noisy = (
         dict(lines.filter(rate == end).select("line", "name").iter_rows())
@@ -93,10 +99,11 @@ def noise_falls(
     ends = {
         (line, seed): (places[clean[line], seed], places[noisy[line], seed])
         for line in clean.keys() & noisy.keys()
-        for seed in runs["seed"].unique()
+        for seed in runs.select(seeds).unique().iter_rows()
         if (clean[line], seed) in places and (noisy[line], seed) in places
     }
-    fallen = pl.DataFrame([*ends], {"name": pl.String, "seed": pl.Int64}, orient="row")
+    schema: dict[str, Any] = {"name": pl.String} | dict.fromkeys(seeds, pl.Int64)
+    fallen = pl.DataFrame([(line, *own) for line, own in ends], schema, orient="row")
     columns = np.array([*ends.values()], dtype=np.int64).reshape(-1, 2)
     line_of = dict(lines.select("name", "line").iter_rows())
     change = _minus(_of(result, columns[:, 1]), _of(result, columns[:, 0]))
@@ -109,8 +116,9 @@ def _minus(one: Replicates, other: Replicates) -> Replicates:
         estimates=one.estimates - other.estimates,
         draws=one.draws - other.draws,
         prompts=min(one.prompts, other.prompts),
+        overlap=max(one.overlap, other.overlap),
     )
 
 
 def _of(result: Replicates, columns: NDArray[np.int64]) -> Replicates:
-    return Replicates(result.estimates[columns], result.draws[:, columns], result.prompts)
+    return replace(result, estimates=result.estimates[columns], draws=result.draws[:, columns])

@@ -138,6 +138,11 @@ def _reliability(
     """Measure `Report.reliability`; return it and the notes on why it is empty."""
     if results.finetuned:  # Only heads can score cached states again.
         return pl.DataFrame(), ()
+    if results.redivided:
+        return pl.DataFrame(), (
+            "no reliability diagrams: data_seeds divide the groups again, so runs are evaluated on "
+            "different prompts",
+        )
     try:
         return measure_reliability(results, compared_names(comparison), cache), ()
     except UserError as error:
@@ -187,7 +192,7 @@ def _markdown(
     images: Mapping[str, bytes],
     notes: Sequence[str],
 ) -> str:
-    runs = int(comparison.ranking["seeds"].sum())
+    runs = int(comparison.ranking["run_ids"].list.len().sum())
     line = f"{comparison.ranking.height} configurations, {runs} runs."
     page = _page(comparison.title, line, tables, images)
     return "\n".join([page, *(f"- {escape(note)}\n" for note in notes)])

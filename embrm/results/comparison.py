@@ -2,18 +2,18 @@
 bootstrap intervals. The report and the other studies read the result."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
 
 from embrm.core.errors import UserError, nearest
 from embrm.metrics.geometry import MEASURES as GEOMETRY
-from embrm.metrics.intervals import Replicates, compare, mean, replicate
+from embrm.metrics.intervals import Replicates, compare, covered, mean, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.metrics.robustness import noise_falls, noise_lines, scenario_falls
 from embrm.results.distortion import measure_distortion
-from embrm.results.ledger import Results
+from embrm.results.ledger import Results, with_data_seed
 from embrm.sweeps.ledger import training_name
 
 MEASURES = (
@@ -72,6 +72,7 @@ class Comparison:
     noise_falls: split, and compared with the line as name, for the highest rate of label noise
         minus the lowest.
     unfinished: name, status, and number of the runs without a result.
+    covered: a sentence on the sources of variation that the intervals cover.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Comparison:
     noise: pl.DataFrame
     noise_falls: pl.DataFrame
     unfinished: pl.DataFrame
+    covered: str
 
     def best(self, top: int) -> list[str]:
         """The first `top` configurations of the ranking, and the baseline where it is not one."""
@@ -129,6 +131,7 @@ class ComparedTables:
     geometry: run_id, split and `geometry.MEASURES`. trained_on: the name that the training
         responses have in its column split.
     scenarios: the splits that the sweep's scenarios made of groups, the nearest to training first.
+    overlaps: scenario → `Replicates.overlap`.
     """
 
     title: str
@@ -140,6 +143,7 @@ class ComparedTables:
     geometry: pl.DataFrame | None = None
     trained_on: str = "train"
     scenarios: Sequence[str] = ()
+    overlaps: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, results: Results) -> "ComparedTables":
@@ -154,6 +158,7 @@ class ComparedTables:
             geometry=results.geometry,
             trained_on=training_name(results.spec.train),
             scenarios=results.scenarios,
+            overlaps=results.overlaps,
         )
 
 
@@ -178,12 +183,12 @@ def compare_runs(
     Raises: UserError when no run has results, `rank_by` or `baseline` does not exist, or all runs
     of `baseline` diverged.
     """
-    ledger = tables.ledger.rename({"config": "name"})
+    ledger = with_data_seed(tables.ledger).rename({"config": "name"})
     runs = _finished(tables, ledger, baseline)
     finished = ledger.join(runs, on="run_id", how="semi")
-    parts = _outcomes(tables, runs["run_id"].to_list())
+    parts = _outcomes(tables, runs)
     resampled = {
-        (split, metric): replicate(part, metric)
+        (split, metric): replace(replicate(part, metric), overlap=tables.overlaps.get(split, 0.0))
         for split, part in parts.items()
         for metric in available_metrics(part)
     }
@@ -229,15 +234,16 @@ def compare_runs(
         .group_by("name", "status")
         .agg(pl.len().alias("runs"))
         .sort("name", "status"),
+        covered=covered(runs),
     )
 
 
 def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None) -> pl.DataFrame:
-    """The runs that have results, sorted by name and seed: run_id, name and seed."""
+    """The runs that have results, sorted: run_id, name, data_seed and seed."""
     runs = (
         ledger.join(tables.outcomes, on="run_id", how="semi")
-        .select("run_id", "name", "seed")
-        .sort("name", "seed", "run_id")
+        .select("run_id", "name", "data_seed", "seed")
+        .sort("name", "data_seed", "seed", "run_id")
     )
     if runs.is_empty():
         if not ledger.is_empty() and (ledger["status"] == "diverged").all():
@@ -256,13 +262,14 @@ def _finished(tables: ComparedTables, ledger: pl.DataFrame, baseline: str | None
     return runs
 
 
-def _outcomes(tables: ComparedTables, run_ids: list[str]) -> dict[str, Outcomes]:
+def _outcomes(tables: ComparedTables, runs: pl.DataFrame) -> dict[str, Outcomes]:
     """Outcomes of the runs on every split that has results."""
     return {
         split: Outcomes.of(
             tables.prompts.filter(pl.col("split") == split),
             tables.outcomes.filter(pl.col("split") == split),
-            run_ids,
+            runs["run_id"].to_list(),
+            runs["data_seed"].to_list(),
         )
         for split in tables.splits
         if split in tables.outcomes["split"]

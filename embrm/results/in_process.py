@@ -46,10 +46,10 @@ def train_here(
 ) -> list[TrainedHere]:
     """Train and evaluate runs in this process, and return them in the order of `specs`.
 
-    specs: one mapping per run, with keys of `RunSpec`, optionally with seed (0 by default) and
-    name. Runs are trained and measured by the same code as in a sweep's workers, so they have the
-    same ids and the same bits, provided that this process can use the same numerics: see
-    `begin_here`.
+    specs: one mapping per run, with keys of `RunSpec`, optionally with seed, data_seed (0 by
+    default) and name. Runs are trained and measured by the same code as in a sweep's workers, so
+    they have the same ids and the same bits, provided that this process can use the same numerics:
+    see `begin_here`.
     train, validation: as in `SweepSpec`, the train splits and the share of their prompts that is
     held out for validation.
 
@@ -103,7 +103,7 @@ def _prepared(
             f"{where}: match = {values['match']!r}: a learning rate is chosen by embrm.sweep: use "
             "it, or give lr"
         )
-    seed = values.pop("seed", 0)
+    seed, data_seed = values.pop("seed", 0), values.pop("data_seed", 0)
     values.setdefault("name", f"run {index}")
     spec = SweepSpec.parse(
         {
@@ -112,6 +112,7 @@ def _prepared(
             "train": train,
             "validation": validation,
             "seeds": [seed],
+            "data_seeds": [data_seed],
             "numerics": numerics,
         },
         where,
@@ -130,4 +131,5 @@ def _result(
     own = pl.col("run_id") == run.run_id
     row = rows.filter(own).row(0, named=True)
     saved = load_run(folder, run.run_id) if row["status"] == "ok" else None
-    return TrainedHere(run, row, curves.filter(own).drop("run_id"), saved, selection)
+    drawn = selection.drawn(run.spec.data_seed)
+    return TrainedHere(run, row, curves.filter(own).drop("run_id"), saved, drawn)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,17 @@ class Results:
         evaluated = self.evaluated if self.spec.scenarios else []
         return [name for name in SCENARIOS if name in evaluated]
 
+    @property
+    def overlaps(self) -> dict[str, float]:
+        """Evaluation split → `Scenarios.overlap`, for the splits that scenarios made."""
+        rule = self.spec.scenarios
+        return {name: rule.overlap(name) for name in self.scenarios} if rule else {}
+
+    @property
+    def redivided(self) -> list[str]:
+        """The evaluation splits whose prompts and responses differ between the data seeds."""
+        return self.scenarios if len(self.spec.data_seeds) > 1 else []
+
     @cached_property
     def curves(self) -> pl.DataFrame:
         """Learning curves: one row per run and epoch."""
@@ -75,12 +87,16 @@ class Results:
         return read_table(self.folder / "timings.parquet")
 
     def find(self, run: str) -> dict[str, Any]:
-        """Find the ledger row of a run by its id, the beginning of its id, or CONFIGURATION@SEED.
+        """Find the ledger row of a run by its id, the beginning of its id, or its name.
+
+        The name is CONFIGURATION@SEED, or CONFIGURATION@SEED/DATASEED for a data seed other than 0.
 
         Raises: UserError when no run or several runs match.
         """
-        named = pl.concat_str("config", pl.lit("@"), "seed") == run
-        rows = self.ledger.filter((pl.col("run_id").str.starts_with(run) & (run != "")) | named)
+        ledger = with_data_seed(self.ledger).sort("data_seed", "seed", maintain_order=True)
+        names = pl.Series([run_name(row) for row in ledger.iter_rows(named=True)], dtype=pl.String)
+        found = ledger["run_id"].str.starts_with(run) & (run != "") | (names == run)
+        rows = self.ledger.filter(pl.col("run_id").is_in(ledger["run_id"].filter(found).implode()))
         if rows.height == 1:
             return rows.row(0, named=True)
         if rows.height:
@@ -91,26 +107,39 @@ class Results:
 
     def _nearest_run(self, run: str) -> str:
         """The remedy clause for the name of a run that does not exist."""
-        seeds: dict[str, list[int]] = {}
-        for config, seed in self.ledger.select("config", "seed").sort("config", "seed").rows():
-            seeds.setdefault(config, []).append(seed)
-        if run in seeds:
-            named = ", ".join(f"{run}@{seed}" for seed in seeds[run])
-            return f"it is a configuration, add a seed: {named}"
+        ledger = with_data_seed(self.ledger).sort("config", "data_seed", "seed")
+        names: dict[str, list[str]] = {}
+        for row in ledger.select("config", "seed", "data_seed").iter_rows(named=True):
+            names.setdefault(row["config"], []).append(run_name(row))
+        if run in names:
+            return f"it is a configuration, add a seed: {', '.join(names[run])}"
         config, at, seed = run.rpartition("@")
         config = config if at else run
-        if config in seeds:
-            return f"seeds of {config}: {', '.join(map(str, seeds[config]))}"
-        of_grid = [name for name in seeds if name.startswith(f"{config}[")]
+        if config in names:
+            known = (name.rpartition("@")[2] for name in names[config])
+            return f"seeds of {config}: {', '.join(known)}"
+        of_grid = [name for name in names if name.startswith(f"{config}[")]
         if of_grid:
             return f"configurations of {config}: {listed(of_grid)}; add @SEED"
-        close = difflib.get_close_matches(config, seeds, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(config, names, n=1, cutoff=0.5)
         if close:
-            own = seeds[close[0]]
-            number = seed if at and seed in map(str, own) else own[0]
-            return f"did you mean '{close[0]}@{number}'?"
-        config, (first, *_) = next(iter(seeds.items()))
-        return f"name a run id or CONFIGURATION@SEED, such as '{config}@{first}'"
+            own = names[close[0]]
+            wanted = f"{close[0]}@{seed}"
+            return f"did you mean '{wanted if at and wanted in own else own[0]}'?"
+        return f"name a run id or CONFIGURATION@SEED, such as '{next(iter(names.values()))[0]}'"
+
+
+def run_name(row: Mapping[str, Any]) -> str:
+    """CONFIGURATION@SEED of a row of a ledger, with /DATASEED unless the data seed is 0."""
+    data_seed = row.get("data_seed") or 0
+    return f"{row['config']}@{row['seed']}" + (f"/{data_seed}" if data_seed else "")
+
+
+def with_data_seed(ledger: pl.DataFrame) -> pl.DataFrame:
+    """Add the column data_seed where a ledger lacks it, because all its runs have data seed 0."""
+    if "data_seed" in ledger.columns:
+        return ledger
+    return ledger.with_columns(data_seed=pl.lit(0, pl.Int64))
 
 
 def open_results(folder: Path) -> Results:
@@ -173,13 +202,15 @@ def cache_of(results: Results, moved: Path | None) -> Cache:
 def finished_runs(results: Results, baseline: str | None) -> tuple[pl.DataFrame, str, list[str]]:
     """Return the runs that have weights, the name of the baseline, and notes for the reader.
 
-    The runs have the columns run_id, name (the configuration) and seed, and are sorted by name and
-    seed. The baseline is that of the spec unless given. The notes say how many runs are left out.
+    The runs have the columns run_id, name (the configuration), data_seed and seed, and are sorted
+    by the last three. The baseline is that of the spec unless given. The notes say how many runs
+    are left out.
 
     Raises: UserError when no run finished, or none of the baseline.
     """
-    ledger = results.ledger.rename({"config": "name"})
-    runs = ledger.filter(status="ok").select("run_id", "name", "seed").sort("name", "seed")
+    ledger = with_data_seed(results.ledger).rename({"config": "name"})
+    keys = ("name", "data_seed", "seed")
+    runs = ledger.filter(status="ok").select("run_id", *keys).sort(keys)
     if runs.is_empty():
         raise UserError(f"all {ledger.height} runs of {results.folder} diverged: lower lr")
     reference = baseline or results.spec.baseline

@@ -141,9 +141,10 @@ def _again(out: Path, pack: Pack) -> dict[str, Any]:
 
 
 def _compared(folder: Path, out: Path, stored: dict[str, Any], now: dict[str, Any]) -> Replayed:
-    # The column `numerics` is not compared, because it is a setting. `now` has no metrics where the
-    # run diverged.
-    same = all(now.get(key) == value for key, value in stored.items() if key != "numerics")
+    # Not compared are the column `numerics`, which is a setting, and `data_seed`, which `spec` has
+    # too and only some ledgers have. `now` has no metrics where the run diverged.
+    compared = [key for key in stored if key not in ("numerics", "data_seed")]
+    same = all(now.get(key) == stored[key] for key in compared)
     apart = {
         key: _apart(value, now.get(key))
         for key, value in stored.items()

@@ -45,7 +45,7 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
     saved = load_run(folder, results.find(run)["run_id"])
     source = cache_of(results, cache)
     [rewards] = rewards_of_responses(source, [saved], np.arange(source.manifest.n_responses))
-    selection = results.spec.selection(results.cache_id)
+    selection = results.spec.selection(results.cache_id).drawn(saved.spec.data_seed)
     training, validation = select(source, selection)
     training = as_trained(with_rules(training, [saved.spec]), saved.spec)
     pair = pl.col("pair_id")
@@ -58,7 +58,9 @@ def scores(folder: Path, run: str, cache: Path | None = None) -> pl.DataFrame:
         .then(None)  # beyond `pairs_limit`, in the fold left out, or with weight 0
         .otherwise(pl.lit("evaluation"))
     )
-    pairs = read_tables(source, selection.scenarios).pairs.with_columns(used.alias("used"))
+    pairs = read_tables(source, selection.scenarios, selection.data_seed).pairs.with_columns(
+        used.alias("used")
+    )
     return pair_scores(pairs, source.responses["n_response"], rewards)
 
 

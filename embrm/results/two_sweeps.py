@@ -1,5 +1,7 @@
 """Compare two sweeps: paired differences of the configurations that both have."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import polars.selectors as cs
@@ -8,9 +10,10 @@ from embrm.core.errors import UserError
 from embrm.metrics.intervals import Replicates, compare, holm, replicate
 from embrm.metrics.outcomes import Outcomes
 from embrm.results.comparison import available_metrics
-from embrm.results.ledger import Results
+from embrm.results.ledger import Results, with_data_seed
 
 _SIDES = ("this", "other")
+_SEEDS = ("data_seed", "seed")
 _ZERO = ""  # which names no configuration
 
 
@@ -36,7 +39,10 @@ def compare_sweeps(this: Results, other: Results) -> pl.DataFrame:
         prompts = _prompts(this, split)
         if split in other.evaluated and prompts.equals(_prompts(other, split)):
             sides = [_outcomes(results, split, prompts, names) for results in (this, other)]
-            found += [_table(split, metric, sides) for metric in available_metrics(sides[0][1])]
+            overlap = max(one.overlaps.get(split, 0.0) for one in (this, other))
+            found += [
+                _table(split, metric, sides, overlap) for metric in available_metrics(sides[0][1])
+            ]
     if not found:
         raise UserError(
             f"{this.folder} and {other.folder} have no evaluation split with the same prompts: "
@@ -57,17 +63,21 @@ def _prompts(results: Results, split: str) -> pl.DataFrame:
 def _outcomes(
     results: Results, split: str, prompts: pl.DataFrame, names: list[str]
 ) -> tuple[pl.DataFrame, Outcomes]:
-    runs = _finished(results).filter(pl.col("config").is_in(names))
-    runs = runs.select("run_id", pl.col("config").alias("name"), "seed").sort("name", "seed")
+    runs = with_data_seed(_finished(results)).filter(pl.col("config").is_in(names))
+    runs = runs.select("run_id", pl.col("config").alias("name"), *_SEEDS).sort("name", *_SEEDS)
     own = results.outcomes.filter(pl.col("split") == split)
-    return runs, Outcomes.of(prompts, own, runs["run_id"].to_list())
+    outcomes = Outcomes.of(prompts, own, runs["run_id"].to_list(), runs["data_seed"].to_list())
+    return runs, outcomes
 
 
-def _table(split: str, metric: str, sides: list[tuple[pl.DataFrame, Outcomes]]) -> pl.DataFrame:
+def _table(
+    split: str, metric: str, sides: list[tuple[pl.DataFrame, Outcomes]], overlap: float
+) -> pl.DataFrame:
     """One row per configuration."""
     both = replicate(Outcomes.side_by_side([outcomes for _, outcomes in sides]), metric)
+    both = replace(both, overlap=overlap)
     runs = pl.concat(
-        runs.select("name", "seed", side=pl.lit(side))
+        runs.select("name", *_SEEDS, side=pl.lit(side))
         for side, (runs, _) in zip(_SIDES, sides, strict=True)
     ).with_columns(estimate=both.estimates)
     means = runs.group_by("name", "side").agg(pl.col("estimate").mean()).pivot("side", index="name")
@@ -92,19 +102,20 @@ def _differences(both: Replicates, runs: pl.DataFrame) -> pl.DataFrame:
     to a configuration that is 0 throughout: the variance of the differences between seeds is pooled
     over configurations.
 
-    runs: name, seed and side, one row per column of `both`.
+    runs: name, data_seed, seed and side, one row per column of `both`.
     """
-    places = runs.with_row_index("place").pivot("side", index=["name", "seed"], values="place")
-    common = places.drop_nulls().sort("name", "seed")
+    places = runs.with_row_index("place").pivot("side", index=["name", *_SEEDS], values="place")
+    common = places.drop_nulls().sort("name", *_SEEDS)
     ours, theirs = (common[side].to_list() for side in _SIDES)
-    seeds = common["seed"].unique().sort()
+    seeds = common.select(_SEEDS).unique().sort(_SEEDS)
     changes = Replicates(
         np.append(both.estimates[ours] - both.estimates[theirs], np.zeros(len(seeds))),
         np.pad(both.draws[:, ours] - both.draws[:, theirs], ((0, 0), (0, len(seeds)))),
         both.prompts,
+        overlap=both.overlap,
     )
-    zeros = pl.DataFrame({"name": pl.repeat(_ZERO, len(seeds), eager=True), "seed": seeds})
-    compared = compare(changes, pl.concat([common.select("name", "seed"), zeros]), _ZERO)
+    zeros = seeds.select(pl.lit(_ZERO).alias("name"), *_SEEDS)
+    compared = compare(changes, pl.concat([common.select("name", *_SEEDS), zeros]), _ZERO)
     return compared.select(
         "name", "common_seeds", "difference", "difference_low", "difference_high", "p"
     )

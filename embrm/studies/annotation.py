@@ -10,7 +10,7 @@ from embrm.core.errors import UserError
 from embrm.core.specs import SpecSource
 from embrm.data.annotators import annotate, win_probability
 from embrm.data.label_tables import LabelTable
-from embrm.sweeps.prepare import prepare_sweep
+from embrm.sweeps.prepare import PreparedSweep, prepare_sweep
 from embrm.sweeps.selection import select
 from embrm.sweeps.tables import read_tables
 
@@ -31,7 +31,8 @@ def annotation(
 ) -> Annotation:
     """Label the training pairs of a sweep by a Boltzmann annotator, `annotators.win_probability`.
 
-    With `validation_labels = "noisy"` the validation pairs are labelled too.
+    With `validation_labels = "noisy"` the validation pairs are labelled too, and with several data
+    seeds the pairs of all of them.
 
     The gold difference of a pair is its margin, which pairs derived from groups have. It is divided
     by the standard deviation of gold scores over the responses of the groups in the train splits.
@@ -44,11 +45,9 @@ def annotation(
             f"quality = {quality:g}: give a number of at least 0; labels are coin flips at 0"
         )
     prepared = prepare_sweep(spec, cache, None)
-    pairs, validation = select(prepared.cache, prepared.selection)
-    if prepared.selection.validation_labels == "noisy":
-        pairs = pl.concat([pairs, validation])
-    members = read_tables(prepared.cache, prepared.spec.scenarios).members
-    trained = members.filter(pl.col("split").is_in(prepared.spec.train))
+    drawn = [_drawn(prepared, seed) for seed in prepared.spec.data_seeds]
+    pairs, trained = (pl.concat(tables) for tables in zip(*drawn, strict=True))
+    pairs = pairs.unique("pair_id", keep="first", maintain_order=True)
     where = ", ".join(prepared.spec.train)
     place = spec if isinstance(spec, Path) else "spec"
     if trained.is_empty() or pairs["margin"].null_count():
@@ -79,3 +78,13 @@ def annotation(
         error=float(wrong[decided].mean()),
         expected=float(win_probability(-abs(margin[decided]), gold_sd, quality).mean()),
     )
+
+
+def _drawn(prepared: PreparedSweep, data_seed: int) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The pairs to label with one data seed, and the members of the groups in the train splits."""
+    selection = prepared.selection.drawn(data_seed)
+    pairs, validation = select(prepared.cache, selection)
+    if selection.validation_labels == "noisy":
+        pairs = pl.concat([pairs, validation])
+    members = read_tables(prepared.cache, selection.scenarios, data_seed).members
+    return pairs, members.filter(pl.col("split").is_in(selection.train))

@@ -193,6 +193,7 @@ def ledger_row(
         "loss": spec.learner.loss if spec.learner else spec.loss,
         "spec": canonical_json(spec.model_dump(mode="json")),
         **_extensions(spec),
+        **({"data_seed": spec.data_seed} if spec.data_seed else {}),
         "bsr_effective": bsr_effective,
         "train_pairs": train_pairs,
         "validation_pairs": validation_pairs,
@@ -252,4 +253,6 @@ def _ledger(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     schema = _LEDGER | dict.fromkeys(metrics, pl.Float64())
     if any("extensions" in row for row in rows):
         schema["extensions"] = pl.String()
+    if any("data_seed" in row for row in rows):
+        schema["data_seed"] = pl.Int64()
     return pl.DataFrame(rows, schema=schema).with_columns(pl.col(pl.Float64).fill_nan(None))

@@ -17,7 +17,7 @@ from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
 from embrm.sweeps.matching import match_rates
 from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep, step_warnings
-from embrm.sweeps.selection import evaluation_splits, prompt_table
+from embrm.sweeps.selection import prompts_of
 from embrm.sweeps.spec import Run
 from embrm.sweeps.workers import modules_of, worker_count, workers
 from embrm.training.numerics import Numerics, on_cpu, settings
@@ -65,7 +65,7 @@ def sweep(
             "leaked": leaked(prepared.cache, prepared.spec, prepared.evaluate),
             "environment": environment,
         }
-        prompts = prompt_table(evaluation_splits(prepared.cache, prepared.selection))
+        prompts = prompts_of(prepared.cache, prepared.selection, prepared.spec.data_seeds)
         write_results(out, prepared.spec, prepared.runs, prepared.evaluate, header, prompts)
     if interrupted:
         raise KeyboardInterrupt

@@ -28,6 +28,7 @@ from embrm.training.learner_specs import Learner
 from embrm.training.learners import Gold, fit
 from embrm.training.numerics import Numerics
 from embrm.training.row_store import RowStore
+from embrm.training.token_rows import TokenStore
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,40 @@ class _Scored:
     disagreement: NDArray[np.float64] | None
 
 
+@dataclass(frozen=True)
+class _Draw:
+    """What the runs of one data seed share: pairs, evaluation splits and measured responses.
+
+    rows: the responses that are scored. sampled: split → places of its measured responses in them.
+    """
+
+    training: pl.DataFrame
+    validation: pl.DataFrame
+    evaluation: Evaluation
+    geometry: Geometry
+    rows: torch.Tensor
+    sampled: dict[str, NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, material: Material, tokens: TokenStore | None, data_seed: int) -> "_Draw":
+        training, validation = (
+            material.pairs(side, data_seed) for side in ("training", "validation")
+        )
+        splits = material.splits(data_seed)
+        found = samples(material.responses(data_seed), training, material.selection.train, splits)
+        sampled = {name: own.rows.numpy() for name, own in found.items()}
+        evaluation = Evaluation.of(validation, splits, [*sampled.values()])
+        rows = evaluation.rows
+        return cls(
+            training,
+            validation,
+            evaluation,
+            Geometry(found, tokens),
+            torch.from_numpy(rows),
+            {name: np.searchsorted(rows, own) for name, own in sampled.items()},
+        )
+
+
 class Trainer:
     """Trains and evaluates packs of one sweep, in a process that `numerics.begin` has set up."""
 
@@ -47,28 +82,20 @@ class Trainer:
         self._states: dict[str, RowStore] = {}
         self._tokens = material.tokens.open() if material.tokens else None
         self._data: dict[tuple[Any, ...], tuple[TrainingData, Evaluation]] = {}
-        self._training, self._validation = material.pairs("training"), material.pairs("validation")
-        splits = material.splits()
-        found = samples(material.responses(), self._training, material.selection.train, splits)
-        sampled = {name: own.rows.numpy() for name, own in found.items()}
-        # Only these responses are scored.
-        self._evaluation = Evaluation.of(self._validation, splits, [*sampled.values()])
-        rows = self._evaluation.rows
-        self._rows = torch.from_numpy(rows)
-        self._geometry = Geometry(found, self._tokens)
-        self._sampled = {name: np.searchsorted(rows, own) for name, own in sampled.items()}
+        self._draws: dict[int, _Draw] = {}
 
     def run(self, pack: Pack) -> dict[str, bytes]:
         """Train and evaluate `pack`; returns the files to write below the results folder."""
         start = time.time()
         asked = pack.runs[0].spec
-        data, evaluation = self._read(asked)
+        draw = self._draw(asked)
+        data, evaluation = self._read(asked, draw)
         if asked.learner:
             trained = [self._fitted(asked, asked.learner, data)] * len(pack.runs)
         else:
-            trained = self._train([run.spec for run in pack.runs], data)
+            trained = self._train([run.spec for run in pack.runs], data, draw)
         after_training = time.time()
-        scored = self._scored(pack, trained, data)
+        scored = self._scored(pack, trained, data, draw)
         after_scoring = time.time()
         files: dict[str, bytes] = {}
         ledger: list[dict[str, Any]] = []
@@ -104,7 +131,7 @@ class Trainer:
                     row |= evaluation.disagreement(own.disagreement)
                 outcomes += sums
             ledger.append(row)
-        geometry = self._measured(pack, trained, scored, data)
+        geometry = self._measured(pack, trained, scored, data, draw)
         tables = part_tables(
             ledger,
             curves,
@@ -121,9 +148,9 @@ class Trainer:
     def _fitted(self, spec: RunSpec, learner: Learner, data: TrainingData) -> TrainedRun:
         gold = None
         if learner.reads_gold:
-            table = gold_as_trained(self._material.gold(), spec)
+            table = gold_as_trained(self._material.gold(spec.data_seed), spec)
             gold = Gold(*(torch.tensor(table[name].to_numpy()) for name in ("response", "gold")))
-        return fit(learner, spec.preprocess, spec.seed, data, gold)
+        return fit(learner, spec.preprocess, spec.own_seed, data, gold)
 
     def _measured(
         self,
@@ -131,38 +158,45 @@ class Trainer:
         trained: Sequence[TrainedRun],
         scored: Sequence[_Scored | None],
         data: TrainingData,
+        draw: _Draw,
     ) -> pl.DataFrame:
         """The geometry of the runs that did not diverge."""
         heads, rewarded = {}, {}
         for run, result, own in zip(pack.runs, trained, scored, strict=True):
             if own is not None:
                 heads[run.run_id] = result.parameters
-                rewarded[run.run_id] = {n: own.rewards[at] for n, at in self._sampled.items()}
+                rewarded[run.run_id] = {n: own.rewards[at] for n, at in draw.sampled.items()}
         spec, preprocess = pack.runs[0].spec, trained[0].preprocess
-        return self._geometry.measure(spec, data.states, preprocess, heads, rewarded)
+        return draw.geometry.measure(spec, data.states, preprocess, heads, rewarded)
 
-    def _read(self, spec: RunSpec) -> tuple[TrainingData, Evaluation]:
+    def _draw(self, spec: RunSpec) -> _Draw:
+        seed = spec.data_seed
+        if seed not in self._draws:
+            self._draws[seed] = _Draw.of(self._material, self._tokens, seed)
+        return self._draws[seed]
+
+    def _read(self, spec: RunSpec, draw: _Draw) -> tuple[TrainingData, Evaluation]:
         """The run's training and validation pairs, and the evaluation that has the latter."""
         key, view = spec.data_key(), spec.state
         if key not in self._data:
             if view not in self._states:
                 self._states[view] = self._on_device(self._material.states[view].open())
             labels = self._material.selection.validation_labels
-            validation = as_validated(self._validation, spec, labels)
+            validation = as_validated(draw.validation, spec, labels)
             data = TrainingData(
                 self._states[view],
-                to_pairs(as_trained(self._training, spec)),
+                to_pairs(as_trained(draw.training, spec)),
                 to_pairs(validation),
                 self._tokens,
             )
-            self._data[key] = data, self._evaluation.validated_on(validation)
+            self._data[key] = data, draw.evaluation.validated_on(validation)
         return self._data[key]
 
     def _on_device(self, states: RowStore) -> RowStore:
         device = numerics.device(self._mode)
         return states if device.type == "cpu" else RowStore(states.values.to(device))
 
-    def _train(self, specs: Sequence[RunSpec], data: TrainingData) -> list[TrainedRun]:
+    def _train(self, specs: Sequence[RunSpec], data: TrainingData, draw: _Draw) -> list[TrainedRun]:
         """Train the runs of a pack; the members of ensembles one after another.
 
         Runs that differ only in how members are combined are trained once. An ensemble's parameters
@@ -174,22 +208,15 @@ class Trainer:
         members = []
         for number in range(specs[0].members):
             heads = [spec.member(number) for spec in distinct]
-            members.append(train(heads, self._seen(heads[0], data)))
+            members.append(train(heads, _seen(heads[0], data, draw.training)))
         found = map(_ensemble, zip(*members, strict=True))
         known = dict(zip(distinct, found, strict=True))
         return [known[spec] for spec in asked]
 
-    def _seen(self, member: RunSpec, data: TrainingData) -> TrainingData:
-        """The training data of a member: all of it, or its bootstrap resample."""
-        if not member.bootstrap:
-            return data
-        rows = bootstrap_rows(as_trained(self._training, member), member.seed)
-        return data.resampled(torch.from_numpy(rows))
-
     def _scored(
-        self, pack: Pack, trained: Sequence[TrainedRun], data: TrainingData
+        self, pack: Pack, trained: Sequence[TrainedRun], data: TrainingData, draw: _Draw
     ) -> list[_Scored | None]:
-        """The rewards of the responses `_rows` under every run; None where some are not finite."""
+        """The rewards of the evaluated responses under every run; None where not all are finite."""
         found: list[_Scored | None] = [None] * len(trained)
         good = [index for index, result in enumerate(trained) if result.diverged is None]
         if not good:
@@ -202,7 +229,7 @@ class Trainer:
 
         several = pack.runs[0].spec.members > 1
         on_training = by_run(data.responses()) if several else None
-        for place, (index, heads) in enumerate(zip(good, by_run(self._rows), strict=True)):
+        for place, (index, heads) in enumerate(zip(good, by_run(draw.rows), strict=True)):
             spec = pack.runs[index].spec
             reference, disagreement = None, None
             if on_training is not None:
@@ -215,6 +242,14 @@ class Trainer:
             if np.isfinite(rewards).all():
                 found[index] = _Scored(rewards, combination, disagreement)
         return found
+
+
+def _seen(member: RunSpec, data: TrainingData, training: pl.DataFrame) -> TrainingData:
+    """The training data of a member: all of it, or its bootstrap resample."""
+    if not member.bootstrap:
+        return data
+    rows = bootstrap_rows(as_trained(training, member), member.seed)
+    return data.resampled(torch.from_numpy(rows))
 
 
 def _ensemble(heads: Sequence[TrainedRun]) -> TrainedRun:

@@ -22,6 +22,10 @@ validation_pairs, epochs (run), best_epoch, train_loss, validation_nll, validati
 temperature, weights_sha256, numerics; then `metric@split` for each evaluation split, such as
 `accuracy@ood/hhh`, and of ensembles `disagreement@split` and `disagreement_auroc@split`. Undefined
 numbers are null, never NaN; so is the temperature where none can be fitted.
+
+Sweeps with data seeds have one more ledger column, data_seed. Where data seeds divide groups into
+scenarios, prompts.parquet has it too, null for splits that are the same for all data seeds: a run
+has outcomes on the rows of its own data seed only.
 """
 
 import io
@@ -114,7 +118,7 @@ def write_results(
     """
     parts = finished(folder)
     done = {run.run_id: run.name for run in found if run.run_id in parts}
-    seeds = {run.run_id: run.spec.seed for run in found}
+    seeds = {run.run_id: (run.spec.data_seed, run.spec.seed) for run in found}
     if not done:
         return
     prompts = prompts.filter(pl.col("split").is_in(evaluate)).sort("split", maintain_order=True)
@@ -131,6 +135,8 @@ def write_results(
         if name == "geometry":
             table = table.filter(pl.col("split").is_in([*evaluate, training_name(spec.train)]))
         if name == "ledger":
+            if "data_seed" in table.columns:
+                table = table.with_columns(pl.col("data_seed").fill_null(0))
             fixed = [column for column in table.columns if "@" not in column]
             metrics = sorted(c for c in table.columns if c.partition("@")[2] in evaluate)
             names = pl.col("run_id").replace_strict(done, return_dtype=pl.String)

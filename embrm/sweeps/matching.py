@@ -88,8 +88,9 @@ def match_rates(
 ) -> PreparedSweep:
     """Give every run with `match` the learning rate that its twin needs.
 
-    Twins are trained below `out` with the seeds of the sweep, whose mean KL counts, and found there
-    again when the sweep is resumed. train: False leaves rates that are not known yet as they are.
+    Twins are trained below `out` with the seeds and data seeds of the sweep, whose mean KL counts,
+    and found there again when the sweep is resumed. train: False leaves rates that are not known
+    yet as they are.
 
     Raises: UserError for a KL that no learning rate reaches, naming the nearest.
     """
@@ -117,12 +118,11 @@ def match_rates(
     for search in searches.values():
         _refuse_unreached(search)
     found = {run.name: Configuration(run.name, _at(run.spec, searches)) for run in prepared.runs}
-    ids = runs([*found.values()], prepared.spec.seeds, prepared.selection, prepared.spec.numerics)
-    return replace(prepared, runs=ids)
+    return replace(prepared, runs=_every(prepared, [*found.values()]))
 
 
 def _key(spec: RunSpec) -> str:
-    content = twin(spec).model_dump(mode="json", exclude={"lr", "seed"})
+    content = twin(spec).model_dump(mode="json", exclude={"lr", "seed", "data_seed"})
     return canonical_json({"twin": content, "kl": spec.match.kl if spec.match else None})
 
 
@@ -136,7 +136,12 @@ def _runs(prepared: PreparedSweep, spec: RunSpec, rates: Sequence[float]) -> lis
     found = [
         Configuration(f"match[lr={rate:g}]", spec.model_copy(update={"lr": rate})) for rate in rates
     ]
-    return runs(found, prepared.spec.seeds, prepared.selection, prepared.spec.numerics)
+    return _every(prepared, found)
+
+
+def _every(prepared: PreparedSweep, found: Sequence[Configuration]) -> list[Run]:
+    spec = prepared.spec
+    return runs(found, spec.seeds, prepared.selection, spec.numerics, spec.data_seeds)
 
 
 def _train(

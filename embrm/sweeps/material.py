@@ -31,7 +31,13 @@ PROCESS_BYTES = 410_000_000
 LEAST_RESIDENT = WINDOW_BYTES
 """Bytes of states that a worker must be able to keep in memory."""
 
-_TABLES = ("training", "validation", "gold", "pairs", "members", "responses")
+_DRAWN = ("training", "validation", "gold")
+"""Tables of pairs that are drawn with a data seed."""
+
+_DIVIDED = ("pairs", "members")
+"""Tables that depend on a data seed where scenarios divide groups."""
+
+_TABLES = (*_DRAWN, *_DIVIDED, "responses")
 
 
 @dataclass(frozen=True)
@@ -39,32 +45,35 @@ class Material:
     """Everything that a worker reads, as files, so that only names are sent to workers.
 
     states: view → file. tokens: the token rows, if a run has a regularizer or an adapter. tables:
-    Arrow files of training and validation pairs (chosen, rejected, label, weight, margin, by pair
-    id), of gold scores if a learner reads them, and of the pairs, members and responses
-    (n_response, S) that runs are evaluated on.
+    Arrow files, by name and data seed, of training and validation pairs (chosen, rejected, label,
+    weight, margin, by pair id), of gold scores if a learner reads them, and of the pairs, members
+    and responses (n_response, S) that runs are evaluated on. Those that do not depend on the data
+    seed are stored once.
     """
 
     selection: Selection
     states: dict[str, MappedFile]
     tokens: TokenFiles | None
-    tables: dict[str, Path]
+    tables: dict[tuple[str, int], Path]
 
-    def pairs(self, side: Literal["training", "validation"]) -> pl.DataFrame:
+    def pairs(self, side: Literal["training", "validation"], data_seed: int = 0) -> pl.DataFrame:
         """The pairs that `training.as_trained` or `training.as_validated` reads."""
-        return pl.read_ipc(self.tables[side])
+        return pl.read_ipc(self.tables[side, data_seed])
 
-    def gold(self) -> pl.DataFrame:
+    def gold(self, data_seed: int = 0) -> pl.DataFrame:
         """Gold scores to train on: see `with_gold`."""
-        return pl.read_ipc(self.tables["gold"])
+        return pl.read_ipc(self.tables["gold", data_seed])
 
-    def splits(self) -> dict[str, EvaluationSplit]:
+    def splits(self, data_seed: int = 0) -> dict[str, EvaluationSplit]:
         """Every split that is not trained on, by name."""
-        pairs, members = (pl.read_ipc(self.tables[name]) for name in ("pairs", "members"))
-        return splits_of(pairs, members, self.responses()["n_response"].to_numpy())
+        pairs, members = (
+            pl.read_ipc(self.tables[name, data_seed]) for name in ("pairs", "members")
+        )
+        return splits_of(pairs, members, self.responses(data_seed)["n_response"].to_numpy())
 
-    def responses(self) -> pl.DataFrame:
+    def responses(self, data_seed: int = 0) -> pl.DataFrame:
         """Tokens (n_response) and log-probability (S) of every response."""
-        return pl.read_ipc(self.tables["responses"])
+        return pl.read_ipc(self.tables["responses", data_seed])
 
 
 def to_pairs(table: pl.DataFrame) -> Pairs:
@@ -108,16 +117,29 @@ def laid_out(
     share = _share(
         sum(view.size for view in views) + token_bytes, memory, jobs, PROCESS_BYTES + read
     )
-    table_paths = {name: folder / f"{TEMPORARY}{name}" for name in _TABLES}
+    data_seeds = sorted({run.spec.data_seed for run in runs}) or [selection.data_seed]
+    stored_with = {
+        (name, seed): _stored_with(name, seed, data_seeds, selection)
+        for name in _TABLES
+        for seed in data_seeds
+    }
+    table_paths = {
+        (name, seed): folder / f"{TEMPORARY}{name}-{first}"
+        for (name, seed), first in stored_with.items()
+    }
     state_paths = {view.name: folder / f"{TEMPORARY}states-{i}" for i, view in enumerate(views)}
     token_paths = TokenFiles.paths(folder)
     shards = len(cache.manifest.shards)
     try:
-        for name, table in _tables(cache, selection, [run.spec for run in runs]):
-            with disk_errors(table_paths[name]):
-                folder.mkdir(parents=True, exist_ok=True)
-                table.write_ipc(table_paths[name], compression="uncompressed")
-            del table
+        for seed in data_seeds:
+            specs = [run.spec for run in runs if run.spec.data_seed == seed]
+            for name, table in _tables(cache, selection.drawn(seed), specs):
+                path = table_paths[name, seed]
+                if stored_with[name, seed] == seed:
+                    with disk_errors(path):
+                        folder.mkdir(parents=True, exist_ok=True)
+                        table.write_ipc(path, compression="uncompressed")
+                del table
         states: dict[str, MappedFile] = {}
         tokens = None
         with progress("reading states", (len(views) + with_tokens) * shards, "shards") as bar:
@@ -132,6 +154,12 @@ def laid_out(
     finally:
         for path in (*table_paths.values(), *state_paths.values(), *token_paths.values()):
             path.unlink(missing_ok=True)
+
+
+def _stored_with(name: str, seed: int, data_seeds: Sequence[int], selection: Selection) -> int:
+    """The data seed with whose tables a table is stored: the first where all have the same."""
+    drawn = name in _DRAWN or (name in _DIVIDED and selection.scenarios is not None)
+    return seed if drawn else data_seeds[0]
 
 
 def _reads_tokens(cache: Cache, runs: Sequence[Run]) -> bool:

@@ -68,12 +68,15 @@ def plan_sweep(
         "cache_id": prepared.cache.cache_id,
         "configurations": len({run.config_id for run in prepared.runs}),
         "seeds": len(prepared.spec.seeds),
+        "data_seeds": len(prepared.spec.data_seeds),
         "runs": len(prepared.runs),
         "finished": len(prepared.runs) - len(todo),
         "packs": len(found),
         "jobs": jobs,
         "evaluate": prepared.evaluate,
-        "splits": read_tables(prepared.cache, prepared.spec.scenarios).sizes(prepared.spec.train),
+        "splits": read_tables(
+            prepared.cache, prepared.spec.scenarios, prepared.spec.data_seeds[0]
+        ).sizes(prepared.spec.train),
         "warnings": step_warnings(prepared),
         "estimated_seconds": round(_estimate(prepared, found, jobs), 1),
     }

@@ -66,7 +66,8 @@ def check_sweep(
     """
     selection, training_pairs, evaluate = check_data(spec, found, cache, where)
     _check_regularizers(found, cache, where)
-    _check_gold(found, cache, selection, where)
+    for seed in spec.data_seeds:
+        _check_gold(found, cache, selection.drawn(seed), where)
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
         asked = configuration.spec
@@ -85,7 +86,7 @@ def check_sweep(
         # Opened again, to free the tables read so far during the sweep.
         cache=open_cache(cache.folder),
         selection=selection,
-        runs=runs(found, spec.seeds, selection, spec.numerics),
+        runs=runs(found, spec.seeds, selection, spec.numerics, spec.data_seeds),
         evaluate=evaluate,
     )
 
@@ -131,12 +132,36 @@ def check_data(
 ) -> tuple[Selection, int, list[str]]:
     """Find which pairs are trained on, how many there are, and the splits to evaluate on.
 
+    The selection and the number of pairs are those of the first data seed.
+
     Raises: UserError where `cache` lacks splits, pairs or margins that the spec read from `where`
-    asks for.
+    asks for, with any of its data seeds.
     """
+    selection = spec.selection(cache.cache_id)
+    checked = [
+        _check_draw(
+            spec,
+            found,
+            cache,
+            selection.drawn(seed),
+            f"{where}: data seed {seed}" if seed else where,
+        )
+        for seed in spec.data_seeds
+    ]
+    return selection, *checked[0]
+
+
+def _check_draw(
+    spec: SweepSpec,
+    found: Sequence[Configuration],
+    cache: Cache,
+    selection: Selection,
+    where: str,
+) -> tuple[int, list[str]]:
+    """`check_data` for one data seed: the number of pairs, and the splits to evaluate on."""
     folder = cache.folder
     try:
-        splits = read_tables(cache, spec.scenarios).splits
+        splits = read_tables(cache, spec.scenarios, selection.data_seed).splits
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     for field, names in (("train", spec.train), ("evaluate", spec.evaluate or ())):
@@ -145,7 +170,6 @@ def check_data(
                 raise UserError(
                     f"{where}: {field} split {name!r} is not in {folder}: {nearest(name, splits)}"
                 )
-    selection = spec.selection(cache.cache_id)
     training, validation = select(cache, selection)
     if not len(training):
         raise UserError(
@@ -167,7 +191,7 @@ def check_data(
         )
     for configuration in found:
         run = f"{where}: run {configuration.name!r}"
-        asked = configuration.spec
+        asked = configuration.spec.model_copy(update={"data_seed": selection.data_seed})
         if asked.pairs_limit and asked.pairs_limit > len(training):
             raise UserError(
                 f"{run}: pairs_limit = {asked.pairs_limit}, but there are {len(training)} "
@@ -193,7 +217,7 @@ def check_data(
                 f"{run}: margin_scale = {asked.margin_scale:g}, but {no_margin} of "
                 f"{len(pairs)} training pairs have no margin: use margin instead"
             )
-    return selection, len(training), list(spec.evaluate) if spec.evaluate else others
+    return len(training), list(spec.evaluate) if spec.evaluate else others
 
 
 def _check_validated(pairs: pl.DataFrame, share: float) -> None:
@@ -282,7 +306,8 @@ def _check_gold(
         assert table is not None
         assert one.spec.learner is not None
         run = f"{where}: run {one.name!r}: learner {one.spec.learner.kind!r} reads gold"
-        gold = gold_as_trained(table, one.spec)["gold"]
+        asked_now = one.spec.model_copy(update={"data_seed": selection.data_seed})
+        gold = gold_as_trained(table, asked_now)["gold"]
         if gold.is_empty():
             raise UserError(
                 f"{run}, and {', '.join(selection.train)} has no group members to train on: train "
@@ -305,13 +330,26 @@ def leaked(cache: Cache, spec: SweepSpec, evaluate: Sequence[str]) -> dict[str, 
     """Evaluation split → ids of its prompts that also occur in the train splits.
 
     The cache's own report also finds prompts that differ in spelling alone, but only for splits
-    called train; equal ids are found for any training split.
+    called train; equal ids are found for any training split. With several data seeds, a prompt is
+    listed if it occurs in training with any of them.
     """
-    tables = read_tables(cache, spec.scenarios)
+    drawn = spec.data_seeds if spec.scenarios else spec.data_seeds[:1]
+    each = [_leaked(cache, spec, evaluate, data_seed) for data_seed in drawn]
+    return {
+        split: sorted(set().union(*(own.get(split, set()) for own in each)))
+        for split in evaluate
+        if any(split in own for own in each)
+    }
+
+
+def _leaked(
+    cache: Cache, spec: SweepSpec, evaluate: Sequence[str], data_seed: int
+) -> dict[str, set[str]]:
+    tables = read_tables(cache, spec.scenarios, data_seed)
     trained = tables.pairs.filter(pl.col("split").is_in(spec.train))["prompt_id"].implode()
     # For a split that scenarios divide, the report does not say which part has the prompt.
     sources = spec.scenarios.splits if spec.scenarios else spec.train
-    found: dict[str, list[str]] = {}
+    found: dict[str, set[str]] = {}
     for split in evaluate:
         reported = cache.leaks.filter(
             pl.col("train_split").is_in(sources), pl.col("eval_split") == split
@@ -322,5 +360,5 @@ def leaked(cache: Cache, spec: SweepSpec, evaluate: Sequence[str]) -> dict[str, 
         )
         shared = {*reported.explode().drop_nulls(), *asked.filter(asked.is_in(trained))}
         if shared:
-            found[split] = sorted(shared)
+            found[split] = shared
     return found

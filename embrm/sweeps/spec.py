@@ -5,7 +5,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -70,6 +70,9 @@ class RunSpec(TrainSpec):
     """Train each member on a bootstrap resample of the training prompts."""
     match: MatchSpec | None = Field(default=None, exclude_if=lambda match: match is None)
     """A table: lr is chosen so that plain Bradley-Terry distorts as asked; see below."""
+    data_seed: int = Field(default=0, ge=0, lt=2**15, exclude_if=operator.not_)
+    """Seed of what is drawn of the data: validation prompts, flipped labels, the pairs of
+    pairs_limit, folds, and the division into scenarios. Set by data_seeds, not in an entry."""
     learner: Learner | None = Field(default=None, exclude_if=lambda learner: learner is None)
     """A table: see below. scikit-learn fits this learner in place of a head; keys that it does not
     read must keep their defaults."""
@@ -95,7 +98,13 @@ class RunSpec(TrainSpec):
         How members are combined does not affect a member, so those fields have their defaults.
         """
         alone = {"combine": "mean", "penalty": PENALTY}
-        return self.model_copy(update={"seed": self.seed + number * 2**32, **alone})
+        return self.model_copy(update={"seed": self.own_seed + number * 2**32, **alone})
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of initial weights, order and dropout: runs of different data seeds share no
+        random numbers, so that their means are independent replicates."""
+        return self.seed + self.data_seed * 2**48
 
     @model_validator(mode="after")
     def _combines_something(self) -> Self:
@@ -155,19 +164,19 @@ class RunSpec(TrainSpec):
     def data_key(self) -> tuple[Any, ...]:
         """Runs with equal keys are trained on the same data."""
         key = self.state, self.pairs_limit, self.label_noise, self.labels, self.fold
-        return *key, self.bootstrap
+        return *key, self.bootstrap, self.data_seed
 
     def pack_key(self) -> tuple[Any, ...]:
         """See `TrainSpec`. The runs of a pack with a learner share one fit."""
         if self.learner is None:
             return super().pack_key()
-        return self.learner, self.preprocess, self.seed if self.learner.seeded else None
+        return self.learner, self.preprocess, self.own_seed if self.learner.seeded else None
 
 
 class SweepSpec(Spec):
     """A sweep, as its TOML file describes it.
 
-    `defaults` and every entry of `runs` hold fields of `RunSpec` but the seed. An entry adds a
+    `defaults` and every entry of `runs` hold fields of `RunSpec` but the seeds. An entry adds a
     `name` and may add `grid`, a table of field = list of values whose product is taken; a dotted
     field such as "head.widths" reaches into a table. A table given in an entry replaces the one
     in `defaults`.
@@ -195,6 +204,12 @@ class SweepSpec(Spec):
     pairs are split off a noisy training set."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     """Every configuration is trained once with each seed."""
+    data_seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**15)], ...], Field(min_length=1)
+    ] = Field(default=(0,), exclude_if=lambda seeds: tuple(seeds) == (0,))
+    """Every configuration is trained with each seed on each of these draws of validation prompts,
+    flipped labels, limited pairs, folds and scenarios. 0 gives the draws of a sweep without
+    data_seeds."""
     numerics: Numerics = "native"
     """native: this CPU's widest instructions. portable: AVX2 only, which is slower and gives the
     same bits on every x86 machine. cuda, cuda-tf32, mps: a GPU, where runs repeat within a
@@ -212,7 +227,7 @@ class SweepSpec(Spec):
         for key in values if isinstance(values, dict) else ():
             own = ELSEWHERE.get(key, key)
             elsewhere = own in cls.run_spec.model_fields and own not in cls.model_fields
-            if elsewhere and own != "seed":
+            if elsewhere and own not in ("seed", "data_seed"):
                 raise ValueError(
                     f"{own} is a key of runs: write it below [defaults], for all runs, or in a "
                     "[[runs]] table"
@@ -224,7 +239,7 @@ class SweepSpec(Spec):
 
     @model_validator(mode="after")
     def _lists_name_things_once(self) -> Self:
-        for field in ("train", "evaluate", "seeds"):
+        for field in ("train", "evaluate", "seeds", "data_seeds"):
             values = getattr(self, field) or ()
             for value in values:
                 if values.count(value) > 1:
@@ -235,9 +250,14 @@ class SweepSpec(Spec):
         return self
 
     def selection(self, cache_id: str) -> "Selection":
-        """The selection of pairs that this sweep makes in a cache."""
+        """The selection of pairs that this sweep makes in a cache with its first data seed."""
         return Selection(
-            cache_id, self.train, self.validation, self.scenarios, self.validation_labels
+            cache_id,
+            self.train,
+            self.validation,
+            self.scenarios,
+            self.validation_labels,
+            self.data_seeds[0],
         )
 
 
@@ -258,16 +278,28 @@ class Selection:
     validation: float
     scenarios: Scenarios | None = None
     validation_labels: ValidationLabels = "clean"
+    data_seed: int = 0
+
+    def drawn(self, data_seed: int) -> "Selection":
+        """The same selection with another data seed, which belongs to the run's spec in its id."""
+        return replace(self, data_seed=data_seed)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration with one seed. `run_id` and `config_id` hash its content, not its name."""
+    """One configuration with one seed and data seed. `run_id` and `config_id` hash its content, not
+    its name."""
 
     name: str
     run_id: str
     config_id: str
     spec: RunSpec
+
+    @property
+    def title(self) -> str:
+        """NAME seed SEED, and the data seed unless it is 0."""
+        data = f" data seed {self.spec.data_seed}" if self.spec.data_seed else ""
+        return f"{self.name} seed {self.spec.seed}{data}"
 
 
 def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
@@ -281,11 +313,12 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
     contents: dict[RunSpec, str] = {}
     for index, entry in enumerate(sweep.runs):
         for name, fields in _expand(entry, sweep.defaults, f"{where}: runs[{index}]"):
-            if "seed" in fields:
-                raise UserError(
-                    f"{where}: run {name!r}: seed = {fields['seed']!r}: "
-                    "seeds belong to the whole sweep, write seeds = [...] at the top"
-                )
+            for field in ("seed", "data_seed"):
+                if field in fields:
+                    raise UserError(
+                        f"{where}: run {name!r}: {field} = {fields[field]!r}: "
+                        f"seeds belong to the whole sweep, write {field}s = [...] at the top"
+                    )
             for key in fields:
                 if key in type(sweep).model_fields and key not in kind.model_fields:
                     raise UserError(
@@ -308,6 +341,7 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
             _check_patience(sweep, spec, f"{where}: run {name!r}")
             contents[spec] = name
             found[name] = Configuration(name, spec)
+    _check_data_seeds(sweep, [*contents], where)
     if sweep.baseline not in found:
         raise UserError(
             f"{where}: baseline = {sweep.baseline!r} is no run of this sweep: "
@@ -317,10 +351,14 @@ def configurations(sweep: SweepSpec, where: str) -> list[Configuration]:
 
 
 def runs(
-    found: Sequence[Configuration], seeds: Sequence[int], selection: Selection, numerics: Numerics
+    found: Sequence[Configuration],
+    seeds: Sequence[int],
+    selection: Selection,
+    numerics: Numerics,
+    data_seeds: Sequence[int] = (0,),
 ) -> list[Run]:
-    """Every configuration of a sweep with every seed."""
-    return identified(found, seeds, selection, {"numerics": numerics})
+    """Every configuration of a sweep with every data seed and seed."""
+    return identified(found, seeds, selection, {"numerics": numerics}, data_seeds)
 
 
 def identified(
@@ -328,8 +366,9 @@ def identified(
     seeds: Sequence[int],
     selection: Selection,
     settings: dict[str, Any],
+    data_seeds: Sequence[int] = (0,),
 ) -> list[Run]:
-    """Every configuration with every seed, trained with these settings.
+    """Every configuration with every data seed and seed, trained with these settings.
 
     A run's ids depend on its own content, the settings and `TRAINING_VERSION` alone: a release
     that trains to other bits must not pass off older results as its own.
@@ -345,7 +384,7 @@ def identified(
         read["scenarios"] = selection.scenarios.model_dump(mode="json")
     out = []
     for configuration in found:
-        content = configuration.spec.model_dump(mode="json", exclude={"seed"})
+        content = configuration.spec.model_dump(mode="json", exclude={"seed", "data_seed"})
         if configuration.spec.labels:  # `pin` has made it PATH#DIGEST.
             content["labels"] = configuration.spec.labels.partition("#")[2]
         if used := configuration.spec.extensions():
@@ -353,16 +392,29 @@ def identified(
         own = read
         if selection.validation_labels == "noisy" and configuration.spec.relabels:
             own = {**read, "validation_labels": "noisy"}
-        for seed in seeds:
+        for data_seed, seed in itertools.product(data_seeds, seeds):
+            drawn = {"data_seed": data_seed} if data_seed else {}  # others keep their ids
             out.append(
                 Run(
                     name=configuration.name,
-                    run_id=content_id({**own, "run": {**content, "seed": seed}}),
+                    run_id=content_id({**own, "run": {**content, "seed": seed, **drawn}}),
                     config_id=content_id({**own, "run": content}),
-                    spec=configuration.spec.model_copy(update={"seed": seed}),
+                    spec=configuration.spec.model_copy(
+                        update={"seed": seed, "data_seed": data_seed}
+                    ),
                 )
             )
     return out
+
+
+def _check_data_seeds(sweep: SweepSpec, specs: Sequence[RunSpec], where: str) -> None:
+    drawn = [spec.label_noise or spec.pairs_limit or spec.fold for spec in specs]
+    if sweep.data_seeds != (0,) and not (sweep.validation or sweep.scenarios or any(drawn)):
+        raise UserError(
+            f"{where}: data_seeds = {list(sweep.data_seeds)} with validation = 0, and without "
+            "label_noise, pairs_limit, fold and scenarios: nothing can be drawn again, remove "
+            "data_seeds or raise validation"
+        )
 
 
 def _check_patience(sweep: SweepSpec, spec: RunSpec, where: str) -> None:

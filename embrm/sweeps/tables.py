@@ -50,8 +50,10 @@ class Tables:
 
 
 @lru_cache(maxsize=1)  # Dividing takes seconds, and several callers need the result.
-def read_tables(cache: Cache, scenarios: Scenarios | None) -> Tables:
+def read_tables(cache: Cache, scenarios: Scenarios | None, data_seed: int = 0) -> Tables:
     """Read the tables of `cache`; with scenarios, their splits replace those that they divide.
+
+    data_seed: see `scenarios.divide`.
 
     Raises: UserError for what `divide` refuses, or when the cache already has a split of a name
     that scenarios give.
@@ -71,7 +73,7 @@ def read_tables(cache: Cache, scenarios: Scenarios | None) -> Tables:
                 f"scenarios: {cache.folder} has a split {name!r} already: add it to "
                 "scenarios.splits, or extract it under another name"
             )
-    pairs, members = divide(cache.members, cache.responses, scenarios)
+    pairs, members = divide(cache.members, cache.responses, scenarios, data_seed)
     kept = pl.col("split").is_in(others)
     return Tables(
         pl.concat([pairs, cache.pairs.filter(kept)], how="diagonal"),

@@ -49,8 +49,8 @@ def with_rules(
     specs: Sequence[RunSpec],
     side: Literal["training", "validation"] = "training",
 ) -> pl.DataFrame:
-    """Add the columns that `as_trained` and `as_validated` read for these runs: hashes of ids, rows
-    of label tables.
+    """Add the columns that `as_trained` and `as_validated` read for these runs, which have one data
+    seed: hashes of ids, rows of label tables.
 
     pairs: pair_id, prompt_id, label, weight, margin, ... side: which pairs these are, for messages.
 
@@ -59,10 +59,12 @@ def with_rules(
     columns: dict[str, pl.Series] = {}
     for spec in specs:
         if spec.label_noise and _flip(spec) not in columns:
-            flipped = holdout(pairs["pair_id"], spec.label_noise, 0, "label noise")
+            flipped = holdout(pairs["pair_id"], spec.label_noise, spec.data_seed, "label noise")
             columns[_flip(spec)] = pl.Series(flipped)
         if spec.fold and _fold(spec) not in columns:
-            columns[_fold(spec)] = pl.Series(folds(pairs["prompt_id"], spec.fold_of[1]))
+            columns[_fold(spec)] = pl.Series(
+                folds(pairs["prompt_id"], spec.fold_of[1], spec.data_seed)
+            )
         if spec.bootstrap and _PROMPT not in columns:
             columns[_PROMPT] = pairs["prompt_id"].rank("dense")
         if spec.labels and _from_table(spec, "label") not in columns:
@@ -134,7 +136,8 @@ def gold_as_trained(table: pl.DataFrame, spec: RunSpec) -> pl.DataFrame:
     """The group members of `selection.with_gold` that a run is trained on, in their order."""
     if not spec.fold:
         return table
-    return table.filter(folds(table["prompt_id"], spec.fold_of[1]) != spec.fold_of[0])
+    own = folds(table["prompt_id"], spec.fold_of[1], spec.data_seed)
+    return table.filter(own != spec.fold_of[0])
 
 
 def _flip(spec: RunSpec) -> str:

@@ -87,7 +87,7 @@ class Workers:
                                 submit(Pack((run,)))
                             continue
                         run = pack.runs[0]
-                        failures[f"{run.name} seed {run.spec.seed}"] = _one_line(error)
+                        failures[run.title] = _one_line(error)
                     else:
                         for name, content in files.items():
                             write_bytes(out / name, content)

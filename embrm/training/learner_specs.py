@@ -9,7 +9,9 @@ from embrm.core.specs import Spec
 LIBRARY_BYTES = 150_000_000
 """Approximate memory that importing scikit-learn takes."""
 
-_OF_PAIRS = frozenset({"learner", "seed", "state", "pairs_limit", "label_noise", "labels", "fold"})
+_OF_PAIRS = frozenset(
+    {"learner", "seed", "data_seed", "state", "pairs_limit", "label_noise", "labels", "fold"}
+)
 """Fields of a run that every learner fitted to pairs reads."""
 
 BINS = 256
@@ -50,7 +52,7 @@ class Ridge(Spec):
     It is fitted with an intercept, which the head leaves out because it cancels in comparisons.
     """
 
-    reads: ClassVar = frozenset({"learner", "seed", "state", "fold", "preprocess"})
+    reads: ClassVar = frozenset({"learner", "seed", "data_seed", "state", "fold", "preprocess"})
     reads_gold: ClassVar = True
     seeded: ClassVar = False
     loss: ClassVar = "squared error"

@@ -363,3 +363,60 @@ def test_holm_keeps_order_and_lies_between_raw_and_bonferroni(values: list[float
     assert (adjusted <= np.minimum(raw * len(raw), 1)).all()
     order = np.argsort(raw, kind="stable")
     assert (np.diff(adjusted[order]) >= 0).all()
+
+
+def data_seeds(values: np.ndarray, name: str = "a") -> tuple[Replicates, pl.DataFrame]:
+    """Runs with values [data seeds, seeds] that no prompt changes."""
+    flat = values.ravel()
+    draws = np.broadcast_to(flat, (2000, len(flat))).copy()
+    places = np.indices(values.shape).reshape(2, -1)
+    runs = pl.DataFrame({"data_seed": places[0], "seed": places[1]}).with_columns(name=pl.lit(name))
+    return Replicates(flat, draws, prompts=100), runs
+
+
+@pytest.mark.parametrize("overlap", [0.0, 1 / 3])
+def test_data_seeds_vary_as_the_means_over_their_seeds(overlap: float) -> None:
+    """sd² = s²·(1/D + ρ), with s² the unbiased variance of the D means over seeds."""
+    values = np.random.default_rng(3).normal(0.6, 0.02, size=(30, 2))
+    found, runs = data_seeds(values)
+    row = compare(replace(found, overlap=overlap), runs, None).row(0, named=True)
+    sd = np.sqrt(values.mean(1).var(ddof=1) * (1 / 30 + overlap))
+    assert row["seeds"] == 30
+    assert row["estimate"] == pytest.approx(values.mean())
+    assert row["high"] - row["low"] == pytest.approx(2 * student.ppf(0.975, 29) * sd, rel=0.02)
+
+
+def test_overlap_and_data_seeds_change_nothing_where_there_is_one() -> None:
+    values = np.random.default_rng(4).normal(0.6, 0.02, size=(1, 5))
+    found, runs = data_seeds(values)
+    expected = compare(found, runs.select("name", "seed"), None)
+    assert compare(replace(found, overlap=0.5), runs, None).equals(expected)
+
+
+def test_differences_are_paired_by_data_seed() -> None:
+    shared = np.random.default_rng(5).normal(0.6, 0.05, size=(10, 1))
+    one, other = data_seeds(shared + 0.01 + np.zeros((10, 2))), data_seeds(shared, "b")
+    both = Replicates(
+        np.concatenate([one[0].estimates, other[0].estimates]),
+        np.concatenate([one[0].draws, other[0].draws], axis=1),
+        prompts=100,
+    )
+    table = compare(both, pl.concat([one[1], other[1]]), "b")
+    row = table.filter(name="a").row(0, named=True)
+    assert row["common_seeds"] == 10
+    assert row["difference_low"] == pytest.approx(0.01)
+    assert row["difference_high"] == pytest.approx(0.01)
+
+
+@pytest.mark.slow
+def test_the_variance_over_data_seeds_is_that_of_both_levels() -> None:
+    """In a simulated world, data seeds of sd a and seeds within of sd b: a²/D + b²/(D·K)."""
+    random, a, b = np.random.default_rng(6), 0.02, 0.03
+    variances, hit = [], 0
+    for _ in range(600):
+        values = 0.6 + a * random.standard_normal((10, 1)) + b * random.standard_normal((10, 3))
+        row = compare(*data_seeds(values), None).row(0, named=True)
+        variances.append(((row["high"] - row["low"]) / 2 / student.ppf(0.975, 9)) ** 2)
+        hit += row["low"] < 0.6 < row["high"]
+    assert np.mean(variances) == pytest.approx(a**2 / 10 + b**2 / 30, rel=0.08)
+    assert 0.93 < hit / 600 < 0.97

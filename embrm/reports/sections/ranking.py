@@ -78,8 +78,8 @@ def _notes(comparison: Comparison, shown: int) -> list[str]:
         notes = ["No intervals: too few prompts to resample."]
     else:
         notes = [
-            "Square brackets: 95 % intervals, bootstrap over prompts and seeds; the variance "
-            "between seeds is pooled over configurations.",
+            f"Square brackets: 95 % intervals. {comparison.covered}",
+            "The variance between seeds is pooled over configurations.",
             "Up or down triangle: the interval of the paired difference excludes 0.",
             "Holm p: p value of the difference, adjusted for the number of configurations "
             "compared; where it disagrees with a triangle, trust Holm p.",

@@ -54,6 +54,12 @@ def suite_splits(results: Results, named: Mapping[str, str]) -> dict[str, str]:
             raise UserError(f"no suite {suite!r}: {nearest(suite, SUITES)}")
     found = {split: named.get(split, split.removeprefix("ood/")) for split in results.evaluated}
     found = {split: suite for split, suite in found.items() if suite in SUITES}
+    for split in found:
+        if split in results.redivided:
+            raise UserError(
+                f"data_seeds of {results.folder} divide {split!r} again, so its runs are evaluated "
+                "on different prompts: sweep with one data seed"
+            )
     if not found:
         raise UserError(
             f"{results.folder} evaluates no split named after a suite, only "
@@ -144,7 +150,7 @@ def _scores_of_longer(
 
 
 def _table(results: Results, source: Cache, split: str, suite: str) -> pl.DataFrame:
-    tables = read_tables(source, results.spec.scenarios)
+    tables = read_tables(source, results.spec.scenarios, results.spec.data_seeds[0])
     return (tables.members if SUITES[suite].groups else tables.pairs).filter(split=split)
 
 

@@ -102,7 +102,7 @@ def measure_best_of_n(
     Raises: UserError when no split has such groups, or the one asked for cannot be used.
     """
     source = cache_of(results, cache)
-    members = read_tables(source, results.spec.scenarios).members
+    members = read_tables(source, results.spec.scenarios, results.spec.data_seeds[0]).members
     names = _with_groups(results, members, split)
     S = source.responses["S"].to_numpy()
     splits: list[_Split] = []
@@ -122,6 +122,13 @@ def measure_best_of_n(
 
 def _with_groups(results: Results, members: pl.DataFrame, split: str | None) -> list[str]:
     names = [name for name in results.evaluated if name in set(members["split"])]
+    divided = [name for name in names if name in results.redivided]
+    if divided and (split in divided or len(divided) == len(names)):
+        raise UserError(
+            f"data_seeds of {results.folder} divide the groups of {', '.join(divided)} again, so "
+            "its runs choose among different responses: sweep with one data seed"
+        )
+    names = [name for name in names if name not in divided]
     if not names:
         raise UserError(
             f"{results.folder} evaluates no split with groups: best of n needs several responses "

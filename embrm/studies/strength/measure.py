@@ -48,14 +48,17 @@ def strengths(
     members = _members(results, name, out_of_fold=out_of_fold)
     source = cache_of(results, cache)
     spec = members[0].spec.model_copy(update={"fold": None})
-    training, _ = select(source, results.spec.selection(results.cache_id))
+    selection = results.spec.selection(results.cache_id).drawn(spec.data_seed)
+    training, _ = select(source, selection)
     # Copied before the run's label table is applied, which may replace the margins.
     training = training.with_columns(gold="margin")
     pairs = as_trained(with_rules(training, [spec]), spec)
     differences, fold = _differences(source, members, pairs)
     used = np.ones(differences.shape, np.bool_)
     if out_of_fold:
-        used = fold[:, None] == folds(pairs["prompt_id"], members[0].spec.fold_of[1])
+        used = fold[:, None] == folds(
+            pairs["prompt_id"], members[0].spec.fold_of[1], spec.data_seed
+        )
     fewest = used.sum(0).min()
     if fewest < 2:
         raise UserError(
@@ -101,6 +104,12 @@ def _members(results: Results, name: str, *, out_of_fold: bool) -> list[SavedRun
             f"no {'folds of ' if out_of_fold else ''}{name!r} in {results.folder}: {remedy}"
         )
     members = [load_run(results.folder, run_id) for run_id in found["run_id"]]
+    data_seeds = sorted({member.spec.data_seed for member in members})
+    if len(data_seeds) > 1:
+        raise UserError(
+            f"{name!r} in {results.folder} has data seeds {', '.join(map(str, data_seeds))}, which "
+            "train on different pairs: sweep it with one data seed"
+        )
     for member in members:
         if not out_of_fold and member.spec.fold:
             raise UserError(
