@@ -22,17 +22,12 @@ from embrm.cache.reader import Cache, open_cache
 from embrm.cache.schema import TokenRows
 from embrm.core.errors import UserError
 from embrm.core.sampling import evenly_spaced
-from embrm.core.streams import stream
 from embrm.lm.head import LmHead
+from embrm.studies.estimators.bias import EstimatorBias, estimator_biases, sampled_pairs
+from embrm.studies.estimators.shifts import ADAPTERS, DRIFTS, adapter_shifts
 from embrm.sweeps.mapped import in_memory
 from embrm.training.regularizers import candidate_moves, divergence, log_probability_change
 from embrm.training.token_rows import PackedLogits, TokenStore
-
-DRIFTS = (0.01, 0.1)
-"""Mean ‖δ‖/‖h‖ of the shifts δ of states h that are tried; the recommendations are for the last."""
-
-_ADAPTERS, _RANK = 4, 16
-"""Number of random adapters, which shift the responses in turn, and their rank."""
 
 _LOGIT_BYTES = 128 << 20
 """Bytes of float64 logits per shift that are computed at a time."""
@@ -101,6 +96,17 @@ class EstimatorErrors:
     token_rows_error: float | None
     tail_mean: bool
     """Whether the cache has tail means, which every run then reads."""
+    bias: tuple[EstimatorBias, ...]
+    """The bias of grm-dpo by drift, token_rows and estimator; empty without two responses."""
+    positions: float
+    """Mean number of positions of the sampled responses."""
+    pairs: int
+    """Number of pairs whose bias is measured."""
+    random_pairs: bool
+    """Whether they are random pairs of the sampled responses, not training pairs of the cache."""
+    dpo_token_rows: int | None
+    """The smallest number of token rows with which the empirical-bayes estimate of grm-dpo has a
+    gradient bias up to `target` and the right sign; None if no number has."""
 
 
 def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) -> EstimatorErrors:
@@ -109,7 +115,8 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
     target: relative error for which settings are recommended.
     Raises: UserError when the cache at `folder` cannot be opened or lacks what regularizers read.
     """
-    data = _sampled(_usable(open_cache(folder)), sample)
+    cache = _usable(open_cache(folder))
+    data = _sampled(cache, sample)
     if not len(data.states.values):
         raise UserError(
             f"{folder}: none of {sample} responses has token rows: raise sample (--sample)"
@@ -122,6 +129,9 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
         for drift, change in zip(DRIFTS, changes, strict=True)
         for rows in _powers_of_two(held)
     )
+    chosen = evenly_spaced(cache.manifest.n_responses, sample)
+    pairs = sampled_pairs(cache.pairs, chosen, np.diff(data.starts))
+    biases = estimator_biases(data, pairs, _powers_of_two(held), DRIFTS)
     tail_mean, last = data.tail_means is not None, DRIFTS[-1]
     tried = [e for e in truncation if (e.drift, e.tail_mean) == (last, tail_mean)]
     found = [e for e in sampling if e.drift == last]
@@ -139,6 +149,13 @@ def measure_estimators(folder: Path, *, sample: int = 64, target: float = 0.05) 
         token_rows=taken.token_rows,
         token_rows_error=taken.relative,
         tail_mean=tail_mean,
+        bias=biases,
+        positions=float(data.positions.mean()),
+        pairs=len(pairs),
+        random_pairs=pairs.random,
+        dpo_token_rows=next(
+            (e.token_rows for e in biases if e.drift == last and e.trusted(target)), None
+        ),
     )
 
 
@@ -171,17 +188,14 @@ def _sampled(cache: Cache, size: int) -> TokenStore:
 def _shifts(data: TokenStore, drift: float) -> Tensor:
     """Shifts δ of all rows, float32 [N, d], with mean ‖δ‖/‖h‖ = drift.
 
-    δ is proportional to up·down·h, where up and down are Gaussian matrices of a random adapter.
+    The random adapters shift the responses in turn.
     """
-    X, width = data.states.values.double(), data.states.width
-    owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % _ADAPTERS
+    X = data.states.values.double()
+    owner = np.repeat(np.arange(len(data.positions)), np.diff(data.starts)) % ADAPTERS
     shifts = torch.zeros_like(X)
-    for adapter in range(_ADAPTERS):
+    for adapter in range(ADAPTERS):
         own = torch.from_numpy(owner == adapter)
-        down, up = stream(0, "estimators", adapter).standard_normal((2, _RANK, width))
-        raw = X[own] @ torch.from_numpy(down).T @ torch.from_numpy(up)
-        ratio = raw.norm(dim=1) / X[own].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        shifts[own] = raw * (drift / ratio.mean())
+        shifts[own] = adapter_shifts(X[own], adapter, drift)
     return shifts.float()
 
 

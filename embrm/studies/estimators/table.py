@@ -7,8 +7,9 @@ from embrm.studies.estimators.measure import EstimatorErrors
 from embrm.training.regularizers import WHOLE_VOCABULARY
 
 
-def estimator_tables(errors: EstimatorErrors) -> tuple[Table, Table]:
-    """Make the tables of the errors from truncating the vocabulary and from sampling token rows."""
+def estimator_tables(errors: EstimatorErrors) -> tuple[Table, ...]:
+    """Make the tables of the errors from truncating the vocabulary and from sampling token rows,
+    and of the bias of grm-dpo."""
     truncation = tuple(
         (
             f"{entry.drift:g}",
@@ -42,6 +43,37 @@ def estimator_tables(errors: EstimatorErrors) -> tuple[Table, Table]:
             "token_rows: positions read per response. relative: the error divided by the root mean "
             "square of S̃ - S.",
         ),
+        *_bias_table(errors),
+    )
+
+
+def _bias_table(errors: EstimatorErrors) -> tuple[Table, ...]:
+    if not errors.bias:
+        return ()
+    rows = tuple(
+        (
+            f"{entry.drift:g}",
+            f"{entry.token_rows:,}",
+            entry.estimator,
+            _short(entry.loss),
+            _short(entry.gradient),
+            _short(entry.gradient_error),
+            "right" if entry.sign_agrees else "wrong",
+        )
+        for entry in errors.bias
+    )
+    kind = "random pairs of responses" if errors.random_pairs else "training pairs"
+    return (
+        Table(
+            "token_rows: bias of grm-dpo (β = 0.1) from reading some of a response's positions",
+            ("drift", "token_rows", "estimator", "loss bias", "gradient bias", "±", "sign"),
+            rows,
+            f"Over {errors.pairs:,} {kind}, one minibatch. Responses of about "
+            f"{errors.positions:.0f} positions, which repeat the cached rows. loss bias: mean "
+            "estimate - exact value, in nats. gradient bias: that of the derivative in the scale "
+            "of the shift, relative to the exact one; ±: its standard error; sign: whether "
+            "the estimated derivative has that of the exact one with every adapter.",
+        ),
     )
 
 
@@ -56,12 +88,33 @@ def recommendations(errors: EstimatorErrors) -> list[str]:
         f"{errors.truncation[-1].drift:g}:",
         f"grm-*: top_k = {_setting(errors.grm_top_k, advice(errors, 'grm'))}",
         f"grm-*: token_rows = {errors.token_rows}{rest}",
+        f"grm-dpo: token_rows = {_dpo_setting(errors)}",
         f"preserve-*: top_k = {_setting(errors.preserve_top_k, advice(errors, 'preserve'))}",
     ]
 
 
 def _setting(top_k: int | None, otherwise: str) -> str:
     return f"none cached: {otherwise}" if top_k is None else f"{top_k:,}"
+
+
+def _dpo_setting(errors: EstimatorErrors) -> str:
+    if errors.dpo_token_rows is not None:
+        return f"{errors.dpo_token_rows:,}, empirical-bayes"
+    if not errors.bias:
+        return "none: a bias needs two responses with token rows: raise --sample"
+    found = [e for e in errors.bias if e.estimator == "empirical-bayes"]
+    if not found:
+        return (
+            "none: one cached row says nothing of how positions differ: extract with more "
+            "--token-rows"
+        )
+    last = found[-1]
+    sign = "" if last.sign_agrees else " of the wrong sign"
+    return (
+        "none: grm-dpo cannot be trusted on this cache at this drift (gradient bias "
+        f"{_short(last.gradient)}{sign} at all {last.token_rows:,} rows of about "
+        f"{errors.positions:.0f}): extract with more --token-rows"
+    )
 
 
 def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> str:

@@ -20,6 +20,7 @@ from embrm.cache.tensors import to_stored
 from embrm.cache.writer import open_writer
 from embrm.core.errors import UserError
 from embrm.lm.head import LmHead
+from embrm.studies.estimators import bias as biases
 from embrm.studies.estimators import measure as estimators
 from embrm.studies.estimators.measure import (
     DRIFTS,
@@ -32,6 +33,18 @@ from embrm.studies.estimators.measure import (
 from embrm.studies.estimators.table import advice
 from embrm.training.row_store import RowStore
 from embrm.training.token_rows import TokenStore
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(biases, "_DRAWS", 8)
+
+
+@pytest.fixture
+def no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no bias, which takes seconds, where only linear errors are tested."""
+    monkeypatch.setattr(estimators, "estimator_biases", lambda *_: ())
+
 
 VOCABULARY, WIDTH, RESPONSES, SHARD = 60, 8, 20, 8
 
@@ -162,6 +175,7 @@ def test_exact_changes_equal_those_of_a_dense_softmax(
         torch.testing.assert_close(kl_gradient, of_kl)
 
 
+@pytest.mark.usefixtures("no_bias")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("tail_mean", [False, True])
 def test_estimates_from_the_whole_vocabulary_are_exact(
@@ -177,6 +191,7 @@ def test_estimates_from_the_whole_vocabulary_are_exact(
         assert entry.kl < 5e-3  # at drift 0.01 KL is 1e-5 nats, a difference of sums near 1
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_a_tail_of_one_token_is_exact_with_its_mean(tmp_path: Path) -> None:
     make(tmp_path, top_k=VOCABULARY - 1, tail_mean=True)
     for entry in entries(measure_estimators(tmp_path), top_k=VOCABULARY - 1, tail_mean=True):
@@ -184,6 +199,7 @@ def test_a_tail_of_one_token_is_exact_with_its_mean(tmp_path: Path) -> None:
         assert entry.kl < 5e-3
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_errors_fall_with_top_k(tmp_path: Path) -> None:
     make(tmp_path, top_k=48)
     errors = measure_estimators(tmp_path)
@@ -196,6 +212,7 @@ def test_errors_fall_with_top_k(tmp_path: Path) -> None:
         assert found[-1].change < found[0].change / 2
 
 
+@pytest.mark.usefixtures("no_bias")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_tail_means_make_the_gradient_exact_to_first_order(
     tmp_path: Path, softcap: float | None
@@ -218,6 +235,7 @@ def test_tail_means_make_the_gradient_exact_to_first_order(
     assert {entry.tail_mean for entry in errors.truncation} == {False, True}
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_tails_are_the_probability_of_all_other_tokens(tmp_path: Path) -> None:
     made = make(tmp_path, top_k=5)
     p = made.head.logits(made.states).softmax(1)
@@ -230,6 +248,7 @@ def test_tails_are_the_probability_of_all_other_tokens(tmp_path: Path) -> None:
         assert entry.tail_max == pytest.approx(float(tail.max()), rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_the_size_of_chunks_does_not_change_the_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,12 +260,14 @@ def test_the_size_of_chunks_does_not_change_the_errors(
         assert vars(one) == pytest.approx(vars(other), rel=1e-3)
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_bfloat16_states_are_read_as_stored(tmp_path: Path) -> None:
     make(tmp_path, top_k=VOCABULARY, dtype=torch.bfloat16)
     for entry in entries(measure_estimators(tmp_path), top_k=VOCABULARY, drift=0.1):
         assert max(entry.change, entry.change_gradient, entry.kl, entry.kl_gradient) < 1e-3
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_the_sample_has_all_rows_of_its_responses(tmp_path: Path) -> None:
     make(tmp_path, rows=4)
     every, three = measure_estimators(tmp_path), measure_estimators(tmp_path, sample=3)
@@ -331,6 +352,7 @@ def test_a_change_smaller_than_its_noise_has_no_relative_error() -> None:
     assert relative is None
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_the_smallest_settings_within_the_target_are_recommended(tmp_path: Path) -> None:
     make(tmp_path, top_k=32, tail_mean=True, rows=8)
     first = measure_estimators(tmp_path)
@@ -355,6 +377,7 @@ def test_the_smallest_settings_within_the_target_are_recommended(tmp_path: Path)
     assert (none.token_rows, none.token_rows_error) == (8, relative[3])
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_advice_names_the_options_that_can_help(tmp_path: Path) -> None:
     make(tmp_path)
     errors = measure_estimators(tmp_path)
@@ -367,6 +390,7 @@ def test_advice_names_the_options_that_can_help(tmp_path: Path) -> None:
     assert "'all'" in advice(replace(errors, vocabulary=32_768), "preserve")
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_one_row_per_response_gives_no_sampling_error(tmp_path: Path) -> None:
     make(tmp_path, rows=1)
     errors = measure_estimators(tmp_path)
@@ -374,6 +398,7 @@ def test_one_row_per_response_gives_no_sampling_error(tmp_path: Path) -> None:
     assert (errors.token_rows, errors.token_rows_error) == (1, None)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_command_prints_tables_and_settings(embrm: Any, tmp_path: Path) -> None:
     make(tmp_path, tail_mean=True, rows=8)
     outcome: Outcome = embrm("cache", "probe", tmp_path, "--regularizer", "--target", 1e-6)
@@ -386,12 +411,16 @@ def test_the_command_prints_tables_and_settings(embrm: Any, tmp_path: Path) -> N
         "or take 'all' 60 tokens",
     ):
         assert part in outcome.out
-    assert max(map(len, outcome.out.splitlines())) <= 100
+    lines = [line for line in outcome.out.splitlines() if not line.startswith("grm-dpo: ")]
+    assert max(map(len, lines)) <= 100
+    assert "grm-dpo: token_rows = none: grm-dpo cannot be trusted on this cache" in outcome.out
     outcome = embrm("cache", "probe", tmp_path, "--regularizer", "--target", 100)
-    assert "grm-*: top_k = 1\ngrm-*: token_rows = 1\npreserve-*: top_k = 1\n" in outcome.out
+    assert "grm-*: top_k = 1\ngrm-*: token_rows = 1\n" in outcome.out
+    assert "preserve-*: top_k = 1\n" in outcome.out
     assert "'all'" not in outcome.out
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_the_command_prints_json(embrm: Any, tmp_path: Path) -> None:
     make(tmp_path, rows=1)  # so that some entries are null
 
@@ -399,6 +428,10 @@ def test_the_command_prints_json(embrm: Any, tmp_path: Path) -> None:
     found = json.loads(out, parse_constant=pytest.fail)
     assert set(found) == set(EstimatorErrors.__dataclass_fields__)
     assert set(found["truncation"][0]) == set(TruncationError.__dataclass_fields__)
+    names = {"drift", "token_rows", "estimator", "loss", "gradient", "gradient_error"}
+    assert set(found["bias"][0]) == names | {"sign_agrees"}
+    assert {entry["estimator"] for entry in found["bias"]} == {"plug-in"}
+    assert (found["pairs"], found["random_pairs"], found["dpo_token_rows"]) == (2, True, None)
     assert set(found["sampling"][0]) == {"drift", "token_rows", "nats", "relative"}
     assert (found["responses"], found["target"]) == (5, 0.05)
 
@@ -421,6 +454,7 @@ def test_options_of_the_other_probe_are_refused(embrm: Any, tmp_path: Path) -> N
     refused(embrm("cache", "probe", tmp_path, "--engine", "vlm"), "did you mean 'vllm'")
 
 
+@pytest.mark.usefixtures("no_bias")
 def test_a_sample_without_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path)
     real = estimators._sampled
