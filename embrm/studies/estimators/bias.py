@@ -132,7 +132,7 @@ def estimator_biases(
             for estimator in _ESTIMATORS:
                 if estimator == "plug-in" or rows > 1:
                     measured = [
-                        bias(world, samples, x, values, (chosen, rejected), estimator)
+                        mean_bias(world, samples, x, values, (chosen, rejected), estimator)
                         for x in moved
                     ]
                     found.append(_pooled(drift, rows, estimator, measured))
@@ -200,13 +200,13 @@ def _moved(
 ) -> Moved:
     """What the adapter changes, in the direction in which it favours the chosen responses."""
     shift = adapter_shifts(tokens.X.double(), adapter, drift).float()
-    x = along(tokens, shift)
+    x = changes_along(tokens, shift)
     change = world.sums(x[0])
     favours = (change[ends[0]] - change[ends[1]]).mean() >= 0
-    return x if favours else along(tokens, -shift)
+    return x if favours else changes_along(tokens, -shift)
 
 
-def along(tokens: TokenBatch, shift: Tensor) -> Moved:
+def changes_along(tokens: TokenBatch, shift: Tensor) -> Moved:
     """Compute x_t, and its derivative in s at s = 1, where s·δ shifts the states.
 
     shift: δ, [n, d].
@@ -227,7 +227,7 @@ class Bias:
     exact_slope: float
 
 
-def bias(
+def mean_bias(
     world: Positions,
     samples: Sequence[tuple[Tensor, TokenBatch]],
     moved: Moved,
