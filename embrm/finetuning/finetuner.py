@@ -32,7 +32,7 @@ from embrm.sweeps.ledger import GEOMETRY_SCHEMA, TABLES, parquet
 from embrm.sweeps.material import to_pairs
 from embrm.sweeps.selection import evaluation_splits, select
 from embrm.sweeps.spec import Run
-from embrm.sweeps.training import as_trained, as_validated, with_rules
+from embrm.sweeps.training_pairs import as_trained, as_validated, with_rules
 from embrm.sweeps.weights import MODEL_FORMAT, tensors_digest
 from embrm.training.pairs import Pairs
 

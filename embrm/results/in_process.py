@@ -13,9 +13,9 @@ from embrm.cache.reader import Cache
 from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.results.weights import SavedRun, load_run
-from embrm.sweeps.fused import Trainer
-from embrm.sweeps.fusing import packs
 from embrm.sweeps.material import laid_out
+from embrm.sweeps.pack_trainer import Trainer
+from embrm.sweeps.packs import packs
 from embrm.sweeps.prepare import check_sweep, pin
 from embrm.sweeps.spec import Run, Selection, SweepSpec, configurations
 from embrm.training.numerics import Numerics, begin_here, on_cpu

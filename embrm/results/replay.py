@@ -18,7 +18,7 @@ from embrm.core.sampling import evenly_spaced
 from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.weights import load_run
 from embrm.sweeps.material import laid_out
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.spec import Run, RunSpec
 from embrm.sweeps.workers import modules_of, worker_count, workers
 from embrm.training.extensions import check_recorded

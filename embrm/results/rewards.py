@@ -14,7 +14,7 @@ from embrm.results.ledger import cache_of, open_results
 from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.selection import select
 from embrm.sweeps.tables import read_tables
-from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.training_pairs import as_trained, with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.heads import REWARDS, score_states
 from embrm.training.row_store import RowStore

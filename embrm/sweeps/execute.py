@@ -13,9 +13,9 @@ from embrm.core.interrupts import raised_interrupts
 from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.core.specs import SpecSource
-from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, write_results
 from embrm.sweeps.matching import match_rates
+from embrm.sweeps.packs import packs
 from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep, step_warnings
 from embrm.sweeps.selection import prompts_of
 from embrm.sweeps.spec import Run

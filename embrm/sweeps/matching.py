@@ -17,9 +17,9 @@ import polars as pl
 from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.specs import canonical_json
-from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished, read_table, training_name
 from embrm.sweeps.material import laid_out
+from embrm.sweeps.packs import packs
 from embrm.sweeps.prepare import PreparedSweep
 from embrm.sweeps.spec import Configuration, Run, RunSpec, runs
 from embrm.sweeps.workers import modules_of, workers

@@ -18,7 +18,7 @@ from embrm.sweeps.mapped import MappedFile, TokenFiles, write_rows
 from embrm.sweeps.selection import TRAINED_ON, evaluated_tables, select, splits_of, with_gold
 from embrm.sweeps.spec import Run, RunSpec, Selection
 from embrm.sweeps.tables import read_tables
-from embrm.sweeps.training import with_rules
+from embrm.sweeps.training_pairs import with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.learner_specs import LIBRARY_BYTES
 from embrm.training.pairs import Pairs

@@ -12,11 +12,10 @@ import torch
 from embrm.core.errors import UserError
 from embrm.core.specs import SpecSource
 from embrm.sweeps.execute import results_folder
-from embrm.sweeps.fusing import packs
 from embrm.sweeps.ledger import finished
 from embrm.sweeps.mapped import first_tokens
 from embrm.sweeps.matching import match_rates
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.packs import Pack, packs
 from embrm.sweeps.prepare import PreparedSweep, prepare_sweep, step_warnings
 from embrm.sweeps.selection import evaluation_splits
 from embrm.sweeps.spec import RunSpec

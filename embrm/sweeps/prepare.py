@@ -21,7 +21,13 @@ from embrm.sweeps.spec import (
     runs,
 )
 from embrm.sweeps.tables import read_tables
-from embrm.sweeps.training import as_trained, as_validated, gold_as_trained, pinned, with_rules
+from embrm.sweeps.training_pairs import (
+    as_trained,
+    as_validated,
+    gold_as_trained,
+    pinned,
+    with_rules,
+)
 from embrm.sweeps.views import AFTER_FINAL_NORM, missing_S, open_view
 from embrm.training.numerics import Numerics
 from embrm.training.regularizers import WHOLE_VOCABULARY

@@ -24,14 +24,14 @@ from embrm.core.errors import UserError
 from embrm.core.files import write_bytes
 from embrm.core.progress import Progress
 from embrm.core.threads import usable_cpus
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.spec import Run
 from embrm.training.extensions import import_modules, refuse_unimportable
 from embrm.training.numerics import Numerics, begin, environment, on_cpu, settings, why_unavailable
 
 if TYPE_CHECKING:
-    from embrm.sweeps.fused import Trainer
     from embrm.sweeps.material import Material
+    from embrm.sweeps.pack_trainer import Trainer
 
 
 def worker_count(jobs: int | None, mode: Numerics) -> int:
@@ -190,7 +190,7 @@ _trainer: tuple[Material, Trainer] | None = None
 
 
 def _run(material: Material, mode: Numerics, pack: Pack) -> dict[str, bytes]:
-    from embrm.sweeps.fused import Trainer
+    from embrm.sweeps.pack_trainer import Trainer
 
     global _trainer
     if _trainer is None or _trainer[0] != material:

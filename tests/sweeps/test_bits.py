@@ -20,9 +20,9 @@ from embrm.cache.reader import open_cache
 from embrm.core.specs import canonical_json
 from embrm.sweeps import material as material_module
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.fused import Trainer
 from embrm.sweeps.material import Material, laid_out
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.pack_trainer import Trainer
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.spec import Run, Selection, SweepSpec, configurations, runs
 from embrm.training.numerics import Numerics, in_use, why_unavailable
 from embrm.training.regularizers import KINDS

@@ -22,12 +22,12 @@ from embrm.studies.best_of_n.measure import measure_best_of_n
 from embrm.studies.strength.measure import strengths
 from embrm.sweeps import fused as pack_module
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.fused import Trainer
 from embrm.sweeps.material import laid_out
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.pack_trainer import Trainer
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.selection import select
 from embrm.sweeps.spec import Configuration, RunSpec, Selection, runs
-from embrm.sweeps.training import as_trained, bootstrap_rows, with_rules
+from embrm.sweeps.training_pairs import as_trained, bootstrap_rows, with_rules
 from embrm.sweeps.views import open_view
 from embrm.training.heads import score_states
 from embrm.training.row_store import RowStore

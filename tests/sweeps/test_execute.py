@@ -25,7 +25,7 @@ from embrm.sweeps.ledger import finished
 from embrm.sweeps.plan import plan_sweep
 from embrm.sweeps.selection import select
 from embrm.sweeps.spec import RunSpec, Selection
-from embrm.sweeps.training import as_trained
+from embrm.sweeps.training_pairs import as_trained
 
 SPEC = """
 baseline = "bt"

@@ -20,10 +20,10 @@ from embrm.results.ledger import open_results
 from embrm.results.weights import load_run
 from embrm.sweeps import geometry as module
 from embrm.sweeps.execute import sweep
-from embrm.sweeps.fused import Trainer
 from embrm.sweeps.geometry import Geometry, Sample, reward_positions
 from embrm.sweeps.material import laid_out
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.pack_trainer import Trainer
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.spec import Run, RunSpec, Selection, SweepSpec, configurations, runs
 from embrm.training.heads import (
     UP,

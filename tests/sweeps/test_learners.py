@@ -30,7 +30,7 @@ from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.selection import with_gold
 from embrm.sweeps.spec import RunSpec, Selection, SweepSpec, configurations
 from embrm.sweeps.tables import read_tables
-from embrm.sweeps.training import gold_as_trained
+from embrm.sweeps.training_pairs import gold_as_trained
 from embrm.training.heads import REWARDS
 from embrm.training.learner_specs import LIBRARY_BYTES
 

@@ -19,7 +19,7 @@ from embrm.results.ledger import Results, cache_of, open_results
 from embrm.results.rewards import head_rewards
 from embrm.results.weights import SavedRun, load_run
 from embrm.sweeps.selection import select
-from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.training_pairs import as_trained, with_rules
 
 DECILES = 10
 """Number of groups of equal size that `with_decile` divides the pairs into."""

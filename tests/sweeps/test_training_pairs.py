@@ -21,7 +21,7 @@ from embrm.studies.strength.measure import deciles, strengths
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.prepare import prepare_sweep
 from embrm.sweeps.spec import RunSpec
-from embrm.sweeps.training import as_trained, with_rules
+from embrm.sweeps.training_pairs import as_trained, with_rules
 
 MADE = {"rule": "test", "parameters": {}, "cache_id": "c", "embrm": "0"}
 

@@ -1,9 +1,10 @@
 """Grouping runs into packs that are trained together. No result depends on it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from embrm.sweeps.pack import Pack
+from embrm.core.specs import content_id
 from embrm.sweeps.spec import Run
 
 _LINEAR = 128
@@ -24,6 +25,18 @@ _REGULARIZED = 6
 
 _GPU = 8
 """Factor by which packs are larger on a GPU."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs that are trained together, with equal state, pairs and `TrainSpec.pack_key`."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def pack_id(self) -> str:
+        """The name of the folder with its part of the results."""
+        return content_id([run.run_id for run in self.runs])
 
 
 def packs(todo: Sequence[Run], *, jobs: int, training_pairs: int, gpu: bool) -> list[Pack]:

@@ -14,9 +14,9 @@ from embrm.sweeps.evaluation import Evaluation, Rewards, ledger_row, part_tables
 from embrm.sweeps.geometry import Geometry, samples
 from embrm.sweeps.ledger import TABLES, parquet
 from embrm.sweeps.material import Material, to_pairs
-from embrm.sweeps.pack import Pack
+from embrm.sweeps.packs import Pack
 from embrm.sweeps.spec import RunSpec
-from embrm.sweeps.training import as_trained, as_validated, bootstrap_rows, gold_as_trained
+from embrm.sweeps.training_pairs import as_trained, as_validated, bootstrap_rows, gold_as_trained
 from embrm.sweeps.weights import weights_file
 from embrm.training import numerics
 from embrm.training.bank import train
