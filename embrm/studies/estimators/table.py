@@ -6,6 +6,8 @@ from embrm.core.table import Table
 from embrm.studies.estimators.measure import EstimatorErrors
 from embrm.training.regularizers import WHOLE_VOCABULARY
 
+_ROUNDING = 1e-9
+
 
 def estimator_tables(errors: EstimatorErrors) -> tuple[Table, ...]:
     """Make the tables of the errors from truncating the vocabulary and from sampling token rows,
@@ -99,7 +101,10 @@ def _setting(top_k: int | None, otherwise: str) -> str:
 
 def _dpo_setting(errors: EstimatorErrors) -> str:
     if errors.dpo_token_rows is not None:
-        return f"{errors.dpo_token_rows:,}, empirical-bayes"
+        # The bias at all cached rows vanishes only where every position is cached.
+        partly = (errors.bias[-1].gradient or 0) > _ROUNDING
+        rest = "; the cache lacks positions, which makes the bias look smaller" if partly else ""
+        return f"{errors.dpo_token_rows:,}, empirical-bayes{rest}"
     if not errors.bias:
         return "none: a bias needs two responses with token rows: raise --sample"
     found = [e for e in errors.bias if e.estimator == "empirical-bayes"]

@@ -30,7 +30,7 @@ from embrm.studies.estimators.measure import (
     measure_estimators,
     sampling_error,
 )
-from embrm.studies.estimators.table import advice
+from embrm.studies.estimators.table import advice, estimator_tables, recommendations
 from embrm.training.row_store import RowStore
 from embrm.training.token_rows import TokenStore
 
@@ -444,6 +444,25 @@ def test_caches_that_lack_something_are_refused(embrm: Any, tmp_path: Path) -> N
     make(tmp_path / "headless", without="weight")
     refused(embrm("cache", "probe", tmp_path / "headless", "--regularizer"), "no LM head")
     refused(embrm("cache", "probe", tmp_path / "absent", "--regularizer"), "absent")
+
+
+def test_one_response_has_no_pair_whose_bias_could_be_measured(tmp_path: Path) -> None:
+    make(tmp_path)
+    errors = measure_estimators(tmp_path, sample=1)
+    assert (errors.bias, errors.pairs, errors.dpo_token_rows) == ((), 0, None)
+    assert len(estimator_tables(errors)) == 2
+    assert any("raise --sample" in line for line in recommendations(errors))
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_all_positions_are_recommended_where_no_fewer_suffice(tmp_path: Path) -> None:
+    make(tmp_path, rows=RESPONSES + 3)
+    errors = measure_estimators(tmp_path, target=1e-6)
+    assert errors.dpo_token_rows == RESPONSES + 2
+    line = f"grm-dpo: token_rows = {RESPONSES + 2}, empirical-bayes"
+    assert line in recommendations(errors)
+    some = replace(errors, bias=(*errors.bias[:-1], replace(errors.bias[-1], gradient=0.01)))
+    assert any(text.startswith(f"{line}; the cache lacks") for text in recommendations(some))
 
 
 def test_options_of_the_other_probe_are_refused(embrm: Any, tmp_path: Path) -> None:
