@@ -82,12 +82,14 @@ def _rule(details: Any, owner: type[BaseModel] | None) -> str:
     name = str(details["loc"][-1])
     field = owner.model_fields.get(name) if owner else None
     inner = _inner_model(field.annotation) if field else None
-    default = field.get_default(call_default_factory=True) if field else None
+    default = None
+    if field is not None and not field.is_required():
+        default = field.get_default(call_default_factory=True)
     if kind in _NEEDED:
         shown = isinstance(default, int | float) and not isinstance(default, bool)
         return _NEEDED[kind] + (f", such as {name} = {json.dumps(default)}" if shown else "")
     if kind in ("tuple_type", "list_type"):
-        if inner is not None:
+        if inner is not None or (field and "dict[" in str(field.annotation)):
             return f"write tables, [[{name}]]"
         example = json.dumps(default or [value], default=str)
         return f"write a list, such as {name} = {example}"

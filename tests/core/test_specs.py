@@ -18,6 +18,7 @@ class Inner(Spec):
 
 
 class Outer(Spec):
+    names: tuple[str, ...]
     learning_rate: float = Field(1e-3, gt=0)
     heads: tuple[Inner, ...] = ()
     maybe: Inner | None = None
@@ -32,6 +33,7 @@ class Outer(Spec):
             "unknown key 'heads.0.width': did you mean 'widths'?",
         ),
         ({"maybe": {"dropot": 0.1}}, "unknown key 'maybe.dropot': did you mean 'dropout'?"),
+        ({"names": "ann"}, "names = 'ann': write a list, such as names = [\"ann\"]"),
         ({"learning_rate": -1.0}, "learning_rate = -1.0: must be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate = nan: must be a finite number"),
         (
@@ -42,7 +44,7 @@ class Outer(Spec):
 )
 def test_errors_are_one_line_with_field_value_rule(values: dict[str, object], line: str) -> None:
     with pytest.raises(UserError) as caught:
-        Outer.parse(values, "spec.toml")
+        Outer.parse({"names": ["ann"]} | values, "spec.toml")
     assert str(caught.value) == f"spec.toml: {line}"
 
 

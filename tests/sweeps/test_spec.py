@@ -117,7 +117,7 @@ A = '[[runs]]\nname = "a"\n'
         ),
         ("seeds = 3\n" + TOP + A, "seeds = 3: write a list, such as seeds = [0, 1, 2]"),
         ("train = 'a'\n" + TOP + A, "train = 'a': write a list, such as train = [\"train\"]"),
-        (TOP + "runs = 3", "runs = 3: write a list"),
+        (TOP + "runs = 3", "runs = 3: write tables, [[runs]]"),
         ("scenarios = 3\n" + TOP + A, "scenarios = 3: write a table with keys of splits, prompts"),
         (
             TOP + A + "head = 'mlp'",
