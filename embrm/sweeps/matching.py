@@ -18,7 +18,6 @@ from embrm.core.errors import UserError
 from embrm.core.progress import progress
 from embrm.core.specs import canonical_json
 from embrm.sweeps.ledger import finished, read_table, training_name
-from embrm.sweeps.material import laid_out
 from embrm.sweeps.packs import packs
 from embrm.sweeps.prepare import PreparedSweep
 from embrm.sweeps.spec import Configuration, Run, RunSpec, runs
@@ -147,6 +146,8 @@ def _every(prepared: PreparedSweep, found: Sequence[Configuration]) -> list[Run]
 def _train(
     prepared: PreparedSweep, todo: Sequence[Run], folder: Path, jobs: int, memory: int | None
 ) -> None:
+    from embrm.sweeps.material import laid_out  # it loads torch
+
     mode = prepared.spec.numerics
     found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
     with (
