@@ -229,7 +229,7 @@ def test_strength_refusals(swept: Results) -> None:
         (
             "folds[fold=0/3]",
             False,
-            "was trained without fold 0/3: pass out_of_fold (--out-of-fold) with",
+            "was trained without fold 0/3: pass out_of_fold .--out-of-fold. with",
         ),
     ):
         with pytest.raises(UserError, match=line.replace("[", r"\[").replace("{", r"\{")):
