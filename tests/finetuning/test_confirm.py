@@ -173,9 +173,9 @@ def test_a_run_that_fails_is_told_and_the_others_compared(
     [
         (
             'baseline = "bt"',
-            "full.toml: baseline: the sweep and runs (--runs) say which: remove it",
+            r"full.toml: baseline: the sweep and runs \(--runs\) say which: remove it",
         ),
-        ('[[runs]]\nname = "x"', "full.toml: runs: the sweep and runs (--runs) say which"),
+        ('[[runs]]\nname = "x"', r"full.toml: runs: the sweep and runs \(--runs\) say which"),
         ('[defaults]\nloss = "hinge"', r"defaults\.loss: the sweep's configurations settle it"),
         ("[defaults]\npairs_limit = 9", r"defaults\.pairs_limit: .*: remove it, defaults may"),
         ('train = ["tran"]', r"train = \['tran'\], and the sweep has \('train',\): remove it"),
