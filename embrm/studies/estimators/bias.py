@@ -5,7 +5,7 @@ expectation of its loss at an estimate of S̃ is not its loss at S̃. The bias i
 rows again and again from responses of which every position is known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,8 +43,8 @@ class EstimatorBias:
 
     loss: mean over adapters and draws of estimate - exact value. gradient: bias of the derivative
     in the scale of the shift, Σ|mean over draws of estimate - exact| / Σ|exact|, sums over the
-    adapters; None if the exact derivatives are 0. gradient_error: the standard error of `gradient`
-    that comes from drawing finitely often.
+    adapters, where the divisor excludes what sampling the cached rows adds; None if it is 0.
+    gradient_error: the standard error of `gradient` that comes from drawing finitely often.
     """
 
     drift: float
@@ -106,6 +106,8 @@ def estimator_biases(
 
     A response with |R| positions and M cached rows stands for one whose |R| positions repeat the
     cached rows, each |R|/M times rounded up or down. The exact value is that at all |R| positions.
+    token_rows is ascending and ends with the largest number that is cached.
+
     Every adapter moves all responses, in the direction in which it raises the mean of
     (S̃_c - S_c) - (S̃_r - S_r), as grm-dpo asks.
     """
@@ -124,18 +126,19 @@ def estimator_biases(
         return of_pair(spec, S, change, chosen, rejected)
 
     draws = [world.shuffled(draw) for draw in range(_DRAWS)]
-    found = []
+    found: list[EstimatorBias] = []
     for drift in drifts:
+        measured: dict[tuple[int, Estimator], list[Bias]] = {}
         moved = [_moved(read, world, (chosen, rejected), i, drift) for i in range(ADAPTERS)]
         for rows in token_rows:
             samples = [world.first(draw, rows) for draw in draws]
             for estimator in _ESTIMATORS:
                 if estimator == "plug-in" or rows > 1:
-                    measured = [
+                    measured[rows, estimator] = [
                         mean_bias(world, samples, x, values, (chosen, rejected), estimator)
                         for x in moved
                     ]
-                    found.append(_pooled(drift, rows, estimator, measured))
+        found += without_inflation(drift, measured)
     return tuple(found)
 
 
@@ -310,6 +313,32 @@ def _controls(tokens: TokenBatch, x: Tensor, slope: Tensor, ends: PairEnds, rows
         spread = factor * total / (K - 1).clamp_min(1)
         added.append((spread[ends[0]] + spread[ends[1]]).mean())
     return torch.cat([terms, torch.stack(added)])
+
+
+def without_inflation(
+    drift: float, measured: Mapping[tuple[int, Estimator], Sequence[Bias]]
+) -> list[EstimatorBias]:
+    """Relate biases to the exact derivatives of the responses, not of those that stand for them.
+
+    measured: of every adapter, by token_rows and estimator. The means of M cached rows differ
+    between responses by sampling too. To second order this adds to an exact derivative what the
+    plug-in estimate from M rows adds, which is therefore subtracted; it is 0 where all positions
+    are cached.
+    """
+    cached = max(rows for rows, _ in measured)
+    added = [one.slope for one in measured[cached, "plug-in"]]
+    return [
+        _pooled(
+            drift,
+            rows,
+            estimator,
+            [
+                replace(one, exact_slope=one.exact_slope - more)
+                for one, more in zip(found, added, strict=True)
+            ],
+        )
+        for (rows, estimator), found in measured.items()
+    ]
 
 
 def _pooled(drift: float, rows: int, estimator: Estimator, found: Sequence[Bias]) -> EstimatorBias:

@@ -18,6 +18,7 @@ from embrm.studies.estimators.bias import (
     changes_along,
     mean_bias,
     sampled_pairs,
+    without_inflation,
 )
 from embrm.training.row_sampling import PairValues
 from embrm.training.token_rows import TokenBatch
@@ -227,3 +228,13 @@ def test_a_small_bias_of_the_right_sign_is_trusted(
     name = "plug-in" if estimator == "plug-in" else "empirical-bayes"
     entry = EstimatorBias(0.1, 8, name, 0.0, gradient, 0.0, sign)  # type: ignore[arg-type]
     assert entry.trusted(0.05) == trusted
+
+
+def test_what_sampling_the_cached_rows_adds_is_not_taken_for_a_difference_of_responses() -> None:
+    """An exact derivative of -1, to which the cached rows add 3, so that it looks like 2."""
+    of_plug_in, of_bayes = Bias(0.5, 3.0, 0.1, 2.0), Bias(0.1, 0.2, 0.1, 2.0)
+    found = without_inflation(
+        0.1, {(8, "plug-in"): [of_plug_in], (8, "empirical-bayes"): [of_bayes]}
+    )
+    assert [entry.gradient for entry in found] == pytest.approx([3.0, 0.2])
+    assert [entry.sign_agrees for entry in found] == [False, True]
