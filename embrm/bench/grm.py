@@ -22,13 +22,16 @@ from embrm.training.numerics import settings
 from embrm.training.order import Order
 
 _HEAD = {"adapter": {"kind": "low-rank", "width": 16}}
+_PLUG_IN = {"estimator": "plug-in", "token_rows": 2}
 _REGULARIZERS: dict[str, dict[str, Any] | None] = {
     "none (bt)": None,
+    "grm-sft, plug-in, 2 token rows": {"kind": "grm-sft", **_PLUG_IN},
+    "grm-sft, 2 token rows": {"kind": "grm-sft", "token_rows": 2},
+    "grm-sft, 2 token rows, 8 candidates": {"kind": "grm-sft", "token_rows": 2, "top_k": 8},
     "grm-sft": {"kind": "grm-sft"},
-    "grm-sft, 8 candidates": {"kind": "grm-sft", "top_k": 8},
-    "grm-sft, 8 candidates, 1 token row": {"kind": "grm-sft", "top_k": 8, "token_rows": 1},
-    "grm-sft, all token rows": {"kind": "grm-sft", "token_rows": "all"},
     "preserve-kl": {"kind": "preserve-kl"},
+    "grm-dpo, plug-in, 2 token rows": {"kind": "grm-dpo", **_PLUG_IN},
+    "grm-dpo, 2 token rows": {"kind": "grm-dpo", "token_rows": 2},
     "grm-dpo": {"kind": "grm-dpo"},
 }
 PARTS = {
@@ -36,7 +39,10 @@ PARTS = {
         "none (bt)",
         *(name for name in _REGULARIZERS if name.startswith("grm-sft")),
     ),
-    "both responses": ("preserve-kl", "grm-dpo"),
+    "both responses": (
+        "preserve-kl",
+        *(name for name in _REGULARIZERS if name.startswith("grm-dpo")),
+    ),
 }
 """Regularizers by the token rows that they read: those of chosen responses only, or those of both
 responses of a pair. The very first has no regularizer; all are compared with it."""

@@ -35,7 +35,7 @@ def test_bytes_read_are_at_least_the_possible_minimum(tmp_path: Path) -> None:
     (one, (twin, sampled)), (two, (every,)), (memory, (limited,)) = measure_grm(
         tmp_path,
         runs=2,
-        parts={"one": ["none (bt)", "grm-sft"], "two": ["grm-sft, all token rows"]},
+        parts={"one": ["none (bt)", "grm-sft, 2 token rows"], "two": ["grm-sft"]},
         pairs=2_000,
         width=64,
         tokens=_TOKENS,
@@ -43,7 +43,7 @@ def test_bytes_read_are_at_least_the_possible_minimum(tmp_path: Path) -> None:
     assert (one, two, memory) == ("one", "two", "memory limit")
     assert every["times bt"] == pytest.approx(every["seconds a run"] / twin["seconds a run"])
     assert limited["GB read"] == every["GB read"]
-    assert limited["regularizer"] == "grm-sft, all token rows, --memory 2GB"
+    assert limited["regularizer"] == "grm-sft, --memory 2GB"
     assert twin["times bt"] == 1
     assert twin["GB read"] is None
     assert every["GB read"] > sampled["GB read"] > 0
@@ -58,7 +58,7 @@ def test_bytes_read_are_at_least_the_possible_minimum(tmp_path: Path) -> None:
 def test_tail_means_add_one_vector_to_every_token_row_read(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "runs": 1,
-        "parts": {"both": ["none (bt)", "grm-dpo"]},
+        "parts": {"both": ["none (bt)", "grm-dpo, 2 token rows"]},
         "pairs": 200,
         "width": 32,
     }
