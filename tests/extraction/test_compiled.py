@@ -117,6 +117,6 @@ def test_a_later_failure_to_compile_is_a_one_line_error(tmp_path: Path) -> None:
     folder = save_config(tmp_path, CONFIGS["llama-tied"], tokenizer())
     engine = load_engine(folder, compiled=True, **WANTED)
     engine._longest_packed, able = 24, False
-    with pytest.raises(UserError, match=r"fails on Llama.*: run again without --c") as caught:
+    with pytest.raises(UserError, match=r"fails on Llama.*: run again without c") as caught:
         read(engine, SHARED, 120)  # longer texts are padded: another graph
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ from embrm.results.rewards import scores
 from embrm.results.weights import SavedRun, load_run
 from embrm.studies.best_of_n.measure import measure_best_of_n
 from embrm.studies.strength.measure import strengths
-from embrm.sweeps import fused as pack_module
+from embrm.sweeps import pack_trainer as pack_module
 from embrm.sweeps.execute import sweep
 from embrm.sweeps.material import laid_out
 from embrm.sweeps.pack_trainer import Trainer

@@ -95,7 +95,7 @@ def test_groups_are_scored_from_the_rewards_of_all_their_members(
 
 def test_splits_named_after_a_suite_are_found() -> None:
     def evaluated(*names: str) -> Results:
-        return cast(Results, SimpleNamespace(folder="sweeps/one", evaluated=[*names]))
+        return cast(Results, SimpleNamespace(folder="sweeps/one", evaluated=[*names], redivided=[]))
 
     found = suite_splits(evaluated("id", "ood/rm-bench", "hhh"), {"id": "judge-bench"})
     assert found == {"id": "judge-bench", "ood/rm-bench": "rm-bench", "hhh": "hhh"}
