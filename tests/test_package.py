@@ -102,20 +102,20 @@ def test_the_wheel_runs_the_demo_and_a_sweep(built: tuple[Path, Path], tmp_path:
     venv = tmp_path / "venv"
     _run(sys.executable, "-m", "venv", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
-    # The new environment's own pip: the pip of the tests' environment would take the embrm that
-    # is installed beside it for the one asked for, and install nothing.
-    _run(python, "-m", "pip", "install", "--no-index", "--no-deps", built[1], cwd=tmp_path)
+    # Its own pip, without PYTHONPATH: a pip that finds the tests' embrm, in their environment or in
+    # the checkout, takes it for the one asked for and installs nothing.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str | Path) -> str:
+        return _run(*words, cwd=tmp_path, environment=environment)
+
+    run(python, "-m", "pip", "install", "--no-index", "--no-deps", built[1])
     # A folder named in a .pth file is searched, but its own .pth files, such as that of an
     # editable embrm, are not read.
     [packages] = (venv / "lib").glob("python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     shutil.copy(ROOT / "tests" / "helpers" / "small_demo.py", tmp_path)
     (tmp_path / "small.py").write_text(DEMO)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def run(*words: str | Path) -> str:
-        return _run(*words, cwd=tmp_path, environment=environment)
-
     run(python, "small.py")
     embrm = venv / "bin" / "embrm"
     assert run(embrm, "--version").strip() == __version__

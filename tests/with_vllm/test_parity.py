@@ -188,7 +188,7 @@ def test_without_a_place_for_the_hook_all_states_come_and_say_the_same(
 
 
 def test_what_vllm_does_not_start_with_is_refused_in_one_line(folders: dict[str, Path]) -> None:
-    one_line = pytest.raises(UserError, match=r"vLLM does not start with it .*transformers$")
+    one_line = pytest.raises(UserError, match=r"vLLM does not start with it .*transformers\)$")
     with one_line as refused, vllm_engine(folders["llama"], tensor_parallel=3):
         pass
     assert "divisible" in str(refused.value)
