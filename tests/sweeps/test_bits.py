@@ -65,7 +65,7 @@ _two_sided = st.one_of(
 """What the runs of a pack may differ in: they read the better response of a pair, or both."""
 _weightings = st.one_of(_one_sided, _two_sided)
 _samplings = st.fixed_dictionaries(
-    {"token_rows": st.sampled_from([1, 3, 100])},
+    {"token_rows": st.sampled_from([2, 3, 100])},
     optional={"top_k": st.sampled_from([2, 6, "all"])},
 )
 _fisher = st.fixed_dictionaries(
