@@ -8,7 +8,7 @@ from embrm.finetuning.contrast import Contrast
 from embrm.finetuning.spec import FinetuneRun
 from embrm.training.objectives import ObjectiveBank
 from embrm.training.pairs import PairRewards
-from embrm.training.regularizers import grm
+from embrm.training.regularizers import grm_values
 
 
 class StepLoss:
@@ -72,7 +72,7 @@ class StepLoss:
         if self._regularizer is not None and S is not None and reference is not None:
             chosen, rejected = numbers
             change = S - reference
-            R = grm(self._regularizer, S, change, chosen, rejected, label, weight)
+            R = grm_values(self._regularizer, S, change, chosen, rejected, label, weight).mean()
             loss = self._regularizer.loss_factor * loss + self._regularizer.value_factor * R
         if self._simcse is not None and features is not None and contrast is not None:
             loss = loss + self._simcse.weight * contrast.part(features)

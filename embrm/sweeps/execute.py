@@ -2,25 +2,21 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from embrm.core.errors import UserError
 from embrm.core.files import exclusive, remove_temporaries
-from embrm.core.interrupts import raised_interrupts
-from embrm.core.progress import progress
 from embrm.core.provenance import provenance
 from embrm.core.specs import SpecSource
 from embrm.sweeps.ledger import finished, write_results
 from embrm.sweeps.matching import match_rates
-from embrm.sweeps.packs import packs
-from embrm.sweeps.prepare import PreparedSweep, leaked, prepare_sweep, step_warnings
+from embrm.sweeps.prepare import leaked, prepare_sweep, step_warnings
+from embrm.sweeps.run_training import train_runs
 from embrm.sweeps.selection import prompts_of
-from embrm.sweeps.spec import Run
-from embrm.sweeps.workers import modules_of, worker_count, workers
-from embrm.training.numerics import Numerics, on_cpu, settings
+from embrm.sweeps.workers import worker_count
+from embrm.training.numerics import Numerics, settings
 
 
 def sweep(
@@ -56,7 +52,14 @@ def sweep(
         failures: dict[str, str] = {}
         interrupted = False
         try:
-            failures = _train(prepared, todo, out=out, jobs=jobs, memory=memory)
+            failures = train_runs(
+                prepared,
+                todo,
+                out,
+                jobs=jobs,
+                memory=memory,
+                done=len(prepared.runs) - len(todo),
+            )
         except KeyboardInterrupt:
             interrupted = True
         header = {
@@ -95,29 +98,3 @@ def results_folder(spec: SpecSource, out: Path | None) -> Path:
     if not isinstance(spec, Path):
         raise UserError("out is missing: name the results folder, such as sweeps/NAME")
     return spec.with_suffix("")
-
-
-def _train(
-    prepared: PreparedSweep,
-    todo: Sequence[Run],
-    *,
-    out: Path,
-    jobs: int,
-    memory: int | None,
-) -> dict[str, str]:
-    """Train the runs `todo`; returns the runs that failed, with the reason."""
-    if not todo:
-        return {}
-    from embrm.sweeps.material import laid_out
-
-    mode = prepared.spec.numerics
-    found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
-    with (
-        raised_interrupts(),  # After Ctrl-C, finished runs are still compacted into tables.
-        workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
-        laid_out(
-            prepared.cache, prepared.selection, todo, out, memory=memory, jobs=jobs
-        ) as material,
-        progress("training", len(prepared.runs), "runs", len(prepared.runs) - len(todo)) as bar,
-    ):
-        return running.run(material, found, out=out, bar=bar)

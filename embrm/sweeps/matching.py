@@ -15,14 +15,11 @@ from pathlib import Path
 import polars as pl
 
 from embrm.core.errors import UserError
-from embrm.core.progress import progress
 from embrm.core.specs import canonical_json
 from embrm.sweeps.ledger import finished, read_table, training_name
-from embrm.sweeps.packs import packs
 from embrm.sweeps.prepare import PreparedSweep
+from embrm.sweeps.run_training import train_runs
 from embrm.sweeps.spec import Configuration, Run, RunSpec, runs
-from embrm.sweeps.workers import modules_of, workers
-from embrm.training.numerics import on_cpu
 from embrm.training.objectives import Objective
 
 RATES = tuple(float(f"{10 ** (exponent / 2):.3g}") for exponent in range(-8, 1))
@@ -91,7 +88,8 @@ def match_rates(
     and found there again when the sweep is resumed. train: False leaves rates that are not known
     yet as they are.
 
-    Raises: UserError for a KL that no learning rate reaches, naming the nearest.
+    Raises: UserError for a KL that no learning rate reaches, naming the nearest, and for a cache
+    without token rows.
     """
     searches: dict[str, _Search] = {}
     for run in prepared.runs:
@@ -99,15 +97,25 @@ def match_rates(
             searches.setdefault(_key(run.spec), _Search(twin(run.spec), run.spec.match.kl))
     if not searches:
         return prepared
+    if not prepared.cache.layout.has_token_rows or not prepared.cache.vocabulary:
+        raise UserError(
+            f"match: {prepared.cache.folder} has no token rows to measure a token KL at: use a "
+            "cache that embrm extract made with --token-rows"
+        )
     folder = out / FOLDER
     while asked := {key: rates for key, own in searches.items() if (rates := own.next_rates())}:
         tried = {key: _runs(prepared, searches[key].spec, rates) for key, rates in asked.items()}
         every = {run.run_id: run for own in tried.values() for run in own}
-        todo = [run for run_id, run in every.items() if run_id not in finished(folder)]
+        done = finished(folder)
+        todo = [run for run_id, run in every.items() if run_id not in done]
         if todo and not train:
             return prepared
-        if todo:
-            _train(prepared, todo, folder, jobs, memory)
+        failures = train_runs(
+            prepared, todo, folder, jobs=jobs, memory=memory, label="matching learning rates"
+        )
+        if failures:
+            first, why = next(iter(failures.items()))
+            raise UserError(f"{len(failures)} runs failed while matching, first {first}: {why}")
         kl = _token_kl(folder, [*every], training_name(prepared.spec.train))
         for key, own in tried.items():
             for rate in {run.spec.lr for run in own}:
@@ -143,26 +151,6 @@ def _every(prepared: PreparedSweep, found: Sequence[Configuration]) -> list[Run]
     return runs(found, spec.seeds, prepared.selection, spec.numerics, spec.data_seeds)
 
 
-def _train(
-    prepared: PreparedSweep, todo: Sequence[Run], folder: Path, jobs: int, memory: int | None
-) -> None:
-    from embrm.sweeps.material import laid_out  # it loads torch
-
-    mode = prepared.spec.numerics
-    found = packs(todo, jobs=jobs, training_pairs=prepared.training_pairs, gpu=not on_cpu(mode))
-    with (
-        workers(min(jobs, len(found)), mode, modules_of(todo)) as running,
-        laid_out(
-            prepared.cache, prepared.selection, todo, folder, memory=memory, jobs=jobs
-        ) as material,
-        progress("matching learning rates", len(todo), "runs") as bar,
-    ):
-        failures = running.run(material, found, out=folder, bar=bar)
-    if failures:
-        first, why = next(iter(failures.items()))
-        raise UserError(f"{len(failures)} runs failed while matching, first {first}: {why}")
-
-
 def _token_kl(folder: Path, run_ids: Sequence[str], split: str) -> dict[str, float]:
     """The token KL of finished runs on the training responses; infinite where one diverged."""
     parts = finished(folder)
@@ -185,13 +173,13 @@ def _refuse_unreached(search: _Search) -> None:
     rate, kl = search.best, search.measured[search.best]
     if math.isinf(kl):
         raise UserError(
-            f"match.kl = {search.kl:g}: no token KL could be measured: use a cache extracted with "
-            "--token-rows, and a head with an adapter"
+            f"match.kl = {search.kl:g}: Bradley-Terry diverged at every learning rate from "
+            f"{RATES[0]:g} to {RATES[-1]:g}: change batch_pairs or the adapter"
         )
     raise UserError(
-        f"match.kl = {search.kl:g}: no learning rate from {RATES[0]:g} to {RATES[-1]:g} moves "
-        f"Bradley-Terry that far; the nearest is {kl:.3g} at lr = {rate:g}: ask for that, or "
-        "change epochs or the adapter"
+        f"match.kl = {search.kl:g}: no learning rate from {RATES[0]:g} to {RATES[-1]:g} was found "
+        f"at which the token KL of Bradley-Terry is within {TOLERANCE:.0%} of it; the nearest is "
+        f"{kl:.3g} at lr = {rate:g}: ask for that, or change epochs or the adapter"
     )
 
 

@@ -53,7 +53,15 @@ def plan_sweep(
     mode = prepared.spec.numerics
     jobs = worker_count(jobs, mode)
     folder = results_folder(spec, out)
-    prepared = match_rates(prepared, folder, jobs=jobs, memory=None, train=False)
+    asked = prepared
+    prepared = match_rates(asked, folder, jobs=jobs, memory=None, train=False)
+    warnings = step_warnings(prepared)
+    unmatched = {run.name for run in asked.runs if run.spec.match} if prepared is asked else ()
+    if unmatched:
+        warnings.append(
+            f"match has yet to choose the learning rates of {len(unmatched)} configurations: "
+            "packs and estimated_seconds leave out the runs of that search"
+        )
     done = finished(folder)
     todo = [run for run in prepared.runs if run.run_id not in done]
     found = packs(
@@ -76,7 +84,7 @@ def plan_sweep(
         "splits": read_tables(
             prepared.cache, prepared.spec.scenarios, prepared.spec.data_seeds[0]
         ).sizes(prepared.spec.train),
-        "warnings": step_warnings(prepared),
+        "warnings": warnings,
         "estimated_seconds": round(_estimate(prepared, found, jobs), 1),
     }
 

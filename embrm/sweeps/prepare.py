@@ -277,6 +277,12 @@ def _check_regularizers(found: Sequence[Configuration], cache: Cache, where: str
                 f"{run}: {kind} reads token rows, and {folder} has none: "
                 "extract with token_rows = 8 (--token-rows 8)"
             )
+        if regularizer.estimator == "empirical-bayes" and cache.n_token_rows.max(initial=0) < 2:
+            raise UserError(
+                f"{run}: {kind}: {folder} has one token row a response, which does not show how "
+                "positions differ: extract with token_rows = 32 (--token-rows 32), or take "
+                "estimator = 'plug-in'"
+            )
         if not cache.vocabulary:
             raise UserError(
                 f"{run}: {kind} reads the LM head, and {folder} has none: extract one with embrm "

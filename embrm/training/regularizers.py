@@ -337,13 +337,13 @@ def slot_value(
     def values(S: Tensor, change: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
         copies = len(chosen) // len(label)
         of_pairs = label.repeat(copies), weight.repeat(copies)
-        return _of_pairs(spec, S, change, chosen, rejected, *of_pairs)
+        return grm_values(spec, S, change, chosen, rejected, *of_pairs)
 
     estimate = empirical_bayes if spec.estimator == "empirical-bayes" else plug_in
     return estimate(values, tokens, each, (chosen, rejected))
 
 
-def grm(
+def grm_values(
     spec: Regularizer,
     S: Tensor,
     change: Tensor,
@@ -352,23 +352,11 @@ def grm(
     label: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Compute R of grm-*, a scalar: the weighted mean over B pairs (arXiv 2406.10216).
+    """Compute the weighted value of each of B pairs, [B], whose mean is R of grm-*.
 
     S, change: float32 [m], log-probabilities of responses, and what the adapter changed about them.
-    chosen, rejected: int64 [B], numbers of responses. label, weight: [B].
+    chosen, rejected: int64 [B], numbers of responses. label, weight: [B]. Source: arXiv 2406.10216.
     """
-    return _of_pairs(spec, S, change, chosen, rejected, label, weight).mean()
-
-
-def _of_pairs(
-    spec: Regularizer,
-    S: Tensor,
-    change: Tensor,
-    chosen: Tensor,
-    rejected: Tensor,
-    label: Tensor,
-    weight: Tensor,
-) -> Tensor:
     of_pair = KINDS[spec.kind].of_pair
     assert of_pair is not None  # Callers pass only grm-*.
     forward = of_pair(spec, S, change, chosen, rejected)

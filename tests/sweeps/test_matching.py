@@ -74,6 +74,7 @@ def test_a_second_call_trains_nothing_again_and_a_replay_needs_no_search(
 ) -> None:
     plan = plan_sweep(_spec(), cache, out=swept, jobs=1)
     assert (plan["runs"], plan["finished"]) == (8, 8)
+    assert not any("learning rates" in line for line in plan["warnings"])
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a finished run was trained again")
@@ -103,6 +104,7 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_rates(
 def test_a_dry_run_before_the_search_leaves_rates_open(cache: Path, tmp_path: Path) -> None:
     plan = plan_sweep(_spec(), cache, out=tmp_path / "none", jobs=1)
     assert (plan["runs"], plan["finished"]) == (8, 0)
+    assert any("learning rates of 4 configurations" in line for line in plan["warnings"])
     assert not (tmp_path / "none").exists()
 
 

@@ -203,6 +203,7 @@ BAD: list[tuple[dict[str, Any], str, list[str]]] = [
     ({}, 'regularizer = { kind = "fisher" }', ["'fisher' reads token rows", "--token-rows"]),
     ({}, 'state = "tokens"', ["state 'tokens'", "token rows", "--token-rows"]),
     ({}, 'state = "tokens+S"', ["state 'tokens+S'", "token rows", "--token-rows"]),
+    ({"token_rows": 1}, GRM, ["has one token row a response", "--token-rows 32", "plug-in"]),
     ({"token_rows": 2, "lm_head": False}, GRM, ["'grm-sft' reads the LM head", "--model"]),
     (
         {"token_rows": 2},

@@ -128,9 +128,7 @@ def advice(errors: EstimatorErrors, regularizer: Literal["grm", "preserve"]) -> 
     Tail means make ∂(ℓ̃ - ℓ)/∂δ exact at δ = 0, so they help "grm". They do not help ∂KL/∂δ
     ("preserve"), which vanishes at δ = 0 and whose first order in δ depends on the covariance of
     the tail.
-
     """
-
     mean_helps = regularizer == "grm" and not errors.tail_mean
     text = f"extract with {'--tail-mean or ' if mean_helps else ''}a larger --top-k"
     if errors.vocabulary <= WHOLE_VOCABULARY:
